@@ -1,0 +1,113 @@
+"""The operations: one schema each, whatever backend serves them, and their shapes without data (for ``torch.compile``).
+
+The schemas are defined here and not in C++, so that a backend which needs no compiler (Triton) serves the same
+operations on a machine where the C++ extension was not built. A backend only adds an implementation for its dispatch key.
+
+Conventions shared by all of them:
+
+* Rows may have any stride, columns are dense (``stride(1) == 1``); gradients and results are fresh and contiguous.
+* ``target`` is one of: class indices ``(B,)`` (int64 or int32); with ``target_b`` and ``mix`` a mixup pair, row ``i``
+  being ``mix[i] * onehot(target[i]) + (1 - mix[i]) * onehot(target_b[i])`` with ``mix`` float64 ``(B,)`` or ``(1,)``;
+  or class probabilities ``(B, N_t)`` (floating).
+* With class probabilities the source distribution is a matrix product, which a library does better than we could:
+  ``relationship`` is then the ``(B, N_s)`` product ``target @ R``, row ``i`` belonging to row ``i``, and ``mix`` the
+  share of each row's target that has source supervision, float64 ``(B,)``.
+* Losses and terms are float64 when any logits are float64, else float32. Gradients have their logits' dtype.
+* ``reduction``: 0 none, 1 mean, 2 sum (:data:`REDUCTIONS`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["NAMESPACE", "REDUCTIONS"]
+
+NAMESPACE = "cotuning_kernels"
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+_LOSS_ARGUMENTS = (
+    "Tensor target, Tensor? target_b, Tensor? mix, Tensor relationship, Tensor? weight, float trade_off, "
+    "float label_smoothing, int ignore_index, int reduction, bool kl_divergence"
+)
+
+_SCHEMAS = {
+    # Loss, terms [target, source] and both gradients in one pass. `target_logits=None` leaves the source term alone
+    # (the loss is then the source term, without trade_off). A gradient that is not asked for is an empty tensor.
+    # The true gradient of the loss is `factors[0] * source_grad` and `factors[1] * target_grad`: a half-precision
+    # gradient is stored before the division by the batch size, which could push it below the smallest half.
+    "co_tuning_loss": f"(Tensor source_logits, Tensor? target_logits, {_LOSS_ARGUMENTS}, "
+    "bool source_gradient, bool target_gradient) "
+    "-> (Tensor loss, Tensor terms, Tensor factors, Tensor source_grad, Tensor target_grad)",
+    # The same, with the gradients written over the logits.
+    "co_tuning_loss_": f"(Tensor(a!) source_logits, Tensor(b!)? target_logits, {_LOSS_ARGUMENTS}) "
+    "-> (Tensor loss, Tensor terms, Tensor factors)",
+    # grad *= factor * upstream, upstream being a scalar or (B,) one a row. No host read on an accelerator.
+    "scale_gradients_": "(Tensor(a!) source_grad, Tensor(b!) target_grad, Tensor factors, Tensor upstream) -> ()",
+    # Rows of p(y_source | target), in the relationship's dtype.
+    "translate_labels": "(Tensor target, Tensor? target_b, Tensor? mix, Tensor relationship, int ignore_index) -> Tensor",
+    # sums[t] += softmax(logits[i] * inverse_temperature), counts[t] += 1, for every row i of class t.
+    "add_class_sums_": "(Tensor(a!) sums, Tensor(b!) counts, Tensor logits, Tensor labels, float inverse_temperature, "
+    "int ignore_index) -> ()",
+    # float64 [NLL, first derivative, second derivative, rows] in b = 1/T, summed over rows.
+    "temperature_terms": "(Tensor logits, Tensor labels, float inverse_temperature, int ignore_index) -> Tensor",
+}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+
+
+def _loss_dtype(source_logits: Tensor, target_logits: Tensor | None) -> torch.dtype:
+    dtypes = {source_logits.dtype, source_logits.dtype if target_logits is None else target_logits.dtype}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _reduced(source_logits: Tensor, target_logits: Tensor | None, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of (loss, terms, factors)."""
+    dtype = _loss_dtype(source_logits, target_logits)
+    rows = (source_logits.shape[0],) if reduction == REDUCTIONS["none"] else ()
+    empty = source_logits.new_empty
+    return empty(rows, dtype=dtype), empty((2, *rows), dtype=dtype), empty((2,), dtype=dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::co_tuning_loss", lib=_library)
+def _(
+    source_logits, target_logits, target, target_b, mix, relationship, weight, trade_off, label_smoothing, ignore_index,
+    reduction, kl_divergence, source_gradient, target_gradient,
+):  # fmt: skip
+    def gradient(logits: Tensor | None, wanted: bool) -> Tensor:
+        if logits is None or not wanted:
+            return source_logits.new_empty((0, 0))
+        return logits.new_empty(logits.shape)
+
+    reduced = _reduced(source_logits, target_logits, reduction)
+    return (*reduced, gradient(source_logits, source_gradient), gradient(target_logits, target_gradient))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::co_tuning_loss_", lib=_library)
+def _(
+    source_logits, target_logits, target, target_b, mix, relationship, weight, trade_off, label_smoothing, ignore_index,
+    reduction, kl_divergence,
+):  # fmt: skip
+    return _reduced(source_logits, target_logits, reduction)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::scale_gradients_", lib=_library)
+def _(source_grad, target_grad, factors, upstream):
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::translate_labels", lib=_library)
+def _(target, target_b, mix, relationship, ignore_index):
+    return relationship.new_empty((target.shape[0], relationship.shape[1]))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::add_class_sums_", lib=_library)
+def _(sums, counts, logits, labels, inverse_temperature, ignore_index):
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::temperature_terms", lib=_library)
+def _(logits, labels, inverse_temperature, ignore_index):
+    return logits.new_empty((4,), dtype=torch.float64)
