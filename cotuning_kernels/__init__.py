@@ -1,0 +1,57 @@
+"""Co-Tuning (You, Kou, Long, Wang, NeurIPS 2020) in fused kernels: right, fast, and easy to put into a training loop.
+
+Step 1 learns the category relationship ``R[t, s] = p(y_source = s | y_target = t)`` from a pretrained classifier
+(:func:`learn_relationship`), step 2 fine-tunes with both heads (:class:`FusedCoTuningLoss`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cotuning_kernels import functional
+from cotuning_kernels.functional import CoTuningTerms
+from cotuning_kernels.loss import FusedCoTuningLoss
+from cotuning_kernels.targets import MixedTarget
+
+if TYPE_CHECKING:
+    from cotuning_kernels.calibration import TemperatureFit, expected_calibration_error, fit_temperature
+    from cotuning_kernels.models import CoTuningModel
+    from cotuning_kernels.relationship import Relationship, RelationshipEstimator, learn_relationship
+
+__version__ = "0.1.0"
+
+# Imported when first used: a training loop that only needs the loss does not load them.
+_LAZY = {
+    "CoTuningModel": "models",
+    "Relationship": "relationship",
+    "RelationshipEstimator": "relationship",
+    "TemperatureFit": "calibration",
+    "expected_calibration_error": "calibration",
+    "fit_temperature": "calibration",
+    "learn_relationship": "relationship",
+}
+
+__all__ = [
+    "CoTuningModel",
+    "CoTuningTerms",
+    "FusedCoTuningLoss",
+    "MixedTarget",
+    "Relationship",
+    "RelationshipEstimator",
+    "TemperatureFit",
+    "expected_calibration_error",
+    "fit_temperature",
+    "functional",
+    "learn_relationship",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

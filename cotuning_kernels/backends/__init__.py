@@ -1,0 +1,92 @@
+"""Which backend serves a call, and why another one does not.
+
+``cpp`` is the C++ extension ``cotuning_kernels._C``: importing it registers the CPU implementations of the operations
+in :mod:`cotuning_kernels.backends.schema`. ``reference`` is plain PyTorch and runs on every device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from cotuning_kernels.backends import schema as schema
+
+__all__ = ["available", "cpu_isa", "cpu_isas", "extension", "missing_reason", "select", "use_cpu_isa"]
+
+_extension: ModuleType | None = None
+_missing: dict[str, str] = {}
+try:
+    _extension = importlib.import_module("cotuning_kernels._C")
+except ImportError as error:
+    _missing["cpp"] = (
+        f"the C++ extension is not available ({error}); install a C++17 compiler (Debian: apt install g++) and run "
+        "`pip install --force-reinstall --no-deps .` in a checkout of cotuning_kernels"
+    )
+
+# The kernels that serve each device, fastest first.
+_served_by: dict[str, list[str]] = {"cpu": ["cpp"] if _extension is not None else []}
+_NAMES = ("auto", "cpp", "reference")
+
+
+def select(device_type: str, backend: str = "auto") -> str:
+    """The name of the backend that serves tensors on ``device_type``.
+
+    ``"auto"`` takes the fastest kernel there is and the reference only where there is none.
+
+    Raises:
+        ValueError: ``backend`` is not a name of a backend.
+        RuntimeError: the backend asked for is not built, or does not serve this device; says how to get it.
+    """
+    kernels = _served_by.get(device_type, ())
+    if backend == "auto":
+        return kernels[0] if kernels else "reference"
+    if backend == "reference" or backend in kernels:
+        return backend
+    if backend not in _NAMES:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, _NAMES))}")
+    reason = _missing.get(backend, f"it does not serve tensors on {device_type!r}")
+    raise RuntimeError(f"backend {backend!r} cannot be used: {reason}")
+
+
+def available(device_type: str) -> list[str]:
+    """Every backend that serves ``device_type``, fastest first; the reference is always the last."""
+    return [*_served_by.get(device_type, ()), "reference"]
+
+
+def missing_reason(backend: str) -> str | None:
+    """Why ``backend`` is not there, or ``None`` where it is."""
+    return _missing.get(backend)
+
+
+def extension() -> ModuleType | None:
+    """The module of the C++ extension: build information, and the instruction set in use."""
+    return _extension
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets that were built and that this processor runs, fastest first; empty without the extension."""
+    return [] if _extension is None else list(_extension.cpu_isas())
+
+
+def cpu_isa() -> str | None:
+    """The instruction set in use. ``COTUNING_KERNELS_CPU_ISA`` chooses another one at start."""
+    return None if _extension is None else str(_extension.cpu_isa())
+
+
+@contextmanager
+def use_cpu_isa(name: str) -> Iterator[None]:
+    """Use another instruction set within a ``with`` block, in the whole process. For tests and measurements.
+
+    Raises:
+        RuntimeError: there is no C++ extension, or it has no such instruction set for this processor.
+    """
+    if _extension is None:
+        raise RuntimeError(f"backend 'cpp' cannot be used: {_missing['cpp']}")
+    before = cpu_isa()
+    _extension.set_cpu_isa(name)
+    try:
+        yield
+    finally:
+        _extension.set_cpu_isa(before)

@@ -1,0 +1,202 @@
+"""The Co-Tuning loss as functions. :class:`cotuning_kernels.FusedCoTuningLoss` is the same as a module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cotuning_kernels import autograd, backends, reference, validation
+from cotuning_kernels.targets import Target, operand_target
+
+if TYPE_CHECKING:
+    from cotuning_kernels.relationship import Relationship
+
+__all__ = ["CoTuningTerms", "co_tuning_loss", "source_label_loss", "translate_labels"]
+
+
+class CoTuningTerms(NamedTuple):
+    """The loss and its two parts.
+
+    ``loss = target_term + trade_off * source_term`` is differentiable; the two terms are detached, for logging. All
+    have shape ``()``, or ``(B,)`` with ``reduction="none"``.
+    """
+
+    loss: Tensor
+    target_term: Tensor
+    source_term: Tensor
+
+
+def co_tuning_loss(
+    source_logits: Tensor,
+    target_logits: Tensor,
+    target: Target,
+    relationship: Tensor | Relationship,
+    *,
+    trade_off: float = 2.3,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    source_loss: str = "cross_entropy",
+    return_terms: bool = False,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor | CoTuningTerms:
+    r"""Co-Tuning's collaborative loss, both heads and both gradients in one pass over the logits.
+
+    .. math:: L = \mathrm{CE}(z^t, y) + \lambda \, \mathrm{CE}(z^s, R_y), \qquad
+        \mathrm{CE}(z^s, q) = \sum_j q_j \Bigl(\log \sum_k e^{z^s_k} - z^s_j\Bigr)
+
+    (eq. 1 and 5 of You, Kou, Long, Wang, NeurIPS 2020). Rows of ``relationship`` need not sum to 1: the formula above
+    is what is computed. A row of zeros says that its target class has no source supervision.
+
+    Args:
+        source_logits: ``(B, N_s)``, float32, bfloat16, float16 or float64; any row stride.
+        target_logits: ``(B, N_t)``, the same dtypes, not necessarily the same one.
+        target: class indices ``(B,)`` (int64 or int32); class probabilities ``(B, N_t)``; or a mixup pair
+            ``(labels_a, labels_b, share of labels_a)`` (:class:`cotuning_kernels.MixedTarget`).
+        relationship: ``R[t, s] = p(y_source = s | y_target = t)``, ``(N_t, N_s)`` in any floating dtype, or a
+            :class:`cotuning_kernels.Relationship`.
+        trade_off: the factor lambda of the source term; 2.3 in the paper's code.
+        weight, label_smoothing, ignore_index: of the target term, as in :func:`torch.nn.functional.cross_entropy`. A
+            row with label ``ignore_index`` takes part in neither term and its gradient is exactly 0.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean of the target term is that of ``F.cross_entropy``,
+            the mean of the source term is over the rows that have source supervision (a mixture counts by its
+            supervised share), and 0 where none has. With every row ignored, or no row, both means are NaN.
+        source_loss: ``"cross_entropy"``, or ``"kl"`` for ``KL(R_y || softmax(source_logits))``: the same gradient,
+            and 0 where the source head predicts exactly ``R_y``.
+        return_terms: return :class:`CoTuningTerms` instead of the loss.
+        inplace: write the gradients over the logits, which saves memory of their size; nothing may read these logits
+            afterwards (autograd raises where an operation saved them). They must not be leaves.
+        backend: ``"auto"``, or the name of one (:func:`cotuning_kernels.backends.select`).
+
+    Returns:
+        The loss, shape ``()`` or ``(B,)``: float64 where any logits are float64, else float32 whatever the logits.
+        It can be differentiated once.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+        IndexError: a label is out of range (CPU); on an accelerator an assertion of the device, as ``F.cross_entropy``.
+    """
+    relationship = _matrix(relationship)
+    validation.check_logits("source_logits", source_logits)
+    validation.check_logits("target_logits", target_logits)
+    device = source_logits.device
+    batch, num_target_classes = target_logits.shape
+    if source_logits.shape[0] != batch or target_logits.device != device:
+        raise ValueError(
+            f"source_logits is {tuple(source_logits.shape)} on {device} and target_logits is "
+            f"{tuple(target_logits.shape)} on {target_logits.device}, expected the same rows on the same device"
+        )
+    validation.check_relationship(relationship, num_target_classes, source_logits.shape[1], device)
+    validation.check_target(target, batch, num_target_classes, device, ignore_index)
+    validation.check_weight(weight, num_target_classes, device)
+    validation.check_options(label_smoothing, reduction, source_loss)
+    if backends.select(device.type, backend) == "reference":
+        if inplace:
+            raise ValueError("inplace=True needs a kernel, but the reference serves this call; leave inplace out")
+        loss, target_term, source_term = reference.co_tuning_loss(
+            source_logits, target_logits, target, relationship, trade_off=trade_off, weight=weight,
+            label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss,
+        )  # fmt: skip
+        return CoTuningTerms(loss, target_term.detach(), source_term.detach()) if return_terms else loss
+    if inplace:
+        _check_inplace("source_logits", source_logits)
+        _check_inplace("target_logits", target_logits)
+    dtype = torch.promote_types(torch.promote_types(source_logits.dtype, target_logits.dtype), torch.float32)
+    loss, terms = autograd.co_tuning_loss(
+        _dense_columns(source_logits), _dense_columns(target_logits), operand_target(target, relationship, dtype), weight,
+        trade_off, label_smoothing, ignore_index, reduction, source_loss == "kl", inplace,
+    )  # fmt: skip
+    return CoTuningTerms(loss, terms[0], terms[1]) if return_terms else loss
+
+
+def source_label_loss(
+    source_logits: Tensor,
+    target: Target,
+    relationship: Tensor | Relationship,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    source_loss: str = "cross_entropy",
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The source term of :func:`co_tuning_loss` alone, for those who have their own loss on the target head.
+
+    Args, Returns, Raises: as for :func:`co_tuning_loss`.
+    """
+    relationship = _matrix(relationship)
+    validation.check_logits("source_logits", source_logits)
+    device = source_logits.device
+    validation.check_relationship(relationship, None, source_logits.shape[1], device)
+    validation.check_target(target, source_logits.shape[0], relationship.shape[0], device, ignore_index)
+    validation.check_options(0.0, reduction, source_loss)
+    if backends.select(device.type, backend) == "reference":
+        if inplace:
+            raise ValueError("inplace=True needs a kernel, but the reference serves this call; leave inplace out")
+        return reference.source_label_loss(
+            source_logits, target, relationship, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss
+        )
+    if inplace:
+        _check_inplace("source_logits", source_logits)
+    dtype = torch.promote_types(source_logits.dtype, torch.float32)
+    loss, _ = autograd.co_tuning_loss(
+        _dense_columns(source_logits), None, operand_target(target, relationship, dtype), None,
+        1.0, 0.0, ignore_index, reduction, source_loss == "kl", inplace,
+    )  # fmt: skip
+    return loss
+
+
+def translate_labels(
+    target: Target, relationship: Tensor | Relationship, *, ignore_index: int = -100, backend: str = "auto"
+) -> Tensor:
+    """Rows of ``p(y_source | target)``: the labels that the source head is trained on, for those who want to look.
+
+    The loss never builds this tensor.
+
+    Args:
+        target, relationship, ignore_index, backend: as for :func:`co_tuning_loss`.
+
+    Returns:
+        ``(B, N_s)`` in the relationship's dtype; rows whose label is ignored are zero.
+
+    Raises:
+        TypeError, ValueError, IndexError: as for :func:`co_tuning_loss`.
+    """
+    relationship = _matrix(relationship)
+    validation.check_relationship(relationship, None, relationship.shape[-1], relationship.device)
+    labels = target[0] if isinstance(target, tuple) and target else target
+    batch = labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else 0
+    validation.check_target(target, batch, relationship.shape[0], relationship.device, ignore_index)
+    probabilities = isinstance(target, Tensor) and target.is_floating_point()
+    if probabilities or backends.select(relationship.device.type, backend) == "reference":
+        return reference.translate_labels(target, relationship, ignore_index=ignore_index)
+    labels, labels_b, mix, _ = operand_target(target, relationship, relationship.dtype)
+    translated: Tensor = torch.ops.cotuning_kernels.translate_labels.default(
+        labels, labels_b, mix, relationship, ignore_index
+    )
+    return translated
+
+
+def _matrix(relationship: Tensor | Relationship) -> Tensor:
+    return relationship if isinstance(relationship, Tensor) else getattr(relationship, "matrix", relationship)
+
+
+def _dense_columns(logits: Tensor) -> Tensor:
+    """The kernels take any row stride, but dense columns."""
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def _check_inplace(name: str, logits: Tensor) -> None:
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(f"{name} is a leaf that requires grad; inplace=True would destroy it. Leave inplace out")
+    if not logits.requires_grad:
+        raise ValueError(f"{name} does not require grad; inplace=True writes a gradient over it. Leave inplace out")
+    if (logits.stride(1) != 1 and logits.shape[1] > 1) or (logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]):
+        raise ValueError(
+            f"{name} has strides {logits.stride()} for shape {tuple(logits.shape)}; inplace=True needs rows that are "
+            "dense and do not overlap"
+        )

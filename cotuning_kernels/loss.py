@@ -1,0 +1,111 @@
+"""The Co-Tuning loss as a module: what most people use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cotuning_kernels import backends, functional, validation
+from cotuning_kernels.functional import CoTuningTerms
+from cotuning_kernels.targets import Target
+
+if TYPE_CHECKING:
+    from cotuning_kernels.relationship import Relationship
+
+__all__ = ["FusedCoTuningLoss"]
+
+
+class FusedCoTuningLoss(nn.Module):
+    r"""Co-Tuning's loss: cross entropy of the target head plus ``trade_off`` times that of the kept source head.
+
+    .. math:: L = \mathrm{CE}(z^t, y) + \lambda \, \mathrm{CE}(z^s, R_y)
+
+    Example::
+
+        criterion = FusedCoTuningLoss(relationship, trade_off=2.3)
+        source_logits, target_logits = model(images)
+        loss = criterion(source_logits, target_logits, labels)
+        loss.backward()
+
+    Args:
+        relationship: ``R[t, s] = p(y_source = s | y_target = t)``, a floating tensor ``(N_t, N_s)`` or a
+            :class:`cotuning_kernels.Relationship`. It becomes a buffer: it moves with ``.to()`` and is part of the
+            ``state_dict``. A row of zeros is a target class without source supervision.
+        trade_off: the factor of the source term. The attribute may be set between steps (a warm-up).
+        weight, label_smoothing, ignore_index, reduction, source_loss, inplace, backend: see
+            :func:`cotuning_kernels.functional.co_tuning_loss`.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or value; a relationship that is negative or not
+            finite.
+        RuntimeError: the backend asked for is not there; says how to get it.
+    """
+
+    relationship: Tensor
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        relationship: Tensor | Relationship,
+        trade_off: float = 2.3,
+        *,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        source_loss: str = "cross_entropy",
+        inplace: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        matrix = functional._matrix(relationship)
+        if isinstance(matrix, Tensor):
+            matrix = matrix.detach()
+        validation.check_relationship(matrix, None, getattr(matrix, "shape", (0,))[-1], getattr(matrix, "device", None))
+        bad = ~torch.isfinite(matrix) | (matrix < 0)
+        if bad.any():
+            row, column = (int(i) for i in bad.nonzero()[0])
+            raise ValueError(
+                f"relationship[{row}, {column}] is {float(matrix[row, column])}, expected a probability; a target class "
+                "without training images gives NaN means: see the `empty` argument of RelationshipEstimator.compute"
+            )
+        validation.check_weight(weight, matrix.shape[0], matrix.device)
+        validation.check_options(label_smoothing, reduction, source_loss)
+        backends.select(matrix.device.type, backend)
+        self.register_buffer("relationship", matrix.clone(memory_format=torch.contiguous_format))
+        self.register_buffer("weight", None if weight is None else weight.detach().clone())
+        self.trade_off = trade_off
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.source_loss = source_loss
+        self.inplace = inplace
+        self.backend = backend
+
+    def forward(
+        self, source_logits: Tensor, target_logits: Tensor, target: Target, *, return_terms: bool = False
+    ) -> Tensor | CoTuningTerms:
+        """The loss of a batch; with ``return_terms``, also its two parts for logging.
+
+        Args:
+            source_logits: ``(B, N_s)``.
+            target_logits: ``(B, N_t)``.
+            target: class indices ``(B,)``, class probabilities ``(B, N_t)`` or a mixup pair
+                ``(labels_a, labels_b, share of labels_a)``.
+            return_terms: return :class:`cotuning_kernels.CoTuningTerms`.
+        """
+        return functional.co_tuning_loss(
+            source_logits, target_logits, target, self.relationship, trade_off=self.trade_off, weight=self.weight,
+            label_smoothing=self.label_smoothing, ignore_index=self.ignore_index, reduction=self.reduction,
+            source_loss=self.source_loss, return_terms=return_terms, inplace=self.inplace, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        target_classes, source_classes = self.relationship.shape
+        return (
+            f"target_classes={target_classes}, source_classes={source_classes}, trade_off={self.trade_off}, "
+            f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
+            f"reduction={self.reduction!r}, source_loss={self.source_loss!r}, backend={self.backend!r}"
+        )

@@ -1,0 +1,54 @@
+"""The three forms a target comes in, brought to the form that the operations take."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["MixedTarget", "OperandTarget", "Target", "operand_target"]
+
+
+class MixedTarget(NamedTuple):
+    """A mixup or CutMix target: row ``i`` is ``share[i]`` of class ``labels_a[i]`` and the rest of ``labels_b[i]``.
+
+    Args:
+        labels_a, labels_b: class indices, int64 or int32, shape ``(B,)``.
+        share: the share of ``labels_a``, in [0, 1]: a float, or a tensor of shape ``()`` or ``(B,)``.
+    """
+
+    labels_a: Tensor
+    labels_b: Tensor
+    share: Tensor | float
+
+
+Target = Tensor | MixedTarget | tuple[Tensor, Tensor, Tensor | float]
+"""Class indices ``(B,)``, class probabilities ``(B, N_t)``, or a mixup pair."""
+
+
+class OperandTarget(NamedTuple):
+    """A target and its relationship as the operations take them (see :mod:`cotuning_kernels.backends.schema`)."""
+
+    target: Tensor
+    target_b: Tensor | None
+    mix: Tensor | None
+    relationship: Tensor
+
+
+def operand_target(target: Target, relationship: Tensor, dtype: torch.dtype) -> OperandTarget:
+    """Split a mixup pair; translate class probabilities by a matrix product in ``dtype``."""
+    if isinstance(target, tuple):
+        labels_a, labels_b, share = target
+        if isinstance(share, Tensor):
+            mix = share.to(labels_a.device, torch.float64).reshape(-1)
+        else:
+            mix = torch.full((1,), share, dtype=torch.float64, device=labels_a.device)
+        return OperandTarget(labels_a, labels_b, mix, relationship)
+    if not target.is_floating_point():
+        return OperandTarget(target, None, None, relationship)
+    # The product must not be rounded to half precision behind the caller's back.
+    with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
+        translated = target.to(dtype) @ relationship.to(dtype)
+        supervised = (relationship != 0).any(dim=1).to(torch.float64)
+        return OperandTarget(target, None, target.to(torch.float64) @ supervised, translated)

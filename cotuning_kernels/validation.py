@@ -1,0 +1,143 @@
+"""What every argument must be, said in words when it is not.
+
+These run at every training step, so the way through them when all is well reads shapes and dtypes only: no data, no
+device synchronisation. Labels are checked by the kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cotuning_kernels.targets import Target
+
+__all__ = ["check_logits", "check_options", "check_relationship", "check_target", "check_weight"]
+
+_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LABEL_DTYPES = (torch.int64, torch.int32)
+_SOURCE_LOSSES = ("cross_entropy", "kl")
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} is a {type(logits).__name__}, expected a Tensor of shape (B, classes)")
+    if logits.dim() != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(logits.shape)}, expected (B, classes); flatten leading dimensions first, "
+            f"for instance {name}.flatten(0, -2) and target.flatten()"
+        )
+    if logits.dtype not in _LOGIT_DTYPES:
+        raise TypeError(f"{name} has dtype {logits.dtype}, expected one of {', '.join(map(str, _LOGIT_DTYPES))}")
+    if logits.shape[1] == 0:
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}, expected at least one class")
+
+
+def check_target(target: Target, batch: int, num_target_classes: int, device: torch.device, ignore_index: int) -> None:
+    if isinstance(target, tuple):
+        if len(target) != 3:
+            raise ValueError(
+                f"target is a tuple of {len(target)}, expected a mixup pair (labels_a, labels_b, share of labels_a)"
+            )
+        _check_labels("target[0]", target[0], batch, device)
+        _check_labels("target[1]", target[1], batch, device)
+        if target[0].dtype != target[1].dtype:
+            raise TypeError(f"target[0] is {target[0].dtype} and target[1] is {target[1].dtype}, expected one dtype")
+        _check_share(target[2], batch)
+        return
+    if not isinstance(target, Tensor):
+        raise TypeError(
+            f"target is a {type(target).__name__}, expected class indices (B,), class probabilities (B, N_t), or a "
+            "mixup pair (labels_a, labels_b, share of labels_a)"
+        )
+    if not target.is_floating_point():
+        _check_labels("target", target, batch, device)
+        return
+    if target.dim() != 2 or target.shape[0] != batch or target.shape[1] != num_target_classes:
+        raise ValueError(
+            f"target holds class probabilities of shape {tuple(target.shape)}, expected ({batch}, {num_target_classes}) "
+            "(class indices are int64 or int32 of shape (B,))"
+        )
+    if target.requires_grad:
+        raise ValueError("target requires grad, but the loss is not differentiated in its targets; pass target.detach()")
+    if ignore_index >= 0:
+        raise ValueError(f"ignore_index is {ignore_index}, but it has no meaning with class probabilities as target")
+    _check_device("target", target, device)
+
+
+def check_relationship(
+    relationship: Tensor, num_target_classes: int | None, num_source_classes: int, device: torch.device
+) -> None:
+    if not isinstance(relationship, Tensor):
+        raise TypeError(
+            f"relationship is a {type(relationship).__name__}, expected a Tensor of shape (N_t, N_s) or a Relationship"
+        )
+    if relationship.dim() != 2 or not relationship.is_floating_point():
+        raise ValueError(
+            f"relationship is {relationship.dtype} of shape {tuple(relationship.shape)}, expected a floating tensor "
+            "(N_t, N_s): one row of source-class probabilities a target class"
+        )
+    if relationship.dtype not in _LOGIT_DTYPES:
+        raise TypeError(f"relationship has dtype {relationship.dtype}, expected {', '.join(map(str, _LOGIT_DTYPES))}")
+    if relationship.shape[1] != num_source_classes:
+        raise ValueError(
+            f"relationship has {relationship.shape[1]} columns, but source_logits has {num_source_classes} classes; "
+            "was the relationship learnt with another source head?"
+        )
+    if num_target_classes is not None and relationship.shape[0] != num_target_classes:
+        raise ValueError(
+            f"relationship has {relationship.shape[0]} rows, but target_logits has {num_target_classes} classes; "
+            "a target class without source supervision needs a row too (of zeros)"
+        )
+    if relationship.requires_grad:
+        raise ValueError("relationship requires grad, but the loss is not differentiated in it; pass .detach()")
+    _check_device("relationship", relationship, device)
+
+
+def check_weight(weight: Tensor | None, num_target_classes: int, device: torch.device) -> None:
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(f"weight is {weight!r:.80}, expected a floating Tensor of shape ({num_target_classes},) or None")
+    if weight.dim() != 1 or weight.shape[0] != num_target_classes:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({num_target_classes},): one a target class")
+    if weight.requires_grad:
+        raise ValueError("weight requires grad, but the loss is not differentiated in it; pass weight.detach()")
+    _check_device("weight", weight, device)
+
+
+def check_options(label_smoothing: float, reduction: str, source_loss: str) -> None:
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1]")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
+    if source_loss not in _SOURCE_LOSSES:
+        raise ValueError(f"source_loss is {source_loss!r}, expected 'cross_entropy' or 'kl'")
+
+
+def _check_labels(name: str, labels: Tensor, batch: int, device: torch.device) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} is a {type(labels).__name__}, expected a Tensor of class indices")
+    if labels.dtype not in _LABEL_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {labels.dtype}, expected class indices as int64 or int32; convert with {name}.long()"
+        )
+    if labels.dim() != 1 or labels.shape[0] != batch:
+        raise ValueError(f"{name} has shape {tuple(labels.shape)}, expected ({batch},): one class index a row of logits")
+    _check_device(name, labels, device)
+
+
+def _check_share(share: Tensor | float, batch: int) -> None:
+    if isinstance(share, Tensor):
+        if share.dim() > 1 or (share.dim() == 1 and share.shape[0] not in (1, batch)):
+            raise ValueError(f"target[2], the share, has shape {tuple(share.shape)}, expected () or ({batch},)")
+        if not share.is_floating_point():
+            raise TypeError(f"target[2], the share, has dtype {share.dtype}, expected a floating dtype")
+        if share.requires_grad:
+            raise ValueError("target[2], the share, requires grad, but the loss is not differentiated in it")
+    elif not isinstance(share, torch.SymFloat) and not 0.0 <= share <= 1.0:
+        raise ValueError(f"target[2], the share of labels_a, is {share}, expected a number in [0, 1]")
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, but the logits are on {device}; move it with .to({device!r})")
