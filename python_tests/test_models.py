@@ -1,0 +1,669 @@
+"""CoTuningModel against separate computations, on architectures whose heads differ in every way that matters."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cotuning_kernels import models
+from cotuning_kernels.models import CoTuningLogits, CoTuningModel
+
+N_SOURCE, N_TARGET = 13, 5
+
+
+class ResNetLike(nn.Module):
+    """BatchNorm, pooling, flatten, dropout, Linear head called fc."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8, momentum=0.01)
+        self.dropout = nn.Dropout(0.2)
+        self.fc = nn.Linear(8, N_SOURCE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.dropout(torch.relu(self.bn(self.conv(x))).mean((2, 3))))
+
+
+class SqueezeNetLike(nn.Module):
+    """No BatchNorm; a 1x1 convolution is the head, and ReLU, pooling and flatten come after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 1), nn.ReLU())
+        self.classifier = nn.Sequential(
+            nn.Dropout(0.2), nn.Conv2d(8, N_SOURCE, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x)).flatten(1)
+
+
+class TimmLike(nn.Module):
+    """Knows its head, has a second one of the same width for training, and BatchNorm in a subclass."""
+
+    class BatchNormAct(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(super().forward(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.norm = self.BatchNormAct(8)
+        self.head = nn.ModuleDict({"drop": nn.Identity(), "fc": nn.Linear(8, N_SOURCE)})
+        self.auxiliary = nn.Linear(8, N_SOURCE)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head["fc"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head["fc"](self.head["drop"](self.norm(self.stem(x)).amax((2, 3))))
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    hidden_states: Tensor | None = None
+
+
+class TransformerLike(nn.Module):
+    """Token logits in an output object; the head's weight is the embedding's (tied); called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(N_SOURCE, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.decoder = nn.Linear(8, N_SOURCE)
+        self.decoder.weight = self.embeddings.weight
+
+    def forward(self, input_ids: Tensor) -> Output:
+        hidden = self.encoder(self.embeddings(input_ids))
+        return Output(self.decoder(hidden), hidden)
+
+
+class TupleMlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, 8, bias=False)
+        self.head = nn.Linear(8, N_SOURCE, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.hidden(x.flatten(2).mean(2) @ torch.ones(3, 6, dtype=x.dtype)))
+        return self.head(hidden), hidden
+
+
+class DictMlp(TupleMlp):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits, hidden = super().forward(x)
+        return {"hidden": hidden, "logits": logits}
+
+
+def efficientnet_lite() -> nn.Module:
+    package = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install efficientnet-lite-pytorch")
+    return package.EfficientNet.from_name("efficientnet-lite0", num_classes=N_SOURCE, drop_connect_rate=0.0)
+
+
+def images(batch: int = 4) -> Tensor:
+    return torch.randn(batch, 3, 9, 9)
+
+
+def tokens(batch: int = 4) -> Tensor:
+    return torch.randint(0, N_SOURCE, (batch, 6))
+
+
+@dataclass
+class Architecture:
+    make: Callable[[], nn.Module]
+    head: str
+    inputs: Callable[[], Tensor]
+    logits: Callable[[Any], Tensor] = lambda output: output
+
+
+ARCHITECTURES = {
+    "resnet_like": Architecture(ResNetLike, "fc", images),
+    "squeezenet_like": Architecture(SqueezeNetLike, "classifier.1", images),
+    "timm_like": Architecture(TimmLike, "head.fc", images),
+    "transformer_like": Architecture(TransformerLike, "decoder", tokens, lambda output: output.logits),
+    "tuple_mlp": Architecture(TupleMlp, "head", images, lambda output: output[0]),
+    "dict_mlp": Architecture(DictMlp, "head", images, lambda output: output["logits"]),
+    "efficientnet_lite": Architecture(efficientnet_lite, "_fc", lambda: torch.randn(2, 3, 64, 64)),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return ARCHITECTURES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """A fresh seed for every test; printed, so that pytest shows it with a failure."""
+    seed = torch.seed() % 2**31
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)
+    return seed
+
+
+def with_head(classifier: nn.Module, name: str, head: nn.Module) -> nn.Module:
+    """The classifier with another head, put in by hand."""
+    classifier = copy.deepcopy(classifier)
+    parent, _, leaf = name.rpartition(".")
+    setattr(classifier.get_submodule(parent), leaf, copy.deepcopy(head))
+    return classifier
+
+
+def check_logits_and_gradients(model: CoTuningModel, classifier: nn.Module, architecture: Architecture) -> None:
+    """Both outputs, and every gradient for random upstream gradients, equal two classifiers that know of no other."""
+    x = architecture.inputs()
+    x = x.double() if x.is_floating_point() else x
+    source_only = copy.deepcopy(classifier).double().eval()
+    target_only = with_head(classifier, architecture.head, model.target_head).double().eval()
+    model = copy.deepcopy(model).double().eval()
+
+    source_logits, target_logits = model(x)
+    expected_source = architecture.logits(source_only(x))
+    expected_target = architecture.logits(target_only(x))
+    torch.testing.assert_close(source_logits, expected_source)
+    torch.testing.assert_close(target_logits, expected_target)
+
+    upstream_source, upstream_target = torch.randn_like(source_logits), torch.randn_like(target_logits)
+    torch.autograd.backward([source_logits, target_logits], [upstream_source, upstream_target])
+    expected_source.backward(upstream_source)
+    expected_target.backward(upstream_target)
+
+    source_parameters, target_parameters = dict(source_only.named_parameters()), dict(target_only.named_parameters())
+    head = architecture.head
+    torch.testing.assert_close(model.target_head.weight.grad, target_parameters[f"{head}.weight"].grad)
+    heads_at = f"network.{head}."
+    for name, parameter in model.named_parameters():
+        if name.startswith(heads_at + "target_head."):
+            continue
+        name = name.replace(heads_at + "source_head.", head + ".").removeprefix("network.")
+        terms = [source_parameters[name].grad]
+        if not name.startswith(head + "."):
+            terms.append(target_parameters[name].grad)
+        terms = [term for term in terms if term is not None]
+        if terms:
+            torch.testing.assert_close(parameter.grad, sum(terms), msg=lambda text, name=name: f"{name}: {text}")
+        else:
+            assert parameter.grad is None, name
+
+
+def test_both_heads_equal_separate_classifiers(architecture: Architecture) -> None:
+    classifier = architecture.make()
+    model = CoTuningModel.from_classifier(classifier, N_TARGET)
+    assert (model.num_source_classes, model.num_target_classes) == (N_SOURCE, N_TARGET)
+    check_logits_and_gradients(model, classifier, architecture)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda heads, x: torch.cat([heads.source_head(x), heads.target_head(x.detach())], heads.class_dim),
+        lambda heads, x: torch.cat([heads.source_head(x.detach()), heads.target_head(x)], heads.class_dim),
+        lambda heads, x: torch.cat([heads.target_head(x), heads.source_head(x)], heads.class_dim),
+        lambda heads, x: torch.cat([heads.source_head(x), 2 * heads.target_head(x)], heads.class_dim),
+    ],
+    ids=["no_gradient_from_target", "no_gradient_from_source", "swapped", "scaled"],
+)
+@pytest.mark.parametrize("name", ["resnet_like", "squeezenet_like"])
+def test_the_check_catches_a_fault_in_the_heads(
+    name: str, fault: Callable[[Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = ARCHITECTURES[name]
+    classifier = architecture.make()
+    model = CoTuningModel.from_classifier(classifier, N_TARGET)
+    monkeypatch.setattr(models._TwoHeads, "forward", fault)
+    with pytest.raises(AssertionError):
+        check_logits_and_gradients(model, classifier, architecture)
+
+
+def test_head_named_by_the_caller(architecture: Architecture) -> None:
+    classifier = architecture.make()
+    by_name = CoTuningModel.from_classifier(classifier, N_TARGET, head=architecture.head)
+    found = CoTuningModel.from_classifier(classifier, N_TARGET)
+    assert list(by_name.state_dict()) == list(found.state_dict())
+
+
+def test_built_from_parts() -> None:
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(27, 8), nn.ReLU())
+    source_head = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, N_SOURCE))
+    target_head = nn.Linear(8, N_TARGET)
+    model = CoTuningModel(backbone, source_head, target_head)
+    assert model.source_head is source_head
+    assert model.target_head is target_head
+    x = torch.randn(4, 3, 3, 3)
+    source_logits, target_logits = model(x)
+    torch.testing.assert_close(source_logits, source_head(backbone(x)))
+    torch.testing.assert_close(target_logits, target_head(backbone(x)))
+    torch.testing.assert_close(model.target_model()(x), target_logits)
+    torch.testing.assert_close(model.source_model()(x), source_logits)
+
+
+def test_the_classifier_is_left_alone_unless_asked_otherwise(architecture: Architecture) -> None:
+    classifier = architecture.make().eval()
+    x = architecture.inputs()
+    before, state = architecture.logits(classifier(x)), copy.deepcopy(classifier.state_dict())
+    model = CoTuningModel.from_classifier(classifier, N_TARGET)
+    assert not model.training
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    torch.testing.assert_close(architecture.logits(classifier(x)), before, rtol=0, atol=0)
+    assert list(classifier.state_dict()) == list(state)
+
+    taken = CoTuningModel.from_classifier(classifier, N_TARGET, copy=False)
+    assert taken.network is classifier
+    assert taken.source_head.weight is classifier.get_submodule(architecture.head).source_head.weight
+
+
+def test_target_model_has_no_source_head_and_the_same_outputs(architecture: Architecture) -> None:
+    classifier = architecture.make()
+    model = CoTuningModel.from_classifier(classifier, N_TARGET).eval()
+    x = architecture.inputs()
+    expected = model(x).target_logits
+    target_model = model.target_model()
+    assert not target_model.training
+    torch.testing.assert_close(architecture.logits(target_model(x)), expected)
+    assert list(target_model.state_dict()) == list(classifier.state_dict())
+    assert all(not isinstance(module, models._TwoHeads) for module in target_model.modules())
+
+    head_parameters = sum(p.numel() for p in model.target_head.parameters())
+    backbone = {p for p in model.parameters()} - set(model.target_head.parameters())
+    if architecture.make is not TransformerLike:  # there the source head's weight is the embedding's as well
+        backbone -= set(model.source_head.parameters())
+    else:
+        backbone -= {model.source_head.bias}
+    assert sum(p.numel() for p in target_model.parameters()) == head_parameters + sum(p.numel() for p in backbone)
+
+    # A snapshot: training the model afterwards does not change it.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(architecture.logits(target_model(x)), expected)
+    assert not torch.allclose(model(x).target_logits, expected)
+
+
+def test_source_model_is_the_classifier(architecture: Architecture) -> None:
+    classifier = architecture.make().eval()
+    model = CoTuningModel.from_classifier(classifier, N_TARGET)
+    x = architecture.inputs()
+    source_model = model.source_model()
+    assert list(source_model.state_dict()) == list(classifier.state_dict())
+    torch.testing.assert_close(architecture.logits(source_model(x)), architecture.logits(classifier(x)), rtol=0, atol=0)
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = CoTuningModel.from_classifier(TransformerLike(), N_TARGET)
+    assert model.source_head.weight is model.network.embeddings.weight
+    source_model = model.source_model()
+    assert source_model.decoder.weight is source_model.embeddings.weight
+
+
+# --- optimizer groups -------------------------------------------------------------------------------------------------
+
+
+def check_groups(groups: list[dict[str, Any]], model: nn.Module) -> None:
+    """Each trainable parameter in exactly one group."""
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)), "a parameter is in more than one group"
+    assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}, "a parameter is missing, or frozen"
+
+
+def test_param_groups(architecture: Architecture) -> None:
+    model = CoTuningModel.from_classifier(architecture.make(), N_TARGET)
+    groups = model.param_groups(1e-3, weight_decay=5e-4)
+    check_groups(groups, model)
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates == {"backbone": 1e-3, "source_head": 1e-3, "target_head": pytest.approx(1e-2)}
+    assert all(group["weight_decay"] == 5e-4 for group in groups)
+    assert {id(p) for p in groups[-1]["params"]} == {id(p) for p in model.target_head.parameters()}
+
+
+def test_the_group_check_catches_faults() -> None:
+    model = CoTuningModel.from_classifier(ResNetLike(), N_TARGET)
+    twice = model.param_groups(1e-3)
+    twice[0]["params"] = [*twice[0]["params"], twice[2]["params"][0]]
+    with pytest.raises(AssertionError, match="more than one"):
+        check_groups(twice, model)
+    missing = model.param_groups(1e-3)
+    del missing[1]["params"][0]
+    with pytest.raises(AssertionError, match="missing"):
+        check_groups(missing, model)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = CoTuningModel.from_classifier(ResNetLike(), N_TARGET)
+    model.source_head.requires_grad_(False)
+    model.network.conv.requires_grad_(False)
+    groups = model.param_groups(0.1)
+    assert [group["name"] for group in groups] == ["backbone", "target_head"]
+    assert "weight_decay" not in groups[0]
+    check_groups(groups, model)
+
+
+def test_the_new_head_moves_at_its_own_rate() -> None:
+    model = CoTuningModel.from_classifier(ResNetLike(), N_TARGET)
+    optimizer = torch.optim.SGD(model.param_groups(1e-2, new_head_multiplier=7.0))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        rate = 7e-2 if "target_head" in name else 1e-2
+        torch.testing.assert_close(parameter.detach(), before[name] - rate * parameter.grad)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"lr": -1.0}, {"lr": float("nan")}, {"new_head_multiplier": -1.0}, {"weight_decay": -1.0}]
+)
+def test_bad_rates(bad: dict[str, float]) -> None:
+    model = CoTuningModel.from_classifier(TupleMlp(), N_TARGET)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        model.param_groups(**({"lr": 0.1} | bad))
+
+
+# --- finding the head -------------------------------------------------------------------------------------------------
+
+
+class Distilled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.head = nn.Linear(8, N_SOURCE)
+        self.head_dist = nn.Linear(8, N_SOURCE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.head(self.body(x)) + self.head_dist(self.body(x))) / 2
+
+
+class HeadFirst(nn.Module):
+    """The head is registered before the body, and the body ends in a layer that could be a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, N_SOURCE)
+        self.body = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def test_ambiguous_heads_are_listed() -> None:
+    with pytest.raises(ValueError, match=r"ambiguous.*'head' \(Linear 8 -> 13\), 'head_dist' \(Linear 8 -> 13\)"):
+        CoTuningModel.from_classifier(Distilled(), N_TARGET)
+    body_then_norm = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    with pytest.raises(ValueError, match=r"ambiguous.*'0' \(1x1 Conv2d 3 -> 8\)"):
+        CoTuningModel.from_classifier(body_then_norm, N_TARGET)
+
+
+def test_no_head() -> None:
+    with pytest.raises(ValueError, match=r"Sequential has no head.*CoTuningModel\(backbone"):
+        CoTuningModel.from_classifier(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), N_TARGET)
+    with pytest.raises(ValueError, match="has no head"):
+        CoTuningModel.from_classifier(nn.Sequential(nn.Conv2d(4, 8, 1, groups=2)), N_TARGET)
+
+    class Headless(TimmLike):
+        def get_classifier(self) -> nn.Module:
+            return nn.Identity()
+
+    with pytest.raises(ValueError, match=r"get_classifier\(\) returns Identity.*num_classes=0"):
+        CoTuningModel.from_classifier(Headless(), N_TARGET)
+
+
+def test_named_head_that_is_none() -> None:
+    with pytest.raises(ValueError, match=r"head='fx' names no module of ResNetLike.*'fc' \(Linear 8 -> 13\)"):
+        CoTuningModel.from_classifier(ResNetLike(), N_TARGET, head="fx")
+    with pytest.raises(TypeError, match=r"head='bn' is BatchNorm2d, expected nn.Linear.*'fc'"):
+        CoTuningModel.from_classifier(ResNetLike(), N_TARGET, head="bn")
+    with pytest.raises(TypeError, match=r"head='conv' is 3x3 Conv2d 3 -> 8, expected"):
+        CoTuningModel.from_classifier(ResNetLike(), N_TARGET, head="conv")
+
+
+@pytest.mark.parametrize("classes", [0, -1, 2.0, True])
+def test_bad_number_of_classes(classes: Any) -> None:
+    with pytest.raises(ValueError, match="num_target_classes"):
+        CoTuningModel.from_classifier(ResNetLike(), classes)
+
+
+def test_arguments_that_are_not_modules() -> None:
+    with pytest.raises(TypeError, match="classifier is int, expected"):
+        CoTuningModel.from_classifier(3, N_TARGET)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="target_head is NoneType"):
+        CoTuningModel(nn.Identity(), nn.Linear(2, 2), None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="source_head is ReLU"):
+        CoTuningModel(nn.Identity(), nn.ReLU(), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="both must be linear or both convolutional"):
+        CoTuningModel(nn.Identity(), nn.Conv2d(2, 2, 1), nn.Linear(2, 2))
+
+
+def test_a_head_whose_last_layer_does_not_end_it() -> None:
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(4, N_SOURCE)
+            self.down = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.down(x))
+
+    model = CoTuningModel(nn.Identity(), Projected(), nn.Linear(8, N_TARGET))
+    with pytest.raises(ValueError, match=r"source_head gave an output of shape \(2, 13\), expected 4 classes"):
+        model(torch.randn(2, 8))
+
+
+def test_the_classifier_itself_is_a_head() -> None:
+    classifier = nn.Linear(6, N_SOURCE)
+    model = CoTuningModel.from_classifier(classifier, N_TARGET)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(model(x).source_logits, classifier(x))
+    assert isinstance(model.target_model(), nn.Linear)
+
+
+def test_a_head_registered_under_two_names() -> None:
+    classifier = ResNetLike()
+    classifier.classifier = classifier.fc
+    model = CoTuningModel.from_classifier(classifier, N_TARGET)
+    assert model.network.fc is model.network.classifier is model.heads
+    target_model = model.target_model()
+    assert target_model.fc is target_model.classifier
+
+
+def test_example_input_finds_a_wrong_head_and_mixed_classes() -> None:
+    x = images()
+    classifier = ResNetLike()
+    classifier.train()
+    model = CoTuningModel.from_classifier(classifier, N_TARGET, example_input=x)
+    assert model.training
+    assert classifier.training
+
+    with pytest.raises(ValueError, match="mixes its classes after the head, as a softmax does"):
+        CoTuningModel.from_classifier(nn.Sequential(ResNetLike(), nn.Softmax(1)), N_TARGET, example_input=x)
+
+    # Without an example it is found at the first call at the latest.
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        CoTuningModel.from_classifier(HeadFirst(), N_TARGET)(torch.randn(2, 6))
+    # The classifier is as it was, also where it was to be taken over.
+    taken = HeadFirst().eval()
+    vectors = torch.randn(2, 6)
+    before = taken(vectors)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        CoTuningModel.from_classifier(taken, N_TARGET, example_input=vectors, copy=False)
+    torch.testing.assert_close(taken(vectors), before)
+
+
+def test_example_input_by_keyword() -> None:
+    CoTuningModel.from_classifier(TransformerLike(), N_TARGET, example_input={"input_ids": tokens()})
+
+
+def test_outputs_that_cannot_be_cut() -> None:
+    class Flattened(SqueezeNetLike):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier[:3](self.features(x)).flatten(1)
+
+    with pytest.raises(ValueError, match="cannot share"):
+        CoTuningModel.from_classifier(Flattened(), N_TARGET)(images())
+
+    class Nothing(ResNetLike):
+        def forward(self, x: Tensor) -> None:  # type: ignore[override]
+            super().forward(x)
+
+    with pytest.raises(TypeError, match="the classifier returned NoneType, expected logits"):
+        CoTuningModel.from_classifier(Nothing(), N_TARGET)(images())
+
+
+def test_the_new_head_follows_the_old_one() -> None:
+    model = CoTuningModel.from_classifier(TupleMlp().to(torch.bfloat16), N_TARGET)
+    assert model.target_head.weight.dtype == torch.bfloat16
+    assert model.target_head.bias is None  # as the source head
+    meta = CoTuningModel.from_classifier(ResNetLike().to("meta"), N_TARGET)
+    assert meta.target_head.weight.device.type == "meta"
+
+
+def test_the_new_head_repeats_with_the_seed() -> None:
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        weights.append(CoTuningModel.from_classifier(ResNetLike(), N_TARGET).target_head.weight)
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+
+# --- a good module ----------------------------------------------------------------------------------------------------
+
+
+def test_state_dict_copy_and_pickle(architecture: Architecture) -> None:
+    model = CoTuningModel.from_classifier(architecture.make(), N_TARGET).eval()
+    x = architecture.inputs()
+    expected = model(x)
+    assert isinstance(expected, CoTuningLogits)
+    assert f"network.{architecture.head}.source_head.weight" in model.state_dict()
+
+    other = CoTuningModel.from_classifier(architecture.make(), N_TARGET).eval()
+    assert not torch.allclose(other(x).target_logits, expected.target_logits)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for twin in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for got, want in zip(twin(x), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["resnet_like", "squeezenet_like"])
+def test_compile_and_export(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model = CoTuningModel.from_classifier(architecture.make(), N_TARGET).eval()
+    x = architecture.inputs()
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    exported = torch.export.export(model, (x,)).module()
+    for run in (compiled, exported):
+        for got, want in zip(run(x), expected, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_threads_do_not_mix_their_results() -> None:
+    model = CoTuningModel.from_classifier(SqueezeNetLike(), N_TARGET).eval()
+    batches = [images(batch) for batch in range(1, 17)] * 4
+    expected = [model(x) for x in batches]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(model, batches))
+    for got, want in zip(results, expected, strict=True):
+        torch.testing.assert_close(tuple(got), tuple(want))
+
+
+def test_logits_may_be_overwritten_in_place() -> None:
+    """A loss may write its gradient into the logits: autograd allows that for the views returned here."""
+    model = CoTuningModel.from_classifier(ResNetLike(), N_TARGET).eval()
+    x, factor = images(), torch.randn(N_SOURCE)
+    source_logits, target_logits = model(x)
+    (source_logits.mul_(factor).sum() + target_logits.sum()).backward()
+    got = model.network.conv.weight.grad.clone()
+    model.zero_grad()
+    source_logits, target_logits = model(x)
+    ((source_logits * factor).sum() + target_logits.sum()).backward()
+    torch.testing.assert_close(got, model.network.conv.weight.grad)
+
+
+# --- BatchNorm --------------------------------------------------------------------------------------------------------
+
+
+def test_batchnorm_momentum() -> None:
+    classifier = TimmLike()
+    model = CoTuningModel.from_classifier(classifier, N_TARGET)
+    assert model.set_batchnorm_momentum(0.25) == 1
+    assert classifier.norm.momentum == 0.1
+    x = images()
+    before = model.network.norm.running_mean.clone()
+    batch_mean = model.network.stem(x).mean((0, 2, 3))
+    model.train()(x)
+    torch.testing.assert_close(model.network.norm.running_mean, 0.75 * before + 0.25 * batch_mean)
+    assert CoTuningModel.from_classifier(SqueezeNetLike(), N_TARGET).set_batchnorm_momentum(0.1) == 0
+    with pytest.raises(ValueError, match=r"momentum is 1.5, expected a number in \[0, 1\] or None"):
+        model.set_batchnorm_momentum(1.5)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, torch.zeros(len(x))), lambda x: {"x": x}])
+def test_reestimated_batchnorm_is_the_mean_over_batches(wrap: Callable[[Tensor], Any]) -> None:
+    model = CoTuningModel.from_classifier(ResNetLike(), N_TARGET).train()
+    model.network.dropout.eval()
+    modes = [module.training for module in model.modules()]
+    loader = [images(6) * (1 + i) for i in range(3)]
+    features = [model.network.conv(x) for x in loader]
+    assert model.reestimate_batchnorm([wrap(x) for x in loader]) == 3
+    norm = model.network.bn
+    torch.testing.assert_close(norm.running_mean, torch.stack([f.mean((0, 2, 3)) for f in features]).mean(0))
+    torch.testing.assert_close(norm.running_var, torch.stack([f.var((0, 2, 3)) for f in features]).mean(0))
+    assert norm.momentum == 0.01
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_reestimation_that_fails_changes_nothing() -> None:
+    model = CoTuningModel.from_classifier(ResNetLike(), N_TARGET).train()
+    model(images())
+    before = copy.deepcopy(model.state_dict())
+
+    def broken_loader() -> Any:
+        yield images()
+        raise OSError("the disk is gone")
+
+    for loader, error in (([], ValueError), (broken_loader(), OSError), ([torch.randn(2, 4, 9, 9)], RuntimeError)):
+        with pytest.raises(error):
+            model.reestimate_batchnorm(loader)
+        torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+        assert model.network.bn.momentum == 0.01
+        assert all(module.training for module in model.modules())
+    with pytest.raises(ValueError, match="no BatchNorm layer"):
+        CoTuningModel.from_classifier(SqueezeNetLike(), N_TARGET).reestimate_batchnorm([images()])
+
+
+def test_end_to_end_on_the_reference_loss() -> None:
+    """A few steps of Co-Tuning lower both terms."""
+    from cotuning_kernels import reference
+
+    torch.manual_seed(0)
+    model = CoTuningModel.from_classifier(ResNetLike(), N_TARGET)
+    x, y = (
+        torch.randn(20, 3, 9, 9) + torch.arange(20).remainder(N_TARGET)[:, None, None, None],
+        torch.arange(20) % N_TARGET,
+    )
+    relationship = torch.softmax(2 * torch.randn(N_TARGET, N_SOURCE), 1)
+    optimizer = torch.optim.SGD(model.param_groups(0.02), momentum=0.9)
+    history = []
+    for _ in range(30):
+        loss, target_term, source_term = reference.co_tuning_loss(*model(x), y, relationship)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append((target_term.item(), source_term.item()))
+    assert history[-1][0] < 0.7 * history[0][0]
+    assert history[-1][1] < history[0][1]
