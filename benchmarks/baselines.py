@@ -1,0 +1,136 @@
+"""The formulations that cotuning_kernels is compared with, written afresh after reading their authors' code.
+
+Each docstring says whose formulation it is. They are what people run today, not straw men: where the original does
+something a benchmark should not charge for (printing, logging), it is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "authors_temperature",
+    "compiled",
+    "compiler_missing",
+    "cross_entropy_loss",
+    "kl_div_loss",
+    "log_softmax_loss",
+    "tllib_loss",
+    "tllib_relationship",
+]
+
+TorchLoss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+def tllib_loss(
+    source_logits: Tensor,
+    target_logits: Tensor,
+    labels: Tensor,
+    relationship: npt.NDArray[np.float32],
+    trade_off: float,
+) -> Tensor:
+    """The step of tllib (Transfer-Learning-Library, ``tllib.regularization.co_tuning`` and its example's loop).
+
+    The relationship is a NumPy array on the host. Each step indexes it with the batch's labels, which copies ``B`` rows
+    of ``N_s``, and brings them to the device as float32 (on the CPU that moves nothing). The source term is spelled out
+    as a product with ``log_softmax``, a sum and a mean. The authors' own repository does the same. Neither knows mixed
+    precision: low-precision logits go into ``log_softmax`` as they are.
+    """
+    device = source_logits.device
+    translated = torch.from_numpy(relationship[labels]).to(device).float()
+    target_term = F.cross_entropy(target_logits, labels.to(device))
+    source_term = (-translated * F.log_softmax(source_logits, dim=-1)).sum(dim=-1).mean()
+    return target_term + trade_off * source_term
+
+
+def log_softmax_loss(
+    source_logits: Tensor, target_logits: Tensor, labels: Tensor, relationship: Tensor, trade_off: float
+) -> Tensor:
+    """tllib's formula with the relationship on the device: what a reader of the paper writes in PyTorch."""
+    labels = labels.to(source_logits.device)
+    source_term = (-relationship[labels] * F.log_softmax(source_logits, dim=-1)).sum(dim=-1).mean()
+    return F.cross_entropy(target_logits, labels) + trade_off * source_term
+
+
+def cross_entropy_loss(
+    source_logits: Tensor, target_logits: Tensor, labels: Tensor, relationship: Tensor, trade_off: float
+) -> Tensor:
+    """PyTorch's own soft-label loss: ``F.cross_entropy`` with class probabilities as the target (torch >= 1.10)."""
+    labels = labels.to(source_logits.device)
+    source_term = F.cross_entropy(source_logits, relationship[labels])
+    return F.cross_entropy(target_logits, labels) + trade_off * source_term
+
+
+def kl_div_loss(
+    source_logits: Tensor, target_logits: Tensor, labels: Tensor, relationship: Tensor, trade_off: float
+) -> Tensor:
+    """``F.kl_div``, as knowledge distillation is usually written.
+
+    Its gradient is that of the cross entropy; the loss lacks the entropy of the relationship's rows, and is what
+    cotuning_kernels gives with ``source_loss="kl"``.
+    """
+    labels = labels.to(source_logits.device)
+    source_term = F.kl_div(F.log_softmax(source_logits, dim=-1), relationship[labels], reduction="batchmean")
+    return F.cross_entropy(target_logits, labels) + trade_off * source_term
+
+
+def compiled(loss: TorchLoss) -> TorchLoss:
+    """``loss`` under ``torch.compile``, specialised to one shape, as its fastest use is. The first calls compile."""
+    return torch.compile(loss, fullgraph=True, dynamic=False)
+
+
+def compiler_missing() -> str | None:
+    """Why ``torch.compile`` cannot run on this machine's CPU, or ``None``."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"torch.compile needs a C++ compiler and {compiler!r} is not installed (Debian: apt install g++)"
+    return None
+
+
+def tllib_relationship(logits: Iterable[Tensor], labels: Iterable[Tensor]) -> npt.NDArray[np.float32]:
+    """tllib's direct relationship: keep the softmax of every image on the host, then average class by class.
+
+    The authors' repository does the same with a softmax in NumPy, which is slower.
+
+    Returns:
+        ``(N_t, N_s)``, ``N_t`` being the largest label plus one.
+    """
+    probabilities = np.concatenate([F.softmax(batch, dim=1).cpu().numpy() for batch in logits])
+    label_array = np.concatenate([batch.numpy() for batch in labels])
+    num_classes = int(label_array.max()) + 1
+    return np.concatenate([probabilities[label_array == t].mean(axis=0, keepdims=True) for t in range(num_classes)])
+
+
+def authors_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The authors' calibration (thuml/CoTuning): L-BFGS on one factor of the logits, each step a forward and backward.
+
+    PyTorch's optimiser with its defaults (rate 1, at most 20 iterations a step, no line search), the factor starting at
+    1; up to 20 such steps, ending after the first one that has not used up its iterations. The optimiser counts its
+    iterations over all steps, so that in effect the loop ends after the first step or goes on to the twentieth. Their
+    progress line at every step is left out.
+
+    Returns:
+        The temperature, 1 / factor.
+    """
+    scale = torch.ones(1, 1, device=logits.device, requires_grad=True)
+    optimiser = torch.optim.LBFGS([scale])
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = F.cross_entropy(logits * scale, labels)
+        torch.autograd.backward(loss)
+        return loss
+
+    for _ in range(20):
+        optimiser.step(closure)
+        if optimiser.state[scale]["n_iter"] < optimiser.param_groups[0]["max_iter"]:
+            break
+    return 1.0 / scale.item()

@@ -1,0 +1,35 @@
+"""Options of ``pytest benchmarks/``, and the line that says what is measured."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from benchmarks.contestants import our_backend
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("cotuning_kernels benchmarks")
+    group.addoption("--bench-threads", type=int, default=1, help="threads of torch (default 1)")
+    group.addoption("--bench-device", default="cpu", help="cpu (default) or cuda")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    device = config.getoption("--bench-device")
+    threads = config.getoption("--bench-threads")
+    malloc = os.environ.get("MALLOC_MMAP_MAX_", "not set")
+    return f"cotuning_kernels: {our_backend(device)}, {threads} thread(s), MALLOC_MMAP_MAX_ {malloc}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    torch.set_num_threads(request.config.getoption("--bench-threads"))
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the logits are."""
+    name: str = request.config.getoption("--bench-device")
+    return name

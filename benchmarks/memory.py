@@ -1,0 +1,161 @@
+"""Peak memory, each measurement in a process of its own: what a call needs on top of what was there before it.
+
+Two numbers. *Resident*: the rise of the process's peak resident memory (Linux), whoever allocated it. *torch*: the peak
+of torch's own allocations, which is exact to the byte but blind to NumPy and to memory inside a kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from benchmarks.contestants import LOSS_CONTESTANTS, RELATIONSHIP_CONTESTANTS, prepare
+from benchmarks.problems import DTYPES, LossProblem, RelationshipProblem, Shape, parse_shape
+
+__all__ = ["Peak", "measure_here", "measure_loss", "measure_relationship"]
+
+# Every block of 64 KiB or more is mapped by itself and goes back to the system when it is freed: the peak is then what
+# is in use, not what the allocator keeps.
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes that a call needed at its peak on top of what was allocated before it.
+
+    Attributes:
+        resident: rise of the peak resident memory; ``None`` where ``/proc`` is not Linux's.
+        torch: rise of torch's allocations on the measured device.
+    """
+
+    resident: int | None
+    torch: int
+
+
+def measure_here(call: Callable[[], object], device: str = "cpu") -> Peak:
+    """Run ``call`` in this process: once to load code and make thread pools, then once for each of the two numbers.
+
+    What ``call`` returns is part of its peak, and nothing else may be left of it afterwards.
+    """
+    call()
+    resident = None if device != "cpu" else _resident_rise(call)
+    return Peak(resident, _torch_rise(call, device))
+
+
+def measure_loss(name: str, shape: Shape, dtype: str, *, threads: int = 1, device: str = "cpu") -> Peak:
+    """Peak of one forward and backward pass of a loss contestant in a fresh process, the gradients included."""
+    return _in_child(["loss", name, str(shape), "--dtype", dtype, "--device", device, "--threads", str(threads)])
+
+
+def measure_relationship(name: str, shape: Shape, batch: int, *, threads: int = 1, device: str = "cpu") -> Peak:
+    """Peak of learning a relationship from ``shape.batch`` rows of logits, the result included."""
+    arguments = ["relationship", name, str(shape), "--batch", str(batch), "--device", device]
+    return _in_child([*arguments, "--threads", str(threads)])
+
+
+def _in_child(arguments: list[str]) -> Peak:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
+    child = subprocess.run(command, env=environment | _ENVIRONMENT, capture_output=True, text=True)
+    if child.returncode != 0:
+        raise RuntimeError(f"measuring memory failed ({' '.join(arguments)}):\n{child.stderr.strip()}")
+    return Peak(**json.loads(child.stdout.splitlines()[-1]))
+
+
+def _resident_rise(call: Callable[[], object]) -> int | None:
+    gc.collect()
+    try:
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+        # 5 sets the recorded peak back to what is resident now.
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        before = _status_bytes("VmRSS")
+        result = call()
+        peak = _status_bytes("VmHWM")
+    except OSError:
+        return None
+    del result
+    return peak - before
+
+
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _torch_rise(call: Callable[[], object], device: str) -> int:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    # On the CPU only the profiler sees each allocation and each release.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    del result
+    results = profile.profiler.kineto_results
+    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    current = peak = 0
+    for _, change in changes:
+        current += change
+        peak = max(peak, current)
+    return peak
+
+
+def _loss_call(name: str, problem: LossProblem) -> Callable[[], object]:
+    contestant = next(contestant for contestant in LOSS_CONTESTANTS if contestant.name == name)
+    step = prepare([contestant], problem)[name]
+
+    def call() -> object:
+        torch.autograd.backward(step())
+        gradients = problem.source_logits.grad, problem.target_logits.grad
+        problem.clear_gradients()
+        return gradients
+
+    return call
+
+
+def _relationship_call(name: str, problem: RelationshipProblem) -> Callable[[], object]:
+    return lambda: RELATIONSHIP_CONTESTANTS[name](problem)
+
+
+def main() -> None:
+    """The child's side: measure, print one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=["loss", "relationship"])
+    parser.add_argument("name")
+    parser.add_argument("shape", type=parse_shape, help="rows x target classes x source classes")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, help="rows of one update of the relationship")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.kind == "loss":
+        loss_problem = LossProblem.make(arguments.shape, DTYPES[arguments.dtype], device=arguments.device)
+        call = _loss_call(arguments.name, loss_problem)
+    else:
+        relationship_problem = RelationshipProblem.make(arguments.shape, batch=arguments.batch, device=arguments.device)
+        call = _relationship_call(arguments.name, relationship_problem)
+    print(json.dumps(asdict(measure_here(call, arguments.device))))
+
+
+if __name__ == "__main__":
+    main()

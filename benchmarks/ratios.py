@@ -1,0 +1,374 @@
+"""One table: how many times faster and smaller cotuning_kernels is than the formulations people use today.
+
+    python -m benchmarks.ratios                     about three minutes: every shape, float32, one thread
+    python -m benchmarks.ratios --full              both dtypes, one and two threads, longer
+    python -m benchmarks.ratios --shapes 48x200x1000 --parts loss --json result.json
+
+Every contestant is first checked to give the same loss and gradients. ``benchmarks/README.md`` says how the numbers
+are taken and what each one means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import cotuning_kernels as ck
+from benchmarks import memory
+from benchmarks.contestants import (
+    LOSS_CONTESTANTS,
+    OURS,
+    RELATIONSHIP_CONTESTANTS,
+    TEMPERATURE_CONTESTANTS,
+    ExpectedLoss,
+    check_loss,
+    check_relationship,
+    check_temperature,
+    forward_and_backward,
+    our_backend,
+    prepare,
+    unavailable,
+)
+from benchmarks.problems import DTYPES, SHAPES, CalibrationProblem, LossProblem, RelationshipProblem, Shape, parse_shape
+from benchmarks.timing import Timing, interleave, synchronizer
+
+__all__ = ["Row", "main", "missed_floors", "render_table"]
+
+PARTS = ("loss", "memory", "relationship", "temperature")
+COMPILED = tuple(contestant.name for contestant in LOSS_CONTESTANTS if contestant.compiles)
+
+# What cotuning_kernels promises on a CPU, one thread: at least this many times faster than tllib's formulation ...
+FLOORS_FLOAT32 = dict(zip(SHAPES, (4.5, 4.5, 5.0, 5.0, 3.5, 3.5), strict=True))
+FLOOR_BFLOAT16 = 4.0
+# ... and than torch.compile, at each of these shapes ...
+FLOOR_COMPILED = 2.8
+# ... and than tllib's relationship and the authors' calibration, at these sizes.
+RELATIONSHIP_SHAPE, FLOOR_RELATIONSHIP = Shape(50_000, 200, 1000), 8.0
+CALIBRATION_ROWS, CALIBRATION_CLASSES, FLOOR_TEMPERATURE = 20_000, 1000, 25.0
+MEMORY_SHAPE = Shape(32768, 200, 1000)
+RELATIONSHIP_BATCH = 256
+
+# glibc gives large blocks back to the system when they are freed, and the next step pays for zeroed pages anew; at
+# 100 MB these page faults are most of the time, for everybody. A training loop's allocator has settled long before.
+_SETTLED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        measurement: what was measured.
+        dtype: of the logits.
+        threads: of torch.
+        unit: ``"s"`` or ``"B"``.
+        values: per contestant, median seconds or peak bytes.
+        ratios: per baseline, how many times ours it took; ours is not in it.
+        spreads: per baseline, half the distance between the quartiles of the round-by-round ratio, relative to it.
+        floors: per baseline, the least ratio that is promised.
+        rounds: how often each was timed; 0 for memory.
+    """
+
+    measurement: str
+    dtype: str
+    threads: int
+    unit: str
+    values: dict[str, float]
+    ratios: dict[str, float]
+    spreads: dict[str, float] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
+    rounds: int = 0
+
+    @classmethod
+    def of_times(
+        cls, measurement: str, dtype: str, threads: int, times: dict[str, Timing], floors: dict[str, float]
+    ) -> Row:
+        ours = times[OURS]
+        baselines = {name: timing for name, timing in times.items() if name != OURS}
+        spreads = {}
+        for name, timing in baselines.items():
+            low, high = timing.ratio_quartiles(ours)
+            spreads[name] = (high - low) / 2 / timing.ratio_to(ours)
+        return cls(
+            measurement,
+            dtype,
+            threads,
+            "s",
+            {name: timing.median for name, timing in times.items()},
+            {name: timing.ratio_to(ours) for name, timing in baselines.items()},
+            spreads,
+            {name: floor for name, floor in floors.items() if name in baselines},
+            len(ours.seconds),
+        )
+
+    @classmethod
+    def of_bytes(cls, measurement: str, dtype: str, threads: int, peaks: dict[str, int]) -> Row:
+        ratios = {name: peak / max(peaks[OURS], 1) for name, peak in peaks.items() if name != OURS}
+        return cls(measurement, dtype, threads, "B", {name: float(peak) for name, peak in peaks.items()}, ratios)
+
+
+def missed_floors(rows: Iterable[Row]) -> list[str]:
+    """A sentence for each ratio that is below its floor."""
+    return [
+        f"{row.measurement}, {row.dtype}, {row.threads} thread(s): {row.ratios[name]:.2f} times {name}, "
+        f"promised {floor:g}"
+        for row in rows
+        for name, floor in row.floors.items()
+        if not row.ratios[name] >= floor
+    ]
+
+
+def render_table(rows: Sequence[Row]) -> str:
+    """A Markdown table that is also readable as it stands."""
+    baselines = list(dict.fromkeys(name for row in rows for name in row.ratios))
+    header = ["measured", "dtype", "threads", OURS, *baselines, "promised"]
+    lines = [header]
+    for row in rows:
+        cells = []
+        for name in baselines:
+            ratio, spread = row.ratios.get(name), row.spreads.get(name)
+            text = "" if ratio is None else f"{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
+            cells.append(text if spread is None else f"{text} ±{100 * spread:.0f}%")
+        floors = sorted(set(row.floors.values()), reverse=True)
+        verdict = "missed" if missed_floors([row]) else "met"
+        promised = f"{', '.join(f'{floor:g}' for floor in floors)}: {verdict}" if floors else ""
+        lines.append(
+            [row.measurement, row.dtype, str(row.threads), _quantity(row.values[OURS], row.unit), *cells, promised]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def _quantity(value: float, unit: str) -> str:
+    if unit == "B":
+        return f"{value / 1e6:.1f} MB"
+    for scale, name in ((1.0, "s"), (1e-3, "ms")):
+        if value >= scale:
+            return f"{value / scale:.3g} {name}"
+    return f"{value / 1e-6:.3g} µs"
+
+
+class Bench:
+    """Runs the parts and collects their rows."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.device: str = arguments.device
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self.synchronize = synchronizer(self.device)
+        self.contestants = []
+        for contestant in LOSS_CONTESTANTS:
+            reason = None if contestant.name == OURS else unavailable(contestant, self.device)
+            if contestant.compiles and arguments.no_compile:
+                reason = "left out by --no-compile"
+            if reason:
+                self.notes.append(f"{contestant.name} is not measured: {reason}.")
+            else:
+                self.contestants.append(contestant)
+
+    def run(self) -> None:
+        arguments = self.arguments
+        work: list[tuple[str, Callable[[], None]]] = []
+        for threads in arguments.threads:
+            if "loss" in arguments.parts:
+                for dtype in arguments.dtype:
+                    for shape in arguments.shapes:
+                        work.append((f"loss {shape} {dtype}", partial(self.loss, shape, dtype, threads)))
+            if "relationship" in arguments.parts:
+                for batch in (RELATIONSHIP_BATCH, *((RELATIONSHIP_SHAPE.batch,) if arguments.full else ())):
+                    work.append((f"relationship by {batch}", partial(self.relationship, batch, threads)))
+            if "temperature" in arguments.parts:
+                work.append(("temperature", partial(self.temperature, threads)))
+        if "memory" in arguments.parts:
+            for dtype in arguments.dtype:
+                work.append((f"memory of the loss {dtype}", partial(self.loss_memory, dtype)))
+            for threads in arguments.threads:
+                work.append(("memory of the relationship", partial(self.relationship_memory, threads)))
+        with tqdm(work, unit="measurement") as progress:
+            for description, measure in progress:
+                progress.set_description(description)
+                measure()
+
+    def loss(self, shape: Shape, dtype: str, threads: int) -> None:
+        """Forward and backward of every contestant."""
+        torch.set_num_threads(threads)
+        problem = LossProblem.make(shape, DTYPES[dtype], device=self.device)
+        steps = prepare(self.contestants, problem)
+        expected = ExpectedLoss(problem)
+        for contestant in self.contestants:
+            check_loss(contestant, steps[contestant.name], expected)
+        del expected
+
+        times = interleave(
+            {name: forward_and_backward(step) for name, step in steps.items()},
+            seconds=self.arguments.seconds,
+            before_each=problem.clear_gradients,
+            synchronize=self.synchronize,
+            warmup=10 if shape.batch * shape.source_classes < 2**20 else 2,
+        )
+        floor = FLOORS_FLOAT32.get(shape) if dtype == "float32" else FLOOR_BFLOAT16 if shape in SHAPES else None
+        floors = {} if floor is None else {"tllib": floor, **dict.fromkeys(COMPILED, FLOOR_COMPILED)}
+        self.rows.append(Row.of_times(f"loss {shape}", dtype, threads, times, self._promised(floors, threads)))
+
+    def relationship(self, batch: int, threads: int) -> None:
+        """From logits, as a model gives them batch by batch, to the relationship."""
+        torch.set_num_threads(threads)
+        problem = RelationshipProblem.make(RELATIONSHIP_SHAPE, batch=batch, device=self.device)
+        check_relationship(problem)
+        times = interleave(
+            {name: partial(learn, problem) for name, learn in RELATIONSHIP_CONTESTANTS.items()},
+            seconds=self.arguments.seconds,
+            synchronize=self.synchronize,
+            warmup=1,
+        )
+        floors = self._promised({"tllib": FLOOR_RELATIONSHIP}, threads)
+        name = f"relationship {RELATIONSHIP_SHAPE}, batches of {batch}"
+        self.rows.append(Row.of_times(name, "float32", threads, times, floors))
+
+    def temperature(self, threads: int) -> None:
+        """From logits and labels to the temperature."""
+        torch.set_num_threads(threads)
+        problem = CalibrationProblem.make(CALIBRATION_ROWS, CALIBRATION_CLASSES, device=self.device)
+        for name, error in check_temperature(problem).items():
+            self.notes.append(f"Temperature by {name}, {threads} thread(s): off by {error:.1e} of its exact value.")
+        times = interleave(
+            {name: partial(fit, problem) for name, fit in TEMPERATURE_CONTESTANTS.items()},
+            seconds=self.arguments.seconds,
+            synchronize=self.synchronize,
+            warmup=0,
+            min_rounds=3,
+        )
+        floors = self._promised({"authors": FLOOR_TEMPERATURE}, threads)
+        name = f"temperature {CALIBRATION_ROWS}x{CALIBRATION_CLASSES}"
+        self.rows.append(Row.of_times(name, "float32", threads, times, floors))
+
+    def loss_memory(self, dtype: str) -> None:
+        """Peak of a forward and backward pass beside the logits; the gradients are part of it."""
+        names = [contestant.name for contestant in self.contestants if self.arguments.full or not contestant.compiles]
+        peaks = {name: memory.measure_loss(name, MEMORY_SHAPE, dtype, device=self.device) for name in names}
+        self._memory_rows(f"loss {MEMORY_SHAPE}", dtype, 1, peaks)
+        columns = MEMORY_SHAPE.source_classes + MEMORY_SHAPE.target_classes
+        gradients = MEMORY_SHAPE.batch * columns * DTYPES[dtype].itemsize
+        self.notes.append(f"The gradients of the loss {MEMORY_SHAPE} in {dtype}, alone: {gradients / 1e6:.1f} MB.")
+
+    def relationship_memory(self, threads: int) -> None:
+        """Peak of learning a relationship beside the logits."""
+        peaks = {
+            name: memory.measure_relationship(
+                name, RELATIONSHIP_SHAPE, RELATIONSHIP_BATCH, threads=threads, device=self.device
+            )
+            for name in RELATIONSHIP_CONTESTANTS
+        }
+        self._memory_rows(f"relationship {RELATIONSHIP_SHAPE}", "float32", threads, peaks)
+        matrix = RELATIONSHIP_SHAPE.target_classes * RELATIONSHIP_SHAPE.source_classes * 4
+        self.notes.append(f"The relationship {RELATIONSHIP_SHAPE} in float32, alone: {matrix / 1e6:.1f} MB.")
+
+    def _memory_rows(self, name: str, dtype: str, threads: int, peaks: dict[str, memory.Peak]) -> None:
+        resident = {contestant: peak.resident for contestant, peak in peaks.items() if peak.resident is not None}
+        if resident:
+            self.rows.append(Row.of_bytes(f"resident memory, {name}", dtype, threads, resident))
+        allocated = {contestant: peak.torch for contestant, peak in peaks.items()}
+        self.rows.append(Row.of_bytes(f"torch memory, {name}", dtype, threads, allocated))
+
+    def _promised(self, floors: dict[str, float], threads: int) -> dict[str, float]:
+        kernel = our_backend(self.device) != "reference"
+        return floors if threads == 1 and self.device == "cpu" and kernel else {}
+
+
+def _environment(device: str) -> dict[str, str]:
+    return {
+        "backend": our_backend(device),
+        "package": str(Path(ck.__file__).parent),
+        "processor": _processor() if device == "cpu" else torch.cuda.get_device_name(device),
+        "cores": str(os.cpu_count()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "malloc": " ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")) or "default",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ratios", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=SHAPES, metavar="BxN_txN_s")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default float32; with --full both")
+    parser.add_argument("--threads", nargs="+", type=int, help="default 1; with --full 1 and 2")
+    parser.add_argument("--seconds", type=float, help="timed seconds of each measurement; default 2, with --full 8")
+    parser.add_argument("--full", action="store_true", help="both dtypes, one and two threads, longer")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
+    parser.add_argument("--system-malloc", action="store_true", help="do not set MALLOC_MMAP_MAX_=0")
+    parser.add_argument("--allow-reference", action="store_true", help="measure even where no kernel was built")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a promised ratio is missed")
+    parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
+    parsed = parser.parse_args(arguments)
+    parsed.dtype = parsed.dtype or (list(DTYPES) if parsed.full else ["float32"])
+    parsed.threads = parsed.threads or ([1, 2] if parsed.full else [1])
+    parsed.seconds = parsed.seconds if parsed.seconds is not None else (8.0 if parsed.full else 2.0)
+    if parsed.json and not parsed.json.absolute().parent.is_dir():
+        parser.error(f"--json {parsed.json}: there is no folder {parsed.json.absolute().parent}")
+    reason = unavailable(next(c for c in LOSS_CONTESTANTS if c.name == OURS), parsed.device)
+    if reason and not parsed.allow_reference:
+        parser.exit(2, f"Nothing to measure: {reason}. --allow-reference measures plain PyTorch instead.\n")
+    return parsed
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print the table, and return the exit status."""
+    parsed = _parse(arguments)
+    environment = _environment(parsed.device)
+    bench = Bench(parsed)
+    bench.run()
+    missed = missed_floors(bench.rows)
+    print()
+    print(", ".join(f"{name}: {value}" for name, value in environment.items()))
+    print()
+    print(render_table(bench.rows))
+    print()
+    print(f"{OURS} in seconds or MB; the others as multiples of it (more than 1 is slower or larger).")
+    print("± is half the distance between the quartiles of the ratio, round by round.")
+    for note in bench.notes:
+        print(note)
+    for sentence in missed:
+        print(f"Below the promise: {sentence}.")
+    if parsed.json:
+        result = {"environment": environment, "rows": [vars(row) for row in bench.rows], "notes": bench.notes}
+        parsed.json.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"Written to {parsed.json}.")
+    return 1 if missed and parsed.check else 0
+
+
+def _restart_with_settled_malloc(arguments: Sequence[str]) -> None:
+    """glibc reads these variables when a process starts, so start again with them."""
+    if "--system-malloc" not in arguments and "MALLOC_MMAP_MAX_" not in os.environ:
+        command = [sys.executable, "-m", "benchmarks.ratios", *arguments]
+        os.execve(sys.executable, command, os.environ | _SETTLED_MALLOC)
+
+
+if __name__ == "__main__":
+    _restart_with_settled_malloc(sys.argv[1:])
+    raise SystemExit(main(sys.argv[1:]))

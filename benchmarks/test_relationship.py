@@ -1,0 +1,32 @@
+"""Learning the relationship of 200 target classes to 1000 source classes from the logits of 50 000 images."""
+
+from __future__ import annotations
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.contestants import RELATIONSHIP_CONTESTANTS, check_relationship
+from benchmarks.problems import RelationshipProblem, Shape
+from benchmarks.timing import synchronizer
+
+_SHAPE = Shape(50_000, 200, 1000)
+
+
+@pytest.fixture(scope="module", params=[256, 50_000], ids=lambda batch: f"batches_of_{batch}")
+def problem(request: pytest.FixtureRequest, device: str) -> RelationshipProblem:
+    """The logits batch by batch; the contestants are checked as soon as it is made."""
+    made = RelationshipProblem.make(_SHAPE, batch=request.param, device=device)
+    check_relationship(made)
+    return made
+
+
+@pytest.mark.parametrize("contestant", RELATIONSHIP_CONTESTANTS)
+def test_relationship(benchmark: BenchmarkFixture, problem: RelationshipProblem, contestant: str, device: str) -> None:
+    learn, synchronize = RELATIONSHIP_CONTESTANTS[contestant], synchronizer(device)
+
+    def call() -> None:
+        learn(problem)
+        synchronize()
+
+    benchmark.group = f"relationship {_SHAPE}, batches of {len(problem.labels[0])}"
+    benchmark.pedantic(call, rounds=7, warmup_rounds=1)
