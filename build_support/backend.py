@@ -1,0 +1,72 @@
+"""The PEP 517 build backend: setuptools', but a torch that is already installed is used, not downloaded again.
+
+pip builds in an isolated environment. Naming torch in ``build-system.requires`` would download and unpack gigabytes
+into it, though the extension only needs torch's headers and any torch of at least :data:`TORCH_REQUIREMENT` will do. So
+this backend looks into the environment that pip installs into, and asks pip for torch only when there is none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import build_meta
+from setuptools.build_meta import build_sdist as build_sdist
+from setuptools.build_meta import get_requires_for_build_sdist as get_requires_for_build_sdist
+
+TORCH_REQUIREMENT = "torch>=2.13"
+_OLDEST_TORCH = (2, 13)
+
+
+def pure_python() -> bool:
+    """Whether the extension is left out: on request, or because there is nothing to compile it with."""
+    return os.environ.get("COTUNING_KERNELS_PURE_PYTHON") == "1" or find_compiler() is None
+
+
+def find_compiler() -> str | None:
+    """``$CXX``, else the first C++ compiler on the path."""
+    import shutil
+
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    return next((path for path in map(shutil.which, candidates) if path), None)
+
+
+def find_torch() -> Path | None:
+    """The folder of an installed torch that is new enough: of this environment, else of the one pip installs into."""
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec and spec.origin else []
+    folders += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
+    return next((folder for folder in folders if (_version(folder) or (0,)) >= _OLDEST_TORCH), None)
+
+
+def _version(torch: Path) -> tuple[int, ...] | None:
+    try:
+        text = (torch / "version.py").read_text()
+    except OSError:
+        return None
+    found = re.search(r"__version__ = ['\"](\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _requirements() -> list[str]:
+    if pure_python():
+        return []
+    return ["pybind11>=2.13", "ninja>=1.11", *([] if find_torch() else [TORCH_REQUIREMENT])]
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    return _requirements()
+
+
+def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
+    return _requirements()
+
+
+prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
+prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
+build_wheel = build_meta.build_wheel
+build_editable = build_meta.build_editable

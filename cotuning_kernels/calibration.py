@@ -1,0 +1,330 @@
+"""Temperature scaling (Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017).
+
+Co-Tuning averages the source classifier's probabilities, so they should mean what they say: with one number, the
+temperature ``T``, ``softmax(logits / T)`` is made as honest as it can be on held-out *source* data.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+from cotuning_kernels import backends, plots, reference
+from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Reliability",
+    "TemperatureFit",
+    "expected_calibration_error",
+    "fit_temperature",
+    "plot_reliability",
+    "reliability",
+]
+
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-4, 1e4
+# Temporaries of (rows, classes) are made for this many rows at a time.
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class TemperatureFit:
+    """The result of :func:`fit_temperature`.
+
+    Attributes:
+        temperature: divide logits by it.
+        nll_before, nll_after: mean negative log likelihood in nats at temperature 1 and at ``temperature``.
+        iterations: passes over the logits.
+        converged: false where there is no finite optimum (``temperature`` is then a bound of the search, and a warning
+            said so) or the iterations did not suffice.
+    """
+
+    temperature: float
+    nll_before: float
+    nll_after: float
+    iterations: int
+    converged: bool
+
+
+@torch.no_grad()
+def fit_temperature(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    backend: str = "auto",
+    max_iterations: int = 50,
+    tolerance: float = 1e-5,
+) -> TemperatureFit:
+    """The temperature that minimises the negative log likelihood of ``labels`` under ``softmax(logits / T)``.
+
+    Newton's method in ``b = 1 / T``, one pass over the logits an iteration, from ``b = 1``. In ``b`` the NLL is convex
+    whatever the logits are (its second derivative is ``Var_p[z] >= 0``), so the curvature never points the wrong way,
+    and the slope ``E_p[z] - z_y`` usually rises almost linearly before it levels off: steps from below the optimum
+    hardly overshoot. In ``log b`` or ``T`` the NLL is not convex, and Newton's method took as many passes or more. The
+    signs of the slopes bracket the optimum; a step that leaves the bracket goes to its end the first time, and to its
+    middle (in ``log b``) when that end is known already.
+
+    Use source data that the model was *not* trained on (its validation set), with source labels.
+
+    Args:
+        logits: ``(B, N)``, float32, bfloat16, float16 or float64. A masked class may be -inf.
+        labels: ``(B,)`` int64 or int32 class indices, or ``ignore_index``.
+        ignore_index: rows with this label do not count.
+        backend: see :func:`cotuning_kernels.backends.select`.
+        max_iterations: passes over the logits at most; 4 to 9 are usual.
+        tolerance: the last step is the first one smaller than ``tolerance * b``. The error left is of the order of its
+            square: with float64 logits under 1e-9 of ``T``.
+
+    Returns:
+        :class:`TemperatureFit`. If every label has the highest logit of its row, the NLL falls for ever as ``T`` goes
+        to 0; if the labels are no likelier than chance, as ``T`` grows. Then ``temperature`` is the bound (1e-4 or
+        1e4), ``converged`` is false, and a warning says what happened.
+
+    Raises:
+        TypeError, ValueError: wrong types or shapes; no labelled row; a row with NaN, +inf or nothing but -inf, or with
+            -inf at its label, which no temperature makes possible.
+        IndexError: a label out of range; names the row and the value.
+    """
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations}, expected at least 1")
+    positive_number("tolerance", tolerance)
+    num_classes = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
+    logits, labels = check_labelled_logits("logits", logits, labels, num_classes, ignore_index)
+    terms_at = _terms_of(logits, labels, ignore_index, backends.select(logits.device.type, backend))
+
+    least, most = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE
+    low, low_seen, high, high_seen = least, False, most, False
+    b, nll_before = 1.0, math.nan
+    for iteration in range(1, max_iterations + 1):
+        nll, slope, curvature, rows = terms_at(b)
+        if rows == 0:
+            raise ValueError("there is no labelled row: logits is empty, or every label is ignore_index")
+        if not (math.isfinite(nll) and math.isfinite(slope) and math.isfinite(curvature)):
+            _raise_not_finite(logits, labels, ignore_index)
+        if iteration == 1:
+            nll_before = nll / rows
+        if num_classes == 1:
+            return TemperatureFit(1.0, nll_before, nll_before, iteration, converged=True)
+        # A row whose label is not its one highest logit has p <= 1/2, a NLL of at least log 2, at every temperature.
+        if nll < math.log(2):
+            _warn("every label has the highest logit of its row, so the NLL falls for ever as the temperature falls")
+            return TemperatureFit(1 / most, nll_before, terms_at(most)[0] / rows, iteration + 1, converged=False)
+        if b == most and slope <= 0:
+            _warn("the NLL still falls at the lowest temperature of the search; are these logits?")
+            return TemperatureFit(1 / most, nll_before, nll / rows, iteration, converged=False)
+        if b == least and slope >= 0:
+            _warn("the labels are no likelier than chance, at any temperature; do they belong to these logits?")
+            return TemperatureFit(1 / least, nll_before, nll / rows, iteration, converged=False)
+
+        step = -slope / curvature if curvature > 0 else 0.0
+        if curvature <= 0 and slope != 0:  # saturated: only the side of the optimum is known
+            step = math.copysign(math.inf, -slope)
+        if abs(step) <= tolerance * b:
+            # The NLL at the end of the last step from its parabola: the error is of third order in a tiny step.
+            nll_after = (nll + slope * step / 2) / rows
+            return TemperatureFit(1 / (b + step), nll_before, nll_after, iteration, converged=True)
+        if slope < 0:
+            low, low_seen = b, True
+        else:
+            high, high_seen = b, True
+        b += step
+        if b <= low:
+            b = math.sqrt(low * high) if low_seen else low
+        elif b >= high:
+            b = math.sqrt(low * high) if high_seen else high
+    _warn(f"no convergence in {max_iterations} iterations; raise max_iterations, or tolerance from {tolerance}")
+    return TemperatureFit(1 / b, nll_before, terms_at(b)[0] / rows, max_iterations + 1, converged=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """How often predictions of each confidence are right; see :func:`reliability`.
+
+    Attributes:
+        confidence: float64 ``(bins,)``, the mean probability of the predicted class in each bin; NaN where it is empty.
+        accuracy: float64 ``(bins,)``, the share of right predictions in each bin; NaN where it is empty.
+        count: int64 ``(bins,)``, the rows in each bin. Bin ``m`` of ``M`` holds confidences in ``(m/M, (m+1)/M]``.
+    """
+
+    confidence: Tensor
+    accuracy: Tensor
+    count: Tensor
+
+    @property
+    def expected_calibration_error(self) -> float:
+        """``sum over bins of count / rows * |accuracy - confidence|`` (Guo et al. 2017, eq. 3), in [0, 1]."""
+        return self._mean((self.accuracy - self.confidence).abs())
+
+    @property
+    def mean_confidence(self) -> float:
+        """Over all rows, in [0, 1]."""
+        return self._mean(self.confidence)
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Over all rows, in [0, 1]."""
+        return self._mean(self.accuracy)
+
+    def _mean(self, per_bin: Tensor) -> float:
+        return float((per_bin.nan_to_num(nan=0.0) * self.count).sum() / self.count.sum())
+
+
+@torch.no_grad()
+def reliability(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    bins: int = 15,
+    temperature: float = 1.0,
+    probabilities: bool = False,
+    ignore_index: int = -100,
+) -> Reliability:
+    """Confidence against accuracy of the predicted class, in bins of equal width over [0, 1].
+
+    Args:
+        logits: ``(B, N)``, floating; with ``probabilities=True`` rows that sum to 1.
+        labels: ``(B,)`` int64 or int32 class indices, or ``ignore_index``.
+        bins: how many bins; 15 as in Guo et al. 2017.
+        temperature: the logits are divided by it.
+        probabilities: the first argument holds probabilities, not logits; ``temperature`` is then 1.
+        ignore_index: rows with this label do not count.
+
+    Returns:
+        :class:`Reliability`, on the CPU.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes or values; no labelled row; a row with NaN, +inf or nothing but -inf.
+        IndexError: a label out of range; names the row and the value.
+    """
+    if not isinstance(bins, int) or bins < 1:
+        raise ValueError(f"bins is {bins!r:.80}, expected a positive int")
+    temperature = positive_number("temperature", temperature)
+    if probabilities and temperature != 1:
+        raise ValueError(f"temperature is {temperature}, but it divides logits, not probabilities; pass the logits")
+    num_classes = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
+    logits, labels = check_labelled_logits("logits", logits, labels, num_classes, ignore_index)
+    count = torch.zeros(bins, dtype=torch.int64)
+    confidence = torch.zeros(bins, dtype=torch.float64)
+    right = torch.zeros(bins, dtype=torch.float64)
+    for row, (some, truth) in enumerate(zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)):
+        found = unusable_row(some, truth, ignore_index)
+        if found is not None:
+            raise ValueError(f"logits[{row * _ROWS + found[0]}] has no softmax: {found[1]}")
+        valid = truth != ignore_index
+        some = some[valid].double()
+        top, predicted = some.max(dim=1)
+        if probabilities:
+            _check_probabilities(some)
+        else:  # the softmax of the highest logit
+            top = ((some - top[:, None]) / temperature).exp_().sum(dim=1).reciprocal_()
+        bin_index = ((top * bins).ceil().long() - 1).clamp_(0, bins - 1).cpu()
+        count += bin_index.bincount(minlength=bins)
+        confidence.index_add_(0, bin_index, top.cpu())
+        right.index_add_(0, bin_index, (predicted == truth[valid]).double().cpu())
+    if not count.any():
+        raise ValueError("there is no labelled row: logits is empty, or every label is ignore_index")
+    return Reliability(confidence / count, right / count, count)
+
+
+def expected_calibration_error(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    bins: int = 15,
+    temperature: float = 1.0,
+    probabilities: bool = False,
+    ignore_index: int = -100,
+) -> float:
+    """The expected gap between confidence and accuracy of the predicted class, in [0, 1]; 0 is perfectly calibrated.
+
+    The top-label ECE of Guo et al. 2017 (eq. 3) with ``bins`` bins of equal width. Arguments and errors are those of
+    :func:`reliability`.
+    """
+    return reliability(
+        logits, labels, bins=bins, temperature=temperature, probabilities=probabilities, ignore_index=ignore_index
+    ).expected_calibration_error
+
+
+def plot_reliability(
+    before: Reliability,
+    after: Reliability | None = None,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    titles: Sequence[str] = ("before calibration", "after calibration"),
+) -> Figure:
+    """A reliability diagram: accuracy against confidence, and how many predictions there are of each confidence.
+
+    Args:
+        before, after: from :func:`reliability`; one panel each.
+        path: where to write the picture (.png, .pdf, .svg), or ``None`` to only return it.
+        titles: of the panels.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    panels = [before] if after is None else [before, after]
+    figure = plots.reliability_diagram(list(zip(titles, panels, strict=False)))
+    if path is not None:
+        plots.save_figure(figure, path)
+    return figure
+
+
+def _terms_of(
+    logits: Tensor, labels: Tensor, ignore_index: int, backend: str
+) -> Callable[[float], tuple[float, float, float, float]]:
+    """``b -> (NLL, slope, curvature, rows)``, summed over rows."""
+
+    def reference_terms(b: float) -> Tensor:
+        total = torch.zeros(4, dtype=torch.float64, device=logits.device)
+        for some, truth in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True):
+            total += reference.temperature_terms(some, truth, inverse_temperature=b, ignore_index=ignore_index)
+        return total
+
+    def kernel_terms(b: float) -> Tensor:
+        terms: Tensor = torch.ops.cotuning_kernels.temperature_terms(logits, labels, b, ignore_index)
+        return terms
+
+    def terms_at(b: float) -> tuple[float, float, float, float]:
+        nll, slope, curvature, rows = (reference_terms(b) if backend == "reference" else kernel_terms(b)).tolist()
+        return nll, slope, curvature, rows
+
+    return terms_at
+
+
+def _raise_not_finite(logits: Tensor, labels: Tensor, ignore_index: int) -> NoReturn:
+    found = unusable_row(logits, labels, ignore_index)
+    if found is not None:
+        raise ValueError(f"logits[{found[0]}] has no softmax: {found[1]}")
+    valid = labels != ignore_index
+    label_logit = logits.gather(1, torch.where(valid, labels, 0).long()[:, None])[:, 0]
+    impossible = ((label_logit == float("-inf")) & valid).nonzero()
+    if len(impossible):
+        row = int(impossible[0])
+        raise ValueError(
+            f"logits[{row}, {int(labels[row])}] is -inf, but {int(labels[row])} is the label of the row: no "
+            "temperature makes it possible; is a class masked that the data has?"
+        )
+    raise ValueError("the likelihood of finite logits is not finite; are they within the range of float32?")
+
+
+def _check_probabilities(rows: Tensor) -> None:
+    # 1e-2: what rounding to half precision brings about.
+    if not ((rows >= 0).all() and ((rows.sum(dim=1) - 1).abs() <= 1e-2).all()):
+        raise ValueError("with probabilities=True every row must be non-negative and sum to 1; are these logits?")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"fit_temperature: {message}", stacklevel=3)

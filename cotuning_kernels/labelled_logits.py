@@ -1,0 +1,77 @@
+"""What relationship learning and calibration share: logits with labels, checked and read in one sweep.
+
+Both run next to a network's forward pass, not inside a training step, so unlike :mod:`cotuning_kernels.validation`
+they may read data: a wrong label or a NaN is named by its row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cotuning_kernels import validation
+
+__all__ = ["check_labelled_logits", "positive_number", "unusable_row"]
+
+
+def check_labelled_logits(
+    logits_name: str, logits: Tensor, labels: Tensor, num_classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """``logits`` detached and with dense columns, ``labels`` on their device.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype or shape.
+        IndexError: a label that is neither a class nor ``ignore_index``; names the row and the value.
+    """
+    validation.check_logits(logits_name, logits)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is a {type(labels).__name__}, expected a Tensor of class indices (B,)")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels has dtype {labels.dtype}, expected int64 or int32 class indices; use labels.long()")
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, expected ({logits.shape[0]},): one class index a row of "
+            f"{logits_name}, which has shape {tuple(logits.shape)}"
+        )
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise IndexError(
+            f"labels[{row}] is {int(labels[row])}, expected a class index in [0, {num_classes}) or "
+            f"ignore_index={ignore_index}"
+        )
+    logits = logits.detach()
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    return logits, labels.detach().to(logits.device)
+
+
+def unusable_row(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[int, str] | None:
+    """The first row that has no softmax, and why; ``None`` when there is none. Rows with an ignored label do not count.
+
+    One read of the logits and no temporary: the maximum of a row is finite exactly if the row has no NaN, no +inf,
+    and not only -inf. A masked class (-inf) among others is fine.
+    """
+    maximum = logits.amax(1)
+    bad = ~torch.isfinite(maximum) & (labels != ignore_index)
+    if not bad.any():
+        return None
+    row = int(bad.nonzero()[0])
+    value = float(maximum[row])
+    if value == float("-inf"):
+        return row, "every logit is -inf, so there is no class to predict; mask only some classes"
+    found = "NaN" if value != value else "+inf"
+    return row, f"a logit is {found}; find the input or the layer that makes it (half-precision overflow, bad image)"
+
+
+def positive_number(name: str, value: Any) -> float:
+    """``value`` as a float, or a ValueError that says what was expected."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name} is {value!r:.80}, expected a positive finite number")
+    return number

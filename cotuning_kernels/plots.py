@@ -1,0 +1,178 @@
+"""The pictures: what a relationship looks like, and how far a classifier's confidence can be trusted.
+
+matplotlib is imported when a picture is asked for, and without its global state: no window and no display is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from cotuning_kernels.calibration import Reliability
+
+__all__ = ["new_figure", "relationship_heat_map", "reliability_diagram", "save_figure"]
+
+_BLUE, _RED, _GREY = "#3b6ea8", "#c8553d", "#8a8a8a"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed; says how to get it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'cotuning_kernels[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write the picture; the ending of ``path`` chooses the format (.png, .pdf, .svg)."""
+    figure.savefig(path, dpi=150)
+
+
+def relationship_heat_map(
+    matrix: Tensor,
+    target_names: Sequence[str],
+    source_names: Sequence[str],
+    *,
+    top_k: int,
+    max_columns: int,
+    title: str,
+) -> Figure:
+    """``matrix`` float64 ``(rows, N_s)`` on the CPU; see :meth:`cotuning_kernels.Relationship.plot`."""
+    rows = similarity_order(matrix)
+    matrix = matrix[rows]
+    columns = _columns_that_matter(matrix, top_k, max_columns)
+    shown = matrix[:, columns]
+    elsewhere = (matrix.sum(dim=1) - shown.sum(dim=1)).clamp(min=0)
+
+    num_rows, num_columns = shown.shape
+    longest = max(len(_label(source_names[s])) for s in columns)
+    figure = new_figure(min(40, 3.2 + 0.34 * num_columns), min(40, 1.6 + 0.07 * longest + 0.3 * num_rows))
+    figure.suptitle(title, fontsize=12)
+    axes, rest = figure.subplots(1, 2, sharey=True, width_ratios=[num_columns, 1.4])
+    # The square root gives a probability of 0.04 a fifth of the scale: small shares are what is worth seeing.
+    image = axes.imshow(shown.sqrt().numpy(), cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    rest.imshow(elsewhere[:, None].sqrt().numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(num_rows), [_label(target_names[t]) for t in rows], fontsize=8)
+    axes.set_xticks(
+        range(num_columns), [_label(source_names[s]) for s in columns], fontsize=8, rotation=45, ha="right",
+        rotation_mode="anchor",
+    )  # fmt: skip
+    rest.set_xticks([0], [f"{matrix.shape[1] - num_columns} others"], fontsize=8, rotation=45, ha="right",
+                    rotation_mode="anchor")  # fmt: skip
+    axes.set_xlabel("source class")
+    axes.set_ylabel("target class")
+    for each, values in ((axes, shown), (rest, elsewhere[:, None])):
+        _tidy_cells(each, *values.shape)
+        if num_rows * num_columns <= 1200:
+            _write_percentages(each, values)
+    bar = figure.colorbar(image, ax=rest, label="p(source class | target class)", aspect=30, fraction=0.5, pad=0.3)
+    levels = [0, 0.05, 0.2, 0.5, 1]
+    bar.set_ticks([level**0.5 for level in levels], labels=[f"{level:.0%}" for level in levels])
+    bar.outline.set_visible(False)
+    return figure
+
+
+def similarity_order(matrix: Tensor) -> list[int]:
+    """An order of the rows that puts similar ones next to each other; rows of zeros last.
+
+    Rows are compared by their Bhattacharyya coefficient ``sum_s sqrt(p_s q_s)``. The order is that of the second
+    eigenvector of the graph Laplacian of these similarities (the Fiedler vector), turned so that the first row is in
+    the first half.
+    """
+    supervised = (matrix != 0).any(dim=1)
+    index = supervised.nonzero()[:, 0]
+    if len(index) > 2:
+        root = matrix[index].sqrt()
+        similarity = root @ root.T
+        laplacian = torch.diag(similarity.sum(dim=1)) - similarity
+        order = torch.linalg.eigh(laplacian).eigenvectors[:, 1].argsort(stable=True)
+        if order.tolist().index(0) >= len(order) / 2:
+            order = order.flip(0)
+        index = index[order]
+    return [*index.tolist(), *(~supervised).nonzero()[:, 0].tolist()]
+
+
+def reliability_diagram(panels: Sequence[tuple[str, Reliability]]) -> Figure:
+    """Accuracy against confidence, one panel a title, with the share of the predictions below."""
+    figure = new_figure(0.6 + 3.6 * len(panels), 4.6)
+    grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=[3, 1])
+    for column, (title, reliability) in enumerate(panels):
+        _draw_reliability(grid[0, column], grid[1, column], title, reliability)
+    grid[0, 0].set_ylabel("accuracy")
+    grid[1, 0].set_ylabel("share of\npredictions")
+    return figure
+
+
+def _columns_that_matter(matrix: Tensor, top_k: int, max_columns: int) -> list[int]:
+    """The union of each row's ``top_k`` columns, in the order of the row that each belongs to most."""
+    top = matrix.topk(min(top_k, matrix.shape[1]), dim=1)
+    chosen = top.indices[top.values > 0].unique()
+    if len(chosen) == 0:  # nothing is supervised; an empty picture would say less
+        chosen = torch.arange(min(top_k, matrix.shape[1]))
+    peak, owner = matrix[:, chosen].max(dim=0)
+    if len(chosen) > max_columns:
+        keep = peak.topk(max_columns).indices
+        chosen, peak, owner = chosen[keep], peak[keep], owner[keep]
+    return [s for _, _, s in sorted(zip(owner.tolist(), (-peak).tolist(), chosen.tolist(), strict=True))]
+
+
+def _label(text: str, longest: int = 30) -> str:
+    """Cut to ``longest`` characters, and without the dollar signs that matplotlib would read as mathematics."""
+    if len(text) > longest:
+        text = text[: longest - 1].rstrip(" ,") + "…"
+    return text.replace("$", r"\$")
+
+
+def _tidy_cells(axes: Axes, num_rows: int, num_columns: int) -> None:
+    """White lines between the cells instead of a frame."""
+    axes.set_xticks([c - 0.5 for c in range(1, num_columns)], minor=True)
+    axes.set_yticks([r - 0.5 for r in range(1, num_rows)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _write_percentages(axes: Axes, values: Tensor) -> None:
+    for row, column in (values >= 0.005).nonzero().tolist():
+        value = float(values[row, column])
+        color = "white" if value > 0.3 else "#333333"
+        axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color=color)
+
+
+def _draw_reliability(axes: Axes, histogram: Axes, title: str, reliability: Reliability) -> None:
+    bins = len(reliability.count)
+    width = 1 / bins
+    middles = [(index + 0.5) * width for index in range(bins)]
+    used = [index for index in range(bins) if reliability.count[index] > 0]
+    x = [middles[index] for index in used]
+    accuracy = [float(reliability.accuracy[index]) for index in used]
+    confidence = [float(reliability.confidence[index]) for index in used]
+    axes.bar(x, accuracy, width * 0.94, color=_BLUE, label="accuracy")
+    gaps = [c - a for a, c in zip(accuracy, confidence, strict=True)]
+    axes.bar(x, gaps, width * 0.94, bottom=accuracy, color=_RED, alpha=0.35, label="gap to the confidence")
+    axes.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color=_GREY)
+    axes.set_title(title, fontsize=11)
+    axes.text(
+        0.04, 0.96, f"ECE {reliability.expected_calibration_error:.1%}\naccuracy {reliability.mean_accuracy:.1%}\n"
+        f"confidence {reliability.mean_confidence:.1%}", transform=axes.transAxes, va="top", fontsize=9,
+    )  # fmt: skip
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.legend(loc="lower right", fontsize=7, frameon=False)
+    total = float(reliability.count.sum())
+    histogram.bar(middles, [float(count) / total for count in reliability.count], width * 0.94, color=_GREY)
+    histogram.set_xlabel("confidence")
+    for each in (axes, histogram):
+        each.spines[["top", "right"]].set_visible(False)

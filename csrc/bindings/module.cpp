@@ -1,0 +1,48 @@
+// The Python module cotuning_kernels._C: what was built, and which instruction set serves. No tensors pass here; the
+// operations register themselves with torch when the module is loaded (csrc/ops).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/headeronly/version.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../kernels/cpu/rows.h"
+
+#define COTUNING_TEXT_(x) #x
+#define COTUNING_TEXT(x) COTUNING_TEXT_(x)
+
+namespace {
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < cotuning::cpu::row_kernels_count(); ++i) names.emplace_back(cotuning::cpu::row_kernels_at(i).name);
+  return names;
+}
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+void set_cpu_isa(const std::string& name) {
+  if (!cotuning::cpu::use_row_kernels(name.c_str())) {
+    throw std::runtime_error("instruction set " + name + " is not available, expected one of: " + joined(cpu_isas()));
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  if (const char* request = cotuning::cpu::unmet_isa_request()) {
+    throw pybind11::import_error(std::string("COTUNING_KERNELS_CPU_ISA is ") + request + ", expected one of: " +
+                                 joined(cpu_isas()));
+  }
+  m.def("cpu_isas", &cpu_isas, "Instruction sets built and available on this processor, fastest first.");
+  m.def("cpu_isa", [] { return cotuning::cpu::row_kernels().name; }, "The instruction set in use.");
+  m.def("set_cpu_isa", &set_cpu_isa, "Use another one, in the whole process.");
+  m.attr("compiler") = COTUNING_COMPILER;
+  m.attr("built_with_torch") = TORCH_VERSION;
+}

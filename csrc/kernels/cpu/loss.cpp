@@ -1,0 +1,423 @@
+#include "loss.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "rows.h"
+#include "scratch.h"
+
+namespace cotuning::cpu {
+namespace {
+
+// A row's target: up to two classes and how much of each. An ignored label has no part.
+struct Parts {
+  int64_t index[2];
+  double share[2];
+  int count = 0;
+
+  void add(int64_t class_index, double part) {
+    if (part == 0) return;
+    index[count] = class_index;
+    share[count++] = part;
+  }
+  double total() const { return count == 0 ? 0 : count == 1 ? share[0] : share[0] + share[1]; }
+};
+
+// What is known of a class before any row is looked at, filled in for the classes that the batch has.
+struct ClassFacts {
+  enum : char { kUnknown, kSupervised, kUnsupervised };
+  char supervision = kUnknown;
+  double sum_q_log_q = 0;
+};
+
+bool is_double(const ConstMatrix& matrix) { return matrix.type == ScalarType::kFloat64; }
+
+class Loss {
+ public:
+  explicit Loss(const LossProblem& problem)
+      : p_(problem),
+        rows_(row_kernels()),
+        batch_(problem.source_logits.rows),
+        source_classes_(problem.source_logits.columns),
+        target_classes_(problem.probabilities.data != nullptr ? problem.probabilities.columns
+                                                              : problem.relationship.rows) {}
+
+  BadLabel read_labels() {
+    if (has_probabilities()) return {};
+    parts_.resize(batch_);
+    for (int64_t i = 0; i < batch_; ++i) {
+      const bool mixed = p_.labels_b.data != nullptr;
+      const double share = mixed ? p_.mix[i * p_.mix_stride] : 1.0;
+      if (BadLabel bad = add_part(i, p_.labels[i], share, false)) return bad;
+      if (!mixed) continue;
+      if (BadLabel bad = add_part(i, p_.labels_b[i], 1.0 - share, true)) return bad;
+    }
+    return {};
+  }
+
+  void look_up_classes() {
+    if (has_probabilities()) return;
+    facts_.resize(target_classes_);
+    for (const Parts& parts : parts_) {
+      for (int k = 0; k < parts.count; ++k) look_up_class(parts.index[k]);
+    }
+  }
+
+  // The divisors of the two means; 1 for the other reductions.
+  void count() {
+    if (p_.reduction != Reduction::kMean) return;
+    double source_rows = 0, target_weight = 0;
+    bool any_valid = false;
+    if (has_probabilities()) {
+      for (int64_t i = 0; i < batch_; ++i) source_rows += p_.mix[i * p_.mix_stride];
+      target_weight = static_cast<double>(batch_);
+      any_valid = batch_ > 0;
+    } else {
+      for (const Parts& parts : parts_) {
+        for (int k = 0; k < parts.count; ++k) {
+          any_valid = true;
+          target_weight += parts.share[k] * weight_of(parts.index[k]);
+          if (supervised(parts.index[k])) source_rows += parts.share[k];
+        }
+      }
+    }
+    target_divisor_ = target_weight;
+    // No supervised row is an ordinary batch, and its source term 0; no valid row at all has no mean.
+    source_divisor_ = source_rows == 0 && any_valid ? 1 : source_rows;
+  }
+
+  // Half precision cannot hold a gradient divided by a large batch: its gradients are stored undivided.
+  void choose_factors(LossResult* result) {
+    // Without a valid row every gradient is 0, and must stay 0 when it is multiplied by the factor.
+    const double trade_off = p_.target_logits.data != nullptr ? p_.trade_off : 1.0;
+    const double source = source_divisor_ == 0 ? 0.0 : trade_off / source_divisor_;
+    const double target = target_divisor_ == 0 ? 0.0 : 1.0 / target_divisor_;
+    const bool source_half = p_.source_logits.type == ScalarType::kFloat16;
+    const bool target_half = p_.target_logits.type == ScalarType::kFloat16;
+    result->source_factor = source_half ? source : 1.0;
+    result->target_factor = target_half ? target : 1.0;
+    source_scale_ = source_half ? 1.0 : source;
+    target_scale_ = target_half ? 1.0 : target;
+  }
+
+  void run(ParallelFor parallel_for, LossResult* result) {
+    result->source_term.assign(batch_, 0.0);
+    result->target_term.assign(p_.target_logits.data != nullptr ? batch_ : 0, 0.0);
+    source_rows_ = result->source_term.data();
+    target_rows_ = result->target_term.data();
+    parallel_for(0, batch_, grain_rows(source_classes_ + p_.target_logits.columns),
+                 [](int64_t begin, int64_t end, void* self) { static_cast<Loss*>(self)->run_rows(begin, end); }, this);
+    reduce(&result->source_term, source_divisor_);
+    if (p_.target_logits.data != nullptr) reduce(&result->target_term, target_divisor_);
+  }
+
+  void translate(ParallelFor parallel_for, int64_t batch, void* out) {
+    batch_ = batch;
+    translated_ = out;
+    parallel_for(0, batch_, grain_rows(source_classes_),
+                 [](int64_t begin, int64_t end, void* self) { static_cast<Loss*>(self)->translate_rows(begin, end); },
+                 this);
+  }
+
+  void set_batch(int64_t batch, int64_t source_classes) {
+    batch_ = batch;
+    source_classes_ = source_classes;
+  }
+
+ private:
+  bool has_probabilities() const { return p_.probabilities.data != nullptr; }
+  double weight_of(int64_t class_index) const { return p_.weight.empty() ? 1.0 : p_.weight[class_index]; }
+  bool supervised(int64_t class_index) const { return facts_[class_index].supervision == ClassFacts::kSupervised; }
+
+  BadLabel add_part(int64_t row, int64_t label, double share, bool second) {
+    if (label == p_.ignore_index) return {};
+    if (label < 0 || label >= target_classes_) return {row, label, second};
+    parts_[row].add(label, share);
+    return {};
+  }
+
+  void look_up_class(int64_t class_index) {
+    ClassFacts& facts = facts_[class_index];
+    if (facts.supervision != ClassFacts::kUnknown) return;
+    const int type = static_cast<int>(p_.relationship.type);
+    const void* row = p_.relationship.row(class_index);
+    facts.supervision =
+        rows_.any_nonzero[type](row, source_classes_) ? ClassFacts::kSupervised : ClassFacts::kUnsupervised;
+    if (p_.kl_divergence && facts.supervision == ClassFacts::kSupervised) {
+      facts.sum_q_log_q = sum_q_log_q(distribution(row, 1.0, nullptr, 0.0));
+    }
+  }
+
+  // A row of the source distribution in the compute type of the source logits: the relationship's own memory where it
+  // already is that, else scratch.
+  const void* distribution(const void* a, double share_a, const void* b, double share_b) const {
+    const ScalarType wanted = is_double(p_.source_logits) ? ScalarType::kFloat64 : ScalarType::kFloat32;
+    if (b == nullptr && share_a == 1.0 && p_.relationship.type == wanted) return a;
+    void* scratch = Scratch::get(1, source_classes_ * size_of(wanted));
+    const int type = static_cast<int>(p_.relationship.type);
+    if (wanted == ScalarType::kFloat64) {
+      rows_.mix_to_double[type](a, share_a, b, share_b, source_classes_, static_cast<double*>(scratch));
+    } else {
+      rows_.mix_to_float[type](a, share_a, b, share_b, source_classes_, static_cast<float*>(scratch));
+    }
+    return scratch;
+  }
+
+  double sum_q_log_q(const void* q) const {
+    return is_double(p_.source_logits)
+               ? rows_.sum_q_log_q_double(static_cast<const double*>(q), source_classes_)
+               : rows_.sum_q_log_q_float(static_cast<const float*>(q), source_classes_);
+  }
+
+  // The parts of a row that have source supervision.
+  Parts supervised_parts(int64_t row) const {
+    Parts parts;
+    for (int k = 0; k < parts_[row].count; ++k) {
+      if (supervised(parts_[row].index[k])) parts.add(parts_[row].index[k], parts_[row].share[k]);
+    }
+    return parts;
+  }
+
+  // The translated label of a row, or null where it has no source supervision.
+  const void* translated(int64_t row, double* q_log_q) const {
+    const void* q = nullptr;
+    if (has_probabilities()) {
+      const int type = static_cast<int>(p_.relationship.type);
+      const void* relationship_row = p_.relationship.row(row);
+      if (!rows_.any_nonzero[type](relationship_row, source_classes_)) return nullptr;
+      q = distribution(relationship_row, 1.0, nullptr, 0.0);
+    } else {
+      const Parts parts = supervised_parts(row);
+      if (parts.count == 0) return nullptr;
+      const void* second = parts.count == 2 ? p_.relationship.row(parts.index[1]) : nullptr;
+      q = distribution(p_.relationship.row(parts.index[0]), parts.share[0], second, parts.count == 2 ? parts.share[1] : 0);
+      if (parts.count == 1 && parts.share[0] == 1.0) {
+        *q_log_q = facts_[parts.index[0]].sum_q_log_q;
+        return q;
+      }
+    }
+    if (p_.kl_divergence) *q_log_q = sum_q_log_q(q);
+    return q;
+  }
+
+  void run_rows(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      source_row(i, i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
+      if (p_.target_logits.data != nullptr) target_row(i);
+    }
+  }
+
+  void source_row(int64_t row, const void* next) {
+    double q_log_q = 0;
+    const void* q = translated(row, &q_log_q);
+    source_rows_[row] = dense_row(p_.source_logits, row, q, next, source_scale_, p_.source_gradient) + q_log_q;
+  }
+
+  // Cross entropy of a row against the distribution q, and its gradient; no q: no loss, and a gradient of zeros.
+  double dense_row(const ConstMatrix& logits, int64_t row, const void* q, const void* next, double scale,
+                   const Matrix& gradient) {
+    const int type = static_cast<int>(logits.type);
+    if (q == nullptr) {
+      zero_gradient(logits, row, gradient);
+      return 0;
+    }
+    void* exponentials = Scratch::get(0, logits.columns * (is_double(logits) ? 8 : 4));
+    const SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next);
+    if (gradient.data != nullptr) {
+      rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, gradient.row(row));
+    }
+    return s.mass * std::log(s.sum) - s.dot;
+  }
+
+  void target_row(int64_t row) {
+    if (has_probabilities() || p_.label_smoothing > 0) {
+      const void* q = is_double(p_.target_logits) ? target_distribution<double>(row) : target_distribution<float>(row);
+      target_rows_[row] = dense_row(p_.target_logits, row, q, nullptr, target_scale_, p_.target_gradient);
+    } else {
+      target_rows_[row] = sparse_target_row(row);
+    }
+  }
+
+  // weight * ((1 - smoothing) * target + smoothing / N_t), or null where it is all zeros.
+  template <class C>
+  const void* target_distribution(int64_t row) const {
+    const double smoothing = p_.label_smoothing;
+    const double share = has_probabilities() ? 1.0 : parts_[row].total();
+    const double base = smoothing / static_cast<double>(target_classes_) * share;
+    C* q = static_cast<C*>(Scratch::get(2, target_classes_ * sizeof(C)));
+    if (has_probabilities()) {
+      const int type = static_cast<int>(p_.probabilities.type);
+      mix_into(type, p_.probabilities.row(row), 1.0 - smoothing, q);
+      for (int64_t j = 0; j < target_classes_; ++j) q[j] += static_cast<C>(base);
+    } else {
+      for (int64_t j = 0; j < target_classes_; ++j) q[j] = static_cast<C>(base);
+      for (int k = 0; k < parts_[row].count; ++k) {
+        q[parts_[row].index[k]] += static_cast<C>((1.0 - smoothing) * parts_[row].share[k]);
+      }
+    }
+    bool any = false;
+    for (int64_t j = 0; j < target_classes_; ++j) {
+      q[j] *= static_cast<C>(weight_of(j));
+      any |= q[j] != 0;
+    }
+    return any ? q : nullptr;
+  }
+
+  void mix_into(int type, const void* a, double factor, float* out) const {
+    rows_.mix_to_float[type](a, factor, nullptr, 0.0, target_classes_, out);
+  }
+  void mix_into(int type, const void* a, double factor, double* out) const {
+    rows_.mix_to_double[type](a, factor, nullptr, 0.0, target_classes_, out);
+  }
+
+  // Cross entropy against one or two classes, without building their distribution: the gradient is softmax everywhere,
+  // and the target is taken off at its classes.
+  double sparse_target_row(int64_t row) {
+    const ConstMatrix& logits = p_.target_logits;
+    Parts parts;
+    for (int k = 0; k < parts_[row].count; ++k) {
+      parts.add(parts_[row].index[k], parts_[row].share[k] * weight_of(parts_[row].index[k]));
+    }
+    if (parts.count == 2 && parts.index[0] == parts.index[1]) {
+      parts.share[0] += parts.share[1];
+      parts.count = 1;
+    }
+    if (parts.count == 0) {
+      zero_gradient(logits, row, p_.target_gradient);
+      return 0;
+    }
+    const int type = static_cast<int>(logits.type);
+    // In place, the gradient overwrites the logits: read what is needed of them first.
+    double logit[2] = {};
+    for (int k = 0; k < parts.count; ++k) logit[k] = element(logits, row, parts.index[k]);
+    void* exponentials = Scratch::get(0, logits.columns * (is_double(logits) ? 8 : 4));
+    const SweepResult s = rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, nullptr);
+    const double mass = parts.total();
+    double loss = mass * std::log(s.sum);
+    for (int k = 0; k < parts.count; ++k) loss -= parts.share[k] * (logit[k] - s.shift);
+    if (p_.target_gradient.data == nullptr) return loss;
+    rows_.gradient[type](exponentials, nullptr, logits.columns, target_scale_ * mass / s.sum, 0.0,
+                         p_.target_gradient.row(row));
+    for (int k = 0; k < parts.count; ++k) {
+      const double softmax = std::exp(logit[k] - s.shift) / s.sum;
+      set_element(p_.target_gradient, row, parts.index[k], target_scale_ * (mass * softmax - parts.share[k]));
+    }
+    return loss;
+  }
+
+  double element(const ConstMatrix& matrix, int64_t row, int64_t column) const {
+    const void* p = static_cast<const char*>(matrix.row(row)) + column * size_of(matrix.type);
+    double value;
+    rows_.mix_to_double[static_cast<int>(matrix.type)](p, 1.0, nullptr, 0.0, 1, &value);
+    return value;
+  }
+
+  void set_element(const Matrix& matrix, int64_t row, int64_t column, double value) const {
+    void* p = static_cast<char*>(matrix.row(row)) + column * size_of(matrix.type);
+    if (matrix.type == ScalarType::kFloat64) {
+      *static_cast<double*>(p) = value;
+    } else {
+      const float narrow = static_cast<float>(value);
+      rows_.store_float[static_cast<int>(matrix.type)](&narrow, 1, p);
+    }
+  }
+
+  static void zero_gradient(const ConstMatrix& logits, int64_t row, const Matrix& gradient) {
+    if (gradient.data == nullptr) return;
+    auto* bytes = static_cast<char*>(gradient.row(row));
+    std::fill(bytes, bytes + logits.columns * size_of(logits.type), char(0));
+  }
+
+  // Serial and in the order of rows: the result does not depend on the number of threads.
+  void reduce(std::vector<double>* terms, double divisor) const {
+    if (p_.reduction == Reduction::kNone) return;
+    constexpr int kSums = 8;  // independent chains of additions
+    double sums[kSums] = {};
+    for (size_t i = 0; i < terms->size(); ++i) sums[i % kSums] += (*terms)[i];
+    double total = 0;
+    for (double sum : sums) total += sum;
+    terms->assign(1, total / divisor);  // no valid row: 0 / 0, as F.cross_entropy
+  }
+
+  void translate_rows(int64_t begin, int64_t end) const {
+    const int64_t row_bytes = source_classes_ * size_of(p_.relationship.type);
+    for (int64_t i = begin; i < end; ++i) {
+      char* out = static_cast<char*>(translated_) + i * row_bytes;
+      const Parts& parts = parts_[i];
+      if (parts.count == 0) {
+        std::fill(out, out + row_bytes, char(0));
+      } else if (parts.count == 1 && parts.share[0] == 1.0) {
+        const auto* row = static_cast<const char*>(p_.relationship.row(parts.index[0]));
+        std::copy(row, row + row_bytes, out);
+      } else {
+        const void* second = parts.count == 2 ? p_.relationship.row(parts.index[1]) : nullptr;
+        const void* q = distribution(p_.relationship.row(parts.index[0]), parts.share[0], second,
+                                     parts.count == 2 ? parts.share[1] : 0);
+        if (p_.relationship.type == ScalarType::kFloat64) {
+          std::copy(static_cast<const char*>(q), static_cast<const char*>(q) + row_bytes, out);
+        } else {
+          rows_.store_float[static_cast<int>(p_.relationship.type)](static_cast<const float*>(q), source_classes_, out);
+        }
+      }
+    }
+  }
+
+  const LossProblem& p_;
+  const RowKernels& rows_;
+  int64_t batch_, source_classes_, target_classes_;
+  std::vector<Parts> parts_;
+  std::vector<ClassFacts> facts_;
+  double source_divisor_ = 1, target_divisor_ = 1, source_scale_ = 1, target_scale_ = 1;
+  double* source_rows_ = nullptr;
+  double* target_rows_ = nullptr;
+  void* translated_ = nullptr;
+};
+
+}  // namespace
+
+BadLabel co_tuning_loss(const LossProblem& problem, ParallelFor parallel_for, LossResult* result) {
+  Loss loss(problem);
+  if (BadLabel bad = loss.read_labels()) return bad;
+  loss.look_up_classes();
+  loss.count();
+  loss.choose_factors(result);
+  loss.run(parallel_for, result);
+  return {};
+}
+
+BadLabel translate_labels(const LossProblem& problem, int64_t batch, void* out, ParallelFor parallel_for) {
+  Loss loss(problem);
+  loss.set_batch(batch, problem.relationship.columns);
+  if (BadLabel bad = loss.read_labels()) return bad;
+  loss.translate(parallel_for, batch, out);
+  return {};
+}
+
+namespace {
+
+struct ScaleTask {
+  Matrix rows;
+  int64_t columns;
+  double factor;
+  const double* upstream;
+  int64_t upstream_stride;
+  void (*scale)(void* row, int64_t n, double factor);
+};
+
+}  // namespace
+
+void scale_rows(Matrix rows, int64_t count, int64_t columns, double factor, const double* upstream,
+                int64_t upstream_stride, ParallelFor parallel_for) {
+  if (upstream_stride == 0 && factor * upstream[0] == 1.0) return;
+  ScaleTask task{rows, columns, factor, upstream, upstream_stride, row_kernels().scale[static_cast<int>(rows.type)]};
+  parallel_for(0, count, grain_rows(columns),
+               [](int64_t begin, int64_t end, void* context) {
+                 const auto& t = *static_cast<ScaleTask*>(context);
+                 for (int64_t i = begin; i < end; ++i) {
+                   t.scale(t.rows.row(i), t.columns, t.factor * t.upstream[i * t.upstream_stride]);
+                 }
+               },
+               &task);
+}
+
+}  // namespace cotuning::cpu

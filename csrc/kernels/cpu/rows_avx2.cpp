@@ -1,0 +1,10 @@
+// The row primitives in AVX2. Compiled with the flags that csrc/sources.txt gives it.
+#define COTUNING_ISA avx2
+#include "rows_impl.h"
+
+namespace cotuning::cpu {
+
+extern const RowKernels kRows_avx2;
+const RowKernels kRows_avx2 = avx2::table("avx2");
+
+}  // namespace cotuning::cpu

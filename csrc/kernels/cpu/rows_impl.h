@@ -1,0 +1,345 @@
+// The row primitives of rows.h, written once in the vector vocabulary. A translation unit defines COTUNING_ISA (a
+// namespace) and includes this file; see rows_avx512.cpp.
+//
+// The mathematics (DESIGN of the loss): for logits z, a distribution q with mass Q = sum(q), and any shift m,
+//
+//   s = sum exp(z - m)     loss = Q log(s) - sum q (z - m)     dloss/dz = (Q / s) exp(z - m) - q
+//
+// which is one sweep that stores exp(z - m) in scratch, and one that combines it with q. The products q (z - m) are
+// summed after the shift, not before: logits with a common offset of 1e4 would otherwise cancel to noise.
+#pragma once
+
+#include "rows.h"
+#include "simd.h"
+
+namespace cotuning::cpu::COTUNING_ISA {
+
+template <class T>
+struct VectorOf {
+  using type = Float;
+};
+template <>
+struct VectorOf<double> {
+  using type = Double;
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+
+// The shift is the maximum of the first elements only, which saves a sweep over the row. The sums are as good as with the
+// true maximum while no exponent is above this bound: exp(60) * 2^31 is still far below the largest float.
+constexpr int kProvisionalElements = 64;
+constexpr double kLargestExponent = 60.0;
+
+// A row's tail: lanes past the end take part in the arithmetic with this in place of z - m. Its exponential is 0, and
+// it is finite, so that 0 * tail is 0 too.
+constexpr float kTail = -1e30f;
+
+template <class T>
+static inline Vector<T> max_over(const T* z, int64_t n) {
+  using V = Vector<T>;
+  V m = broadcast(static_cast<typename V::Scalar>(-INFINITY));
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) m = max(load(z + i), m);
+  if (i < n) {
+    const int tail = static_cast<int>(n - i);
+    m = max(keep_first(load_partial(z + i, tail), tail, m), m);
+  }
+  return m;
+}
+
+// Both accumulators of each sum take every second vector: the chains of additions are half as long.
+template <class V>
+struct SweepSums {
+  V sum = broadcast(typename V::Scalar(0));
+  V dot = broadcast(typename V::Scalar(0));
+  V mass = broadcast(typename V::Scalar(0));
+  V largest = broadcast(static_cast<typename V::Scalar>(-INFINITY));
+};
+
+template <bool kMasked, bool kTarget, class V, class C>
+static inline void sweep_vector(V x, V q, C* exponentials, SweepSums<V>& sums) {
+  const V e = exp(x);
+  store(exponentials, e);
+  sums.largest = max(sums.largest, x);
+  sums.sum = sums.sum + e;
+  if constexpr (kTarget) {
+    sums.dot = kMasked ? sums.dot + keep_where_nonzero(q, q * x) : fma(q, x, sums.dot);
+    sums.mass = sums.mass + q;
+  }
+}
+
+// kMasked: a logit of -inf where q is 0 contributes 0 to the dot product instead of 0 * -inf = NaN.
+template <bool kMasked, bool kTarget, class T>
+static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, int64_t n, ComputeType<T>* exponentials,
+                                           const T* next, ComputeType<T> shift_value, double* largest) {
+  using V = Vector<T>;
+  const V shift = broadcast(shift_value);
+  const V none = broadcast(ComputeType<T>(0));
+  constexpr int kStep = 2 * V::kLanes;
+  SweepSums<V> even, odd;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    if (next != nullptr) {
+      prefetch(next + i);
+      if constexpr (kStep * sizeof(T) > 64) prefetch(next + i + V::kLanes);
+    }
+    const V q0 = kTarget ? load(q + i) : none;
+    const V q1 = kTarget ? load(q + i + V::kLanes) : none;
+    sweep_vector<kMasked, kTarget>(load(z + i) - shift, q0, exponentials + i, even);
+    sweep_vector<kMasked, kTarget>(load(z + i + V::kLanes) - shift, q1, exponentials + i + V::kLanes, odd);
+  }
+  for (; i + V::kLanes <= n; i += V::kLanes) {
+    sweep_vector<kMasked, kTarget>(load(z + i) - shift, kTarget ? load(q + i) : none, exponentials + i, even);
+  }
+  if (i < n) {
+    const int tail = static_cast<int>(n - i);
+    const V x = keep_first(load_partial(z + i, tail) - shift, tail, broadcast(static_cast<ComputeType<T>>(kTail)));
+    ComputeType<T> last[V::kLanes];
+    sweep_vector<kMasked, kTarget>(x, kTarget ? load_partial(q + i, tail) : none, last, odd);
+    store_partial(exponentials + i, load(last), tail);
+  }
+  *largest = reduce_max(max(even.largest, odd.largest));
+  return {shift_value, reduce_add(even.sum + odd.sum), reduce_add(even.dot + odd.dot), reduce_add(even.mass + odd.mass)};
+}
+
+static inline bool finite(double x) { return x - x == 0; }
+
+template <bool kTarget, class T>
+static inline SweepResult sweep_row(const T* z, const ComputeType<T>* q, int64_t n, ComputeType<T>* exponentials,
+                                    const T* next) {
+  const int64_t provisional = n < kProvisionalElements ? n : kProvisionalElements;
+  double largest;
+  const SweepResult result = sweep_with_shift<false, kTarget>(z, q, n, exponentials, next,
+                                                              reduce_max(max_over(z, provisional)), &largest);
+  if (largest <= kLargestExponent && finite(result.sum) && finite(result.dot)) return result;
+  // A large logit late in the row, or one that is not finite: once more, with the true maximum. What is then still not
+  // finite is what the formula gives: NaN for a row with a NaN, with +inf, or with nothing but -inf.
+  return sweep_with_shift<true, kTarget>(z, q, n, exponentials, static_cast<const T*>(nullptr),
+                                         reduce_max(max_over(z, n)), &largest);
+}
+
+template <class T>
+SweepResult sweep(const void* z, const void* q, int64_t n, void* exponentials, const void* next) {
+  using C = ComputeType<T>;
+  const auto* logits = static_cast<const T*>(z);
+  const auto* next_logits = static_cast<const T*>(next);
+  return q == nullptr
+             ? sweep_row<false>(logits, static_cast<const C*>(nullptr), n, static_cast<C*>(exponentials), next_logits)
+             : sweep_row<true>(logits, static_cast<const C*>(q), n, static_cast<C*>(exponentials), next_logits);
+}
+
+template <bool kTarget, class T>
+static inline void gradient_row(const ComputeType<T>* e, const ComputeType<T>* q, int64_t n, ComputeType<T> softmax_factor,
+                                ComputeType<T> target_factor, T* gradient) {
+  using V = Vector<T>;
+  const V a = broadcast(softmax_factor);
+  const V b = broadcast(-target_factor);
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) {
+    const V p = a * load(e + i);
+    store(gradient + i, kTarget ? fma(b, load(q + i), p) : p);
+  }
+  if (i < n) {
+    const int tail = static_cast<int>(n - i);
+    const V p = a * load_partial(e + i, tail);
+    store_partial(gradient + i, kTarget ? fma(b, load_partial(q + i, tail), p) : p, tail);
+  }
+}
+
+template <class T>
+void gradient(const void* exponentials, const void* q, int64_t n, double softmax_factor, double target_factor, void* out) {
+  using C = ComputeType<T>;
+  const auto* e = static_cast<const C*>(exponentials);
+  const auto* distribution = static_cast<const C*>(q);
+  const C a = static_cast<C>(softmax_factor), b = static_cast<C>(target_factor);
+  if (q == nullptr) {
+    gradient_row<false>(e, distribution, n, a, b, static_cast<T*>(out));
+  } else {
+    gradient_row<true>(e, distribution, n, a, b, static_cast<T*>(out));
+  }
+}
+
+template <class T>
+void scale(void* row, int64_t n, double factor) {
+  using V = Vector<T>;
+  auto* x = static_cast<T*>(row);
+  const V f = broadcast(static_cast<ComputeType<T>>(factor));
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) store(x + i, f * load(x + i));
+  if (i < n) {
+    const int tail = static_cast<int>(n - i);
+    store_partial(x + i, f * load_partial(x + i, tail), tail);
+  }
+}
+
+template <class T, class C>
+void mix(const void* a, double factor_a, const void* b, double factor_b, int64_t n, C* out) {
+  const auto* row_a = static_cast<const T*>(a);
+  const auto* row_b = static_cast<const T*>(b);
+  const C fa = static_cast<C>(factor_a), fb = static_cast<C>(factor_b);
+  if (b == nullptr) {
+    for (int64_t i = 0; i < n; ++i) out[i] = fa * static_cast<C>(widen(row_a[i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = fa * static_cast<C>(widen(row_a[i])) + fb * static_cast<C>(widen(row_b[i]));
+  }
+}
+
+template <class T>
+void store_from_float(const float* values, int64_t n, void* row) {
+  auto* out = static_cast<T*>(row);
+  for (int64_t i = 0; i < n; ++i) narrow(values[i], out + i);
+}
+
+template <class T>
+bool any_nonzero(const void* row, int64_t n) {
+  const auto* x = static_cast<const T*>(row);
+  for (int64_t i = 0; i < n; ++i) {
+    if (widen(x[i]) != 0) return true;
+  }
+  return false;
+}
+
+// Under the inverse temperature b, x = z - m becomes b * x in the exponent only.
+template <bool kMasked, class V>
+struct MomentSums {
+  V sum = broadcast(typename V::Scalar(0));
+  V first = broadcast(typename V::Scalar(0));
+  V second = broadcast(typename V::Scalar(0));
+
+  void add(V x, V e) {
+    // exp(-inf) * -inf is NaN, but an impossible class contributes nothing.
+    const V ex = kMasked ? keep_where_nonzero(e, e * x) : e * x;
+    sum = sum + e;
+    first = first + ex;
+    second = kMasked ? second + keep_where_nonzero(e, ex * x) : fma(ex, x, second);
+  }
+};
+
+template <bool kMasked, class T>
+static inline MomentResult moments_with_shift(const T* z, int64_t n, ComputeType<T> b_value, const T* next,
+                                              ComputeType<T> shift_value) {
+  using V = Vector<T>;
+  const V shift = broadcast(shift_value), b = broadcast(b_value);
+  constexpr int kStep = 2 * V::kLanes;
+  MomentSums<kMasked, V> even, odd;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    if (next != nullptr) {
+      prefetch(next + i);
+      if constexpr (kStep * sizeof(T) > 64) prefetch(next + i + V::kLanes);
+    }
+    const V x0 = load(z + i) - shift, x1 = load(z + i + V::kLanes) - shift;
+    even.add(x0, exp(b * x0));
+    odd.add(x1, exp(b * x1));
+  }
+  for (; i < n; i += V::kLanes) {
+    const int here = n - i < V::kLanes ? static_cast<int>(n - i) : V::kLanes;
+    const V tail = broadcast(static_cast<ComputeType<T>>(-INFINITY));
+    if (here == V::kLanes) {
+      const V x = load(z + i) - shift;
+      even.add(x, exp(b * x));
+    } else {
+      const V x = load_partial(z + i, here) - shift;
+      odd.add(keep_first(x, here, broadcast(ComputeType<T>(0))), exp(keep_first(b * x, here, tail)));
+    }
+  }
+  return {shift_value, reduce_add(even.sum + odd.sum), reduce_add(even.first + odd.first),
+          reduce_add(even.second + odd.second)};
+}
+
+template <class T>
+MomentResult moments(const void* z, int64_t n, double b, const void* next) {
+  using C = ComputeType<T>;
+  const auto* logits = static_cast<const T*>(z);
+  const C shift = reduce_max(max_over(logits, n));
+  const MomentResult result =
+      moments_with_shift<false>(logits, n, static_cast<C>(b), static_cast<const T*>(next), shift);
+  if (finite(result.sum) && finite(result.second)) return result;
+  return moments_with_shift<true>(logits, n, static_cast<C>(b), static_cast<const T*>(nullptr), shift);
+}
+
+template <class T, class S>
+void add_softmax(const void* z, int64_t n, double b, void* exponentials, const void* next, S* sums) {
+  using C = ComputeType<T>;
+  using V = Vector<T>;
+  const auto* logits = static_cast<const T*>(z);
+  const auto* next_logits = static_cast<const T*>(next);
+  auto* e = static_cast<C*>(exponentials);
+  const V factor = broadcast(static_cast<C>(b));
+  const V shift = broadcast(reduce_max(max_over(logits, n)));
+  V even = broadcast(C(0)), odd = even;
+  constexpr int kStep = 2 * V::kLanes;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    if (next_logits != nullptr) {
+      prefetch(next_logits + i);
+      if constexpr (kStep * sizeof(T) > 64) prefetch(next_logits + i + V::kLanes);
+    }
+    const V e0 = exp(factor * (load(logits + i) - shift)), e1 = exp(factor * (load(logits + i + V::kLanes) - shift));
+    store(e + i, e0);
+    store(e + i + V::kLanes, e1);
+    even = even + e0;
+    odd = odd + e1;
+  }
+  for (; i + V::kLanes <= n; i += V::kLanes) {
+    const V e0 = exp(factor * (load(logits + i) - shift));
+    store(e + i, e0);
+    even = even + e0;
+  }
+  if (i < n) {
+    const int tail = static_cast<int>(n - i);
+    const V x = keep_first(factor * (load_partial(logits + i, tail) - shift), tail, broadcast(static_cast<C>(kTail)));
+    const V e0 = exp(x);
+    store_partial(e + i, e0, tail);
+    odd = odd + e0;
+  }
+  const C normaliser = C(1) / reduce_add(even + odd);
+  for (int64_t j = 0; j < n; ++j) sums[j] += static_cast<S>(normaliser * e[j]);
+}
+
+static inline double sum_q_log_q(const float* q, int64_t n) {
+  // Below the smallest normal float q log q is less than 1e-36; log_of_normal needs a normal number.
+  constexpr float kSmallest = 0x1p-126f;
+  constexpr int kSums = 16;
+  float sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
+    for (int k = 0; k < kSums; ++k) {
+      const float x = q[i + k] < kSmallest ? kSmallest : q[i + k];
+      sums[k] += q[i + k] * log_of_normal(x);
+    }
+  }
+  double total = 0;
+  for (; i < n; ++i) total += q[i] > 0 ? static_cast<double>(q[i]) * ::log(static_cast<double>(q[i])) : q[i] * 0.0;
+  for (int k = 0; k < kSums; ++k) total += sums[k];
+  return total;
+}
+
+static inline double sum_q_log_q(const double* q, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += q[i] > 0 ? q[i] * ::log(q[i]) : q[i] * 0.0;
+  return total;
+}
+
+// One entry a scalar type, in the order of ScalarType.
+#define COTUNING_EACH_TYPE(function) {function<float>, function<BFloat16>, function<Float16>, function<double>}
+#define COTUNING_EACH_TYPE_TO(function, C) \
+  {function<float, C>, function<BFloat16, C>, function<Float16, C>, function<double, C>}
+
+static constexpr RowKernels table(const char* name) {
+  return {name,
+          COTUNING_EACH_TYPE(sweep),
+          COTUNING_EACH_TYPE(gradient),
+          COTUNING_EACH_TYPE(scale),
+          COTUNING_EACH_TYPE_TO(mix, float),
+          COTUNING_EACH_TYPE_TO(mix, double),
+          COTUNING_EACH_TYPE(store_from_float),
+          COTUNING_EACH_TYPE(any_nonzero),
+          COTUNING_EACH_TYPE_TO(add_softmax, float),
+          COTUNING_EACH_TYPE_TO(add_softmax, double),
+          COTUNING_EACH_TYPE(moments),
+          sum_q_log_q,
+          sum_q_log_q};
+}
+
+}  // namespace cotuning::cpu::COTUNING_ISA

@@ -1,0 +1,10 @@
+// The row primitives in plain C++, for processors without AVX2. Compiled with the flags that csrc/sources.txt gives it.
+#define COTUNING_ISA portable
+#include "rows_impl.h"
+
+namespace cotuning::cpu {
+
+extern const RowKernels kRows_portable;
+const RowKernels kRows_portable = portable::table("portable");
+
+}  // namespace cotuning::cpu

@@ -1,0 +1,88 @@
+// The vector vocabulary of the instruction set that this translation unit is compiled for, and the functions written in it.
+#pragma once
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+namespace cotuning::cpu::COTUNING_ISA {
+using Float = Lanes<float>;
+static inline Float broadcast(float x) { return broadcast_lanes(x); }
+template <class T>
+static inline Float load(const T* p) {
+  return load_lanes<float>(p);
+}
+template <class T>
+static inline Float load_partial(const T* p, int n) {
+  return load_lanes_partial<float>(p, n);
+}
+static inline Float scale_by_power_of_two(Float x, Float shifted) {
+  for (int k = 0; k < Float::kLanes; ++k) {
+    uint32_t bits, power;
+    memcpy(&bits, &x.lane[k], sizeof bits);
+    memcpy(&power, &shifted.lane[k], sizeof power);
+    bits += power << 23;
+    memcpy(&x.lane[k], &bits, sizeof bits);
+  }
+  return x;
+}
+static inline Float zero_below(Float test, Float bound, Float x) {
+  for (int k = 0; k < Float::kLanes; ++k) x.lane[k] = test.lane[k] < bound.lane[k] ? 0 : x.lane[k];
+  return x;
+}
+static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+}  // namespace cotuning::cpu::COTUNING_ISA
+#endif
+
+namespace cotuning::cpu::COTUNING_ISA {
+
+// exp(x) for x <= 88, to 1 ulp; 0 below -87.3 (so exp(-inf) = 0); NaN for NaN. Above 88 the result is worthless.
+//
+// x = n ln 2 + r with n the nearest integer, |r| <= ln 2 / 2: exp(x) = 2^n exp(r). Adding 1.5 * 2^23 rounds x / ln 2 to
+// an integer and leaves that integer in the low bits, ready for the exponent field. ln 2 is subtracted in two parts,
+// the first of which has zeros at its end, so that n * 0.693359375 is exact. exp(r) = 1 + r + r^2 p(r), with Cephes'
+// coefficients for p.
+static inline Float exp(Float x) {
+  const Float round = broadcast(0x1.8p23f);
+  const Float shifted = fma(x, broadcast(1.44269504088896341f), round);
+  const Float n = shifted - round;
+  const Float r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
+  Float p = broadcast(1.9875691500e-4f);
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  const Float exp_r = fma(p, r * r, r) + broadcast(1.0f);
+  return zero_below(x, broadcast(-87.3f), scale_by_power_of_two(exp_r, shifted));
+}
+
+// log(x) for a positive normal x; worthless elsewhere. Plain C++ without branches, which compilers vectorise.
+//
+// x = 2^e m with m in [sqrt(1/2), sqrt(2)): log x = e ln 2 + log(1 + f), f = m - 1, and
+// log(1 + f) = f - f^2 / 2 + f^3 p(f), with Cephes' coefficients for p.
+static inline float log_of_normal(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const uint32_t shifted = bits - 0x3f3504f3u;  // bits of sqrt(1/2): the exponent now changes there
+  const float e = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  bits = (shifted & 0x7fffffu) + 0x3f3504f3u;
+  float m;
+  memcpy(&m, &bits, sizeof m);
+  const float f = m - 1.0f;
+  const float f2 = f * f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  return f + (f2 * f * p - 0.5f * f2 + e * -2.12194440e-4f) + e * 0.693359375f;
+}
+
+}  // namespace cotuning::cpu::COTUNING_ISA

@@ -1,0 +1,72 @@
+// The vector vocabulary (see simd_portable.h) in AVX-512: 16 floats, and masked loads and stores for the end of a row.
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd_portable.h"
+
+namespace cotuning::cpu::COTUNING_ISA {
+
+struct Float {
+  static constexpr int kLanes = 16;
+  using Scalar = float;
+  __m512 v;
+};
+
+static inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+static inline Float broadcast(float x) { return {_mm512_set1_ps(x)}; }
+static inline Float operator+(Float a, Float b) { return {_mm512_add_ps(a.v, b.v)}; }
+static inline Float operator-(Float a, Float b) { return {_mm512_sub_ps(a.v, b.v)}; }
+static inline Float operator*(Float a, Float b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline Float fma(Float a, Float b, Float c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+static inline Float max(Float a, Float b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline float reduce_add(Float a) { return _mm512_reduce_add_ps(a.v); }
+static inline float reduce_max(Float a) { return _mm512_reduce_max_ps(a.v); }
+static inline Float keep_first(Float x, int n, Float other) { return {_mm512_mask_mov_ps(other.v, first(n), x.v)}; }
+static inline Float keep_where_nonzero(Float test, Float x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(test.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.v)};
+}
+
+static inline Float from_bf16(__m256i x) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
+static inline __m256i to_bf16(Float x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+  return _mm512_cvtepi32_epi16(result);
+}
+static inline Float from_fp16(__m256i x) { return {_mm512_cvtph_ps(x)}; }
+static inline __m256i to_fp16(Float x) { return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT); }
+
+static inline __m256i load_16bit(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+static inline void store_16bit(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+
+static inline Float load(const float* p) { return {_mm512_loadu_ps(p)}; }
+static inline Float load(const BFloat16* p) { return from_bf16(load_16bit(p)); }
+static inline Float load(const Float16* p) { return from_fp16(load_16bit(p)); }
+static inline Float load_partial(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+static inline Float load_partial(const BFloat16* p, int n) { return from_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
+static inline Float load_partial(const Float16* p, int n) { return from_fp16(_mm256_maskz_loadu_epi16(first(n), p)); }
+static inline void store(float* p, Float x) { _mm512_storeu_ps(p, x.v); }
+static inline void store(BFloat16* p, Float x) { store_16bit(p, to_bf16(x)); }
+static inline void store(Float16* p, Float x) { store_16bit(p, to_fp16(x)); }
+static inline void store_partial(float* p, Float x, int n) { _mm512_mask_storeu_ps(p, first(n), x.v); }
+static inline void store_partial(BFloat16* p, Float x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(x)); }
+static inline void store_partial(Float16* p, Float x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_fp16(x)); }
+
+// 2^n * x for n given as the low bits of `shifted` = n + 1.5 * 2^23: added to the exponent field of x.
+static inline Float scale_by_power_of_two(Float x, Float shifted) {
+  return {_mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23)))};
+}
+// x, but 0 where `test` is below `bound`; where `test` is NaN, x stays.
+static inline Float zero_below(Float test, Float bound, Float x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(test.v, bound.v, _CMP_NLT_UQ), x.v)};
+}
+static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace cotuning::cpu::COTUNING_ISA
