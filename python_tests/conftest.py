@@ -1,0 +1,73 @@
+"""One seed for a session, one thread unless a test asks for more, and the table of errors at the end."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from conformance import BACKENDS, RECORDS, Backend
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed", type=int, default=None, help="draw the tests' numbers from this seed (default: a fresh one)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--seed") is None:
+        config.option.seed = secrets.randbelow(2**31)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"cotuning_kernels: repeat this session's numbers with --seed {config.option.seed}"
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The session's seed."""
+    return int(request.config.option.seed)
+
+
+@pytest.fixture
+def draw(seed: int) -> torch.Generator:
+    """Random numbers from the session's seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors of these tests are small: threads only cost. Tests of threads set their own number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend in turn, selected; skipped with the reason where it cannot run here."""
+    chosen: Backend = request.param
+    reason = chosen.missing()
+    if reason is not None:
+        pytest.skip(f"{chosen.name}: {reason}")
+    with chosen.using():
+        yield chosen
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not RECORDS:
+        return
+    terminalreporter.section(
+        "largest errors against float64, relative to a tensor's largest number (beside torch's own)"
+    )
+    terminalreporter.line(
+        f"{'backend':14}{'logits':16}{'checks':>8}{'loss':>12}{'torch':>12}{'gradient':>12}{'torch':>12}"
+    )
+    for (name, dtype), record in sorted(RECORDS.items(), key=lambda item: (item[0][0], str(item[0][1]))):
+        errors = (record.loss, record.torch_loss, record.gradient, record.torch_gradient)
+        numbers = "".join(f"{error:12.1e}" for error in errors)
+        terminalreporter.line(f"{name:14}{str(dtype).removeprefix('torch.'):16}{record.checks:8}{numbers}")

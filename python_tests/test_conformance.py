@@ -1,0 +1,213 @@
+"""Every backend against the conformance table (see ``conformance.py`` for the table and for the rule)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from cotuning_kernels import functional, reference
+
+from conformance import (
+    BACKENDS,
+    CASES,
+    CONTIGUOUS,
+    DTYPES,
+    FORMS,
+    LAYOUTS,
+    Backend,
+    Case,
+    Expectation,
+    Layout,
+    Outcome,
+    Placed,
+    Problem,
+    assert_same_bits,
+    bits,
+    verify,
+)
+
+_CASE = {case.name: case for case in CASES}
+# How an element is loaded does not depend on where its gradient goes, nor on whether there is another head: these two
+# forms run in one wide and one narrow dtype.
+_FORMS = {dtype: FORMS if dtype in (torch.float32, torch.bfloat16) else ("both heads",) for dtype in DTYPES}
+
+
+@lru_cache(maxsize=len(FORMS))
+def _drawn(name: str, dtype: torch.dtype, form: str, seed: int) -> tuple[Problem, Expectation]:
+    """The tests run case by case through all backends, which share the truth."""
+    problem = _CASE[name].build(dtype, seed)
+    return problem, Expectation(problem, form)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "backend"),
+    [
+        pytest.param(case.name, dtype, backend, id=f"{case.name}-{str(dtype).removeprefix('torch.')}-{backend.name}")
+        for case in CASES
+        for dtype in case.dtypes
+        for backend in BACKENDS
+    ],
+    indirect=["backend"],
+)
+def test_table(name: str, dtype: torch.dtype, backend: Backend, seed: int) -> None:
+    for form in _FORMS[dtype]:
+        if form in backend.forms:
+            problem, expectation = _drawn(name, dtype, form, seed)
+            try:
+                verify(backend, problem, form, expectation=expectation)
+            except Exception as error:
+                error.add_note(f"case {name!r} ({_CASE[name].why}), {dtype}, {form}, {backend.name}, --seed {seed}")
+                raise
+
+
+# Three target forms are three ways to read the other operands. Widths: a multiple of every vector, and two others.
+_LAYOUT_CASES = (
+    Case("labels in a layout", "ignored rows are skipped over", (5, 9, 67), "ignoring", weight="random"),
+    Case("pair in a layout", "two rows of R at once", (5, 16, 64), "pair", options={"source_loss": "kl"}),
+    Case("probabilities in a layout", "a row of P and a row of P R", (5, 17, 131), "probabilities"),
+    Case("rows in a layout", "an upstream gradient a row", (5, 9, 67), "int32", options={"reduction": "none"}),
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("case", _LAYOUT_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(backend: Backend, layout: Layout, case: Case, dtype: torch.dtype, seed: int) -> None:
+    problem = case.build(dtype, seed)
+    verify(backend, problem, logits_layout=layout)
+    verify(backend, problem, other_layout=layout)
+    if layout.in_place and "in place" in backend.forms:
+        verify(backend, problem, "in place", logits_layout=layout, other_layout=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["ignoring", "pair", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_run_and_every_thread_count_gives_the_same_bits(
+    backend: Backend, dtype: torch.dtype, kind: str, reduction: str, seed: int
+) -> None:
+    if backend.argument == "reference":
+        pytest.skip("reference: plain PyTorch promises no order of summation")
+    # Below and above the 100000 elements from which rows are shared between threads; 301 rows do not divide evenly.
+    for batch in (5, 301):
+        case = Case(f"{batch} rows, {kind}", "", (batch, 40, 401), kind, options={"reduction": reduction})
+        problem = case.build(dtype, seed)
+        outcomes: dict[str, Outcome] = {}
+        for threads in (1, 1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            outcome = backend.run(problem, "both heads", backend.argument)
+            assert_same_bits(outcomes.setdefault("first", outcome), outcome, f"{batch} rows on {threads} threads")
+
+
+@pytest.mark.parametrize("relationship_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "kind", ["labels", "int32", "ignoring", "pair", "pair ignoring", "pair, float share", "probabilities"]
+)
+def test_translated_labels(backend: Backend, relationship_dtype: torch.dtype, kind: str, seed: int) -> None:
+    """A row of R is copied bit for bit; a mixture is rounded to R's dtype once (torch's product may do worse)."""
+    for width in (1, 15, 64, 131):
+        case = Case(
+            f"translate {kind} {width}", "", (7, 5, width), kind, "unsupervised", relationship_dtype=relationship_dtype
+        )
+        problem = case.build(torch.float32, seed)
+        relationship = Placed(problem.relationship)
+        given = functional.translate_labels(
+            problem.target, relationship.view, ignore_index=problem.ignore_index, backend=backend.argument
+        )
+        relationship.assert_unchanged("relationship")
+        exact = reference.translate_labels(problem.target, problem.relationship.double())
+        assert given.dtype == relationship_dtype
+        assert given.shape == (7, width)
+        if isinstance(problem.target, Tensor) and not problem.target.is_floating_point():
+            assert torch.equal(given.double(), exact)
+        eps = max(
+            torch.finfo(relationship_dtype).eps, torch.finfo(torch.float32).eps if kind == "probabilities" else 0.0
+        )
+        tiny = torch.finfo(relationship_dtype).smallest_normal
+        assert ((given.double() - exact).abs() <= 2 * eps * exact.abs() + eps * tiny).all()
+
+
+def _labelled(dtype: torch.dtype, width: int, seed: int, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed + width)
+    logits = (scale * torch.randn(11, width, generator=draw, dtype=torch.float64)).to(dtype)
+    labels = torch.randint(min(width, 4), (11,), generator=draw)
+    labels[::4] = -100
+    return logits, labels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 15, 17, 64, 131, 1000])
+@pytest.mark.parametrize("inverse_temperature", [1.0, 0.37, 4.0])
+def test_class_sums(backend: Backend, dtype: torch.dtype, width: int, inverse_temperature: float, seed: int) -> None:
+    """Sums of softmax by class, added to what is there; ignored rows add nothing, nor do rows to other classes."""
+    logits, labels = _labelled(dtype, width, seed)
+    exact, exact_counts = reference.softmax_class_sums(logits, labels, 6, inverse_temperature=inverse_temperature)
+    if backend.argument == "reference":
+        softmax = torch.softmax(logits.double() * inverse_temperature, 1)
+        by_hand = torch.stack([softmax[labels == t].sum(0) for t in range(6)])
+        assert torch.allclose(exact, by_hand, rtol=1e-13, atol=0)
+        assert exact_counts.tolist() == [int((labels == t).sum()) for t in range(6)]
+        return
+    for layout in (CONTIGUOUS, *(x for x in LAYOUTS if x.name == "odd columns")):
+        placed = Placed(logits, layout)
+        sums, counts = Placed(torch.ones(6, width, dtype=torch.float64)), torch.full((6,), 5)
+        torch.ops.cotuning_kernels.add_class_sums_(sums.view, counts, placed.view, labels, inverse_temperature, -100)
+        placed.assert_unchanged("logits")
+        sums.assert_margins_unchanged("sums")
+        eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        # exp of an argument x is off by x ulps where x itself was rounded; the sums were 1 before.
+        tolerance = eps * exact * (4 + 20 * inverse_temperature) + 4 * torch.finfo(torch.float64).eps
+        assert ((sums.view - 1 - exact).abs() <= tolerance).all()
+        assert torch.equal(counts - 5, exact_counts)
+        assert (sums.view[4:] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [4, 15, 17, 64, 131, 1000])
+@pytest.mark.parametrize("inverse_temperature", [1.0, 0.37, 4.0])
+def test_temperature_terms(
+    backend: Backend, dtype: torch.dtype, width: int, inverse_temperature: float, seed: int
+) -> None:
+    logits, labels = _labelled(dtype, width, seed)
+    exact = reference.temperature_terms(logits, labels, inverse_temperature=inverse_temperature)
+    if backend.argument == "reference":
+        b = torch.tensor(inverse_temperature, dtype=torch.float64, requires_grad=True)
+        nll = torch.nn.functional.cross_entropy(logits.double() * b, labels, reduction="sum")
+        (first,) = torch.autograd.grad(nll, b, create_graph=True)
+        (second,) = torch.autograd.grad(first, b)
+        by_autograd = torch.stack([nll.detach(), first.detach(), second, (labels >= 0).sum().double()])
+        assert torch.allclose(exact, by_autograd, rtol=1e-10, atol=1e-10)
+        return
+    for layout in (CONTIGUOUS, *(x for x in LAYOUTS if x.name == "odd columns")):
+        placed = Placed(logits, layout)
+        terms = torch.ops.cotuning_kernels.temperature_terms(placed.view, labels, inverse_temperature, -100)
+        placed.assert_unchanged("logits")
+        eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        # The first derivative is a difference of means; an ulp of its parts where it nearly vanishes.
+        parts = logits[labels >= 0].double().abs().amax(1).sum() * max(1.0, inverse_temperature)
+        assert ((terms - exact).abs() <= 32 * eps * (exact.abs() + parts)).all(), (terms, exact)
+        assert terms[3] == exact[3]
+
+
+@pytest.mark.parametrize("name", ["temperature_terms", "class sums"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_give_the_same_bits_on_every_thread_count(
+    backend: Backend, name: str, dtype: torch.dtype, draw: torch.Generator
+) -> None:
+    if backend.argument == "reference":
+        pytest.skip("reference: plain PyTorch promises no order of summation")
+    logits = (3 * torch.randn(301, 401, generator=draw)).to(dtype)
+    labels = torch.randint(9, (301,), generator=draw)
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        if name == "temperature_terms":
+            results.append(torch.ops.cotuning_kernels.temperature_terms(logits, labels, 0.7, -100))
+        else:
+            sums, counts = torch.zeros(9, 401, dtype=torch.float64), torch.zeros(9, dtype=torch.int64)
+            torch.ops.cotuning_kernels.add_class_sums_(sums, counts, logits, labels, 0.7, -100)
+            results.append(sums)
+    assert all(torch.equal(bits(results[0]), bits(other)) for other in results[1:])
