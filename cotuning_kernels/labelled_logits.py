@@ -6,14 +6,15 @@ they may read data: a wrong label or a NaN is named by its row.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cotuning_kernels import validation
-
 __all__ = ["check_labelled_logits", "positive_number", "unusable_row"]
+
+_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_labelled_logits(
@@ -25,7 +26,15 @@ def check_labelled_logits(
         TypeError, ValueError: a wrong type, dtype or shape.
         IndexError: a label that is neither a class nor ``ignore_index``; names the row and the value.
     """
-    validation.check_logits(logits_name, logits)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{logits_name} is a {type(logits).__name__}, expected a Tensor of shape (B, classes)")
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(
+            f"{logits_name} has shape {tuple(logits.shape)}, expected (B, classes); flatten leading dimensions first, "
+            f"for instance {logits_name}.flatten(0, -2) and labels.flatten()"
+        )
+    if logits.dtype not in _LOGIT_DTYPES:
+        raise TypeError(f"{logits_name} has dtype {logits.dtype}, expected one of {', '.join(map(str, _LOGIT_DTYPES))}")
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is a {type(labels).__name__}, expected a Tensor of class indices (B,)")
     if labels.dtype not in (torch.int64, torch.int32):
@@ -44,16 +53,19 @@ def check_labelled_logits(
         )
     logits = logits.detach()
     if logits.stride(1) != 1:
-        logits = logits.contiguous()
+        logits = logits.clone(memory_format=torch.contiguous_format)
     return logits, labels.detach().to(logits.device)
 
 
 def unusable_row(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[int, str] | None:
     """The first row that has no softmax, and why; ``None`` when there is none. Rows with an ignored label do not count.
 
-    One read of the logits and no temporary: the maximum of a row is finite exactly if the row has no NaN, no +inf,
-    and not only -inf. A masked class (-inf) among others is fine.
+    One read of the logits and no temporary: their sum is finite only if all of them are. Where it is not, a masked
+    class (-inf) or an overflow may be innocent, and the maximum of each row decides: it is finite exactly if the row
+    has no NaN, no +inf, and not only -inf.
     """
+    if math.isfinite(float(logits.sum())):
+        return None
     maximum = logits.amax(1)
     bad = ~torch.isfinite(maximum) & (labels != ignore_index)
     if not bad.any():

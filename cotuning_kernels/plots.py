@@ -32,7 +32,7 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'cotuning_kernels[plots]'") from error
+        raise ImportError("pictures need matplotlib: pip install 'cotuning-kernels[plot]'") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -58,29 +58,39 @@ def relationship_heat_map(
     elsewhere = (matrix.sum(dim=1) - shown.sum(dim=1)).clamp(min=0)
 
     num_rows, num_columns = shown.shape
+    cell = 0.34 if num_rows <= 60 else 0.17
+    font = 8 if num_rows <= 60 else 6
     longest = max(len(_label(source_names[s])) for s in columns)
-    figure = new_figure(min(40, 3.2 + 0.34 * num_columns), min(40, 1.6 + 0.07 * longest + 0.3 * num_rows))
+    width, height = 3.6 + cell * num_columns, 1.4 + 0.06 * longest + 0.85 * cell * num_rows
+    figure = new_figure(min(40, max(6, width)), min(40, max(3, height)))
     figure.suptitle(title, fontsize=12)
-    axes, rest = figure.subplots(1, 2, sharey=True, width_ratios=[num_columns, 1.4])
-    # The square root gives a probability of 0.04 a fifth of the scale: small shares are what is worth seeing.
-    image = axes.imshow(shown.sqrt().numpy(), cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    rest.imshow(elsewhere[:, None].sqrt().numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(num_rows), [_label(target_names[t]) for t in rows], fontsize=8)
-    axes.set_xticks(
-        range(num_columns), [_label(source_names[s]) for s in columns], fontsize=8, rotation=45, ha="right",
-        rotation_mode="anchor",
-    )  # fmt: skip
-    rest.set_xticks([0], [f"{matrix.shape[1] - num_columns} others"], fontsize=8, rotation=45, ha="right",
-                    rotation_mode="anchor")  # fmt: skip
+    axes, rest = figure.subplots(1, 2, sharey=True, width_ratios=[max(num_columns, 6), 2.5])
+    # The square root of a probability: small shares are what is worth seeing.
+    brightest = float(shown.max()) or 1.0
+    image = axes.imshow(shown.sqrt().numpy(), cmap="GnBu", vmin=0, vmax=brightest**0.5, aspect="auto")
+    axes.set_yticks(range(num_rows), [_label(target_names[t]) for t in rows], fontsize=font)
+    names = [_label(source_names[s]) for s in columns]
+    axes.set_xticks(range(num_columns), names, fontsize=font, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlabel("source class")
     axes.set_ylabel("target class")
-    for each, values in ((axes, shown), (rest, elsewhere[:, None])):
-        _tidy_cells(each, *values.shape)
-        if num_rows * num_columns <= 1200:
-            _write_percentages(each, values)
-    bar = figure.colorbar(image, ax=rest, label="p(source class | target class)", aspect=30, fraction=0.5, pad=0.3)
-    levels = [0, 0.05, 0.2, 0.5, 1]
+    _tidy_cells(axes, num_rows, num_columns)
+    if num_rows * num_columns <= 1500:
+        _write_percentages(axes, shown, brightest)
+    for row in (matrix == 0).all(dim=1).nonzero()[:, 0].tolist():
+        middle = (num_columns - 1) / 2
+        axes.text(middle, row, "no source supervision", ha="center", va="center", fontsize=font, color=_GREY)
+
+    rest.barh(range(num_rows), elsewhere.tolist(), height=0.7, color="#cfd4da")
+    for row, share in enumerate(elsewhere.tolist()):
+        if share > 0:
+            rest.text(0.04, row, f"{share:.0%}", va="center", fontsize=font - 1, color="#333333")
+    rest.set(xlim=(0, 1), xticks=[], xlabel=f"{matrix.shape[1] - num_columns} others")
+    rest.tick_params(length=0)
+    rest.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=[axes, rest], label="p(source class | target class)", aspect=30, pad=0.01)
+    levels = [level for level in (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1) if level <= brightest]
     bar.set_ticks([level**0.5 for level in levels], labels=[f"{level:.0%}" for level in levels])
+    bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
     return figure
 
@@ -113,6 +123,9 @@ def reliability_diagram(panels: Sequence[tuple[str, Reliability]]) -> Figure:
         _draw_reliability(grid[0, column], grid[1, column], title, reliability)
     grid[0, 0].set_ylabel("accuracy")
     grid[1, 0].set_ylabel("share of\npredictions")
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
     return figure
 
 
@@ -145,10 +158,10 @@ def _tidy_cells(axes: Axes, num_rows: int, num_columns: int) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _write_percentages(axes: Axes, values: Tensor) -> None:
+def _write_percentages(axes: Axes, values: Tensor, brightest: float) -> None:
     for row, column in (values >= 0.005).nonzero().tolist():
         value = float(values[row, column])
-        color = "white" if value > 0.3 else "#333333"
+        color = "white" if value > 0.4 * brightest else "#333333"
         axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color=color)
 
 
@@ -161,16 +174,20 @@ def _draw_reliability(axes: Axes, histogram: Axes, title: str, reliability: Reli
     accuracy = [float(reliability.accuracy[index]) for index in used]
     confidence = [float(reliability.confidence[index]) for index in used]
     axes.bar(x, accuracy, width * 0.94, color=_BLUE, label="accuracy")
-    gaps = [c - a for a, c in zip(accuracy, confidence, strict=True)]
-    axes.bar(x, gaps, width * 0.94, bottom=accuracy, color=_RED, alpha=0.35, label="gap to the confidence")
-    axes.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color=_GREY)
+    # Between accuracy and confidence, whichever is higher: hatched, so that it shows on the blue bar too.
+    low = [min(a, c) for a, c in zip(accuracy, confidence, strict=True)]
+    gap = [abs(a - c) for a, c in zip(accuracy, confidence, strict=True)]
+    axes.bar(
+        x, gap, width * 0.94, bottom=low, facecolor=(0.78, 0.33, 0.24, 0.3), edgecolor=_RED, hatch="///", linewidth=0.8,
+        label="gap between confidence and accuracy",
+    )  # fmt: skip
+    axes.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color=_GREY, label="perfectly calibrated")
     axes.set_title(title, fontsize=11)
     axes.text(
         0.04, 0.96, f"ECE {reliability.expected_calibration_error:.1%}\naccuracy {reliability.mean_accuracy:.1%}\n"
         f"confidence {reliability.mean_confidence:.1%}", transform=axes.transAxes, va="top", fontsize=9,
     )  # fmt: skip
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    axes.legend(loc="lower right", fontsize=7, frameon=False)
     total = float(reliability.count.sum())
     histogram.bar(middles, [float(count) / total for count in reliability.count], width * 0.94, color=_GREY)
     histogram.set_xlabel("confidence")
