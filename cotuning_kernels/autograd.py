@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cotuning_kernels.backends import schema as schema
-from cotuning_kernels.targets import OperandTarget
+from cotuning_kernels import validation
+from cotuning_kernels.backends import schema
+from cotuning_kernels.targets import OperandTarget, Target, operand_target
 
 __all__ = ["co_tuning_loss"]
 
@@ -23,27 +24,69 @@ _ops = torch.ops.cotuning_kernels
 def co_tuning_loss(
     source_logits: Tensor,
     target_logits: Tensor | None,
-    operand: OperandTarget,
+    target: Target,
+    relationship: Tensor,
     weight: Tensor | None,
-    trade_off: float,
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
-    kl_divergence: bool,
+    source_loss: str,
+    trade_off: float | Tensor,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``(loss, terms)``, the loss differentiable in both logits, ``terms = [target_term, source_term]`` not."""
-    options = (weight, trade_off, label_smoothing, ignore_index, schema.REDUCTIONS[reduction], kl_divergence)
+    """``(loss, [target_term, source_term])``: the loss is differentiable in both logits, the terms are not.
+
+    Only what the operation would accept although it is wrong is checked here.
+    """
+    if isinstance(target, Tensor) and not target.is_floating_point():
+        operand = OperandTarget(target, None, None, relationship)
+    else:
+        validation.check_target(
+            target, source_logits.shape[0], relationship.shape[0], source_logits.device, ignore_index
+        )
+        operand = operand_target(target, relationship, _compute_dtype(source_logits))
+    if relationship.requires_grad or (weight is not None and weight.requires_grad):
+        raise ValueError("relationship and weight must not require grad")
+    if not isinstance(trade_off, Tensor):
+        trade_off = torch.full((), trade_off, dtype=torch.float64, device=source_logits.device)
+    options = (weight, trade_off, label_smoothing, ignore_index, schema.REDUCTIONS[reduction],
+               schema.KL_DIVERGENCE[source_loss])  # fmt: skip
     source_gradient = source_logits.requires_grad
     target_gradient = target_logits is not None and target_logits.requires_grad
-    if not (torch.is_grad_enabled() and (source_gradient or target_gradient)):
-        loss, terms, *_ = _ops.co_tuning_loss.default(source_logits, target_logits, *operand, *options, False, False)
-        return loss, terms
-    function = _InplaceCoTuningLoss if inplace else _CoTuningLoss
-    return function.apply(source_logits, target_logits, source_gradient, target_gradient, operand, options)
+    if inplace:
+        validation.check_inplace("source_logits", source_logits)
+        if target_logits is not None:
+            validation.check_inplace("target_logits", target_logits)
+    else:
+        source_logits = _dense_columns(source_logits)
+        target_logits = None if target_logits is None else _dense_columns(target_logits)
+    if torch.is_grad_enabled() and (source_gradient or target_gradient):
+        function = _InplaceCoTuningLoss if inplace else _CoTuningLoss
+        return function.apply(source_logits, target_logits, source_gradient, target_gradient, operand, options)
+    loss, terms, *_ = _ops.co_tuning_loss.default(source_logits, target_logits, *operand, *options, False, False)
+    return loss, terms
+
+
+def _compute_dtype(source_logits: Tensor) -> torch.dtype:
+    return torch.float64 if source_logits.dtype == torch.float64 else torch.float32
+
+
+def _dense_columns(logits: Tensor) -> Tensor:
+    """The kernels take any row stride, but dense columns."""
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
 def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    # With create_graph=True the result must refuse to be differentiated. That wrapper costs 3 us, hence the question.
+    return _refuse_double_backward(ctx, upstream) if torch.is_grad_enabled() else _scaled_gradients(ctx, upstream)
+
+
+@once_differentiable
+def _refuse_double_backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _scaled_gradients(ctx, upstream)
+
+
+def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 6
     source_grad, target_grad, factors = ctx.saved_tensors
@@ -82,7 +125,6 @@ class _CoTuningLoss(torch.autograd.Function):
         return loss, terms
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, upstream)
 
@@ -112,6 +154,5 @@ class _InplaceCoTuningLoss(torch.autograd.Function):
         return loss, terms
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, upstream)

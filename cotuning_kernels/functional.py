@@ -34,7 +34,7 @@ def co_tuning_loss(
     target: Target,
     relationship: Tensor | Relationship,
     *,
-    trade_off: float = 2.3,
+    trade_off: float | Tensor = 2.3,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
@@ -59,7 +59,8 @@ def co_tuning_loss(
             ``(labels_a, labels_b, share of labels_a)`` (:class:`cotuning_kernels.MixedTarget`).
         relationship: ``R[t, s] = p(y_source = s | y_target = t)``, ``(N_t, N_s)`` in any floating dtype, or a
             :class:`cotuning_kernels.Relationship`.
-        trade_off: the factor lambda of the source term; 2.3 in the paper's code.
+        trade_off: the factor lambda of the source term; 2.3 in the paper's code. A float64 tensor of shape ``()`` on
+            the logits' device changes under ``torch.compile`` without a recompilation; a float does not.
         weight, label_smoothing, ignore_index: of the target term, as in :func:`torch.nn.functional.cross_entropy`. A
             row with label ``ignore_index`` takes part in neither term and its gradient is exactly 0.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean of the target term is that of ``F.cross_entropy``,
@@ -80,35 +81,9 @@ def co_tuning_loss(
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
         IndexError: a label is out of range (CPU); on an accelerator an assertion of the device, as ``F.cross_entropy``.
     """
-    relationship = _matrix(relationship)
-    validation.check_logits("source_logits", source_logits)
-    validation.check_logits("target_logits", target_logits)
-    device = source_logits.device
-    batch, num_target_classes = target_logits.shape
-    if source_logits.shape[0] != batch or target_logits.device != device:
-        raise ValueError(
-            f"source_logits is {tuple(source_logits.shape)} on {device} and target_logits is "
-            f"{tuple(target_logits.shape)} on {target_logits.device}, expected the same rows on the same device"
-        )
-    validation.check_relationship(relationship, num_target_classes, source_logits.shape[1], device)
-    validation.check_target(target, batch, num_target_classes, device, ignore_index)
-    validation.check_weight(weight, num_target_classes, device)
-    validation.check_options(label_smoothing, reduction, source_loss)
-    if backends.select(device.type, backend) == "reference":
-        if inplace:
-            raise ValueError("inplace=True needs a kernel, but the reference serves this call; leave inplace out")
-        loss, target_term, source_term = reference.co_tuning_loss(
-            source_logits, target_logits, target, relationship, trade_off=trade_off, weight=weight,
-            label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss,
-        )  # fmt: skip
-        return CoTuningTerms(loss, target_term.detach(), source_term.detach()) if return_terms else loss
-    if inplace:
-        _check_inplace("source_logits", source_logits)
-        _check_inplace("target_logits", target_logits)
-    dtype = torch.promote_types(torch.promote_types(source_logits.dtype, target_logits.dtype), torch.float32)
-    loss, terms = autograd.co_tuning_loss(
-        _dense_columns(source_logits), _dense_columns(target_logits), operand_target(target, relationship, dtype), weight,
-        trade_off, label_smoothing, ignore_index, reduction, source_loss == "kl", inplace,
+    loss, terms = _evaluate(
+        source_logits, target_logits, target, relationship, trade_off, weight, label_smoothing, ignore_index, reduction,
+        source_loss, inplace, backend,
     )  # fmt: skip
     return CoTuningTerms(loss, terms[0], terms[1]) if return_terms else loss
 
@@ -128,25 +103,9 @@ def source_label_loss(
 
     Args, Returns, Raises: as for :func:`co_tuning_loss`.
     """
-    relationship = _matrix(relationship)
-    validation.check_logits("source_logits", source_logits)
-    device = source_logits.device
-    validation.check_relationship(relationship, None, source_logits.shape[1], device)
-    validation.check_target(target, source_logits.shape[0], relationship.shape[0], device, ignore_index)
-    validation.check_options(0.0, reduction, source_loss)
-    if backends.select(device.type, backend) == "reference":
-        if inplace:
-            raise ValueError("inplace=True needs a kernel, but the reference serves this call; leave inplace out")
-        return reference.source_label_loss(
-            source_logits, target, relationship, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss
-        )
-    if inplace:
-        _check_inplace("source_logits", source_logits)
-    dtype = torch.promote_types(source_logits.dtype, torch.float32)
-    loss, _ = autograd.co_tuning_loss(
-        _dense_columns(source_logits), None, operand_target(target, relationship, dtype), None,
-        1.0, 0.0, ignore_index, reduction, source_loss == "kl", inplace,
-    )  # fmt: skip
+    loss, _ = _evaluate(
+        source_logits, None, target, relationship, 1.0, None, 0.0, ignore_index, reduction, source_loss, inplace, backend
+    )
     return loss
 
 
@@ -174,29 +133,76 @@ def translate_labels(
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
     if probabilities or backends.select(relationship.device.type, backend) == "reference":
         return reference.translate_labels(target, relationship, ignore_index=ignore_index)
-    labels, labels_b, mix, _ = operand_target(target, relationship, relationship.dtype)
+    labels, labels_b, mix, _ = operand_target(target, relationship)
     translated: Tensor = torch.ops.cotuning_kernels.translate_labels.default(
         labels, labels_b, mix, relationship, ignore_index
     )
     return translated
 
 
+def _evaluate(
+    source_logits: Tensor,
+    target_logits: Tensor | None,
+    target: Target,
+    relationship: Tensor | Relationship,
+    trade_off: float | Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    source_loss: str,
+    inplace: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``(loss, [target_term, source_term])`` from the backend that serves the call; without ``target_logits`` the loss
+    is the source term."""
+    relationship = _matrix(relationship)
+    arguments = (source_logits, target_logits, target, relationship, weight, label_smoothing, ignore_index, reduction,
+                 source_loss)  # fmt: skip
+    validation.check_is_tensor("source_logits", source_logits)
+    served_by = backends.select(source_logits.device.type, backend)
+    if served_by == "reference":
+        validation.check_loss(*arguments)
+        return _reference(*arguments, trade_off, inplace)
+    # A small batch takes about as long as checking its arguments in Python. The kernels refuse what they cannot take,
+    # so the words for people are looked for when something has gone wrong. A trace checks once, and at no cost later.
+    tracing = torch.compiler.is_compiling()
+    if tracing:
+        validation.check_loss(*arguments)
+    try:
+        return autograd.co_tuning_loss(*arguments, trade_off, inplace)
+    except Exception:
+        if not tracing:
+            validation.check_loss(*arguments)
+        raise
+
+
+def _reference(
+    source_logits: Tensor,
+    target_logits: Tensor | None,
+    target: Target,
+    relationship: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    source_loss: str,
+    trade_off: float | Tensor,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    if inplace:
+        raise ValueError("inplace=True needs a kernel, but the reference serves this call; leave inplace out")
+    if target_logits is None:
+        loss = reference.source_label_loss(
+            source_logits, target, relationship, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss
+        )
+        return loss, torch.stack((torch.zeros_like(loss), loss)).detach()
+    loss, target_term, source_term = reference.co_tuning_loss(
+        source_logits, target_logits, target, relationship, trade_off=trade_off, weight=weight,
+        label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss,
+    )  # fmt: skip
+    return loss, torch.stack((target_term, source_term)).detach()
+
+
 def _matrix(relationship: Tensor | Relationship) -> Tensor:
     return relationship if isinstance(relationship, Tensor) else getattr(relationship, "matrix", relationship)
-
-
-def _dense_columns(logits: Tensor) -> Tensor:
-    """The kernels take any row stride, but dense columns."""
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
-
-
-def _check_inplace(name: str, logits: Tensor) -> None:
-    if logits.is_leaf and logits.requires_grad:
-        raise ValueError(f"{name} is a leaf that requires grad; inplace=True would destroy it. Leave inplace out")
-    if not logits.requires_grad:
-        raise ValueError(f"{name} does not require grad; inplace=True writes a gradient over it. Leave inplace out")
-    if (logits.stride(1) != 1 and logits.shape[1] > 1) or (logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]):
-        raise ValueError(
-            f"{name} has strides {logits.stride()} for shape {tuple(logits.shape)}; inplace=True needs rows that are "
-            "dense and do not overlap"
-        )

@@ -76,13 +76,26 @@ class FusedCoTuningLoss(nn.Module):
         backends.select(matrix.device.type, backend)
         self.register_buffer("relationship", matrix.clone(memory_format=torch.contiguous_format))
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
-        self.trade_off = trade_off
+        # As a tensor, so that a compiled or captured training step sees a new value without being made anew. Not a buffer:
+        # .half() would round it.
+        self._trade_off = torch.tensor(float(trade_off), dtype=torch.float64, device=matrix.device)
+        self._trade_off_value = float(trade_off)
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.source_loss = source_loss
         self.inplace = inplace
         self.backend = backend
+
+    @property
+    def trade_off(self) -> float:
+        """The factor of the source term. May be set between steps, for instance in a warm-up."""
+        return self._trade_off_value
+
+    @trade_off.setter
+    def trade_off(self, value: float) -> None:
+        self._trade_off_value = float(value)
+        self._trade_off.fill_(self._trade_off_value)
 
     def forward(
         self, source_logits: Tensor, target_logits: Tensor, target: Target, *, return_terms: bool = False
@@ -96,8 +109,10 @@ class FusedCoTuningLoss(nn.Module):
                 ``(labels_a, labels_b, share of labels_a)``.
             return_terms: return :class:`cotuning_kernels.CoTuningTerms`.
         """
+        if self._trade_off.device != self.relationship.device:
+            self._trade_off = self._trade_off.to(self.relationship.device)
         return functional.co_tuning_loss(
-            source_logits, target_logits, target, self.relationship, trade_off=self.trade_off, weight=self.weight,
+            source_logits, target_logits, target, self.relationship, trade_off=self._trade_off, weight=self.weight,
             label_smoothing=self.label_smoothing, ignore_index=self.ignore_index, reduction=self.reduction,
             source_loss=self.source_loss, return_terms=return_terms, inplace=self.inplace, backend=self.backend,
         )  # fmt: skip

@@ -26,7 +26,7 @@ def co_tuning_loss(
     target: Tensor | tuple[Tensor, Tensor, Tensor | float],
     relationship: Tensor,
     *,
-    trade_off: float = 2.3,
+    trade_off: float | Tensor = 2.3,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,

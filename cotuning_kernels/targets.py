@@ -36,7 +36,7 @@ class OperandTarget(NamedTuple):
     relationship: Tensor
 
 
-def operand_target(target: Target, relationship: Tensor, dtype: torch.dtype) -> OperandTarget:
+def operand_target(target: Target, relationship: Tensor, dtype: torch.dtype = torch.float32) -> OperandTarget:
     """Split a mixup pair; translate class probabilities by a matrix product in ``dtype``."""
     if isinstance(target, tuple):
         labels_a, labels_b, share = target

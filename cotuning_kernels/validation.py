@@ -1,7 +1,7 @@
 """What every argument must be, said in words when it is not.
 
-These run at every training step, so the way through them when all is well reads shapes and dtypes only: no data, no
-device synchronisation. Labels are checked by the kernels.
+All that these functions read is shapes, dtypes and devices: no data, no device synchronisation. Labels are checked by
+the kernels.
 """
 
 from __future__ import annotations
@@ -11,16 +11,57 @@ from torch import Tensor
 
 from cotuning_kernels.targets import Target
 
-__all__ = ["check_logits", "check_options", "check_relationship", "check_target", "check_weight"]
+__all__ = [
+    "check_inplace",
+    "check_is_tensor",
+    "check_loss",
+    "check_options",
+    "check_relationship",
+    "check_target",
+    "check_weight",
+]
 
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LABEL_DTYPES = (torch.int64, torch.int32)
 _SOURCE_LOSSES = ("cross_entropy", "kl")
 
 
-def check_logits(name: str, logits: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} is a {type(logits).__name__}, expected a Tensor of shape (B, classes)")
+def check_loss(
+    source_logits: Tensor,
+    target_logits: Tensor | None,
+    target: Target,
+    relationship: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    source_loss: str,
+) -> None:
+    """All the arguments of the loss, and how they fit together."""
+    _check_logits("source_logits", source_logits)
+    device, batch = source_logits.device, source_logits.shape[0]
+    num_target_classes = None
+    if target_logits is not None:
+        _check_logits("target_logits", target_logits)
+        num_target_classes = target_logits.shape[1]
+        if target_logits.shape[0] != batch or target_logits.device != device:
+            raise ValueError(
+                f"source_logits is {tuple(source_logits.shape)} on {device} and target_logits is "
+                f"{tuple(target_logits.shape)} on {target_logits.device}, expected the same rows on the same device"
+            )
+    check_relationship(relationship, num_target_classes, source_logits.shape[1], device)
+    check_target(target, batch, relationship.shape[0], device, ignore_index)
+    check_weight(weight, relationship.shape[0], device)
+    check_options(label_smoothing, reduction, source_loss)
+
+
+def check_is_tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a Tensor")
+
+
+def _check_logits(name: str, logits: Tensor) -> None:
+    check_is_tensor(name, logits)
     if logits.dim() != 2:
         raise ValueError(
             f"{name} has shape {tuple(logits.shape)}, expected (B, classes); flatten leading dimensions first, "
@@ -112,6 +153,18 @@ def check_options(label_smoothing: float, reduction: str, source_loss: str) -> N
         raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
     if source_loss not in _SOURCE_LOSSES:
         raise ValueError(f"source_loss is {source_loss!r}, expected 'cross_entropy' or 'kl'")
+
+
+def check_inplace(name: str, logits: Tensor) -> None:
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(f"{name} is a leaf that requires grad; inplace=True would destroy it. Leave inplace out")
+    if not logits.requires_grad:
+        raise ValueError(f"{name} does not require grad; inplace=True writes a gradient over it. Leave inplace out")
+    if (logits.stride(1) != 1 and logits.shape[1] > 1) or (logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]):
+        raise ValueError(
+            f"{name} has strides {logits.stride()} for shape {tuple(logits.shape)}; inplace=True needs rows that are "
+            "dense and do not overlap"
+        )
 
 
 def _check_labels(name: str, labels: Tensor, batch: int, device: torch.device) -> None:

@@ -13,6 +13,8 @@ Conventions shared by all of them:
   ``relationship`` is then the ``(B, N_s)`` product ``target @ R``, row ``i`` belonging to row ``i``, and ``mix`` the
   share of each row's target that has source supervision, float64 ``(B,)``.
 * Losses and terms are float64 when any logits are float64, else float32. Gradients have their logits' dtype.
+* ``trade_off`` is a float64 tensor of shape ``()``, so that it can change between steps without a new trace of
+  ``torch.compile`` and without a new capture of a graph.
 * ``reduction``: 0 none, 1 mean, 2 sum (:data:`REDUCTIONS`).
 """
 
@@ -21,13 +23,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NAMESPACE", "REDUCTIONS"]
+__all__ = ["KL_DIVERGENCE", "NAMESPACE", "REDUCTIONS"]
 
 NAMESPACE = "cotuning_kernels"
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+KL_DIVERGENCE = {"cross_entropy": False, "kl": True}
 
 _LOSS_ARGUMENTS = (
-    "Tensor target, Tensor? target_b, Tensor? mix, Tensor relationship, Tensor? weight, float trade_off, "
+    "Tensor target, Tensor? target_b, Tensor? mix, Tensor relationship, Tensor? weight, Tensor trade_off, "
     "float label_smoothing, int ignore_index, int reduction, bool kl_divergence"
 )
 

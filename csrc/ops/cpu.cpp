@@ -48,6 +48,7 @@ void read_target(const Tensor& target, const OptionalTensor& target_b, const Opt
   } else {
     problem->labels = labels(target, batch, "target");
     if (target_b) problem->labels_b = labels(*target_b, batch, "target_b");
+    STD_TORCH_CHECK(!target_b || target_b->scalar_type() == target.scalar_type(), "target_b must have target's dtype");
   }
   if (!mix) return;
   const bool one = mix->dim() == 1 && mix->size(0) == 1;
@@ -60,7 +61,7 @@ void read_target(const Tensor& target, const OptionalTensor& target_b, const Opt
 
 cpu::LossProblem read_problem(const Tensor& source_logits, const OptionalTensor& target_logits, const Tensor& target,
                               const OptionalTensor& target_b, const OptionalTensor& mix, const Tensor& relationship,
-                              const OptionalTensor& weight, double trade_off, double label_smoothing,
+                              const OptionalTensor& weight, const Tensor& trade_off, double label_smoothing,
                               int64_t ignore_index, int64_t reduction, bool kl_divergence) {
   cpu::LossProblem problem;
   problem.source_logits = const_matrix(source_logits, "source_logits");
@@ -79,8 +80,11 @@ cpu::LossProblem read_problem(const Tensor& source_logits, const OptionalTensor&
                     "target_logits must have shape (", batch, ", ", classes, ")");
   }
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction must be 0, 1 or 2");
+  STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1]");
   problem.weight = read_weight(weight, classes);
-  problem.trade_off = trade_off;
+  STD_TORCH_CHECK(trade_off.is_cpu() && trade_off.dim() == 0 && trade_off.scalar_type() == ScalarType::Double,
+                  "trade_off must be a float64 number on the CPU");
+  problem.trade_off = *static_cast<const double*>(trade_off.const_data_ptr());
   problem.label_smoothing = label_smoothing;
   problem.ignore_index = ignore_index;
   problem.reduction = static_cast<cpu::Reduction>(reduction);
@@ -135,7 +139,7 @@ Tensor new_gradient(const Tensor* logits, bool wanted, cpu::Matrix* view) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_tuning_loss(
     const Tensor& source_logits, const OptionalTensor& target_logits, const Tensor& target,
     const OptionalTensor& target_b, const OptionalTensor& mix, const Tensor& relationship, const OptionalTensor& weight,
-    double trade_off, double label_smoothing, int64_t ignore_index, int64_t reduction, bool kl_divergence,
+    const Tensor& trade_off, double label_smoothing, int64_t ignore_index, int64_t reduction, bool kl_divergence,
     bool source_gradient, bool target_gradient) {
   cpu::LossProblem problem = read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight,
                                           trade_off, label_smoothing, ignore_index, reduction, kl_divergence);
@@ -155,7 +159,7 @@ cpu::Matrix writable_rows(const Tensor& tensor, const char* name) {
 
 std::tuple<Tensor, Tensor, Tensor> co_tuning_loss_inplace(
     Tensor source_logits, OptionalTensor target_logits, const Tensor& target, const OptionalTensor& target_b,
-    const OptionalTensor& mix, const Tensor& relationship, const OptionalTensor& weight, double trade_off,
+    const OptionalTensor& mix, const Tensor& relationship, const OptionalTensor& weight, const Tensor& trade_off,
     double label_smoothing, int64_t ignore_index, int64_t reduction, bool kl_divergence) {
   cpu::LossProblem problem = read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight,
                                           trade_off, label_smoothing, ignore_index, reduction, kl_divergence);
