@@ -19,18 +19,11 @@ static inline Float load_partial(const T* p, int n) {
   return load_lanes_partial<float>(p, n);
 }
 static inline Float scale_by_power_of_two(Float x, Float shifted) {
-  for (int k = 0; k < Float::kLanes; ++k) {
-    uint32_t bits, power;
-    memcpy(&bits, &x.lane[k], sizeof bits);
-    memcpy(&power, &shifted.lane[k], sizeof power);
-    bits += power << 23;
-    memcpy(&x.lane[k], &bits, sizeof bits);
-  }
-  return x;
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  return {reinterpret_cast<Float::Vector>(reinterpret_cast<Bits>(x.v) + (reinterpret_cast<Bits>(shifted.v) << 23))};
 }
 static inline Float zero_below(Float test, Float bound, Float x) {
-  for (int k = 0; k < Float::kLanes; ++k) x.lane[k] = test.lane[k] < bound.lane[k] ? 0 : x.lane[k];
-  return x;
+  return {test.v < bound.v ? Float::Vector{} : x.v};
 }
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }
 }  // namespace cotuning::cpu::COTUNING_ISA
