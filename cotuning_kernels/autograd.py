@@ -18,7 +18,9 @@ from cotuning_kernels.targets import OperandTarget, Target, operand_target
 
 __all__ = ["co_tuning_loss"]
 
-_ops = torch.ops.cotuning_kernels
+_loss_op = torch.ops.cotuning_kernels.co_tuning_loss.default
+_inplace_loss_op = torch.ops.cotuning_kernels.co_tuning_loss_.default
+_scale_op = torch.ops.cotuning_kernels.scale_gradients_.default
 
 
 def co_tuning_loss(
@@ -63,7 +65,7 @@ def co_tuning_loss(
     if torch.is_grad_enabled() and (source_gradient or target_gradient):
         function = _InplaceCoTuningLoss if inplace else _CoTuningLoss
         return function.apply(source_logits, target_logits, source_gradient, target_gradient, operand, options)
-    loss, terms, *_ = _ops.co_tuning_loss.default(source_logits, target_logits, *operand, *options, False, False)
+    loss, terms, *_ = _loss_op(source_logits, target_logits, *operand, *options, False, False)
     return loss, terms
 
 
@@ -93,7 +95,7 @@ def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None,
     if _graph_is_kept():
         # Another backward pass may come: what is saved must stay as it is.
         source_grad, target_grad = source_grad.clone(), target_grad.clone()
-    _ops.scale_gradients_.default(source_grad, target_grad, factors, upstream)
+    _scale_op(source_grad, target_grad, factors, upstream)
     return source_grad if ctx.source_gradient else None, target_grad if ctx.target_gradient else None, *(None,) * 4
 
 
@@ -115,7 +117,7 @@ class _CoTuningLoss(torch.autograd.Function):
         operand: OperandTarget,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        loss, terms, factors, source_grad, target_grad = _ops.co_tuning_loss.default(
+        loss, terms, factors, source_grad, target_grad = _loss_op(
             source_logits, target_logits, *operand, *options, source_gradient, target_gradient
         )
         ctx.save_for_backward(source_grad, target_grad, factors)
@@ -142,7 +144,7 @@ class _InplaceCoTuningLoss(torch.autograd.Function):
         operand: OperandTarget,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        loss, terms, factors = _ops.co_tuning_loss_.default(source_logits, target_logits, *operand, *options)
+        loss, terms, factors = _inplace_loss_op(source_logits, target_logits, *operand, *options)
         # An operation that saved these logits for its own backward pass now gets autograd's error, not a wrong gradient.
         torch.autograd.graph.increment_version([x for x in (source_logits, target_logits) if x is not None])
         source_grad = source_logits.detach()

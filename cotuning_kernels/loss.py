@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,13 +110,17 @@ class FusedCoTuningLoss(nn.Module):
                 ``(labels_a, labels_b, share of labels_a)``.
             return_terms: return :class:`cotuning_kernels.CoTuningTerms`.
         """
-        if self._trade_off.device != self.relationship.device:
-            self._trade_off = self._trade_off.to(self.relationship.device)
         return functional.co_tuning_loss(
             source_logits, target_logits, target, self.relationship, trade_off=self._trade_off, weight=self.weight,
             label_smoothing=self.label_smoothing, ignore_index=self.ignore_index, reduction=self.reduction,
             source_loss=self.source_loss, return_terms=return_terms, inplace=self.inplace, backend=self.backend,
         )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedCoTuningLoss:
+        """What ``.to()``, ``.cuda()``, ``.half()`` go through: the trade-off follows the device, but keeps its dtype."""
+        super()._apply(fn, recurse)
+        self._trade_off = self._trade_off.new_tensor(self._trade_off_value, device=self.relationship.device)
+        return self
 
     def extra_repr(self) -> str:
         target_classes, source_classes = self.relationship.shape
