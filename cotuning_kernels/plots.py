@@ -85,7 +85,7 @@ def relationship_heat_map(
         if share > 0:
             rest.text(0.04, row, f"{share:.0%}", va="center", fontsize=font - 1, color="#333333")
     rest.set(xlim=(0, 1), xticks=[], xlabel=f"{matrix.shape[1] - num_columns} others")
-    rest.tick_params(length=0)
+    rest.tick_params(which="both", length=0)
     rest.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=[axes, rest], label="p(source class | target class)", aspect=30, pad=0.01)
     levels = [level for level in (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1) if level <= brightest]
