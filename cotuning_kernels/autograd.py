@@ -16,7 +16,7 @@ from cotuning_kernels import validation
 from cotuning_kernels.backends import schema
 from cotuning_kernels.targets import OperandTarget, Target, operand_target
 
-__all__ = ["co_tuning_loss"]
+__all__ = ["co_tuning_loss", "translate_labels"]
 
 _loss_op = torch.ops.cotuning_kernels.co_tuning_loss.default
 _inplace_loss_op = torch.ops.cotuning_kernels.co_tuning_loss_.default
@@ -40,6 +40,7 @@ def co_tuning_loss(
 
     Only what the operation would accept although it is wrong is checked here.
     """
+    relationship = _dense_columns(relationship)
     if isinstance(target, Tensor) and not target.is_floating_point():
         operand = OperandTarget(target, None, None, relationship)
     else:
@@ -55,27 +56,38 @@ def co_tuning_loss(
                schema.KL_DIVERGENCE[source_loss])  # fmt: skip
     source_gradient = source_logits.requires_grad
     target_gradient = target_logits is not None and target_logits.requires_grad
-    if inplace:
+    wants_gradient = torch.is_grad_enabled() and (source_gradient or target_gradient)
+    if inplace and wants_gradient:
         validation.check_inplace("source_logits", source_logits)
         if target_logits is not None:
             validation.check_inplace("target_logits", target_logits)
-    else:
-        source_logits = _dense_columns(source_logits)
-        target_logits = None if target_logits is None else _dense_columns(target_logits)
-    if torch.is_grad_enabled() and (source_gradient or target_gradient):
-        function = _InplaceCoTuningLoss if inplace else _CoTuningLoss
-        return function.apply(source_logits, target_logits, source_gradient, target_gradient, operand, options)
+        return _InplaceCoTuningLoss.apply(
+            source_logits, target_logits, source_gradient, target_gradient, operand, options
+        )
+    source_logits = _dense_columns(source_logits)
+    target_logits = None if target_logits is None else _dense_columns(target_logits)
+    if wants_gradient:
+        return _CoTuningLoss.apply(source_logits, target_logits, source_gradient, target_gradient, operand, options)
     loss, terms, *_ = _loss_op(source_logits, target_logits, *operand, *options, False, False)
     return loss, terms
+
+
+def translate_labels(target: Target, relationship: Tensor, ignore_index: int) -> Tensor:
+    """Rows of ``p(y_source | target)`` for class indices or a mixup pair; not differentiable."""
+    labels, labels_b, mix, relationship = operand_target(target, _dense_columns(relationship.detach()))
+    translated: Tensor = torch.ops.cotuning_kernels.translate_labels.default(
+        labels, labels_b, mix, relationship, ignore_index
+    )
+    return translated
 
 
 def _compute_dtype(source_logits: Tensor) -> torch.dtype:
     return torch.float64 if source_logits.dtype == torch.float64 else torch.float32
 
 
-def _dense_columns(logits: Tensor) -> Tensor:
+def _dense_columns(matrix: Tensor) -> Tensor:
     """The kernels take any row stride, but dense columns."""
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
 def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -53,7 +53,8 @@ def co_tuning_loss(
     is what is computed. A row of zeros says that its target class has no source supervision.
 
     Args:
-        source_logits: ``(B, N_s)``, float32, bfloat16, float16 or float64; any row stride.
+        source_logits: ``(B, N_s)``, float32, bfloat16, float16 or float64; any row stride. The arithmetic of a head is
+            float64 for float64 logits, else float32.
         target_logits: ``(B, N_t)``, the same dtypes, not necessarily the same one.
         target: class indices ``(B,)`` (int64 or int32); class probabilities ``(B, N_t)``; or a mixup pair
             ``(labels_a, labels_b, share of labels_a)`` (:class:`cotuning_kernels.MixedTarget`).
@@ -70,7 +71,8 @@ def co_tuning_loss(
             and 0 where the source head predicts exactly ``R_y``.
         return_terms: return :class:`CoTuningTerms` instead of the loss.
         inplace: write the gradients over the logits, which saves memory of their size; nothing may read these logits
-            afterwards (autograd raises where an operation saved them). They must not be leaves.
+            afterwards (autograd raises where an operation saved them). They must not be leaves. Without a gradient to
+            compute (an evaluation under ``torch.no_grad``) nothing is written.
         backend: ``"auto"``, or the name of one (:func:`cotuning_kernels.backends.select`).
 
     Returns:
@@ -133,11 +135,7 @@ def translate_labels(
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
     if probabilities or backends.select(relationship.device.type, backend) == "reference":
         return reference.translate_labels(target, relationship, ignore_index=ignore_index)
-    labels, labels_b, mix, _ = operand_target(target, relationship)
-    translated: Tensor = torch.ops.cotuning_kernels.translate_labels.default(
-        labels, labels_b, mix, relationship, ignore_index
-    )
-    return translated
+    return autograd.translate_labels(target, relationship, ignore_index)
 
 
 def _evaluate(

@@ -2,7 +2,8 @@
 
 Every backend is held against this file, so it is written to be read, not to be fast: it builds the dense ``(B, N_t)``
 target distribution and the dense ``(B, N_s)`` source distribution that the kernels avoid. It imports nothing else of
-the package. Arithmetic is float64 when any logits are float64, else float32 (never less).
+the package. Arithmetic is float64 when any logits are float64, else float32 (never less); a kernel may keep each head to
+the precision of its own logits.
 
 Notation, after You, Kou, Long and Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020:
 

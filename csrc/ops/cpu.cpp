@@ -70,7 +70,7 @@ cpu::LossProblem read_problem(const Tensor& source_logits, const OptionalTensor&
   problem.relationship = const_matrix(relationship, "relationship");
   STD_TORCH_CHECK(problem.relationship.columns == problem.source_logits.columns,
                   "relationship must have one column a source class");
-  const bool probabilities = problem.probabilities.data != nullptr;
+  const bool probabilities = static_cast<bool>(problem.probabilities);
   STD_TORCH_CHECK(!probabilities || problem.relationship.rows == batch,
                   "with probabilities, relationship must have one row a row of the batch");
   const int64_t classes = probabilities ? problem.probabilities.columns : problem.relationship.rows;
@@ -103,10 +103,9 @@ void store(const Tensor& tensor, int64_t index, double value) {
 // Runs the problem and turns its result into (loss, terms, factors).
 std::tuple<Tensor, Tensor, Tensor> solve(const cpu::LossProblem& problem) {
   cpu::LossResult result;
-  const int64_t classes =
-      problem.probabilities.data != nullptr ? problem.probabilities.columns : problem.relationship.rows;
+  const int64_t classes = problem.probabilities ? problem.probabilities.columns : problem.relationship.rows;
   throw_if_bad(cpu::co_tuning_loss(problem, parallel_for, &result), "target", classes, problem.ignore_index);
-  const bool both = problem.target_logits.data != nullptr;
+  const bool both = static_cast<bool>(problem.target_logits);
   const bool in_double = problem.source_logits.type == cpu::ScalarType::kFloat64 ||
                          (both && problem.target_logits.type == cpu::ScalarType::kFloat64);
   const ScalarType type = in_double ? ScalarType::Double : ScalarType::Float;

@@ -39,8 +39,7 @@ class Loss {
         rows_(row_kernels()),
         batch_(problem.source_logits.rows),
         source_classes_(problem.source_logits.columns),
-        target_classes_(problem.probabilities.data != nullptr ? problem.probabilities.columns
-                                                              : problem.relationship.rows) {}
+        target_classes_(problem.probabilities ? problem.probabilities.columns : problem.relationship.rows) {}
 
   BadLabel read_labels() {
     if (has_probabilities()) return {};
@@ -89,7 +88,7 @@ class Loss {
   // Half precision cannot hold a gradient divided by a large batch: its gradients are stored undivided.
   void choose_factors(LossResult* result) {
     // Without a valid row every gradient is 0, and must stay 0 when it is multiplied by the factor.
-    const double trade_off = p_.target_logits.data != nullptr ? p_.trade_off : 1.0;
+    const double trade_off = p_.target_logits ? p_.trade_off : 1.0;
     const double source = source_divisor_ == 0 ? 0.0 : trade_off / source_divisor_;
     const double target = target_divisor_ == 0 ? 0.0 : 1.0 / target_divisor_;
     const bool source_half = p_.source_logits.type == ScalarType::kFloat16;
@@ -102,13 +101,13 @@ class Loss {
 
   void run(ParallelFor parallel_for, LossResult* result) {
     result->source_term.assign(batch_, 0.0);
-    result->target_term.assign(p_.target_logits.data != nullptr ? batch_ : 0, 0.0);
+    result->target_term.assign(p_.target_logits ? batch_ : 0, 0.0);
     source_rows_ = result->source_term.data();
     target_rows_ = result->target_term.data();
     parallel_for(0, batch_, grain_rows(source_classes_ + p_.target_logits.columns),
                  [](int64_t begin, int64_t end, void* self) { static_cast<Loss*>(self)->run_rows(begin, end); }, this);
     reduce(&result->source_term, source_divisor_);
-    if (p_.target_logits.data != nullptr) reduce(&result->target_term, target_divisor_);
+    if (p_.target_logits) reduce(&result->target_term, target_divisor_);
   }
 
   void translate(ParallelFor parallel_for, int64_t batch, void* out) {
@@ -125,7 +124,7 @@ class Loss {
   }
 
  private:
-  bool has_probabilities() const { return p_.probabilities.data != nullptr; }
+  bool has_probabilities() const { return static_cast<bool>(p_.probabilities); }
   double weight_of(int64_t class_index) const { return p_.weight.empty() ? 1.0 : p_.weight[class_index]; }
   bool supervised(int64_t class_index) const { return facts_[class_index].supervision == ClassFacts::kSupervised; }
 
@@ -203,7 +202,7 @@ class Loss {
   void run_rows(int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       source_row(i, i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
-      if (p_.target_logits.data != nullptr) target_row(i);
+      if (p_.target_logits) target_row(i);
     }
   }
 

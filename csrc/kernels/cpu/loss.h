@@ -11,7 +11,7 @@ enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
 
 struct LossProblem {
   ConstMatrix source_logits;  // (B, N_s)
-  ConstMatrix target_logits;  // (B, N_t); no data: the source term alone
+  ConstMatrix target_logits;  // (B, N_t); no matrix: the source term alone
 
   // Exactly one of the two: class indices (labels_b as well in a mixup pair), or probabilities (B, N_t).
   Labels labels, labels_b;

@@ -31,7 +31,8 @@ constexpr int64_t size_of(ScalarType type) {
   return type == ScalarType::kFloat64 ? 8 : type == ScalarType::kFloat32 ? 4 : 2;
 }
 
-// A matrix with dense columns and rows at any distance (0: every row is the same one). `data` may be null: no matrix.
+// A matrix with dense columns and rows at any distance (0: every row is the same one). No columns: no matrix. (A null
+// pointer would not say so: it is also what a matrix without rows has.)
 struct ConstMatrix {
   const void* data = nullptr;
   ScalarType type = ScalarType::kFloat32;
@@ -39,6 +40,7 @@ struct ConstMatrix {
   int64_t columns = 0;
   int64_t row_stride = 0;  // in elements
 
+  explicit operator bool() const { return columns > 0; }
   const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_stride * size_of(type); }
 };
 
