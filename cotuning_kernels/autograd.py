@@ -157,7 +157,7 @@ class _InplaceCoTuningLoss(torch.autograd.Function):
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
         loss, terms, factors = _inplace_loss_op(source_logits, target_logits, *operand, *options)
-        # An operation that saved these logits for its own backward pass now gets autograd's error, not a wrong gradient.
+        # An operation that saved these logits for its backward pass now gets autograd's error, not a wrong gradient.
         torch.autograd.graph.increment_version([x for x in (source_logits, target_logits) if x is not None])
         source_grad = source_logits.detach()
         target_grad = source_logits.new_empty((0, 0)) if target_logits is None else target_logits.detach()

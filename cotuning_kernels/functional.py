@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from cotuning_kernels import autograd, backends, reference, validation
-from cotuning_kernels.targets import Target, operand_target
+from cotuning_kernels.targets import Target
 
 if TYPE_CHECKING:
     from cotuning_kernels.relationship import Relationship
@@ -106,8 +106,9 @@ def source_label_loss(
     Args, Returns, Raises: as for :func:`co_tuning_loss`.
     """
     loss, _ = _evaluate(
-        source_logits, None, target, relationship, 1.0, None, 0.0, ignore_index, reduction, source_loss, inplace, backend
-    )
+        source_logits, None, target, relationship, 1.0, None, 0.0, ignore_index, reduction, source_loss, inplace,
+        backend,
+    )  # fmt: skip
     return loss
 
 
@@ -127,7 +128,7 @@ def translate_labels(
     Raises:
         TypeError, ValueError, IndexError: as for :func:`co_tuning_loss`.
     """
-    relationship = _matrix(relationship)
+    relationship = matrix_of(relationship)
     validation.check_relationship(relationship, None, relationship.shape[-1], relationship.device)
     labels = target[0] if isinstance(target, tuple) and target else target
     batch = labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else 0
@@ -154,7 +155,7 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor]:
     """``(loss, [target_term, source_term])`` from the backend that serves the call; without ``target_logits`` the loss
     is the source term."""
-    relationship = _matrix(relationship)
+    relationship = matrix_of(relationship)
     arguments = (source_logits, target_logits, target, relationship, weight, label_smoothing, ignore_index, reduction,
                  source_loss)  # fmt: skip
     validation.check_is_tensor("source_logits", source_logits)
@@ -202,5 +203,8 @@ def _reference(
     return loss, torch.stack((target_term, source_term)).detach()
 
 
-def _matrix(relationship: Tensor | Relationship) -> Tensor:
-    return relationship if isinstance(relationship, Tensor) else getattr(relationship, "matrix", relationship)
+def matrix_of(relationship: Tensor | Relationship) -> Tensor:
+    """The matrix of a Relationship; anything else as it is, for the checks to speak of."""
+    if isinstance(relationship, Tensor):
+        return relationship
+    return cast(Tensor, getattr(relationship, "matrix", relationship))

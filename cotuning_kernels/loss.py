@@ -61,24 +61,24 @@ class FusedCoTuningLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        matrix = functional._matrix(relationship)
-        if isinstance(matrix, Tensor):
-            matrix = matrix.detach()
-        validation.check_relationship(matrix, None, getattr(matrix, "shape", (0,))[-1], getattr(matrix, "device", None))
+        matrix = functional.matrix_of(relationship)
+        validation.check_is_tensor("relationship", matrix)
+        matrix = matrix.detach()
+        validation.check_relationship(matrix, None, matrix.shape[-1] if matrix.dim() else 0, matrix.device)
         bad = ~torch.isfinite(matrix) | (matrix < 0)
         if bad.any():
             row, column = (int(i) for i in bad.nonzero()[0])
             raise ValueError(
-                f"relationship[{row}, {column}] is {float(matrix[row, column])}, expected a probability; a target class "
-                "without training images gives NaN means: see the `empty` argument of RelationshipEstimator.compute"
+                f"relationship[{row}, {column}] is {float(matrix[row, column])}, expected a probability; a target "
+                "class without training images has no mean: see the `empty` argument of RelationshipEstimator.compute"
             )
         validation.check_weight(weight, matrix.shape[0], matrix.device)
         validation.check_options(label_smoothing, reduction, source_loss)
         backends.select(matrix.device.type, backend)
         self.register_buffer("relationship", matrix.clone(memory_format=torch.contiguous_format))
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
-        # As a tensor, so that a compiled or captured training step sees a new value without being made anew. Not a buffer:
-        # .half() would round it.
+        # As a tensor, so that a compiled or captured training step sees a new value without being made anew. Not a
+        # buffer: .half() would round it.
         self._trade_off = torch.tensor(float(trade_off), dtype=torch.float64, device=matrix.device)
         self._trade_off_value = float(trade_off)
         self.label_smoothing = label_smoothing
@@ -117,7 +117,7 @@ class FusedCoTuningLoss(nn.Module):
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedCoTuningLoss:
-        """What ``.to()``, ``.cuda()``, ``.half()`` go through: the trade-off follows the device, but keeps its dtype."""
+        """What ``.to()``, ``.cuda()``, ``.half()`` go through: the trade-off changes device, not dtype."""
         super()._apply(fn, recurse)
         self._trade_off = self._trade_off.new_tensor(self._trade_off_value, device=self.relationship.device)
         return self

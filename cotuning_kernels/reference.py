@@ -2,8 +2,8 @@
 
 Every backend is held against this file, so it is written to be read, not to be fast: it builds the dense ``(B, N_t)``
 target distribution and the dense ``(B, N_s)`` source distribution that the kernels avoid. It imports nothing else of
-the package. Arithmetic is float64 when any logits are float64, else float32 (never less); a kernel may keep each head to
-the precision of its own logits.
+the package. Arithmetic is float64 when any logits are float64, else float32 (never less); a kernel may keep each head
+to the precision of its own logits.
 
 Notation, after You, Kou, Long and Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020:
 
@@ -34,7 +34,7 @@ def co_tuning_loss(
     reduction: str = "mean",
     source_loss: str = "cross_entropy",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(loss, target_term, source_term)``; the arguments are those of :func:`cotuning_kernels.functional.co_tuning_loss`."""
+    """``(loss, target_term, source_term)``, from the arguments of ``cotuning_kernels.functional.co_tuning_loss``."""
     dtype = _compute_dtype(source_logits, target_logits)
     target_term = _target_term(target_logits.to(dtype), target, weight, label_smoothing, ignore_index, reduction)
     source_term = _source_term(source_logits.to(dtype), target, relationship, ignore_index, reduction, source_loss)
@@ -67,7 +67,7 @@ def translate_labels(
 def softmax_class_sums(
     logits: Tensor, labels: Tensor, num_classes: int, *, inverse_temperature: float = 1.0, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """``sums[t] = sum over rows of class t of softmax(logits * inverse_temperature)`` (float64) and the row counts (int64).
+    """``sums[t] =`` sum over rows of class t of ``softmax(logits * inverse_temperature)`` (float64), and the row counts.
 
     ``sums[t] / counts[t]`` is the direct relationship of the paper, eq. (4): the mean prediction of a class.
     """
@@ -107,7 +107,7 @@ def _compute_dtype(*logits: Tensor) -> torch.dtype:
 
 
 def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """IndexError naming the first bad row; on an accelerator the indexing below asserts instead, without a host read."""
+    """IndexError naming the first bad row; on an accelerator the indexing below asserts, without a host read."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
@@ -200,6 +200,6 @@ def _source_term(
     supervised = (relationship != 0).any(1).to(logits.dtype)
     count = (distribution @ supervised).sum()
     any_valid = (distribution != 0).any()
-    # No supervised row in a batch is ordinary (a sentence of "O" tags): the term is 0. No valid row at all is NaN, as in
-    # F.cross_entropy.
+    # No supervised row in a batch is ordinary (a sentence of "O" tags): the term is 0. No valid row at all is NaN, as
+    # in F.cross_entropy.
     return torch.where((count == 0) & any_valid, rows.sum(), rows.sum() / count)

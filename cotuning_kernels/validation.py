@@ -95,11 +95,11 @@ def check_target(target: Target, batch: int, num_target_classes: int, device: to
         return
     if target.dim() != 2 or target.shape[0] != batch or target.shape[1] != num_target_classes:
         raise ValueError(
-            f"target holds class probabilities of shape {tuple(target.shape)}, expected ({batch}, {num_target_classes}) "
-            "(class indices are int64 or int32 of shape (B,))"
+            f"target holds class probabilities of shape {tuple(target.shape)}, expected "
+            f"({batch}, {num_target_classes}) (class indices are int64 or int32 of shape (B,))"
         )
     if target.requires_grad:
-        raise ValueError("target requires grad, but the loss is not differentiated in its targets; pass target.detach()")
+        raise ValueError("target requires grad, but the loss is not differentiated in it; pass target.detach()")
     if ignore_index >= 0:
         raise ValueError(f"ignore_index is {ignore_index}, but it has no meaning with class probabilities as target")
     _check_device("target", target, device)
@@ -138,9 +138,13 @@ def check_weight(weight: Tensor | None, num_target_classes: int, device: torch.d
     if weight is None:
         return
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"weight is {weight!r:.80}, expected a floating Tensor of shape ({num_target_classes},) or None")
+        raise TypeError(
+            f"weight is {weight!r:.80}, expected a floating Tensor of shape ({num_target_classes},) or None"
+        )
     if weight.dim() != 1 or weight.shape[0] != num_target_classes:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({num_target_classes},): one a target class")
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, expected ({num_target_classes},): one a target class"
+        )
     if weight.requires_grad:
         raise ValueError("weight requires grad, but the loss is not differentiated in it; pass weight.detach()")
     _check_device("weight", weight, device)
@@ -175,7 +179,9 @@ def _check_labels(name: str, labels: Tensor, batch: int, device: torch.device) -
             f"{name} has dtype {labels.dtype}, expected class indices as int64 or int32; convert with {name}.long()"
         )
     if labels.dim() != 1 or labels.shape[0] != batch:
-        raise ValueError(f"{name} has shape {tuple(labels.shape)}, expected ({batch},): one class index a row of logits")
+        raise ValueError(
+            f"{name} has shape {tuple(labels.shape)}, expected ({batch},): one class index a row of logits"
+        )
     _check_device(name, labels, device)
 
 

@@ -7,6 +7,7 @@ in :mod:`cotuning_kernels.backends.schema`. ``reference`` is plain PyTorch and r
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -15,15 +16,26 @@ from cotuning_kernels.backends import schema as schema
 
 __all__ = ["available", "cpu_isa", "cpu_isas", "extension", "missing_reason", "select", "use_cpu_isa"]
 
+_REBUILD = (
+    "install a C++17 compiler (Debian: apt install g++) and run `pip install --force-reinstall --no-deps .` in a "
+    "checkout of cotuning_kernels"
+)
+
 _extension: ModuleType | None = None
 _missing: dict[str, str] = {}
 try:
     _extension = importlib.import_module("cotuning_kernels._C")
+except ModuleNotFoundError:
+    _missing["cpp"] = f"the C++ extension was not built; {_REBUILD}"
 except ImportError as error:
-    _missing["cpp"] = (
-        f"the C++ extension is not available ({error}); install a C++17 compiler (Debian: apt install g++) and run "
-        "`pip install --force-reinstall --no-deps .` in a checkout of cotuning_kernels"
-    )
+    # It is there, and somebody expects it to serve: the slow way is not taken without a word.
+    _missing["cpp"] = f"the C++ extension does not load ({error}); {_REBUILD}"
+    warnings.warn(f"cotuning_kernels runs without its kernels: {_missing['cpp']}", RuntimeWarning, stacklevel=2)
+else:
+    if (_request := _extension.unmet_isa_request()) is not None:
+        raise RuntimeError(
+            f"COTUNING_KERNELS_CPU_ISA is {_request!r}, expected one of {', '.join(_extension.cpu_isas())} (or unset)"
+        )
 
 # The kernels that serve each device, fastest first.
 _served_by: dict[str, list[str]] = {"cpu": ["cpp"] if _extension is not None else []}

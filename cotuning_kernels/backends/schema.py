@@ -1,7 +1,8 @@
 """The operations: one schema each, whatever backend serves them, and their shapes without data (for ``torch.compile``).
 
 The schemas are defined here and not in C++, so that a backend which needs no compiler (Triton) serves the same
-operations on a machine where the C++ extension was not built. A backend only adds an implementation for its dispatch key.
+operations on a machine where the C++ extension was not built. A backend only adds an implementation for its dispatch
+key.
 
 Conventions shared by all of them:
 
@@ -48,7 +49,8 @@ _SCHEMAS = {
     # grad *= factor * upstream, upstream being a scalar or (B,) one a row. No host read on an accelerator.
     "scale_gradients_": "(Tensor(a!) source_grad, Tensor(b!) target_grad, Tensor factors, Tensor upstream) -> ()",
     # Rows of p(y_source | target), in the relationship's dtype.
-    "translate_labels": "(Tensor target, Tensor? target_b, Tensor? mix, Tensor relationship, int ignore_index) -> Tensor",
+    "translate_labels": "(Tensor target, Tensor? target_b, Tensor? mix, Tensor relationship, int ignore_index) "
+    "-> Tensor",
     # sums[t] += softmax(logits[i] * inverse_temperature), counts[t] += 1, for every row i of class t.
     "add_class_sums_": "(Tensor(a!) sums, Tensor(b!) counts, Tensor logits, Tensor labels, float inverse_temperature, "
     "int ignore_index) -> ()",
@@ -61,27 +63,48 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
 
 
-def _loss_dtype(source_logits: Tensor, target_logits: Tensor | None) -> torch.dtype:
-    dtypes = {source_logits.dtype, source_logits.dtype if target_logits is None else target_logits.dtype}
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+# Shapes, dtypes and devices of the results, without data. A call on tensors of the "meta" device ends here too, so what
+# the kernels would refuse for its device is refused here.
 
 
 def _reduced(source_logits: Tensor, target_logits: Tensor | None, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes of (loss, terms, factors)."""
-    dtype = _loss_dtype(source_logits, target_logits)
+    """``(loss, terms, factors)``."""
+    double = source_logits.dtype == torch.float64
+    double |= target_logits is not None and target_logits.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
     rows = (source_logits.shape[0],) if reduction == REDUCTIONS["none"] else ()
     empty = source_logits.new_empty
     return empty(rows, dtype=dtype), empty((2, *rows), dtype=dtype), empty((2,), dtype=dtype)
 
 
+def _check_one_device(*tensors: Tensor | None) -> None:
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"expected tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
 @torch.library.register_fake(f"{NAMESPACE}::co_tuning_loss", lib=_library)
-def _(
-    source_logits, target_logits, target, target_b, mix, relationship, weight, trade_off, label_smoothing, ignore_index,
-    reduction, kl_divergence, source_gradient, target_gradient,
-):  # fmt: skip
+def _co_tuning_loss(
+    source_logits: Tensor,
+    target_logits: Tensor | None,
+    target: Tensor,
+    target_b: Tensor | None,
+    mix: Tensor | None,
+    relationship: Tensor,
+    weight: Tensor | None,
+    trade_off: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    kl_divergence: bool,
+    source_gradient: bool,
+    target_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_one_device(source_logits, target_logits, target, target_b, mix, relationship, weight, trade_off)
+
     def gradient(logits: Tensor | None, wanted: bool) -> Tensor:
         if logits is None or not wanted:
-            return source_logits.new_empty((0, 0))
+            return source_logits.new_empty((0, 0), dtype=torch.float32)
         return logits.new_empty(logits.shape)
 
     reduced = _reduced(source_logits, target_logits, reduction)
@@ -89,28 +112,45 @@ def _(
 
 
 @torch.library.register_fake(f"{NAMESPACE}::co_tuning_loss_", lib=_library)
-def _(
-    source_logits, target_logits, target, target_b, mix, relationship, weight, trade_off, label_smoothing, ignore_index,
-    reduction, kl_divergence,
-):  # fmt: skip
+def _co_tuning_loss_inplace(
+    source_logits: Tensor,
+    target_logits: Tensor | None,
+    target: Tensor,
+    target_b: Tensor | None,
+    mix: Tensor | None,
+    relationship: Tensor,
+    weight: Tensor | None,
+    trade_off: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    kl_divergence: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_one_device(source_logits, target_logits, target, target_b, mix, relationship, weight, trade_off)
     return _reduced(source_logits, target_logits, reduction)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::scale_gradients_", lib=_library)
-def _(source_grad, target_grad, factors, upstream):
+def _scale_gradients(source_grad: Tensor, target_grad: Tensor, factors: Tensor, upstream: Tensor) -> None:
     return None
 
 
 @torch.library.register_fake(f"{NAMESPACE}::translate_labels", lib=_library)
-def _(target, target_b, mix, relationship, ignore_index):
+def _translate_labels(
+    target: Tensor, target_b: Tensor | None, mix: Tensor | None, relationship: Tensor, ignore_index: int
+) -> Tensor:
+    _check_one_device(target, target_b, mix, relationship)
     return relationship.new_empty((target.shape[0], relationship.shape[1]))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::add_class_sums_", lib=_library)
-def _(sums, counts, logits, labels, inverse_temperature, ignore_index):
-    return None
+def _add_class_sums(
+    sums: Tensor, counts: Tensor, logits: Tensor, labels: Tensor, inverse_temperature: float, ignore_index: int
+) -> None:
+    _check_one_device(sums, counts, logits, labels)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::temperature_terms", lib=_library)
-def _(logits, labels, inverse_temperature, ignore_index):
+def _temperature_terms(logits: Tensor, labels: Tensor, inverse_temperature: float, ignore_index: int) -> Tensor:
+    _check_one_device(logits, labels)
     return logits.new_empty((4,), dtype=torch.float64)

@@ -36,12 +36,10 @@ void set_cpu_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  if (const char* request = cotuning::cpu::unmet_isa_request()) {
-    throw pybind11::import_error(std::string("COTUNING_KERNELS_CPU_ISA is ") + request + ", expected one of: " +
-                                 joined(cpu_isas()));
-  }
   m.def("cpu_isas", &cpu_isas, "Instruction sets built and available on this processor, fastest first.");
   m.def("cpu_isa", [] { return cotuning::cpu::row_kernels().name; }, "The instruction set in use.");
+  m.def("unmet_isa_request", &cotuning::cpu::unmet_isa_request,
+        "What COTUNING_KERNELS_CPU_ISA asks for, where there is no such instruction set; else None.");
   m.def("set_cpu_isa", &set_cpu_isa, "Use another one, in the whole process.");
   m.attr("compiler") = COTUNING_COMPILER;
   m.attr("built_with_torch") = TORCH_VERSION;
