@@ -1,0 +1,259 @@
+// The drivers of loss.h: labels, mixtures, options, reductions, strides, in-place gradients, bad labels.
+#include <cstdio>
+#include <limits>
+#include <string>
+
+#include "../kernels/cpu/rows.h"
+#include "loss_case.h"
+#include "threads.h"
+
+namespace cotuning::test {
+namespace {
+
+using cpu::LossResult;
+using cpu::Reduction;
+
+template <class Check>
+void for_each_isa(Check check) {
+  const std::string before = cpu::row_kernels().name;
+  for (int i = 0; i < cpu::row_kernels_count(); ++i) {
+    cpu::use_row_kernels(cpu::row_kernels_at(i).name);
+    check(cpu::row_kernels_at(i).name);
+  }
+  cpu::use_row_kernels(before.c_str());
+}
+
+std::string describe(const char* isa, const LossCase& c) {
+  char text[256];
+  std::snprintf(text, sizeof text, "%s source %s target %s R %s, %lld x (%lld, %lld), target kind %d reduction %d%s%s%s",
+                isa, name_of(c.source_logits->type()), c.target_logits ? name_of(c.target_logits->type()) : "none",
+                name_of(c.relationship->type()), static_cast<long long>(c.batch),
+                static_cast<long long>(c.source_classes), static_cast<long long>(c.target_classes),
+                static_cast<int>(c.target), static_cast<int>(c.problem.reduction), c.problem.kl_divergence ? " KL" : "",
+                c.problem.weight.empty() ? "" : " weighted", c.problem.label_smoothing > 0 ? " smoothed" : "");
+  return text;
+}
+
+void check_term(const std::vector<double>& term, const ExpectedLoss::Head& head, Reduction reduction, const char* what) {
+  if (reduction == Reduction::kNone) {
+    CHECK(term.size() == head.rows.size(), "%s: %zu rows", what, term.size());
+    for (size_t i = 0; i < term.size(); ++i) {
+      CHECK(close(term[i], head.rows[i], head.tolerance[i]), "%s: row %zu is %.9g, expected %.9Lg", what, i, term[i],
+            head.rows[i]);
+    }
+    return;
+  }
+  long double sum = 0, tolerance = 0;
+  for (size_t i = 0; i < head.rows.size(); ++i) {
+    sum += head.rows[i];
+    tolerance += head.tolerance[i];
+  }
+  const long double divisor = reduction == Reduction::kMean ? head.divisor : 1;
+  CHECK(term.size() == 1, "%s: %zu entries", what, term.size());
+  CHECK(close(term[0], sum / divisor, tolerance / divisor), "%s: %.9g, expected %.9Lg", what, term[0], sum / divisor);
+}
+
+void check_gradient(const Grid& gradient, const ExpectedLoss::Head& head, Reduction reduction, long double trade_off,
+                    double factor, const char* what) {
+  const bool half = gradient.type() == ScalarType::kFloat16;
+  CHECK(gradient.gaps_untouched(), "%s: written between rows", what);
+  CHECK(half || factor == 1, "%s: factor %g", what, factor);
+  const long double divisor = reduction == Reduction::kMean ? head.divisor : 1;
+  // A mean over no row at all: there is nothing to learn from it.
+  const long double scale = divisor == 0 ? 0 : trade_off / divisor;
+  for (int64_t i = 0; i < gradient.rows(); ++i) {
+    for (int64_t j = 0; j < gradient.columns(); ++j) {
+      const long double written = gradient.at(i, j);
+      const long double expected = scale * head.gradient[i][j];
+      const long double tolerance = scale * head.gradient_tolerance[i][j] +
+                                    0.51L * ulp(gradient.type(), factor == 0 ? 0 : expected / factor) * std::fabs(factor);
+      CHECK(close(factor * written, expected, tolerance), "%s: gradient [%lld, %lld] is %.9Lg, expected %.9Lg", what,
+            static_cast<long long>(i), static_cast<long long>(j), factor * written, expected);
+      if (head.gradient_tolerance[i][j] == 0) CHECK(written == 0, "%s: a row without target got %Lg", what, written);
+    }
+  }
+}
+
+void check_loss(const char* isa, LossCase& c, bool in_place) {
+  const std::string text = describe(isa, c) + (in_place ? " in place" : "");
+  const ExpectedLoss expected = expected_loss(c);
+  const std::vector<char> logits_before = c.source_logits->bytes();
+  Grid& source_gradient = in_place ? *c.source_logits : *c.source_gradient;
+  c.problem.source_gradient = source_gradient.writable();
+  Grid* target_gradient = in_place ? c.target_logits.get() : c.target_gradient.get();
+  if (target_gradient != nullptr) c.problem.target_gradient = target_gradient->writable();
+  if (planted("heap-overread")) {  // a class too many in the source head
+    c.problem.source_logits.columns += 1;
+    c.problem.source_gradient = {};
+  }
+  if (planted("signed-overflow")) c.problem.source_logits.row_stride = std::numeric_limits<int64_t>::max();
+  if (planted("misaligned-label")) c.problem.labels.data = static_cast<const char*>(c.problem.labels.data) + 1;
+
+  LossResult result;
+  const cpu::BadLabel bad = cpu::co_tuning_loss(c.problem, serial_for, &result);
+  CHECK(!bad, "%s: label %lld of row %lld", text.c_str(), static_cast<long long>(bad.value),
+        static_cast<long long>(bad.row));
+  const Reduction reduction = c.problem.reduction;
+  check_term(result.source_term, expected.source, reduction, (text + ", source term").c_str());
+  const bool both = c.target_logits != nullptr;
+  if (both) check_term(result.target_term, expected.target, reduction, (text + ", target term").c_str());
+  check_gradient(source_gradient, expected.source, reduction, both ? c.problem.trade_off : 1, result.source_factor,
+                 (text + ", source").c_str());
+  if (both) {
+    check_gradient(*target_gradient, expected.target, reduction, 1, result.target_factor, (text + ", target").c_str());
+  }
+  if (!in_place) CHECK(c.source_logits->bytes() == logits_before, "%s: the logits were written", text.c_str());
+}
+
+TEST(loss) {
+  for_each_isa([](const char* isa) {
+    for (ScalarType source : kAllTypes) {
+      for (ScalarType target : kAllTypes) {
+        for (ScalarType relationship : kAllTypes) {
+          for (bool in_place : {false, true}) {
+            for (int repeat = 0; repeat < 3; ++repeat) {
+              LossCase c(source, target, relationship, random_integer(0, 9), random_integer(1, 150),
+                         random_integer(1, 40));
+              check_loss(isa, c, in_place);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+// Rows that are not finite, or that nobody is to look at, leave the others alone.
+TEST(loss_of_special_rows) {
+  for_each_isa([](const char* isa) {
+    for (ScalarType type : kAllTypes) {
+      for (int repeat = 0; repeat < 12; ++repeat) {
+        LossCase c(type, type, ScalarType::kFloat32, 8, random_integer(2, 150), random_integer(2, 40));
+        c.problem.reduction = Reduction::kNone;
+        for (Grid* logits : {c.source_logits.get(), c.target_logits.get()}) {
+          if (logits == nullptr) continue;
+          const int64_t last = logits->columns() - 1;
+          logits->set(1, random_integer(0, last), kNaN);
+          logits->set(2, random_integer(0, last), -kInfinity);
+          logits->set(3, last, 200);
+          for (int64_t j = 0; j <= last; ++j) logits->set(4, j, -kInfinity);
+          for (int64_t j = 0; j < last; ++j) logits->set(5, j, -kInfinity);
+          logits->set(6, random_integer(0, last), kInfinity);
+        }
+        check_loss(isa, c, one_in(2));
+      }
+    }
+  });
+}
+
+TEST(loss_of_ignored_batches) {
+  for_each_isa([](const char* isa) {
+    for (ScalarType type : kAllTypes) {
+      for (int repeat = 0; repeat < 6; ++repeat) {
+        LossCase c(type, type, type, 3, 20, 5);
+        if (c.target == Target::kProbabilities) continue;
+        for (LabelList* labels : {c.labels.get(), c.labels_b.get()}) {
+          for (int64_t i = 0; labels != nullptr && i < c.batch; ++i) labels->set(i, c.problem.ignore_index);
+        }
+        check_loss(isa, c, false);
+      }
+    }
+  });
+}
+
+TEST(bad_labels) {
+  for (int repeat = 0; repeat < 200; ++repeat) {
+    LossCase c(ScalarType::kFloat32, ScalarType::kFloat32, ScalarType::kFloat32, 7, 30, 5);
+    if (c.target == Target::kProbabilities) continue;
+    c.problem.ignore_index = -100;
+    const bool second = c.target == Target::kMixedLabels && one_in(2);
+    // Labels of their own for every row, and one that is bad, maybe with another one after it.
+    const bool is_int32 = one_in(2);
+    LabelList good(7, is_int32, 1), bad(7, is_int32, 2);
+    const int64_t lowest = is_int32 ? std::numeric_limits<int32_t>::min() : std::numeric_limits<int64_t>::min();
+    const int64_t highest = is_int32 ? std::numeric_limits<int32_t>::max() : std::numeric_limits<int64_t>::max();
+    const int64_t values[] = {-1, 5, -99, -101, lowest, highest};
+    const int64_t value = values[random_integer(0, 5)], row = random_integer(0, 6);
+    for (int64_t i = 0; i < 7; ++i) {
+      good.set(i, i % 5);
+      bad.set(i, i < row ? i % 5 : i == row ? value : -7);
+    }
+    c.problem.labels = second ? good.view() : bad.view();
+    if (c.target == Target::kMixedLabels) c.problem.labels_b = second ? bad.view() : good.view();
+    c.problem.source_gradient = c.source_gradient->writable();
+    if (c.target_logits) c.problem.target_gradient = c.target_gradient->writable();
+    LossResult result;
+    const cpu::BadLabel found = cpu::co_tuning_loss(c.problem, serial_for, &result);
+    CHECK(found && found.row == row && found.value == value && found.second == second,
+          "row %lld value %lld reported as row %lld value %lld", static_cast<long long>(row),
+          static_cast<long long>(value), static_cast<long long>(found.row), static_cast<long long>(found.value));
+    CHECK(c.source_gradient->all_poison() && (!c.target_gradient || c.target_gradient->all_poison()),
+          "a gradient was written in spite of a bad label");
+    Grid out(ScalarType::kFloat32, 7, 30);
+    CHECK(cpu::translate_labels(c.problem, 7, out.data(), serial_for).row == row && out.all_poison(), "translation");
+  }
+}
+
+TEST(scaled_rows) {
+  for_each_isa([](const char* isa) {
+    for (ScalarType type : kAllTypes) {
+      for (int repeat = 0; repeat < 10; ++repeat) {
+        const auto rows = random_grid(type, random_integer(1, 6), random_integer(1, 90), 2);
+        const Grid before = [&] {
+          Grid copy(type, rows->rows(), rows->columns());
+          for (int64_t i = 0; i < rows->rows(); ++i) {
+            for (int64_t j = 0; j < rows->columns(); ++j) copy.set(i, j, rows->at(i, j));
+          }
+          return copy;
+        }();
+        const int64_t stride = random_integer(0, 2);
+        std::vector<double> upstream(static_cast<size_t>((rows->rows() - 1) * stride + 1));
+        for (double& value : upstream) value = static_cast<double>(normal(1));
+        double factor = static_cast<double>(normal(1));
+        if (one_in(4)) factor = 1 / (upstream[0] = 0.5);
+        cpu::scale_rows(rows->writable(), rows->rows(), rows->columns(), factor, upstream.data(), stride, serial_for);
+        CHECK(rows->gaps_untouched(), "%s %s", isa, name_of(type));
+        for (int64_t i = 0; i < rows->rows(); ++i) {
+          for (int64_t j = 0; j < rows->columns(); ++j) {
+            const long double expected = factor * upstream[i * stride] * before.at(i, j);
+            const long double tolerance =
+                1.5L * epsilon_of(compute_type(type)) * std::fabs(expected) + 0.51L * ulp(type, expected);
+            CHECK(close(rows->at(i, j), expected, tolerance), "%s %s: %Lg, expected %Lg", isa, name_of(type),
+                  rows->at(i, j), expected);
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST(translated_labels) {
+  for_each_isa([](const char* isa) {
+    for (ScalarType type : kAllTypes) {
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        LossCase c(type, type, type, random_integer(0, 6), random_integer(1, 90), random_integer(1, 9));
+        if (c.target == Target::kProbabilities) continue;
+        Grid out(type, c.batch, c.source_classes);
+        const cpu::BadLabel bad = cpu::translate_labels(c.problem, c.batch, out.data(), serial_for);
+        CHECK(!bad, "%s", isa);
+        for (int64_t i = 0; i < c.batch; ++i) {
+          const long double share = c.target == Target::kMixedLabels ? c.mix_of(i) : 1;
+          const auto part = [&](const LabelList* labels, int64_t s) {
+            const bool counts = labels != nullptr && (*labels)[i] != c.problem.ignore_index;
+            return counts ? c.relationship->at((*labels)[i], s) : 0;
+          };
+          for (int64_t s = 0; s < c.source_classes; ++s) {
+            const long double expected = share * part(c.labels.get(), s) + (1 - share) * part(c.labels_b.get(), s);
+            const long double tolerance =
+                2 * epsilon_of(compute_type(type)) * expected + (share == 1 ? 0 : 0.51L * ulp(type, expected));
+            CHECK(close(out.at(i, s), expected, tolerance), "%s %s: %Lg, expected %Lg", isa, name_of(type), out.at(i, s),
+                  expected);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace cotuning::test

@@ -1,0 +1,154 @@
+// The drivers of statistics.h: class sums for the relationship, and the terms of the temperature.
+#include <string>
+
+#include "../kernels/cpu/rows.h"
+#include "../kernels/cpu/statistics.h"
+#include "loss_case.h"
+#include "threads.h"
+
+namespace cotuning::test {
+namespace {
+
+struct DataSet {
+  std::unique_ptr<Grid> logits;
+  std::unique_ptr<LabelList> labels;
+  int64_t ignore_index;
+  double b;
+
+  DataSet(ScalarType type, int64_t rows, int64_t columns, int64_t classes)
+      : logits(random_grid(type, rows, columns, 3)), ignore_index(one_in(2) ? -100 : 0) {
+    labels = random_labels(rows, classes, ignore_index);
+    b = static_cast<double>(round_to(compute_type(type), 0.2L + 2 * uniform()));
+  }
+  bool ignored(int64_t i) const { return (*labels)[i] == ignore_index; }
+  long double error_factor() const {
+    return epsilon_of(compute_type(logits->type())) * (64 + logits->columns() / 8);
+  }
+};
+
+// softmax(b z) of a row
+std::vector<long double> softmax(const Grid& logits, int64_t row, double b) {
+  std::vector<long double> values;
+  long double largest = -kInfinity, sum = 0;
+  for (int64_t j = 0; j < logits.columns(); ++j) largest = std::max(largest, logits.at(row, j));
+  for (int64_t j = 0; j < logits.columns(); ++j) {
+    values.push_back(std::exp(b * (logits.at(row, j) - largest)));
+    sum += values.back();
+  }
+  for (long double& value : values) value /= sum;
+  return values;
+}
+
+void check_class_sums(const char* isa, ScalarType type, ScalarType sum_type) {
+  const int64_t classes = random_integer(1, 9);
+  const DataSet data(type, random_integer(0, 30), random_integer(1, 120), classes);
+  const auto sums = random_grid(sum_type, classes, data.logits->columns(), 1);
+  for (int64_t t = 0; t < classes; ++t) {
+    for (int64_t j = 0; j < sums->columns(); ++j) sums->set(t, j, 0);
+  }
+  std::vector<int64_t> counts(classes, 5), expected_counts(classes, 5);
+  const cpu::BadLabel bad = cpu::add_class_sums(data.logits->view(), data.labels->view(), classes, data.ignore_index, data.b,
+                                                sums->writable(), counts.data(), serial_for);
+  const std::string text = std::string(isa) + " " + name_of(type) + " into " + name_of(sum_type);
+  CHECK(!bad && sums->gaps_untouched(), "%s", text.c_str());
+  std::vector<std::vector<long double>> expected(classes, std::vector<long double>(data.logits->columns(), 0.0L));
+  for (int64_t i = 0; i < data.logits->rows(); ++i) {
+    if (data.ignored(i)) continue;
+    const int64_t label = (*data.labels)[i];
+    ++expected_counts[label];
+    const std::vector<long double> p = softmax(*data.logits, i, data.b);
+    for (size_t j = 0; j < p.size(); ++j) expected[label][j] += p[j];
+  }
+  CHECK(counts == expected_counts, "%s: counts", text.c_str());
+  for (int64_t t = 0; t < classes; ++t) {
+    for (int64_t j = 0; j < data.logits->columns(); ++j) {
+      const long double value = sums->at(t, j);
+      const long double relative = data.error_factor() + epsilon_of(sum_type) * data.logits->rows();
+      CHECK(close(value, expected[t][j], relative * expected[t][j] + 1e-30L), "%s: [%lld, %lld] %.9Lg, not %.9Lg", text.c_str(), static_cast<long long>(t), static_cast<long long>(j), value, expected[t][j]);
+    }
+  }
+}
+
+TEST(class_sums) {
+  for (int i = 0; i < cpu::row_kernels_count(); ++i) {
+    cpu::use_row_kernels(cpu::row_kernels_at(i).name);
+    for (ScalarType type : kAllTypes) {
+      for (int repeat = 0; repeat < 8; ++repeat) {
+        check_class_sums(cpu::row_kernels_at(i).name, type, one_in(2) ? ScalarType::kFloat32 : ScalarType::kFloat64);
+      }
+    }
+  }
+}
+
+TEST(temperature) {
+  for (int isa = 0; isa < cpu::row_kernels_count(); ++isa) {
+    cpu::use_row_kernels(cpu::row_kernels_at(isa).name);
+    for (ScalarType type : kAllTypes) {
+      for (int repeat = 0; repeat < 10; ++repeat) {
+        const int64_t columns = random_integer(1, 120);
+        const DataSet data(type, random_integer(0, 30), columns, columns);
+        if (one_in(3)) {  // a class that is impossible
+          for (int64_t i = 0; i < data.logits->rows(); ++i) {
+            const int64_t impossible = random_integer(0, columns - 1);
+            if (impossible != (*data.labels)[i]) data.logits->set(i, impossible, -kInfinity);
+          }
+        }
+        double terms[4] = {9, 9, 9, 9};
+        CHECK(!cpu::temperature_terms(data.logits->view(), data.labels->view(), data.ignore_index, data.b, terms, serial_for),
+              "temperature_terms");
+        long double expected[4] = {}, size[4] = {};
+        for (int64_t i = 0; i < data.logits->rows(); ++i) {
+          if (data.ignored(i)) continue;
+          const std::vector<long double> p = softmax(*data.logits, i, data.b);
+          const long double z_label = data.logits->at(i, (*data.labels)[i]);
+          long double mean = 0, square = 0, mean_size = 0;
+          for (int64_t j = 0; j < columns; ++j) {
+            if (p[j] == 0) continue;
+            mean += p[j] * data.logits->at(i, j);
+          }
+          for (int64_t j = 0; j < columns; ++j) {
+            if (p[j] == 0) continue;
+            const long double x = data.logits->at(i, j) - mean;
+            square += p[j] * x * x;
+            mean_size += p[j] * std::fabs(x);
+          }
+          expected[0] -= std::log(p[(*data.labels)[i]]);
+          expected[1] += mean - z_label;
+          expected[2] += square;
+          expected[3] += 1;
+          // The kernel's moments are about the largest logit, up to about 20 from the mean.
+          size[0] += std::fabs(std::log(p[(*data.labels)[i]])) + 30;
+          size[1] += mean_size + 20 + std::fabs(mean - z_label);
+          size[2] += 20 * 20 + square;
+        }
+        for (int k = 0; k < 4; ++k) {
+          CHECK(close(terms[k], expected[k], data.error_factor() * size[k]), "%s %s: term %d is %.9g, expected %.9Lg",
+                cpu::row_kernels_at(isa).name, name_of(type), k, terms[k], expected[k]);
+        }
+      }
+    }
+  }
+}
+
+TEST(bad_labels_of_statistics) {
+  for (int repeat = 0; repeat < 50; ++repeat) {
+    const auto logits = random_grid(ScalarType::kFloat32, 6, 20, 1);
+    LabelList labels(6, one_in(2), 1);
+    const int64_t row = random_integer(0, 5), value = one_in(2) ? 4 : -1;
+    for (int64_t i = 0; i < 6; ++i) labels.set(i, i == row ? value : i % 4);
+    Grid sums(ScalarType::kFloat32, 4, 20);
+    std::vector<int64_t> counts(4, 7);
+    const cpu::BadLabel bad =
+        cpu::add_class_sums(logits->view(), labels.view(), 4, -100, 1.0, sums.writable(), counts.data(), serial_for);
+    CHECK(bad.row == row && bad.value == value, "row %lld", static_cast<long long>(bad.row));
+    CHECK(sums.all_poison() && counts == std::vector<int64_t>(4, 7), "sums were written in spite of a bad label");
+    labels.set(row, value == 4 ? 20 : -1);  // a class index is now a column
+    double terms[4];
+    const cpu::BadLabel of_temperature =
+        cpu::temperature_terms(logits->view(), labels.view(), -100, 1.0, terms, serial_for);
+    CHECK(of_temperature.row == row, "row %lld", static_cast<long long>(of_temperature.row));
+  }
+}
+
+}  // namespace
+}  // namespace cotuning::test
