@@ -327,4 +327,5 @@ def _check_probabilities(rows: Tensor) -> None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"fit_temperature: {message}", stacklevel=3)
+    # Past this function, fit_temperature and its no_grad wrapper, to the line that called it.
+    warnings.warn(f"fit_temperature: {message}", stacklevel=4)
