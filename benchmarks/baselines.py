@@ -126,7 +126,7 @@ def authors_temperature(logits: Tensor, labels: Tensor) -> float:
     def closure() -> Tensor:
         optimiser.zero_grad()
         loss = F.cross_entropy(logits * scale, labels)
-        torch.autograd.backward(loss)
+        loss.backward()
         return loss
 
     for _ in range(20):

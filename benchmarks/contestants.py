@@ -144,7 +144,7 @@ def forward_and_backward(step: LossFunction) -> Callable[[], None]:
     """What is timed: the loss of a step and its backward pass, as a training loop calls them."""
 
     def call() -> None:
-        step().backward()  # type: ignore[no-untyped-call]
+        step().backward()
 
     return call
 
@@ -165,7 +165,6 @@ class _Tolerance:
 
 
 _TOLERANCES = {
-    torch.float64: _Tolerance(1e-12, 1e-11, 1e-12),
     torch.float32: _Tolerance(1e-5, 2e-5, 1e-5),
     torch.bfloat16: _Tolerance(1e-2, 0.1, 1.5e-2),
 }
@@ -225,7 +224,7 @@ class ExpectedLoss:
                 raise DisagreementError(f"{contestant.name}: {name} got no gradient")
             if logits.grad.dtype != logits.dtype or logits.grad.shape != logits.shape:
                 raise DisagreementError(f"{contestant.name}: the gradient of {name} has another dtype or shape")
-            error_norm = expected_norm = 0.0
+            error_norm = scale_norm = 0.0
             for rows in _row_chunks(batch, logits.shape[1]):
                 expected_rows = expected_grad[rows]
                 error = (logits.grad[rows].cpu().double() - expected_rows).abs_()
@@ -237,12 +236,12 @@ class ExpectedLoss:
                         f"{float(logits.grad[rows][row, column])!r}, expected {float(expected_rows[row, column])!r}"
                     )
                 error_norm += float(error.square().sum())
-                expected_norm += float(expected_rows.square().sum())
-            if not error_norm <= tolerance.norm**2 * expected_norm:
-                relative = (error_norm / expected_norm) ** 0.5
+                scale_norm += float(p_plus_q.square().sum())
+            if not error_norm <= tolerance.norm**2 * scale_norm:
+                relative = (error_norm / scale_norm) ** 0.5
                 raise DisagreementError(
-                    f"{contestant.name}: the gradient of {name} is off by {relative:.2e} of its norm, "
-                    f"expected at most {tolerance.norm:.0e}"
+                    f"{contestant.name}: the gradient of {name} is off by {relative:.1e} of its norm, "
+                    f"expected at most {tolerance.norm:.1e}"
                 )
 
 
@@ -257,7 +256,7 @@ def check_loss(contestant: LossContestant, step: LossFunction, expected: Expecte
     for _ in range(2):
         problem.clear_gradients()
         loss = step()
-        torch.autograd.backward(loss)
+        loss.backward()
         expected.check(contestant, loss.detach())
     problem.clear_gradients()
     if (problem.source_logits._version, problem.target_logits._version) != versions:
@@ -292,7 +291,7 @@ def exact_temperature(problem: CalibrationProblem) -> float:
     Raises:
         RuntimeError: the method did not converge.
     """
-    inverse = 1.0
+    inverse = 1.0 / problem.temperature
     for _ in range(50):
         totals = torch.zeros(4, dtype=torch.float64)
         for rows in _row_chunks(*problem.logits.shape):

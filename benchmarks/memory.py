@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -65,7 +66,8 @@ def measure_relationship(name: str, shape: Shape, batch: int, *, threads: int = 
 def _in_child(arguments: list[str]) -> Peak:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
-    child = subprocess.run(command, env=environment | _ENVIRONMENT, capture_output=True, text=True)
+    checkout = Path(__file__).resolve().parents[1]
+    child = subprocess.run(command, cwd=checkout, env=environment | _ENVIRONMENT, capture_output=True, text=True)
     if child.returncode != 0:
         raise RuntimeError(f"measuring memory failed ({' '.join(arguments)}):\n{child.stderr.strip()}")
     return Peak(**json.loads(child.stdout.splitlines()[-1]))
@@ -124,7 +126,7 @@ def _loss_call(name: str, problem: LossProblem) -> Callable[[], object]:
     step = prepare([contestant], problem)[name]
 
     def call() -> object:
-        torch.autograd.backward(step())
+        step().backward()
         gradients = problem.source_logits.grad, problem.target_logits.grad
         problem.clear_gradients()
         return gradients

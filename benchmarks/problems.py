@@ -10,13 +10,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "SHAPES", "CalibrationProblem", "LossProblem", "RelationshipProblem", "Shape", "parse_shape"]
+__all__ = [
+    "CALIBRATION_CLASSES",
+    "CALIBRATION_ROWS",
+    "DTYPES",
+    "RELATIONSHIP_BATCHES",
+    "RELATIONSHIP_SHAPE",
+    "SHAPES",
+    "TEMPERATURES",
+    "CalibrationProblem",
+    "LossProblem",
+    "RelationshipProblem",
+    "Shape",
+    "parse_shape",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Logits of a trained classifier are a few units wide; this gives rows with clear favourites and log-probabilities down
 # to about -25.
 _LOGIT_SCALE = 3.0
+_CALIBRATION_LOGIT_SCALE = 5.0
 
 
 class Shape(NamedTuple):
@@ -40,6 +54,14 @@ SHAPES = (
     Shape(512, 9, 30522),
     Shape(256, 1000, 21841),
 )
+
+RELATIONSHIP_SHAPE = Shape(50_000, 200, 1000)
+# Rows of one update: a large evaluation batch, and everything at once.
+RELATIONSHIP_BATCHES = (256, 50_000)
+
+CALIBRATION_ROWS, CALIBRATION_CLASSES = 20_000, 1000
+# The factor 0.884 that the authors' script has for their ImageNet model is T = 1.13; and a more confident model.
+TEMPERATURES = (1.13, 1.6)
 
 
 def parse_shape(text: str) -> Shape:
@@ -125,19 +147,21 @@ class CalibrationProblem:
     Attributes:
         logits: ``(rows, classes)`` float32.
         labels: ``(rows,)`` int64, on the logits' device.
+        temperature: of the distribution that the labels were drawn from; the fit to this draw is near it.
     """
 
     logits: Tensor
     labels: Tensor
+    temperature: float
 
     @classmethod
     def make(
-        cls, rows: int, classes: int, *, temperature: float = 1.6, device: str = "cpu", seed: int = 2020
+        cls, rows: int, classes: int, temperature: float, *, device: str = "cpu", seed: int = 2020
     ) -> CalibrationProblem:
-        """Labels are drawn from ``softmax(logits / temperature)``, so the fit is near ``temperature``."""
+        """Labels are drawn from ``softmax(logits / temperature)``; with 1000 classes about half are the favourite."""
         random = torch.Generator().manual_seed(seed)
-        calibrated = _LOGIT_SCALE * torch.randn(rows, classes, generator=random)
+        calibrated = _CALIBRATION_LOGIT_SCALE * torch.randn(rows, classes, generator=random)
         # The largest of the logits plus Gumbel noise is a draw from their softmax.
         gumbel = -torch.log(-torch.log(torch.rand(rows, classes, generator=random).clamp_(1e-20, 1 - 1e-7)))
         labels = (calibrated + gumbel).argmax(1)
-        return cls((calibrated * temperature).to(device), labels.to(device))
+        return cls((calibrated * temperature).to(device), labels.to(device), temperature)

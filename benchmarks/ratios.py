@@ -39,7 +39,20 @@ from benchmarks.contestants import (
     prepare,
     unavailable,
 )
-from benchmarks.problems import DTYPES, SHAPES, CalibrationProblem, LossProblem, RelationshipProblem, Shape, parse_shape
+from benchmarks.problems import (
+    CALIBRATION_CLASSES,
+    CALIBRATION_ROWS,
+    DTYPES,
+    RELATIONSHIP_BATCHES,
+    RELATIONSHIP_SHAPE,
+    SHAPES,
+    TEMPERATURES,
+    CalibrationProblem,
+    LossProblem,
+    RelationshipProblem,
+    Shape,
+    parse_shape,
+)
 from benchmarks.timing import Timing, interleave, synchronizer
 
 __all__ = ["Row", "main", "missed_floors", "render_table"]
@@ -50,13 +63,12 @@ COMPILED = tuple(contestant.name for contestant in LOSS_CONTESTANTS if contestan
 # What cotuning_kernels promises on a CPU, one thread: at least this many times faster than tllib's formulation ...
 FLOORS_FLOAT32 = dict(zip(SHAPES, (4.5, 4.5, 5.0, 5.0, 3.5, 3.5), strict=True))
 FLOOR_BFLOAT16 = 4.0
-# ... and than torch.compile, at each of these shapes ...
+# ... and than torch.compile, at each of these shapes; and than tllib's relationship and the authors' calibration.
 FLOOR_COMPILED = 2.8
-# ... and than tllib's relationship and the authors' calibration, at these sizes.
-RELATIONSHIP_SHAPE, FLOOR_RELATIONSHIP = Shape(50_000, 200, 1000), 8.0
-CALIBRATION_ROWS, CALIBRATION_CLASSES, FLOOR_TEMPERATURE = 20_000, 1000, 25.0
+FLOOR_RELATIONSHIP = 8.0
+FLOOR_TEMPERATURE = 25.0
+
 MEMORY_SHAPE = Shape(32768, 200, 1000)
-RELATIONSHIP_BATCH = 256
 
 # glibc gives large blocks back to the system when they are freed, and the next step pays for zeroed pages anew; at
 # 100 MB these page faults are most of the time, for everybody. A training loop's allocator has settled long before.
@@ -189,10 +201,11 @@ class Bench:
                     for shape in arguments.shapes:
                         work.append((f"loss {shape} {dtype}", partial(self.loss, shape, dtype, threads)))
             if "relationship" in arguments.parts:
-                for batch in (RELATIONSHIP_BATCH, *((RELATIONSHIP_SHAPE.batch,) if arguments.full else ())):
+                for batch in RELATIONSHIP_BATCHES:
                     work.append((f"relationship by {batch}", partial(self.relationship, batch, threads)))
             if "temperature" in arguments.parts:
-                work.append(("temperature", partial(self.temperature, threads)))
+                for temperature in TEMPERATURES:
+                    work.append((f"temperature {temperature}", partial(self.temperature, temperature, threads)))
         if "memory" in arguments.parts:
             for dtype in arguments.dtype:
                 work.append((f"memory of the loss {dtype}", partial(self.loss_memory, dtype)))
@@ -212,10 +225,10 @@ class Bench:
         for contestant in self.contestants:
             check_loss(contestant, steps[contestant.name], expected)
         del expected
-
         times = interleave(
             {name: forward_and_backward(step) for name, step in steps.items()},
             seconds=self.arguments.seconds,
+            turn=self.arguments.turn,
             before_each=problem.clear_gradients,
             synchronize=self.synchronize,
             warmup=10 if shape.batch * shape.source_classes < 2**20 else 2,
@@ -239,12 +252,14 @@ class Bench:
         name = f"relationship {RELATIONSHIP_SHAPE}, batches of {batch}"
         self.rows.append(Row.of_times(name, "float32", threads, times, floors))
 
-    def temperature(self, threads: int) -> None:
+    def temperature(self, temperature: float, threads: int) -> None:
         """From logits and labels to the temperature."""
         torch.set_num_threads(threads)
-        problem = CalibrationProblem.make(CALIBRATION_ROWS, CALIBRATION_CLASSES, device=self.device)
+        problem = CalibrationProblem.make(CALIBRATION_ROWS, CALIBRATION_CLASSES, temperature, device=self.device)
         for name, error in check_temperature(problem).items():
-            self.notes.append(f"Temperature by {name}, {threads} thread(s): off by {error:.1e} of its exact value.")
+            self.notes.append(
+                f"T near {temperature} by {name}, {threads} thread(s): off by {error:.1e} of its exact value."
+            )
         times = interleave(
             {name: partial(fit, problem) for name, fit in TEMPERATURE_CONTESTANTS.items()},
             seconds=self.arguments.seconds,
@@ -253,7 +268,7 @@ class Bench:
             min_rounds=3,
         )
         floors = self._promised({"authors": FLOOR_TEMPERATURE}, threads)
-        name = f"temperature {CALIBRATION_ROWS}x{CALIBRATION_CLASSES}"
+        name = f"temperature {CALIBRATION_ROWS}x{CALIBRATION_CLASSES}, T near {temperature}"
         self.rows.append(Row.of_times(name, "float32", threads, times, floors))
 
     def loss_memory(self, dtype: str) -> None:
@@ -269,7 +284,7 @@ class Bench:
         """Peak of learning a relationship beside the logits."""
         peaks = {
             name: memory.measure_relationship(
-                name, RELATIONSHIP_SHAPE, RELATIONSHIP_BATCH, threads=threads, device=self.device
+                name, RELATIONSHIP_SHAPE, RELATIONSHIP_BATCHES[0], threads=threads, device=self.device
             )
             for name in RELATIONSHIP_CONTESTANTS
         }
@@ -318,6 +333,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default float32; with --full both")
     parser.add_argument("--threads", nargs="+", type=int, help="default 1; with --full 1 and 2")
     parser.add_argument("--seconds", type=float, help="timed seconds of each measurement; default 2, with --full 8")
+    parser.add_argument(
+        "--turn",
+        type=float,
+        default=0.005,
+        help="seconds that a loss contestant calls in a row before the next one does; 0: one call (default 0.005)",
+    )
     parser.add_argument("--full", action="store_true", help="both dtypes, one and two threads, longer")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")

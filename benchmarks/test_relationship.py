@@ -6,16 +6,14 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.contestants import RELATIONSHIP_CONTESTANTS, check_relationship
-from benchmarks.problems import RelationshipProblem, Shape
+from benchmarks.problems import RELATIONSHIP_BATCHES, RELATIONSHIP_SHAPE, RelationshipProblem
 from benchmarks.timing import synchronizer
 
-_SHAPE = Shape(50_000, 200, 1000)
 
-
-@pytest.fixture(scope="module", params=[256, 50_000], ids=lambda batch: f"batches_of_{batch}")
+@pytest.fixture(scope="module", params=RELATIONSHIP_BATCHES, ids=lambda batch: f"batches_of_{batch}")
 def problem(request: pytest.FixtureRequest, device: str) -> RelationshipProblem:
     """The logits batch by batch; the contestants are checked as soon as it is made."""
-    made = RelationshipProblem.make(_SHAPE, batch=request.param, device=device)
+    made = RelationshipProblem.make(RELATIONSHIP_SHAPE, batch=request.param, device=device)
     check_relationship(made)
     return made
 
@@ -28,5 +26,5 @@ def test_relationship(benchmark: BenchmarkFixture, problem: RelationshipProblem,
         learn(problem)
         synchronize()
 
-    benchmark.group = f"relationship {_SHAPE}, batches of {len(problem.labels[0])}"
+    benchmark.group = f"relationship {RELATIONSHIP_SHAPE}, batches of {len(problem.labels[0])}"
     benchmark.pedantic(call, rounds=7, warmup_rounds=1)

@@ -6,13 +6,13 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.contestants import TEMPERATURE_CONTESTANTS, check_temperature
-from benchmarks.problems import CalibrationProblem
+from benchmarks.problems import CALIBRATION_CLASSES, CALIBRATION_ROWS, TEMPERATURES, CalibrationProblem
 from benchmarks.timing import synchronizer
 
 
-@pytest.fixture(scope="module")
-def problem(device: str) -> CalibrationProblem:
-    return CalibrationProblem.make(20_000, 1000, device=device)
+@pytest.fixture(scope="module", params=TEMPERATURES, ids=lambda temperature: f"T={temperature}")
+def problem(request: pytest.FixtureRequest, device: str) -> CalibrationProblem:
+    return CalibrationProblem.make(CALIBRATION_ROWS, CALIBRATION_CLASSES, request.param, device=device)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_temperature(
     benchmark: BenchmarkFixture, problem: CalibrationProblem, errors: dict[str, float], contestant: str, device: str
 ) -> None:
     fit, synchronize = TEMPERATURE_CONTESTANTS[contestant], synchronizer(device)
-    benchmark.group = "temperature 20000x1000"
+    benchmark.group = f"temperature {CALIBRATION_ROWS}x{CALIBRATION_CLASSES}, T near {problem.temperature}"
     benchmark.extra_info["relative error"] = errors[contestant]
 
     def call() -> None:

@@ -15,7 +15,7 @@ __all__ = ["Timing", "interleave", "synchronizer"]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that a contestant took, one entry a round."""
+    """Seconds of one call of a contestant, one entry a round: the mean over its turn in that round."""
 
     seconds: tuple[float, ...]
 
@@ -40,6 +40,7 @@ def interleave(
     calls: Mapping[str, Callable[[], object]],
     *,
     seconds: float,
+    turn: float = 0.0,
     before_each: Callable[[], object] = lambda: None,
     synchronize: Callable[[], object] = lambda: None,
     warmup: int = 3,
@@ -47,46 +48,48 @@ def interleave(
     max_rounds: int = 2000,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time every call once a round, in the order given, until the rounds have used up ``seconds``.
+    """Give every contestant its turn once a round, in the order given, until the rounds have used up ``seconds``.
 
     Args:
         calls: what to time, by name. What a call returns is dropped at once, outside its time.
         seconds: a budget for all timed calls together. At least ``min_rounds``, at most ``max_rounds`` are run.
+        turn: seconds of a turn: the fastest contestant calls as often in a row as fits in, and all others as often as
+            it. With 0 a turn is one call, and every call finds the caches as the others left them.
         before_each: run before each call, outside its time, the same for every contestant.
         synchronize: waits for the device's queued work. Run before a call starts and before its time is read, so that
             a call is charged for its own work on the device and for nothing else's.
-        warmup: untimed rounds before the first timed one.
+        warmup: untimed rounds of one call each before the first timed one.
         clock: seconds.
     """
+
+    def timed(call: Callable[[], object]) -> float:
+        before_each()
+        synchronize()
+        start = clock()
+        result = call()
+        synchronize()
+        elapsed = clock() - start
+        del result
+        return elapsed
+
     samples: dict[str, list[float]] = {name: [] for name in calls}
-
-    def one_round(record: bool) -> float:
-        total = 0.0
-        for name, call in calls.items():
-            before_each()
-            synchronize()
-            start = clock()
-            result = call()
-            synchronize()
-            elapsed = clock() - start
-            del result
-            total += elapsed
-            if record:
-                samples[name].append(elapsed)
-        return total
-
-    # A collection in the middle of a call would be charged to it, and to whoever made the garbage as little as not.
+    # A collection in the middle of a call would be charged to it, whoever made the garbage.
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()
     try:
+        fastest = turn
         for _ in range(warmup):
-            one_round(record=False)
+            fastest = min(timed(call) for call in calls.values())
+        repeats = max(1, round(turn / fastest)) if fastest > 0 else 1
         used = 0.0
         for done in range(max_rounds):
             if done >= min_rounds and used >= seconds:
                 break
-            used += one_round(record=True)
+            for name, call in calls.items():
+                elapsed = sum(timed(call) for _ in range(repeats))
+                samples[name].append(elapsed / repeats)
+                used += elapsed
     finally:
         if collecting:
             gc.enable()
