@@ -145,12 +145,8 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> int:
-    """A fresh seed for every test; printed, so that pytest shows it with a failure."""
-    seed = torch.seed() % 2**31
-    print(f"torch.manual_seed({seed})")
+def _numbers_from_the_seed(seed: int) -> None:
     torch.manual_seed(seed)
-    return seed
 
 
 def with_head(classifier: nn.Module, name: str, head: nn.Module) -> nn.Module:
@@ -278,7 +274,7 @@ def test_target_model_has_no_source_head_and_the_same_outputs(architecture: Arch
     assert all(not isinstance(module, models._TwoHeads) for module in target_model.modules())
 
     head_parameters = sum(p.numel() for p in model.target_head.parameters())
-    backbone = {p for p in model.parameters()} - set(model.target_head.parameters())
+    backbone = set(model.parameters()) - set(model.target_head.parameters())
     if architecture.make is not TransformerLike:  # there the source head's weight is the embedding's as well
         backbone -= set(model.source_head.parameters())
     else:

@@ -1,0 +1,79 @@
+# What this project does for a newcomer, in one environment that it makes itself (.venv). `make` lists it.
+
+PYTHON ?= python3
+# torch as pip is to install it: a version, a wheel, "torch==2.13.0 --index-url ..." for another build.
+TORCH ?= torch==2.13.0
+# Passed on: make demo ARGS="--seed 1", make test ARGS="-k models -x".
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find build_support cotuning_kernels csrc -name __pycache__ -prune -o \
+	-type f \( -name '*.py' -o -name '*.typed' -o -name '*.txt' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*' \) -print)
+CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# The extras of pyproject.toml that a target needs.
+EXTRAS_demo := demo
+EXTRAS_test := test,demo
+EXTRAS_bench := bench
+EXTRAS_lint := lint
+
+# The installed package instead of the source tree beside it, which has no compiled extension; and `benchmarks`, which is
+# not installed.
+INSTALLED = PYTHONSAFEPATH=1 \
+	PYTHONPATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))'):$(CURDIR)"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench lint clean distclean
+
+help: ## list the targets
+	@echo "make TARGET [ARGS=\"...\"] [PYTHON=python3.12] [TORCH=\"torch==2.13.0\"]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+
+demo: .venv/installed-demo ## fine-tune real weights on real images, plainly and with Co-Tuning (about three minutes)
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: .venv/installed-test ## run the whole test suite
+	@$(INSTALLED) $(BIN)/pytest $(ARGS)
+
+bench: .venv/installed-bench ## run the benchmarks, then print one table of ratios to today's formulations
+	@$(INSTALLED) $(BIN)/pytest --import-mode=append benchmarks --benchmark-only $(ARGS)
+	@$(INSTALLED) $(BIN)/python -m benchmarks.ratios
+
+lint: .venv/installed-lint ## ruff, mypy, clang-format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+clean: ## remove what was built, written or cached here; .venv and the downloaded images stay
+	rm -rf build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	rm -f cotuning_kernels/*.so
+
+distclean: clean ## and those too
+	rm -rf .venv .cache
+
+# One stamp a set of extras; installed anew when the sources have changed.
+.venv/installed-%: $(SOURCES) | .venv/torch
+	@echo "Installing cotuning_kernels with its extras [$(EXTRAS_$*)] into .venv"
+	@$(PIP) install --quiet ".[$(EXTRAS_$*)]" || { echo "make: the installation failed (pip's words are above):\
+	 check the network, then run make again." >&2; exit 1; }
+	@touch $@
+
+.venv/torch: | .venv/python
+	@echo "Installing $(TORCH) into .venv"
+	@$(PIP) install $(TORCH) || { echo "make: torch could not be installed (pip's words are above): check the network,\
+	 or name another one, for instance make TORCH=torch." >&2; exit 1; }
+	@touch $@
+
+.venv/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: there is no $(PYTHON): install Python 3.11 or newer (apt-get\
+	 install python3 python3-venv), or name yours: make PYTHON=/path/to/python3." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is\
+	 $$($(PYTHON) --version), but Python 3.11 or newer is needed: name one, for instance make PYTHON=python3.12." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments:\
+	 install its venv module (apt-get install python3-venv)." >&2; exit 1; }
+	@$(PYTHON) -m venv --clear .venv
+	@touch $@

@@ -1,0 +1,256 @@
+"""Images for the demo: Fashion-MNIST from Debian's archive, or a folder of images with one sub-folder a class.
+
+Both arrive in the same form: 160x160 RGB, cut into a small training set, a validation and a test set.
+"""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FULL, CROP = 160, 128  # stored size, and what the network sees of it (pixels)
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+PACKAGE = "dataset-fashion-mnist"
+INSTALLED_AT = Path("/usr/share/datasets/fashion-mnist")  # where apt-get install puts the package's files
+FASHION_CLASSES = [
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
+]  # fmt: skip
+
+
+class DemoError(Exception):
+    """Something outside the program is missing or wrong. The message is one sentence with the mend."""
+
+
+class Batch(NamedTuple):
+    """``images`` is ``(B, 3, 128, 128)`` float, in about [-1, 1]; ``labels`` is ``(B,)`` int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass
+class ImageSet:
+    """Images kept as they are stored: ``(N, 3, 160, 160)`` uint8 and ``(N,)`` int64 labels."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def center_batches(self, batch_size: int) -> Iterator[Batch]:
+        """The whole set once, in order, the middle 128x128 pixels of each image."""
+        margin = (FULL - CROP) // 2
+        for start in range(0, len(self), batch_size):
+            images = self.images[start : start + batch_size, :, margin : margin + CROP, margin : margin + CROP]
+            yield Batch(normalise(images), self.labels[start : start + batch_size])
+
+    def random_batches(self, batch_size: int, iterations: int, seed: int) -> Iterator[Batch]:
+        """``iterations`` batches, a random crop and flip of each image, epoch after epoch; the seed decides it all."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.empty(0, dtype=torch.long)
+        for _ in range(iterations):
+            while len(order) < batch_size:
+                order = torch.cat([order, torch.randperm(len(self), generator=generator)])
+            chosen, order = order[:batch_size], order[batch_size:]
+            tops, lefts = torch.randint(FULL - CROP + 1, (2, batch_size), generator=generator).tolist()
+            flips = torch.randint(2, (batch_size,), generator=generator).tolist()
+            crops = [
+                self.images[i, :, top : top + CROP, left : left + CROP]
+                for i, top, left in zip(chosen.tolist(), tops, lefts, strict=True)
+            ]
+            crops = [crop.flip(2) if flip else crop for crop, flip in zip(crops, flips, strict=True)]
+            yield Batch(normalise(torch.stack(crops)), self.labels[chosen])
+
+
+class Images(NamedTuple):
+    """A data set as the demo uses it."""
+
+    classes: list[str]
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+
+
+def normalise(images: Tensor) -> Tensor:
+    """What EfficientNet-Lite was trained on: (pixel - 127) / 128, channels last in memory (faster on a CPU)."""
+    return ((images.float() - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
+
+
+# --- Fashion-MNIST ----------------------------------------------------------------------------------------------------
+
+
+def fashion_mnist(
+    cache: Path, *, images_per_class: int, validation: int, test: int, seed: int, say: Callable[[str], None] = print
+) -> Images:
+    """Training and ``validation`` images from the data set's training files, ``test`` images from its test files."""
+    folder = fetch_fashion_mnist(cache, say)
+    train_images = read_idx(folder / "train-images-idx3-ubyte.gz", dimensions=3)
+    train_labels = read_idx(folder / "train-labels-idx1-ubyte.gz", dimensions=1)
+    test_images = read_idx(folder / "t10k-images-idx3-ubyte.gz", dimensions=3)
+    test_labels = read_idx(folder / "t10k-labels-idx1-ubyte.gz", dimensions=1)
+
+    random = np.random.default_rng(seed)
+    train, rest = pick_per_class(train_labels, images_per_class, random)
+    held_out = random.permutation(rest)[:validation]
+    tested = random.permutation(len(test_labels))[:test]
+
+    def image_set(images: np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> ImageSet:
+        return ImageSet(fashion_pictures(images[chosen]), torch.from_numpy(labels[chosen].astype(np.int64)))
+
+    return Images(
+        FASHION_CLASSES,
+        image_set(train_images, train_labels, train),
+        image_set(train_images, train_labels, held_out),
+        image_set(test_images, test_labels, tested),
+    )
+
+
+def fetch_fashion_mnist(cache: Path, say: Callable[[str], None] = print) -> Path:
+    """The folder with the four files: where Debian installs them, else in ``cache``, downloaded there without root."""
+    unpacked = cache / "fashion-mnist"
+    for folder in (INSTALLED_AT, unpacked):
+        if (folder / "train-images-idx3-ubyte.gz").exists():
+            return folder
+    for program in ("apt-get", "dpkg-deb"):
+        if shutil.which(program) is None:
+            raise DemoError(
+                f"Fashion-MNIST comes from a Debian or Ubuntu package and {program} is not here: "
+                "use your own images with --data DIR (one sub-folder a class)."
+            )
+    say(f"Downloading {PACKAGE} (31 MB)")
+    download = cache / "download"
+    shutil.rmtree(download, ignore_errors=True)  # what an interrupted run left
+    (download / "lists" / "partial").mkdir(parents=True)
+    (download / "archives" / "partial").mkdir(parents=True)
+    # The machine's own package lists may be missing (containers) and only root may fetch them; lists of our own need
+    # no root. The sandbox user of apt cannot write here, and warns.
+    own_lists = [f"-oDir::State::Lists={download}/lists", f"-oDir::Cache={download}", "-oAPT::Sandbox::User="]
+    answer = run(["apt-get", "-q", "-oAPT::Sandbox::User=", "download", PACKAGE], download)
+    if answer:
+        run(["apt-get", "-q", *own_lists, "update"], download)
+        answer = run(["apt-get", "-q", *own_lists, "download", PACKAGE], download)
+    packages = list(download.glob("*.deb"))
+    if answer or not packages:
+        raise DemoError(
+            f"Debian's package {PACKAGE} could not be downloaded ({answer or 'no file came'}): check the network and "
+            f"the apt sources (on Ubuntu, 'universe'), or use your own images with --data DIR."
+        )
+    answer = run(["dpkg-deb", "-x", str(packages[0].resolve()), "."], download)
+    if answer:
+        raise DemoError(f"{packages[0].name} could not be unpacked ({answer}): run the demo again to download it anew.")
+    # Moved only when whole: a folder of that name is complete, unless somebody took files out.
+    shutil.rmtree(unpacked, ignore_errors=True)
+    (download / "usr/share/datasets/fashion-mnist").rename(unpacked)
+    shutil.rmtree(download)
+    return unpacked
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Run a command; "" if it succeeded, else its last words."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return ""
+    lines = (done.stderr.strip() or done.stdout.strip() or f"{command[0]} failed").splitlines()
+    return lines[-1]
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """One file in the IDX format (big-endian header, then bytes), gzipped; uint8."""
+    try:
+        with gzip.open(path) as file:
+            content = file.read()
+    except FileNotFoundError:
+        raise DemoError(f"{path} is missing: remove {path.parent} and run the demo again.") from None
+    except (OSError, EOFError) as error:
+        raise DemoError(f"{path} is damaged ({error}): remove {path.parent} and run the demo again.") from None
+    header = 4 + 4 * dimensions
+    # Two zero bytes, the type (8: unsigned byte) and the number of dimensions; then each dimension as a 32-bit integer.
+    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < header:
+        raise DemoError(
+            f"{path} is no IDX file of bytes in {dimensions} dimensions: remove {path.parent} and run the demo again."
+        )
+    shape = np.frombuffer(content, ">u4", count=dimensions, offset=4)
+    if len(content) != header + np.prod(shape, dtype=np.int64):
+        raise DemoError(f"{path} is cut short: remove {path.parent} and run the demo again.")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def fashion_pictures(images: np.ndarray) -> Tensor:
+    """28x28 light on black, as stored, to 160x160 RGB dark on white, with a margin: how a shop shows its goods."""
+    grey = 255.0 - torch.from_numpy(images.astype(np.float32))[:, None]
+    large = F.interpolate(grey, size=(142, 142), mode="bilinear", align_corners=False)
+    margin = (FULL - 142) // 2
+    framed = F.pad(large, (margin, margin, margin, margin), value=255.0)
+    return framed.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+# --- a folder of images -----------------------------------------------------------------------------------------------
+
+
+def image_folder(root: Path, *, images_per_class: int, validation: int, test: int, seed: int) -> Images:
+    """One class a sub-folder of ``root``; training images, validation and test are cut from what is there."""
+    if not root.is_dir():
+        raise DemoError(f"--data {root} is not a folder: give one that has a sub-folder of images for each class.")
+    files = {
+        folder.name: sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS and f.is_file())
+        for folder in sorted(root.iterdir())
+        if folder.is_dir() and not folder.name.startswith(".")
+    }
+    files = {name: found for name, found in files.items() if found}
+    if len(files) < 2:
+        raise DemoError(
+            f"--data {root} has {len(files)} sub-folders with images: two or more are needed, one for each class."
+        )
+    needed = images_per_class + 2
+    for name, found in files.items():
+        if len(found) < needed:
+            raise DemoError(
+                f"{root / name} has {len(found)} images, expected {needed} or more ({images_per_class} to train on, "
+                "the rest to measure with): add images, or lower --images-per-class."
+            )
+    paths = [path for found in files.values() for path in found]
+    labels = np.repeat(np.arange(len(files)), [len(found) for found in files.values()])
+
+    random = np.random.default_rng(seed)
+    train, rest = pick_per_class(labels, images_per_class, random)
+    rest = random.permutation(rest)
+    # Not more than asked for, and a quarter of what there is for calibration where there is less.
+    cut = min(validation, max(1, len(rest) // 4))
+
+    def image_set(chosen: np.ndarray) -> ImageSet:
+        pictures = torch.stack([read_picture(paths[i]) for i in chosen])
+        return ImageSet(pictures, torch.from_numpy(labels[chosen]))
+
+    return Images(list(files), image_set(train), image_set(rest[:cut]), image_set(rest[cut : cut + test]))
+
+
+def read_picture(path: Path) -> Tensor:
+    """Any image file as ``(3, 160, 160)`` uint8: the shorter side scaled to 160, the middle of the longer one."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise DemoError("Pillow is not installed: pip install pillow.") from None
+    try:
+        with Image.open(path) as image:
+            square = ImageOps.fit(image.convert("RGB"), (FULL, FULL), Image.Resampling.BICUBIC)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DemoError(f"{path} cannot be read as an image ({error}): remove or replace it.") from None
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def pick_per_class(labels: np.ndarray, per_class: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of ``per_class`` random members of each class, and of all the others."""
+    order = random.permutation(len(labels))
+    picked = np.concatenate([order[labels[order] == c][:per_class] for c in np.unique(labels)])
+    return picked, np.setdiff1d(np.arange(len(labels)), picked)

@@ -1,0 +1,59 @@
+"""The demo's own picture; the other two come with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+COLOURS = ("#8a8a8a", "#c8553d", "#3b6ea8")
+
+
+class Curves(Protocol):
+    """What is drawn of one way of fine-tuning: both terms of the loss at each iteration, in nats."""
+
+    name: str
+    target_terms: list[float]
+    source_terms: list[float]
+
+
+def plot_training(arms: Sequence[Curves], path: Path, drop_at: int) -> None:
+    """Both heads' terms over the iterations: faint as they were, strong as a running mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    titles = ("Target head", "Source head, against the translated labels")
+    for axes, title, attribute in zip(panels, titles, ("target_terms", "source_terms"), strict=True):
+        for arm, colour in zip(arms, COLOURS, strict=False):
+            terms = getattr(arm, attribute)
+            iterations = range(1, len(terms) + 1)
+            axes.plot(iterations, terms, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(iterations, running_mean(terms), color=colour, linewidth=2, label=arm.name)
+        axes.axvline(drop_at + 0.5, color="#bbbbbb", linestyle=":", linewidth=1)
+        axes.text(
+            drop_at + 0.5,
+            0.99,
+            " rate / 10",
+            color="#8a8a8a",
+            fontsize=8,
+            va="top",
+            transform=axes.get_xaxis_transform(),
+        )
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("iteration")
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#eeeeee")
+        axes.set_axisbelow(True)
+    panels[0].set_ylabel("cross entropy (nats)")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def running_mean(values: Sequence[float], width: int = 9) -> np.ndarray:
+    """The mean over up to ``width`` neighbours; fewer at the ends, so that the curve keeps its length."""
+    kernel = np.ones(min(width, len(values)))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
