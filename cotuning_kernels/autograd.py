@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from cotuning_kernels import validation
 from cotuning_kernels.backends import schema
-from cotuning_kernels.targets import OperandTarget, Target, operand_target
+from cotuning_kernels.targets import OperandTarget, Target, dense_columns, operand_target
 
 __all__ = ["co_tuning_loss", "translate_labels"]
 
@@ -40,7 +40,7 @@ def co_tuning_loss(
 
     Only what the operation would accept although it is wrong is checked here.
     """
-    relationship = _dense_columns(relationship)
+    relationship = dense_columns(relationship)
     if isinstance(target, Tensor) and not target.is_floating_point():
         operand = OperandTarget(target, None, None, relationship)
     else:
@@ -64,8 +64,8 @@ def co_tuning_loss(
         return _InplaceCoTuningLoss.apply(
             source_logits, target_logits, source_gradient, target_gradient, operand, options
         )
-    source_logits = _dense_columns(source_logits)
-    target_logits = None if target_logits is None else _dense_columns(target_logits)
+    source_logits = dense_columns(source_logits)
+    target_logits = None if target_logits is None else dense_columns(target_logits)
     if wants_gradient:
         return _CoTuningLoss.apply(source_logits, target_logits, source_gradient, target_gradient, operand, options)
     loss, terms, *_ = _loss_op(source_logits, target_logits, *operand, *options, False, False)
@@ -74,7 +74,7 @@ def co_tuning_loss(
 
 def translate_labels(target: Target, relationship: Tensor, ignore_index: int) -> Tensor:
     """Rows of ``p(y_source | target)`` for class indices or a mixup pair; not differentiable."""
-    labels, labels_b, mix, relationship = operand_target(target, _dense_columns(relationship.detach()))
+    labels, labels_b, mix, relationship = operand_target(target, dense_columns(relationship.detach()))
     translated: Tensor = torch.ops.cotuning_kernels.translate_labels.default(
         labels, labels_b, mix, relationship, ignore_index
     )
@@ -83,11 +83,6 @@ def translate_labels(target: Target, relationship: Tensor, ignore_index: int) ->
 
 def _compute_dtype(source_logits: Tensor) -> torch.dtype:
     return torch.float64 if source_logits.dtype == torch.float64 else torch.float32
-
-
-def _dense_columns(matrix: Tensor) -> Tensor:
-    """The kernels take any row stride, but dense columns."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
 def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MixedTarget", "OperandTarget", "Target", "operand_target"]
+__all__ = ["MixedTarget", "OperandTarget", "Target", "dense_columns", "operand_target"]
 
 
 class MixedTarget(NamedTuple):
@@ -51,4 +51,9 @@ def operand_target(target: Target, relationship: Tensor, dtype: torch.dtype = to
     with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
         translated = target.to(dtype) @ relationship.to(dtype)
         supervised = (relationship != 0).any(dim=1).to(torch.float64)
-        return OperandTarget(target, None, target.to(torch.float64) @ supervised, translated)
+        return OperandTarget(dense_columns(target), None, target.to(torch.float64) @ supervised, translated)
+
+
+def dense_columns(matrix: Tensor) -> Tensor:
+    """The kernels take any row stride, but dense columns."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()

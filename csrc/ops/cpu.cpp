@@ -25,14 +25,18 @@ void throw_if_bad(const cpu::BadLabel& bad, const char* name, int64_t classes, i
                           std::to_string(classes) + ") or ignore_index=" + std::to_string(ignore_index));
 }
 
-std::vector<double> read_weight(const OptionalTensor& weight, int64_t classes) {
-  std::vector<double> values;
-  if (!weight) return values;
-  STD_TORCH_CHECK(weight->is_cpu() && weight->dim() == 1 && weight->size(0) == classes && weight->is_contiguous(),
-                  "weight must be contiguous on the CPU, of shape (", classes, ",)");
-  values.resize(classes);
-  const auto type = static_cast<int>(kernel_type(*weight, "weight"));
-  cpu::row_kernels().mix_to_double[type](weight->const_data_ptr(), 1.0, nullptr, 0.0, classes, values.data());
+// A floating tensor of one dimension, or none, as doubles.
+std::vector<double> read_numbers(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() <= 1, name, " must be on the CPU, of one dimension at most");
+  const auto type = static_cast<int>(kernel_type(tensor, name));
+  const int64_t count = tensor.dim() == 0 ? 1 : tensor.size(0);
+  const int64_t stride = tensor.dim() == 0 ? 0 : tensor.stride(0);
+  const auto* data = static_cast<const char*>(tensor.const_data_ptr());
+  const int64_t bytes = stride * static_cast<int64_t>(tensor.element_size());
+  std::vector<double> values(count);
+  for (int64_t i = 0; i < count; ++i) {
+    cpu::row_kernels().mix_to_double[type](data + i * bytes, 1.0, nullptr, 0.0, 1, &values[i]);
+  }
   return values;
 }
 
@@ -81,7 +85,9 @@ cpu::LossProblem read_problem(const Tensor& source_logits, const OptionalTensor&
   }
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction must be 0, 1 or 2");
   STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1]");
-  problem.weight = read_weight(weight, classes);
+  if (weight) problem.weight = read_numbers(*weight, "weight");
+  STD_TORCH_CHECK(!weight || static_cast<int64_t>(problem.weight.size()) == classes, "weight must have shape (", classes,
+                  ",)");
   STD_TORCH_CHECK(trade_off.is_cpu() && trade_off.dim() == 0 && trade_off.scalar_type() == ScalarType::Double,
                   "trade_off must be a float64 number on the CPU");
   problem.trade_off = *static_cast<const double*>(trade_off.const_data_ptr());
@@ -167,23 +173,9 @@ std::tuple<Tensor, Tensor, Tensor> co_tuning_loss_inplace(
   return solve(problem);
 }
 
-// One number or one a row, as doubles.
-std::vector<double> read_upstream(const Tensor& upstream) {
-  STD_TORCH_CHECK(upstream.is_cpu() && upstream.dim() <= 1, "upstream must be a number or one a row, on the CPU");
-  const auto type = static_cast<int>(kernel_type(upstream, "upstream"));
-  const int64_t count = upstream.dim() == 0 ? 1 : upstream.size(0);
-  const int64_t stride = upstream.dim() == 0 ? 0 : upstream.stride(0);
-  std::vector<double> values(count);
-  const auto* data = static_cast<const char*>(upstream.const_data_ptr());
-  const int64_t bytes = stride * static_cast<int64_t>(upstream.element_size());
-  for (int64_t i = 0; i < count; ++i) {
-    cpu::row_kernels().mix_to_double[type](data + i * bytes, 1.0, nullptr, 0.0, 1, &values[i]);
-  }
-  return values;
-}
-
 void scale_gradients(const Tensor& source_grad, const Tensor& target_grad, const Tensor& factors, const Tensor& upstream) {
-  const std::vector<double> by_row = read_upstream(upstream), factor = read_upstream(factors);
+  const std::vector<double> by_row = read_numbers(upstream, "upstream");
+  const std::vector<double> factor = read_numbers(factors, "factors");
   STD_TORCH_CHECK(factor.size() == 2, "factors must have shape (2,)");
   const int64_t stride = upstream.dim();
   const Tensor* gradients[2] = {&source_grad, &target_grad};

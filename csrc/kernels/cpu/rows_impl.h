@@ -26,13 +26,13 @@ template <class T>
 using Vector = typename VectorOf<T>::type;
 
 // The shift is the maximum of the first elements only, which saves a sweep over the row. The sums are as good as with the
-// true maximum while no exponent is above this bound: exp(60) * 2^31 is still far below the largest float.
+// true maximum while they are far from overflowing.
 constexpr int kProvisionalElements = 64;
-constexpr double kLargestExponent = 60.0;
+constexpr double kLargestSum = 1e26;
 
-// A row's tail: lanes past the end take part in the arithmetic with this in place of z - m. Its exponential is 0, and
-// it is finite, so that 0 * tail is 0 too.
-constexpr float kTail = -1e30f;
+// A row's tail: lanes past the end take part in the arithmetic with this in place of z - m. Its exponential is 1e-38,
+// lost in a sum that is at least 1, and it is finite, so that 0 * tail is 0.
+constexpr float kTail = -87.0f;
 
 template <class T>
 static inline Vector<T> max_over(const T* z, int64_t n) {
@@ -53,14 +53,12 @@ struct SweepSums {
   V sum = broadcast(typename V::Scalar(0));
   V dot = broadcast(typename V::Scalar(0));
   V mass = broadcast(typename V::Scalar(0));
-  V largest = broadcast(static_cast<typename V::Scalar>(-INFINITY));
 };
 
 template <bool kMasked, bool kTarget, class V, class C>
 static inline void sweep_vector(V x, V q, C* exponentials, SweepSums<V>& sums) {
-  const V e = exp(x);
+  const V e = kMasked ? exp(x) : exp_in_range(x);
   store(exponentials, e);
-  sums.largest = max(sums.largest, x);
   sums.sum = sums.sum + e;
   if constexpr (kTarget) {
     sums.dot = kMasked ? sums.dot + keep_where_nonzero(q, q * x) : fma(q, x, sums.dot);
@@ -68,10 +66,11 @@ static inline void sweep_vector(V x, V q, C* exponentials, SweepSums<V>& sums) {
   }
 }
 
-// kMasked: a logit of -inf where q is 0 contributes 0 to the dot product instead of 0 * -inf = NaN.
+// kMasked: for rows with numbers that are not finite. exp(-inf) is 0, and a logit of -inf where q is 0 contributes 0 to
+// the dot product instead of 0 * -inf = NaN.
 template <bool kMasked, bool kTarget, class T>
 static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, int64_t n, ComputeType<T>* exponentials,
-                                           const T* next, ComputeType<T> shift_value, double* largest) {
+                                           const T* next, ComputeType<T> shift_value) {
   using V = Vector<T>;
   const V shift = broadcast(shift_value);
   const V none = broadcast(ComputeType<T>(0));
@@ -98,7 +97,6 @@ static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, 
     sweep_vector<kMasked, kTarget>(x, kTarget ? load_partial(q + i, tail) : none, last, odd);
     store_partial(exponentials + i, load(last), tail);
   }
-  *largest = reduce_max(max(even.largest, odd.largest));
   return {shift_value, reduce_add(even.sum + odd.sum), reduce_add(even.dot + odd.dot), reduce_add(even.mass + odd.mass)};
 }
 
@@ -108,14 +106,13 @@ template <bool kTarget, class T>
 static inline SweepResult sweep_row(const T* z, const ComputeType<T>* q, int64_t n, ComputeType<T>* exponentials,
                                     const T* next) {
   const int64_t provisional = n < kProvisionalElements ? n : kProvisionalElements;
-  double largest;
-  const SweepResult result = sweep_with_shift<false, kTarget>(z, q, n, exponentials, next,
-                                                              reduce_max(max_over(z, provisional)), &largest);
-  if (largest <= kLargestExponent && finite(result.sum) && finite(result.dot)) return result;
+  const SweepResult result =
+      sweep_with_shift<false, kTarget>(z, q, n, exponentials, next, reduce_max(max_over(z, provisional)));
+  if (result.sum > 0 && result.sum <= kLargestSum && finite(result.dot)) return result;  // a NaN is neither
   // A large logit late in the row, or one that is not finite: once more, with the true maximum. What is then still not
   // finite is what the formula gives: NaN for a row with a NaN, with +inf, or with nothing but -inf.
   return sweep_with_shift<true, kTarget>(z, q, n, exponentials, static_cast<const T*>(nullptr),
-                                         reduce_max(max_over(z, n)), &largest);
+                                         reduce_max(max_over(z, n)));
 }
 
 template <class T>

@@ -23,6 +23,7 @@ static inline Float operator-(Float a, Float b) { return {_mm256_sub_ps(a.v, b.v
 static inline Float operator*(Float a, Float b) { return {_mm256_mul_ps(a.v, b.v)}; }
 static inline Float fma(Float a, Float b, Float c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 static inline Float max(Float a, Float b) { return {_mm256_max_ps(a.v, b.v)}; }
+static inline Float min(Float a, Float b) { return {_mm256_min_ps(a.v, b.v)}; }
 static inline float reduce_add(Float a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

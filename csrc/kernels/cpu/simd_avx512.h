@@ -21,6 +21,7 @@ static inline Float operator-(Float a, Float b) { return {_mm512_sub_ps(a.v, b.v
 static inline Float operator*(Float a, Float b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline Float fma(Float a, Float b, Float c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 static inline Float max(Float a, Float b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline Float min(Float a, Float b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline float reduce_add(Float a) { return _mm512_reduce_add_ps(a.v); }
 static inline float reduce_max(Float a) { return _mm512_reduce_max_ps(a.v); }
 static inline Float keep_first(Float x, int n, Float other) { return {_mm512_mask_mov_ps(other.v, first(n), x.v)}; }

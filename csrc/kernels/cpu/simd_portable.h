@@ -3,8 +3,8 @@
 // for speed).
 //
 // The vocabulary, the same in all simd_*.h: Float (a vector of kLanes floats) and Double; load, load_partial (the
-// first n lanes; the others are 0), store, store_partial, broadcast, + - *, fma(a, b, c) = a * b + c, max,
-// reduce_add, reduce_max, exp, keep_first(x, n, other) = x in the first n lanes, and
+// first n lanes; the others are 0), store, store_partial, broadcast, + - *, fma(a, b, c) = a * b + c, max, min (the
+// second argument where one is NaN), reduce_add, reduce_max, exp, keep_first(x, n, other) = x in the first n lanes, and
 // keep_where_nonzero(test, x) = x where test is not 0, else 0.
 //
 // Everything is in the namespace of its instruction set: two translation units compiled with different flags must not
@@ -117,6 +117,10 @@ static inline Lanes<F> max(Lanes<F> a, Lanes<F> b) {
   return {a.v > b.v ? a.v : b.v};
 }
 template <class F>
+static inline Lanes<F> min(Lanes<F> a, Lanes<F> b) {
+  return {a.v < b.v ? a.v : b.v};
+}
+template <class F>
 static inline F reduce_add(Lanes<F> a) {
   F s = a.v[0];
   for (int k = 1; k < Lanes<F>::kLanes; ++k) s += a.v[k];
@@ -162,6 +166,8 @@ static inline Lanes<double> exp(Lanes<double> x) {
   for (int k = 0; k < Lanes<double>::kLanes; ++k) x.v[k] = ::exp(x.v[k]);
   return x;
 }
+
+static inline Lanes<double> exp_in_range(Lanes<double> x) { return exp(x); }
 
 using Double = Lanes<double>;
 static inline Double broadcast(double x) { return broadcast_lanes(x); }
