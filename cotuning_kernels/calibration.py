@@ -267,15 +267,18 @@ def plot_reliability(
     Args:
         before, after: from :func:`reliability`; one panel each.
         path: where to write the picture (.png, .pdf, .svg), or ``None`` to only return it.
-        titles: of the panels.
+        titles: one a panel.
 
     Returns:
         The matplotlib figure.
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: fewer titles than panels.
     """
     panels = [before] if after is None else [before, after]
+    if len(titles) < len(panels):
+        raise ValueError(f"titles is {titles!r:.80}, expected {len(panels)}: one a panel")
     figure = plots.reliability_diagram(list(zip(titles, panels, strict=False)))
     if path is not None:
         plots.save_figure(figure, path)

@@ -419,3 +419,5 @@ def test_the_diagram_shows_accuracy_and_gap(tmp_path: Path, draw: torch.Generato
         assert [bar.get_height() for bar in gap] == pytest.approx(gaps)
         assert f"ECE {found.expected_calibration_error:.1%}" in axes.texts[0].get_text()
     assert bar_heights(before) != pytest.approx(bar_heights(after))
+    with pytest.raises(ValueError, match=r"titles is \['one'\], expected 2"):
+        plot_reliability(before, after, titles=["one"])

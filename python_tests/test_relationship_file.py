@@ -484,4 +484,4 @@ def test_a_killed_process_leaves_a_whole_file(tmp_path: Path, seed: int) -> None
 
 
 def test_the_test_of_killed_processes_catches_a_careless_save(tmp_path: Path, seed: int) -> None:
-    assert killed_saves(tmp_path, "careless", 40, seed)["damaged"] > 0
+    assert killed_saves(tmp_path, "careless", 20, seed)["damaged"] > 0
