@@ -16,7 +16,7 @@ CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*
 EXTRAS_demo := demo
 EXTRAS_test := test,demo
 EXTRAS_bench := bench
-EXTRAS_lint := lint
+EXTRAS_lint := lint,plot
 
 # The installed package instead of the source tree beside it, which has no compiled extension; and `benchmarks`, which is
 # not installed.

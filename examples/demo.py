@@ -89,7 +89,12 @@ def demo(options: argparse.Namespace) -> None:
     # Plain fine-tuning is Co-Tuning with the source term switched off (and still measured).
     plain = fine_tune("plain", start, relationship, 0.0, images.train, options)
     co_tuned = fine_tune("Co-Tuning", start, relationship, options.trade_off, images.train, options)
-    plot_training([plain, co_tuned], options.output / "training.png", drop_at=rate_drop(options.iterations))
+    plot_training(
+        [plain, co_tuned],
+        options.output / "training.png",
+        drop_at=rate_drop(options.iterations),
+        lowest_source_term=relationship.entropy().mean().item(),
+    )
 
     print(f"\n3. The target heads on {len(images.test)} test images")
     scores = [score(arm, images.test) for arm in (plain, co_tuned)]
@@ -100,7 +105,8 @@ def demo(options: argparse.Namespace) -> None:
     temperature = ck.fit_temperature(validation_logits, images.validation.labels).temperature
     before = reliability(scores[1].logits, images.test.labels)
     after = reliability(scores[1].logits, images.test.labels, temperature=temperature)
-    plot_reliability(before, after, options.output / "reliability.png")
+    titles = ("Co-Tuning, test images", f"calibrated, temperature {temperature:.2f}")
+    plot_reliability(before, after, options.output / "reliability.png", titles=titles)
     print(
         f"   Temperature {temperature:.2f}; expected calibration error on the test images "
         f"{before.expected_calibration_error:.1%} before, {after.expected_calibration_error:.1%} after"

@@ -19,8 +19,11 @@ class Curves(Protocol):
     source_terms: list[float]
 
 
-def plot_training(arms: Sequence[Curves], path: Path, drop_at: int) -> None:
-    """Both heads' terms over the iterations: faint as they were, strong as a running mean."""
+def plot_training(arms: Sequence[Curves], path: Path, drop_at: int, lowest_source_term: float) -> None:
+    """Both heads' terms over the iterations: faint as they were, strong as a running mean.
+
+    A cross entropy cannot fall below the entropy of its labels; that of the translated ones is ``lowest_source_term``.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
@@ -48,6 +51,8 @@ def plot_training(arms: Sequence[Curves], path: Path, drop_at: int) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)
+    panels[1].axhline(lowest_source_term, color="#8a8a8a", linestyle="--", linewidth=1, label="entropy of the labels")
+    panels[1].legend(frameon=False)
     panels[0].set_ylabel("cross entropy (nats)")
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
