@@ -98,21 +98,20 @@ def relationship_heat_map(
 def similarity_order(matrix: Tensor) -> list[int]:
     """An order of the rows that puts similar ones next to each other; rows of zeros last.
 
-    Rows are compared by their Bhattacharyya coefficient ``sum_s sqrt(p_s q_s)``. The order is that of the second
-    eigenvector of the graph Laplacian of these similarities (the Fiedler vector), turned so that the first row is in
-    the first half.
+    From the first row on, the most similar of the rows that are left comes next, as the Bhattacharyya coefficient
+    ``sum_s sqrt(p_s q_s)`` judges. Rows of a group that are more alike than rows of different groups stay together.
     """
     supervised = (matrix != 0).any(dim=1)
     index = supervised.nonzero()[:, 0]
-    if len(index) > 2:
-        root = matrix[index].sqrt()
-        similarity = root @ root.T
-        laplacian = torch.diag(similarity.sum(dim=1)) - similarity
-        order = torch.linalg.eigh(laplacian).eigenvectors[:, 1].argsort(stable=True)
-        if order.tolist().index(0) >= len(order) / 2:
-            order = order.flip(0)
-        index = index[order]
-    return [*index.tolist(), *(~supervised).nonzero()[:, 0].tolist()]
+    root = matrix[index].sqrt()
+    similarity = root @ root.T
+    order: list[int] = []
+    following = 0
+    for _ in index:
+        order.append(following)
+        similarity[:, following] = -1  # taken
+        following = int(similarity[following].argmax())
+    return [*index[order].tolist(), *(~supervised).nonzero()[:, 0].tolist()]
 
 
 def reliability_diagram(panels: Sequence[tuple[str, Reliability]]) -> Figure:

@@ -910,6 +910,7 @@ def test_similar_classes_stand_next_to_each_other(draw: torch.Generator) -> None
     assert sorted(order) == list(range(12))
     assert neighbours_of_one_kind(order, kind) == 9  # the most there can be
     assert neighbours_of_one_kind(list(range(12)), [0, 1, 2] * 4) == 0  # an order that does not care
+    assert order[0] == 0
     matrix[4] = 0
     assert plots.similarity_order(matrix)[-1] == 4  # without supervision: last
 
