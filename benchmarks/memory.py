@@ -22,7 +22,10 @@ import torch
 from benchmarks.contestants import LOSS_CONTESTANTS, RELATIONSHIP_CONTESTANTS, prepare
 from benchmarks.problems import DTYPES, LossProblem, RelationshipProblem, Shape, parse_shape
 
-__all__ = ["Peak", "measure_here", "measure_loss", "measure_relationship"]
+__all__ = ["CHECKOUT", "Peak", "measure_here", "measure_loss", "measure_relationship"]
+
+# Where `python -m benchmarks...` finds this package.
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 # Every block of 64 KiB or more is mapped by itself and goes back to the system when it is freed: the peak is then what
 # is in use, not what the allocator keeps.
@@ -66,8 +69,7 @@ def measure_relationship(name: str, shape: Shape, batch: int, *, threads: int = 
 def _in_child(arguments: list[str]) -> Peak:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
-    checkout = Path(__file__).resolve().parents[1]
-    child = subprocess.run(command, cwd=checkout, env=environment | _ENVIRONMENT, capture_output=True, text=True)
+    child = subprocess.run(command, cwd=CHECKOUT, env=environment | _ENVIRONMENT, capture_output=True, text=True)
     if child.returncode != 0:
         raise RuntimeError(f"measuring memory failed ({' '.join(arguments)}):\n{child.stderr.strip()}")
     return Peak(**json.loads(child.stdout.splitlines()[-1]))

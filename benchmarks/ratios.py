@@ -14,7 +14,9 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,7 +73,7 @@ FLOOR_TEMPERATURE = 25.0
 MEMORY_SHAPE = Shape(32768, 200, 1000)
 
 # glibc gives large blocks back to the system when they are freed, and the next step pays for zeroed pages anew; at
-# 100 MB these page faults are most of the time, for everybody. A training loop's allocator has settled long before.
+# 100 MB these page faults are most of everybody's time and hide what is compared.
 _SETTLED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
@@ -206,6 +208,9 @@ class Bench:
             if "temperature" in arguments.parts:
                 for temperature in TEMPERATURES:
                     work.append((f"temperature {temperature}", partial(self.temperature, temperature, threads)))
+        once = [part for part in ("relationship", "temperature") if part in arguments.parts]
+        if once and not arguments.system_malloc:
+            work.append((f"{' and '.join(once)}, system malloc", partial(self.with_system_malloc, once)))
         if "memory" in arguments.parts:
             for dtype in arguments.dtype:
                 work.append((f"memory of the loss {dtype}", partial(self.loss_memory, dtype)))
@@ -270,6 +275,23 @@ class Bench:
         floors = self._promised({"authors": FLOOR_TEMPERATURE}, threads)
         name = f"temperature {CALIBRATION_ROWS}x{CALIBRATION_CLASSES}, T near {temperature}"
         self.rows.append(Row.of_times(name, "float32", threads, times, floors))
+
+    def with_system_malloc(self, parts: list[str]) -> None:
+        """The same parts in a process whose malloc is left alone, as in a program that does them once."""
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "result.json"
+            command = [sys.executable, "-m", "benchmarks.ratios", "--system-malloc", "--parts", *parts]
+            command += ["--threads", *map(str, self.arguments.threads), "--seconds", str(self.arguments.seconds)]
+            command += ["--device", self.device, "--json", str(result)]
+            command += ["--allow-reference"] if self.arguments.allow_reference else []
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+            child = subprocess.run(
+                command, cwd=memory.CHECKOUT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+            )
+            if child.returncode != 0:
+                raise RuntimeError(f"measuring with the system's malloc failed:\n{child.stderr.strip()}")
+            for row in json.loads(result.read_text())["rows"]:
+                self.rows.append(Row(**row | {"measurement": f"{row['measurement']}, system malloc"}))
 
     def loss_memory(self, dtype: str) -> None:
         """Peak of a forward and backward pass beside the logits; the gradients are part of it."""

@@ -445,6 +445,28 @@ def test_main_measures_checks_and_writes(
     assert "Below the promise: loss 13x7x93" in capsys.readouterr().out
 
 
+def test_what_is_done_once_is_also_measured_with_the_malloc_of_the_system(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = []
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+
+    def child(command: list[str], *, env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        assert not any(name.startswith("MALLOC_") for name in env)
+        Path(command[command.index("--json") + 1]).write_text(json.dumps({"rows": [vars(_row(3.0, 4.0))]}))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(ratios.Bench, "temperature", lambda self, temperature, threads: None)
+    monkeypatch.setattr(subprocess, "run", child)
+    assert ratios.main(["--parts", "temperature", "--allow-reference", "--check", "--seconds", "3"]) == 1
+    assert "loss 1x2x3, system malloc" in capsys.readouterr().out
+    assert ratios.main(["--parts", "temperature", "--allow-reference", "--check", "--system-malloc"]) == 0
+    (command,) = commands
+    assert command[command.index("--parts") + 1 : command.index("--threads") + 2] == ["temperature", "--threads", "1"]
+    assert command[command.index("--seconds") + 1] == "3.0"
+
+
 def test_a_wrong_contestant_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(source: Tensor, target: Tensor, labels: Tensor, relationship: Tensor, trade_off: float) -> Tensor:
         return F.cross_entropy(target, labels)
