@@ -353,8 +353,9 @@ class Expectation:
 
     A loss is a sum of terms ``q (logsumexp(z) - z)``, each with an error of an ulp of it, and of ``q`` where it is near
     0: its unit is ``eps * (sum of terms + Q)``. A gradient is ``c (Q softmax(z) - q)`` with a constant ``c`` a row: an
-    ulp of either part where they nearly cancel, and one rounding to the logits' dtype. So its unit is ``eps(compute) *
-    parts + eps(logits) * |x|`` with ``parts = c (Q softmax(z) + q)``; among subnormal numbers, the distance of two.
+    ulp of either part where they nearly cancel, an ulp of the argument of ``exp``, and one rounding to the logits'
+    dtype. So its unit is ``eps(compute) * parts * (1 + max(z) - z) + eps(logits) * |x|``, where
+    ``parts = c (Q softmax(z) + q)``; among subnormal numbers, the distance of two.
     """
 
     def __init__(self, problem: Problem, form: str) -> None:
@@ -403,12 +404,10 @@ class Expectation:
             constant = (factor * exact.upstream.abs()).reshape(-1, 1)
             tiny = torch.finfo(dtype).smallest_normal / torch.finfo(dtype).eps
             size = gradient.abs() + 2 * constant * part + tiny * constant.clamp(min=1)
-            if dtype == torch.float64:
-                # The truth itself rounds the argument of exp here, to an ulp of that argument.
-                finite = torch.where(logits.isfinite(), logits, -math.inf)
-                argument = finite.amax(1, keepdim=True) - finite
-                size = size * (1 + torch.where(argument.isfinite(), argument, 0.0))
-            return size
+            # The argument of exp is rounded too, to an ulp of that argument.
+            finite = torch.where(logits.isfinite(), logits, -math.inf)
+            argument = finite.amax(1, keepdim=True) - finite
+            return size * (1 + torch.where(argument.isfinite(), argument, 0.0))
 
         source_size = gradient_size(self.truth.source_grad, exact.source_logits, q, source_factor, source_dtype)
         if alone:
@@ -420,9 +419,7 @@ class Expectation:
             self.size = Outcome(
                 loss,
                 source_size,
-                gradient_size(
-                    self.truth.target_grad, exact.target_logits, target_part, target_factor, target_dtype
-                ),
+                gradient_size(self.truth.target_grad, exact.target_logits, target_part, target_factor, target_dtype),
                 target_term_size,
                 loss_size(source_rows, q, 1.0 / torch.where(source_count > 0, source_count, 1.0)),
             )
@@ -802,7 +799,8 @@ def _sizes() -> list[Case]:
         ((1, 1, 1), "everything of size one"),
         ((3, 1, 40), "N_t = 1: the target head's loss and gradient are 0"),
         ((5, 2, 1001), "an odd head of the common size, and the smallest real target head"),
-        ((2, 1000, 21841), "ImageNet-21k's head"),
+        ((3, 1000, 20), "ImageNet's head as target, with a small source head"),
+        ((2, 9, 21841), "ImageNet-21k's head"),
         ((2, 9, 30522), "BERT's vocabulary: larger than any cache line of partial sums"),
         ((300, 40, 401), "more than 100000 elements: the parallel path, and an uneven split of the rows"),
     ]
