@@ -39,7 +39,7 @@ _SCHEMAS = {
     # Loss, terms [target, source] and both gradients in one pass. `target_logits=None` leaves the source term alone
     # (the loss is then the source term, without trade_off). A gradient that is not asked for is an empty tensor.
     # The true gradient of the loss is `factors[0] * source_grad` and `factors[1] * target_grad`: a half-precision
-    # gradient is stored before the division by the batch size, which could push it below the smallest half.
+    # gradient is stored without the part of its scale that could push it below the smallest half.
     "co_tuning_loss": f"(Tensor source_logits, Tensor? target_logits, {_LOSS_ARGUMENTS}, "
     "bool source_gradient, bool target_gradient) "
     "-> (Tensor loss, Tensor terms, Tensor factors, Tensor source_grad, Tensor target_grad)",

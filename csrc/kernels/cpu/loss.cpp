@@ -32,6 +32,17 @@ struct ClassFacts {
 
 bool is_double(const ConstMatrix& matrix) { return matrix.type == ScalarType::kFloat64; }
 
+// scale = stored * factor. Half precision cannot hold a gradient divided by a large batch: it would lose what is below
+// 6e-8. Such a gradient is stored with a scale in [1, 2), and the rest is a power of two, which rounds nothing when the
+// backward pass multiplies by it.
+double split_scale(ScalarType type, double scale, double* stored) {
+  *stored = scale;
+  if (type != ScalarType::kFloat16 || scale == 0) return 1.0;
+  int exponent;
+  *stored = 2 * std::frexp(scale, &exponent);
+  return std::ldexp(1.0, exponent - 1);
+}
+
 class Loss {
  public:
   explicit Loss(const LossProblem& problem)
@@ -85,18 +96,13 @@ class Loss {
     source_divisor_ = source_rows == 0 && any_valid ? 1 : source_rows;
   }
 
-  // Half precision cannot hold a gradient divided by a large batch: its gradients are stored undivided.
   void choose_factors(LossResult* result) {
     // Without a valid row every gradient is 0, and must stay 0 when it is multiplied by the factor.
     const double trade_off = p_.target_logits ? p_.trade_off : 1.0;
     const double source = source_divisor_ == 0 ? 0.0 : trade_off / source_divisor_;
     const double target = target_divisor_ == 0 ? 0.0 : 1.0 / target_divisor_;
-    const bool source_half = p_.source_logits.type == ScalarType::kFloat16;
-    const bool target_half = p_.target_logits.type == ScalarType::kFloat16;
-    result->source_factor = source_half ? source : 1.0;
-    result->target_factor = target_half ? target : 1.0;
-    source_scale_ = source_half ? 1.0 : source;
-    target_scale_ = target_half ? 1.0 : target;
+    result->source_factor = split_scale(p_.source_logits.type, source, &source_scale_);
+    result->target_factor = split_scale(p_.target_logits.type, target, &target_scale_);
   }
 
   void run(ParallelFor parallel_for, LossResult* result) {
