@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from cotuning_kernels import validation
 from cotuning_kernels.backends import schema
-from cotuning_kernels.targets import OperandTarget, Target, dense_columns, operand_target
+from cotuning_kernels.targets import Target, dense_columns, operand_target
 
 __all__ = ["co_tuning_loss", "translate_labels"]
 
@@ -35,14 +35,17 @@ def co_tuning_loss(
     source_loss: str,
     trade_off: float | Tensor,
     inplace: bool,
-) -> tuple[Tensor, Tensor]:
-    """``(loss, [target_term, source_term])``: the loss is differentiable in both logits, the terms are not.
+    return_terms: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``(loss, [target_term, source_term])``: the loss is differentiable in both logits, the terms are not. Without
+    ``return_terms`` the second is None.
 
     Only what the operation would accept although it is wrong is checked here.
     """
     relationship = dense_columns(relationship)
+    operand: tuple[Tensor, Tensor | None, Tensor | None, Tensor]
     if isinstance(target, Tensor) and not target.is_floating_point():
-        operand = OperandTarget(target, None, None, relationship)
+        operand = (target, None, None, relationship)
     else:
         validation.check_target(
             target, source_logits.shape[0], relationship.shape[0], source_logits.device, ignore_index
@@ -57,19 +60,23 @@ def co_tuning_loss(
     source_gradient = source_logits.requires_grad
     target_gradient = target_logits is not None and target_logits.requires_grad
     wants_gradient = torch.is_grad_enabled() and (source_gradient or target_gradient)
+    function: type[torch.autograd.Function]
     if inplace and wants_gradient:
         validation.check_inplace("source_logits", source_logits)
         if target_logits is not None:
             validation.check_inplace("target_logits", target_logits)
-        return _InplaceCoTuningLoss.apply(
-            source_logits, target_logits, source_gradient, target_gradient, operand, options
-        )
-    source_logits = dense_columns(source_logits)
-    target_logits = None if target_logits is None else dense_columns(target_logits)
-    if wants_gradient:
-        return _CoTuningLoss.apply(source_logits, target_logits, source_gradient, target_gradient, operand, options)
-    loss, terms, *_ = _loss_op(source_logits, target_logits, *operand, *options, False, False)
-    return loss, terms
+        function = _InplaceCoTuningLoss
+    else:
+        function = _CoTuningLoss
+        source_logits = dense_columns(source_logits)
+        target_logits = None if target_logits is None else dense_columns(target_logits)
+    if not wants_gradient:
+        loss, terms, *_ = _loss_op(source_logits, target_logits, *operand, *options, False, False)
+        return loss, terms
+    result = function.apply(
+        source_logits, target_logits, source_gradient, target_gradient, operand, options, return_terms
+    )
+    return result if return_terms else (result, None)
 
 
 def translate_labels(target: Target, relationship: Tensor, ignore_index: int) -> Tensor:
@@ -97,18 +104,30 @@ def _refuse_double_backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor |
 
 def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 6
+        return (None,) * 7
     source_grad, target_grad, factors = ctx.saved_tensors
-    if _graph_is_kept():
-        # Another backward pass may come: what is saved must stay as it is.
+    tracing = torch.compiler.is_compiling()
+    if not tracing and torch._C._autograd._get_current_graph_task_keep_graph():
+        # retain_graph=True: another backward pass may come, and what is saved must stay as it is. (In a compiled graph
+        # the compiler sees to it.)
         source_grad, target_grad = source_grad.clone(), target_grad.clone()
-    _scale_op(source_grad, target_grad, factors, upstream)
-    return source_grad if ctx.source_gradient else None, target_grad if ctx.target_gradient else None, *(None,) * 4
+    if tracing or not (ctx.unit_factors and _is_known_to_be_one(upstream)):
+        _scale_op(source_grad, target_grad, factors, upstream)
+    return source_grad if ctx.source_gradient else None, target_grad if ctx.target_gradient else None, *(None,) * 5
 
 
-def _graph_is_kept() -> bool:
-    """Whether the running backward pass has ``retain_graph=True``; in a compiled graph the compiler sees to it."""
-    return not torch.compiler.is_compiling() and torch._C._autograd._get_current_graph_task_keep_graph()
+def _is_known_to_be_one(upstream: Tensor) -> bool:
+    """Whether this is ``loss.backward()``; on an accelerator the question would wait for the device, and is not asked."""
+    return upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1.0
+
+
+def _save(
+    ctx: Any, source_grad: Tensor, target_grad: Tensor, factors: Tensor, source_gradient: bool, target_gradient: bool
+) -> None:
+    ctx.save_for_backward(source_grad, target_grad, factors)
+    ctx.source_gradient, ctx.target_gradient = source_gradient, target_gradient
+    ctx.unit_factors = source_grad.dtype is not torch.float16 and target_grad.dtype is not torch.float16
+    ctx.set_materialize_grads(False)
 
 
 class _CoTuningLoss(torch.autograd.Function):
@@ -121,20 +140,21 @@ class _CoTuningLoss(torch.autograd.Function):
         target_logits: Tensor | None,
         source_gradient: bool,
         target_gradient: bool,
-        operand: OperandTarget,
+        operand: tuple[Any, ...],
         options: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor]:
+        return_terms: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         loss, terms, factors, source_grad, target_grad = _loss_op(
             source_logits, target_logits, *operand, *options, source_gradient, target_gradient
         )
-        ctx.save_for_backward(source_grad, target_grad, factors)
-        ctx.source_gradient, ctx.target_gradient = source_gradient, target_gradient
+        _save(ctx, source_grad, target_grad, factors, source_gradient, target_gradient)
+        if not return_terms:
+            return loss
         ctx.mark_non_differentiable(terms)
-        ctx.set_materialize_grads(False)
         return loss, terms
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, upstream)
 
 
@@ -148,20 +168,21 @@ class _InplaceCoTuningLoss(torch.autograd.Function):
         target_logits: Tensor | None,
         source_gradient: bool,
         target_gradient: bool,
-        operand: OperandTarget,
+        operand: tuple[Any, ...],
         options: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor]:
+        return_terms: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         loss, terms, factors = _inplace_loss_op(source_logits, target_logits, *operand, *options)
         # An operation that saved these logits for its backward pass now gets autograd's error, not a wrong gradient.
         torch.autograd.graph.increment_version([x for x in (source_logits, target_logits) if x is not None])
         source_grad = source_logits.detach()
         target_grad = source_logits.new_empty((0, 0)) if target_logits is None else target_logits.detach()
-        ctx.save_for_backward(source_grad, target_grad, factors)
-        ctx.source_gradient, ctx.target_gradient = source_gradient, target_gradient
+        _save(ctx, source_grad, target_grad, factors, source_gradient, target_gradient)
+        if not return_terms:
+            return loss
         ctx.mark_non_differentiable(terms)
-        ctx.set_materialize_grads(False)
         return loss, terms
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, upstream)

@@ -83,11 +83,10 @@ def co_tuning_loss(
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
         IndexError: a label is out of range (CPU); on an accelerator an assertion of the device, as ``F.cross_entropy``.
     """
-    loss, terms = _evaluate(
-        source_logits, target_logits, target, relationship, trade_off, weight, label_smoothing, ignore_index, reduction,
-        source_loss, inplace, backend,
+    return evaluate(
+        source_logits, target_logits, target, matrix_of(relationship), trade_off, weight, label_smoothing, ignore_index,
+        reduction, source_loss, inplace, backend, return_terms,
     )  # fmt: skip
-    return CoTuningTerms(loss, terms[0], terms[1]) if return_terms else loss
 
 
 def source_label_loss(
@@ -105,11 +104,11 @@ def source_label_loss(
 
     Args, Returns, Raises: as for :func:`co_tuning_loss`.
     """
-    loss, _ = _evaluate(
-        source_logits, None, target, relationship, 1.0, None, 0.0, ignore_index, reduction, source_loss, inplace,
-        backend,
+    loss = evaluate(
+        source_logits, None, target, matrix_of(relationship), 1.0, None, 0.0, ignore_index, reduction, source_loss,
+        inplace, backend, False,
     )  # fmt: skip
-    return loss
+    return cast(Tensor, loss)
 
 
 def translate_labels(
@@ -139,11 +138,11 @@ def translate_labels(
     return autograd.translate_labels(target, relationship, ignore_index)
 
 
-def _evaluate(
+def evaluate(
     source_logits: Tensor,
     target_logits: Tensor | None,
     target: Target,
-    relationship: Tensor | Relationship,
+    relationship: Tensor,
     trade_off: float | Tensor,
     weight: Tensor | None,
     label_smoothing: float,
@@ -152,28 +151,30 @@ def _evaluate(
     source_loss: str,
     inplace: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """``(loss, [target_term, source_term])`` from the backend that serves the call; without ``target_logits`` the loss
-    is the source term."""
-    relationship = matrix_of(relationship)
+    return_terms: bool,
+) -> Tensor | CoTuningTerms:
+    """The loss from the backend that serves the call; without ``target_logits`` it is the source term. What the public
+    functions and the module share: they differ in how they take their arguments."""
     arguments = (source_logits, target_logits, target, relationship, weight, label_smoothing, ignore_index, reduction,
                  source_loss)  # fmt: skip
     validation.check_is_tensor("source_logits", source_logits)
     served_by = backends.select(source_logits.device.type, backend)
     if served_by == "reference":
         validation.check_loss(*arguments)
-        return _reference(*arguments, trade_off, inplace)
+        terms = _reference(*arguments, trade_off, inplace)
+        return terms if return_terms else terms.loss
     # A small batch takes about as long as checking its arguments in Python. The kernels refuse what they cannot take,
     # so the words for people are looked for when something has gone wrong. A trace checks once, and at no cost later.
     tracing = torch.compiler.is_compiling()
     if tracing:
         validation.check_loss(*arguments)
     try:
-        return autograd.co_tuning_loss(*arguments, trade_off, inplace)
+        loss, both_terms = autograd.co_tuning_loss(*arguments, trade_off, inplace, return_terms)
     except Exception:
         if not tracing:
             validation.check_loss(*arguments)
         raise
+    return CoTuningTerms(loss, *both_terms.unbind()) if return_terms and both_terms is not None else loss
 
 
 def _reference(
@@ -188,19 +189,19 @@ def _reference(
     source_loss: str,
     trade_off: float | Tensor,
     inplace: bool,
-) -> tuple[Tensor, Tensor]:
+) -> CoTuningTerms:
     if inplace:
         raise ValueError("inplace=True needs a kernel, but the reference serves this call; leave inplace out")
     if target_logits is None:
         loss = reference.source_label_loss(
             source_logits, target, relationship, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss
         )
-        return loss, torch.stack((torch.zeros_like(loss), loss)).detach()
+        return CoTuningTerms(loss, torch.zeros_like(loss).detach(), loss.detach())
     loss, target_term, source_term = reference.co_tuning_loss(
         source_logits, target_logits, target, relationship, trade_off=trade_off, weight=weight,
         label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss,
     )  # fmt: skip
-    return loss, torch.stack((target_term, source_term)).detach()
+    return CoTuningTerms(loss, target_term.detach(), source_term.detach())
 
 
 def matrix_of(relationship: Tensor | Relationship) -> Tensor:

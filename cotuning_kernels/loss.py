@@ -110,10 +110,10 @@ class FusedCoTuningLoss(nn.Module):
                 ``(labels_a, labels_b, share of labels_a)``.
             return_terms: return :class:`cotuning_kernels.CoTuningTerms`.
         """
-        return functional.co_tuning_loss(
-            source_logits, target_logits, target, self.relationship, trade_off=self._trade_off, weight=self.weight,
-            label_smoothing=self.label_smoothing, ignore_index=self.ignore_index, reduction=self.reduction,
-            source_loss=self.source_loss, return_terms=return_terms, inplace=self.inplace, backend=self.backend,
+        return functional.evaluate(
+            source_logits, target_logits, target, self.relationship, self._trade_off, self.weight,
+            self.label_smoothing, self.ignore_index, self.reduction, self.source_loss, self.inplace, self.backend,
+            return_terms,
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedCoTuningLoss:

@@ -67,7 +67,7 @@ def translate_labels(
 def softmax_class_sums(
     logits: Tensor, labels: Tensor, num_classes: int, *, inverse_temperature: float = 1.0, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """``sums[t] =`` sum over rows of class t of ``softmax(logits * inverse_temperature)`` (float64), and the row counts.
+    """``sums[t] =`` sum over rows of class t of ``softmax(logits * inverse_temperature)`` (float64), and the counts.
 
     ``sums[t] / counts[t]`` is the direct relationship of the paper, eq. (4): the mean prediction of a class.
     """
