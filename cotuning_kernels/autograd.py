@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cotuning_kernels import validation
 from cotuning_kernels.backends import schema
@@ -93,13 +92,28 @@ def _compute_dtype(source_logits: Tensor) -> torch.dtype:
 
 
 def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    # With create_graph=True the result must refuse to be differentiated. That wrapper costs 3 us, hence the question.
-    return _refuse_double_backward(ctx, upstream) if torch.is_grad_enabled() else _scaled_gradients(ctx, upstream)
+    if not torch.is_grad_enabled():
+        return _scaled_gradients(ctx, upstream)
+    # create_graph=True. torch's once_differentiable guards only what depends on `upstream`; the gradients depend on the
+    # logits whatever upstream is, and to take them for constants would be a wrong number without a word.
+    with torch.no_grad():
+        gradients = _scaled_gradients(ctx, upstream)
+    return tuple(None if g is None else _OnceDifferentiable.apply(g.requires_grad_()) for g in gradients)
 
 
-@once_differentiable
-def _refuse_double_backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _scaled_gradients(ctx, upstream)
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient that raises when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        raise RuntimeError(
+            "the fused Co-Tuning loss can be differentiated only once (it is once_differentiable); for second "
+            'derivatives use backend="reference"'
+        )
 
 
 def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -117,7 +131,7 @@ def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None,
 
 
 def _is_known_to_be_one(upstream: Tensor) -> bool:
-    """Whether this is ``loss.backward()``; on an accelerator the question would wait for the device, and is not asked."""
+    """Whether this is ``loss.backward()``; on an accelerator the question would wait for the device: not asked."""
     return upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1.0
 
 
