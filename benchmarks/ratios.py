@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -183,7 +184,10 @@ class Bench:
         self.device: str = arguments.device
         self.rows: list[Row] = []
         self.notes: list[str] = []
-        self.synchronize = synchronizer(self.device)
+        clock = time.process_time if arguments.processor_time else time.perf_counter
+        self.interleave = partial(
+            interleave, seconds=arguments.seconds, synchronize=synchronizer(self.device), clock=clock
+        )
         self.contestants = []
         for contestant in LOSS_CONTESTANTS:
             reason = None if contestant.name == OURS else unavailable(contestant, self.device)
@@ -230,12 +234,10 @@ class Bench:
         for contestant in self.contestants:
             check_loss(contestant, steps[contestant.name], expected)
         del expected
-        times = interleave(
+        times = self.interleave(
             {name: forward_and_backward(step) for name, step in steps.items()},
-            seconds=self.arguments.seconds,
             turn=self.arguments.turn,
             before_each=problem.clear_gradients,
-            synchronize=self.synchronize,
             warmup=10 if shape.batch * shape.source_classes < 2**20 else 2,
         )
         floor = FLOORS_FLOAT32.get(shape) if dtype == "float32" else FLOOR_BFLOAT16 if shape in SHAPES else None
@@ -247,10 +249,8 @@ class Bench:
         torch.set_num_threads(threads)
         problem = RelationshipProblem.make(RELATIONSHIP_SHAPE, batch=batch, device=self.device)
         check_relationship(problem)
-        times = interleave(
+        times = self.interleave(
             {name: partial(learn, problem) for name, learn in RELATIONSHIP_CONTESTANTS.items()},
-            seconds=self.arguments.seconds,
-            synchronize=self.synchronize,
             warmup=1,
         )
         floors = self._promised({"tllib": FLOOR_RELATIONSHIP}, threads)
@@ -265,10 +265,8 @@ class Bench:
             self.notes.append(
                 f"T near {temperature} by {name}, {threads} thread(s): off by {error:.1e} of its exact value."
             )
-        times = interleave(
+        times = self.interleave(
             {name: partial(fit, problem) for name, fit in TEMPERATURE_CONTESTANTS.items()},
-            seconds=self.arguments.seconds,
-            synchronize=self.synchronize,
             warmup=0,
             min_rounds=3,
         )
@@ -284,6 +282,7 @@ class Bench:
             command += ["--threads", *map(str, self.arguments.threads), "--seconds", str(self.arguments.seconds)]
             command += ["--device", self.device, "--json", str(result)]
             command += ["--allow-reference"] if self.arguments.allow_reference else []
+            command += ["--processor-time"] if self.arguments.processor_time else []
             environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
             child = subprocess.run(
                 command, cwd=memory.CHECKOUT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
@@ -326,7 +325,7 @@ class Bench:
         return floors if threads == 1 and self.device == "cpu" and kernel else {}
 
 
-def _environment(device: str) -> dict[str, str]:
+def _environment(device: str, clock: str) -> dict[str, str]:
     return {
         "backend": our_backend(device),
         "package": str(Path(ck.__file__).parent),
@@ -334,6 +333,7 @@ def _environment(device: str) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "clock": clock,
         "malloc": " ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")) or "default",
     }
 
@@ -363,12 +363,21 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--full", action="store_true", help="both dtypes, one and two threads, longer")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="count this process's processor time instead of the time that passes: for a busy machine and one thread",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
     parser.add_argument("--system-malloc", action="store_true", help="do not set MALLOC_MMAP_MAX_=0")
     parser.add_argument("--allow-reference", action="store_true", help="measure even where no kernel was built")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a promised ratio is missed")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
     parsed = parser.parse_args(arguments)
+    if parsed.processor_time and (parsed.device != "cpu" or (parsed.threads or [1]) != [1] or parsed.full):
+        parser.error(
+            "--processor-time adds up the threads and does not see a GPU: use one thread on the cpu, not --full"
+        )
     parsed.dtype = parsed.dtype or (list(DTYPES) if parsed.full else ["float32"])
     parsed.threads = parsed.threads or ([1, 2] if parsed.full else [1])
     parsed.seconds = parsed.seconds if parsed.seconds is not None else (8.0 if parsed.full else 2.0)
@@ -383,7 +392,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Measure, print the table, and return the exit status."""
     parsed = _parse(arguments)
-    environment = _environment(parsed.device)
+    environment = _environment(parsed.device, "processor time" if parsed.processor_time else "time passed")
     bench = Bench(parsed)
     bench.run()
     missed = missed_floors(bench.rows)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -467,6 +468,22 @@ def test_what_is_done_once_is_also_measured_with_the_malloc_of_the_system(
     assert command[command.index("--seconds") + 1] == "3.0"
 
 
+@pytest.mark.parametrize(("option", "clock"), [([], time.perf_counter), (["--processor-time"], time.process_time)])
+def test_the_clock_that_was_asked_for_is_read(
+    monkeypatch: pytest.MonkeyPatch, option: list[str], clock: Callable[[], float]
+) -> None:
+    read = []
+
+    def interleaved(calls: dict[str, object], **options: object) -> dict[str, Timing]:
+        read.append(options["clock"])
+        return dict.fromkeys(calls, Timing((1.0,)))
+
+    monkeypatch.setattr(ratios, "interleave", interleaved)
+    arguments = ["--parts", "loss", "--shapes", str(_SMALL), "--no-compile", "--allow-reference"]
+    assert ratios.main([*arguments, *option]) == 0
+    assert read == [clock]
+
+
 def test_a_wrong_contestant_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(source: Tensor, target: Tensor, labels: Tensor, relationship: Tensor, trade_off: float) -> Tensor:
         return F.cross_entropy(target, labels)
@@ -487,6 +504,9 @@ def test_main_says_what_is_wrong_before_it_measures(
     with pytest.raises(SystemExit):
         ratios.main(["--allow-reference", "--json", str(tmp_path / "missing" / "result.json")])
     assert "there is no folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ratios.main(["--allow-reference", "--processor-time", "--threads", "1", "2"])
+    assert "--processor-time adds up the threads" in capsys.readouterr().err
     monkeypatch.setattr(contestants, "our_backend", lambda _: "reference")
     with pytest.raises(SystemExit):
         ratios.main([])
