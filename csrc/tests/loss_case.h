@@ -120,7 +120,7 @@ struct ExpectedLoss {
 inline void add_expected_row(const Grid& logits, int64_t row, const std::vector<long double>& q, bool kl_divergence,
                              ExpectedLoss::Head* head) {
   const int64_t n = logits.columns();
-  const long double epsilon = epsilon_of(compute_type(logits.type())) * (32 + n / 8);
+  const long double epsilon = epsilon_of(compute_type(logits.type())) * (32 + n / 4);
   std::vector<long double> gradient(n, 0.0L), tolerance(n, 0.0L);
   long double largest = -kInfinity, sum = 0, mass = 0, loss = 0, size = 0;
   bool takes_part = false;

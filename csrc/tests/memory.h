@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "numbers.h"
@@ -20,13 +19,14 @@ inline constexpr unsigned char kPoison = 0xff;
 
 enum class Place { kPageEnd, kPageStart };
 
-// A row at one end of its pages, between two pages that may not be touched: reading or writing past that end crashes,
-// in any build. What the pages hold beside the row is poison. At the end of a page a row is aligned to its elements only.
-class Row {
+// Bytes at one end of their pages, between two pages that may not be touched: reading or writing past that end crashes,
+// in any build (AddressSanitizer does not see the masked loads and stores of AVX2 and AVX-512). What the pages hold
+// beside the bytes is poison. Bytes at the end of a page are aligned to no vector.
+class Pages {
  public:
-  Row(ScalarType type, int64_t n, Place place) : type_(type), n_(n), row_bytes_(n * cpu::size_of(type)) {
+  Pages(int64_t bytes, Place place) : bytes_(static_cast<size_t>(bytes)) {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    page_bytes_ = (row_bytes_ + page - 1) / page * page;
+    page_bytes_ = std::max(page, (bytes_ + page - 1) / page * page);
     map_bytes_ = page_bytes_ + 2 * page;
     map_ = static_cast<char*>(mmap(nullptr, map_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (map_ == MAP_FAILED || mprotect(map_ + page, page_bytes_, PROT_READ | PROT_WRITE) != 0) {
@@ -35,44 +35,54 @@ class Row {
     }
     pages_ = map_ + page;
     std::memset(pages_, kPoison, page_bytes_);
-    data_ = place == Place::kPageStart ? pages_ : pages_ + page_bytes_ - row_bytes_;
+    data_ = place == Place::kPageStart ? pages_ : pages_ + page_bytes_ - bytes_;
   }
-  ~Row() { munmap(map_, map_bytes_); }
-  Row(const Row&) = delete;
-  Row& operator=(const Row&) = delete;
+  ~Pages() { munmap(map_, map_bytes_); }
+  Pages(const Pages&) = delete;
+  Pages& operator=(const Pages&) = delete;
+
+  char* data() const { return data_; }
+  size_t size() const { return bytes_; }
+  void make_read_only() { mprotect(pages_, page_bytes_, PROT_READ); }
+  bool surroundings_untouched() const {
+    return is_poison(pages_, data_) && is_poison(data_ + bytes_, pages_ + page_bytes_);
+  }
+  static bool is_poison(const char* begin, const char* end) {
+    return std::all_of(begin, end, [](char byte) { return static_cast<unsigned char>(byte) == kPoison; });
+  }
+
+ private:
+  size_t bytes_, page_bytes_, map_bytes_;
+  char *map_, *pages_, *data_;
+};
+
+class Row {
+ public:
+  Row(ScalarType type, int64_t n, Place place) : type_(type), n_(n), pages_(n * cpu::size_of(type), place) {}
 
   int64_t size() const { return n_; }
-  ScalarType type() const { return type_; }
-  void* data() { return data_; }
-  const void* data() const { return data_; }
-  long double operator[](int64_t i) const { return read_number(type_, data_ + i * cpu::size_of(type_)); }
-  void set(int64_t i, long double value) { write_number(type_, data_ + i * cpu::size_of(type_), value); }
-
-  // From now on writing to it crashes: an input.
-  void make_read_only() { mprotect(pages_, page_bytes_, PROT_READ); }
-
-  bool surroundings_untouched() const {
-    const auto poisoned = [](char byte) { return static_cast<unsigned char>(byte) == kPoison; };
-    return std::all_of(pages_, data_, poisoned) && std::all_of(data_ + row_bytes_, pages_ + page_bytes_, poisoned);
-  }
+  void* data() { return pages_.data(); }
+  long double operator[](int64_t i) const { return read_number(type_, pages_.data() + i * cpu::size_of(type_)); }
+  void set(int64_t i, long double value) { write_number(type_, pages_.data() + i * cpu::size_of(type_), value); }
+  long double lowest() const { return lowest_of(type_); }
+  void make_read_only() { pages_.make_read_only(); }  // an input: from now on, writing to it crashes
+  bool surroundings_untouched() const { return pages_.surroundings_untouched(); }
 
  private:
   ScalarType type_;
   int64_t n_;
-  size_t row_bytes_, page_bytes_, map_bytes_;
-  char *map_, *pages_, *data_;
+  Pages pages_;
 };
 
-// A matrix on the heap that ends with its last row, where AddressSanitizer watches. Between its rows is poison.
+// A matrix whose last row ends its page. Between its rows is poison.
 class Grid {
  public:
   Grid(ScalarType type, int64_t rows, int64_t columns, int64_t row_stride)
-      : type_(type), rows_(rows), columns_(columns), row_stride_(row_stride) {
-    const int64_t elements = rows == 0 ? 0 : (rows - 1) * row_stride + columns;
-    bytes_ = static_cast<size_t>(elements * cpu::size_of(type));
-    data_.reset(new char[bytes_]);
-    std::memset(data_.get(), kPoison, bytes_);
-  }
+      : type_(type),
+        rows_(rows),
+        columns_(columns),
+        row_stride_(row_stride),
+        pages_((rows == 0 ? 0 : (rows - 1) * row_stride + columns) * cpu::size_of(type), Place::kPageEnd) {}
   Grid(ScalarType type, int64_t rows, int64_t columns) : Grid(type, rows, columns, columns) {}
 
   int64_t rows() const { return rows_; }
@@ -80,33 +90,28 @@ class Grid {
   ScalarType type() const { return type_; }
   long double at(int64_t i, int64_t j) const { return read_number(type_, address(i, j)); }
   void set(int64_t i, int64_t j, long double value) { write_number(type_, address(i, j), value); }
-  char* data() { return data_.get(); }
+  char* data() { return pages_.data(); }
 
-  cpu::ConstMatrix view() const { return {data_.get(), type_, rows_, columns_, row_stride_}; }
-  cpu::Matrix writable() { return {data_.get(), type_, row_stride_}; }
+  cpu::ConstMatrix view() const { return {pages_.data(), type_, rows_, columns_, row_stride_}; }
+  cpu::Matrix writable() { return {pages_.data(), type_, row_stride_}; }
 
-  std::vector<char> bytes() const { return {data_.get(), data_.get() + bytes_}; }
-  bool all_poison() const {
-    return std::all_of(data_.get(), data_.get() + bytes_,
-                       [](char byte) { return static_cast<unsigned char>(byte) == kPoison; });
+  std::vector<char> bytes() const { return {pages_.data(), pages_.data() + pages_.size()}; }
+  bool never_written() const {
+    return pages_.surroundings_untouched() && Pages::is_poison(pages_.data(), pages_.data() + pages_.size());
   }
   bool gaps_untouched() const {
-    const int64_t row_bytes = columns_ * cpu::size_of(type_), stride_bytes = row_stride_ * cpu::size_of(type_);
     for (int64_t i = 0; i + 1 < rows_; ++i) {
-      for (int64_t byte = row_bytes; byte < stride_bytes; ++byte) {
-        if (static_cast<unsigned char>(data_[i * stride_bytes + byte]) != kPoison) return false;
-      }
+      if (!Pages::is_poison(address(i, columns_), address(i + 1, 0))) return false;
     }
-    return true;
+    return pages_.surroundings_untouched();
   }
 
  private:
-  char* address(int64_t i, int64_t j) const { return data_.get() + (i * row_stride_ + j) * cpu::size_of(type_); }
+  char* address(int64_t i, int64_t j) const { return pages_.data() + (i * row_stride_ + j) * cpu::size_of(type_); }
 
   ScalarType type_;
   int64_t rows_, columns_, row_stride_;
-  size_t bytes_;
-  std::unique_ptr<char[]> data_;
+  Pages pages_;
 };
 
 // Class indices as int64 or int32, at any distance from each other.

@@ -38,6 +38,11 @@ inline Format format_of(ScalarType type) {
 
 inline long double epsilon_of(ScalarType type) { return std::ldexp(1.0L, 1 - format_of(type).digits); }
 
+inline long double lowest_of(ScalarType type) {
+  const Format format = format_of(type);
+  return -std::ldexp(2 - epsilon_of(type), format.max_exponent);
+}
+
 // The distance between neighbours of the type around x.
 inline long double ulp(ScalarType type, long double x) {
   const Format format = format_of(type);
