@@ -1,0 +1,287 @@
+"""What is built, and of what: one list of sources, no torch below the kernels, no symbol that the linker could mix up,
+the instruction set on request, and life without the extension. Each checker is shown to find a planted fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+import torch
+from cpp_builds import ROOT, build, compiler, require, run
+
+import cotuning_kernels
+from cotuning_kernels import backends
+
+CSRC = ROOT / "csrc"
+PACKAGE = Path(cotuning_kernels.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def setup_py() -> dict[str, Any]:
+    """The names that setup.py defines, without building anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        patch.setattr(sys, "path", list(sys.path))
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+# ------------------------------------------------------------------------------------------------- one list of sources
+
+
+def unlisted_and_missing(csrc: Path) -> tuple[set[str], set[str]]:
+    """Sources on the disk that csrc/sources.txt lacks, and sources in it that are not on the disk."""
+    lines = (csrc / "sources.txt").read_text().splitlines()
+    listed = {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
+    found = {
+        str(path.relative_to(csrc))
+        for folder in ("kernels", "ops", "bindings")
+        for path in (csrc / folder).rglob("*.cpp")
+    }
+    return found - listed, listed - found
+
+
+def test_every_source_is_in_the_list() -> None:
+    assert unlisted_and_missing(CSRC) == (set(), set())
+
+
+def test_a_forgotten_source_is_noticed(tmp_path: Path) -> None:
+    copy = tmp_path / "csrc"
+    shutil.copytree(CSRC, copy)
+    (copy / "kernels" / "cpu" / "forgotten.cpp").touch()
+    (copy / "ops" / "cpu.cpp").unlink()
+    assert unlisted_and_missing(copy) == ({"kernels/cpu/forgotten.cpp"}, {"ops/cpu.cpp"})
+
+
+def test_cmake_compiles_what_setup_py_compiles(setup_py: dict[str, Any]) -> None:
+    sources = [source for source in setup_py["read_sources"](platform.machine()) if source.group == "kernels"]
+    compiled = {
+        Path(entry["file"]): shlex.split(entry["command"])
+        for entry in json.loads((build() / "compile_commands.json").read_text())
+    }
+    kernels = {path for path in compiled if CSRC / "kernels" in path.parents}
+    assert kernels == {source.path for source in sources}
+    options_of_all = set.intersection(*(set(compiled[path]) for path in kernels))
+    for source in sources:
+        assert set(source.flags) <= set(compiled[source.path]), source.path
+        own = {option for option in compiled[source.path] if option.startswith("-m")} - options_of_all
+        assert own == {flag for flag in source.flags if flag.startswith("-m")}, source.path
+
+
+def test_cmake_names_a_sanitizer_it_does_not_know(tmp_path: Path) -> None:
+    cxx = f"-DCMAKE_CXX_COMPILER={compiler()}"
+    configured = run([require("cmake"), "-S", ROOT, "-B", tmp_path, cxx, "-DCOTUNING_SANITIZE=adress"])
+    assert configured.returncode != 0
+    words = " ".join(configured.stdout.split())
+    assert "COTUNING_SANITIZE is adress, expected some of address, undefined and thread" in words
+
+
+# --------------------------------------------------------------------------------------------------------- no torch
+
+
+def includes_of_torch(folder: Path) -> list[str]:
+    """Lines of the sources below ``folder`` that include torch, Python or pybind11."""
+    foreign = re.compile(r"\s*#\s*include\s*[<\"](torch|ATen|c10|caffe2|pybind11|Python\.h)")
+    return [
+        f"{path.name}: {line.strip()}"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        for line in path.read_text().splitlines()
+        if foreign.match(line)
+    ]
+
+
+def test_kernels_know_nothing_of_torch() -> None:
+    assert includes_of_torch(CSRC / "kernels") == []
+
+
+def test_an_include_of_torch_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "kernel.h").write_text(
+        '#pragma once\n#include <cstdint>\n# include <ATen/Parallel.h>\n#include "c10/x.h"\n'
+    )
+    assert includes_of_torch(tmp_path) == ["kernel.h: # include <ATen/Parallel.h>", 'kernel.h: #include "c10/x.h"']
+
+
+# ---------------------------------------------------------------------------------------------------------- symbols
+
+
+def symbols(*options: str | Path) -> list[str]:
+    """Mangled names as nm lists them, with their version."""
+    listed = run([require("nm"), *options])
+    assert listed.returncode == 0, listed.stdout
+    return [line.split()[-1] for line in listed.stdout.splitlines() if re.match(r"[0-9a-f ]+ [A-Za-z] ", line)]
+
+
+def foreign_symbols(object_file: Path, isa: str) -> list[str]:
+    """What an object compiled for ``isa`` exports outside its own namespace.
+
+    The linker keeps one copy of an inline function or a template. Were it that of an object compiled for AVX-512, other
+    objects would call it on a processor without.
+    """
+    own = re.compile(rf"_ZN?K?(N8cotuning3cpu|8cotuning3cpu)({len(isa)}{isa}|{len(isa) + 6}kRows_{isa}E)")
+    return [name for name in symbols("--extern-only", "--defined-only", object_file) if not own.match(name)]
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_an_instruction_set_shares_no_symbol(isa: str, setup_py: dict[str, Any]) -> None:
+    require("nm")
+    built = {source.path.name for source in setup_py["read_sources"](platform.machine())}
+    if f"rows_{isa}.cpp" not in built:
+        pytest.skip(f"{isa} is not built for {platform.machine()}")
+    (object_file,) = build().rglob(f"rows_{isa}.cpp.*")
+    assert len(symbols("--extern-only", "--defined-only", object_file)) > 1
+    assert foreign_symbols(object_file, isa) == []
+
+
+def test_a_shared_symbol_is_noticed(tmp_path: Path) -> None:
+    source, object_file = tmp_path / "rows_avx2.cpp", tmp_path / "rows_avx2.o"
+    source.write_text(
+        "#include <algorithm>\n"
+        "namespace cotuning::cpu { inline int shared(int x) { return x + 1; } int kRows_avx2; }\n"
+        "namespace cotuning::cpu::avx2 { int own(int x) { return std::max(shared(x), 3); } }\n"
+        "namespace cotuning::cpu::avx512 { int other(int x) { return x; } }\n"
+    )
+    compiled = run([compiler(), "-std=c++17", "-O0", "-c", source, "-o", object_file])
+    assert compiled.returncode == 0, compiled.stdout
+    found = foreign_symbols(object_file, "avx2")
+    assert [name for name in found if "shared" in name]
+    assert [name for name in found if "St3max" in name]
+    assert [name for name in found if "other" in name]
+    assert not [name for name in found if "own" in name or "kRows_avx2" in name]
+
+
+def unstable_symbols(library: Path) -> list[str]:
+    """Undefined symbols of ``library`` that are neither torch's stable C ABI, nor Python's, nor a runtime library's.
+
+    The runtimes' symbols have a version (``exp@GLIBC_2.29``) or a C++ namespace that is not torch's.
+    """
+    listed = run([require("nm"), "-C", "-D", "--undefined-only", library])
+    assert listed.returncode == 0, listed.stdout
+    names = [line.split(maxsplit=1)[1] for line in listed.stdout.splitlines()]
+    stable = re.compile(r"aoti_|torch_|_?Py|_ITM_|__gmon_start__")
+    return [
+        name
+        for name in names
+        if re.search(r"\b(at|c10|caffe2|torch)::", name) or not ("::" in name or "@" in name or stable.match(name))
+    ]
+
+
+def needed_libraries(library: Path) -> list[str]:
+    listed = run([require("readelf"), "-d", library])
+    assert listed.returncode == 0, listed.stdout
+    return re.findall(r"\(NEEDED\).*\[(.+)\]", listed.stdout)
+
+
+def test_the_extension_needs_only_the_stable_abi() -> None:
+    extension = backends.extension()
+    if extension is None:
+        pytest.skip(f"no extension: {backends.missing_reason('cpp')}")
+    library = Path(str(extension.__file__))
+    assert "aoti_torch_get_dim" in symbols("-D", "--undefined-only", library)
+    assert unstable_symbols(library) == []
+    assert [name for name in needed_libraries(library) if re.search("torch|c10|python", name)] == ["libtorch_cpu.so"]
+
+
+def test_an_unstable_symbol_is_noticed(tmp_path: Path) -> None:
+    source, library = tmp_path / "unstable.cpp", tmp_path / "unstable.so"
+    source.write_text(
+        "#include <vector>\n"
+        "namespace c10 { int get_num_threads(); }\n"
+        "namespace at { struct Tensor {}; void fill(std::vector<Tensor>); }\n"
+        'extern "C" { int THPVariable_Wrap(); int aoti_torch_get_dim(); int PyList_New(); }\n'
+        "int f() { at::fill({}); return c10::get_num_threads() + THPVariable_Wrap(); }\n"
+        "int g() { return aoti_torch_get_dim() + PyList_New(); }\n"
+    )
+    compiled = run([compiler(), "-std=c++17", "-shared", "-fPIC", source, "-o", library])
+    assert compiled.returncode == 0, compiled.stdout
+    found = "\n".join(unstable_symbols(library))
+    assert "c10::get_num_threads" in found
+    assert "at::fill" in found
+    assert "THPVariable_Wrap" in found
+    assert "aoti_torch_get_dim" not in found
+    assert "PyList_New" not in found
+
+
+# ------------------------------------------------------------------------------------------- in a process of its own
+
+
+def python(code: str, *, package: Path = PACKAGE, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` with this copy of the package, whatever else is installed or lies in the working folder."""
+    path = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
+    return run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **environment},
+    )
+
+
+_LOSS = """
+import torch
+import cotuning_kernels as ck
+from cotuning_kernels import backends
+draw = torch.Generator().manual_seed(5)
+source, target = (torch.randn(6, n, generator=draw).requires_grad_() for n in (37, 4))
+labels = torch.randint(0, 4, (6,), generator=draw)
+relationship = torch.rand(4, 37, generator=draw).softmax(1)
+loss = ck.functional.co_tuning_loss(source, target, labels, relationship, trade_off=1.7)
+loss.backward()
+"""
+
+
+def expected_loss() -> float:
+    draw = torch.Generator().manual_seed(5)
+    source, target = (torch.randn(6, n, generator=draw) for n in (37, 4))
+    labels = torch.randint(0, 4, (6,), generator=draw)
+    relationship = torch.rand(4, 37, generator=draw).softmax(1)
+    cross_entropy = torch.nn.functional.cross_entropy
+    return float(cross_entropy(target, labels) + 1.7 * cross_entropy(source, relationship[labels]))
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
+    if isa not in backends.cpu_isas():
+        pytest.skip(f"{isa} is not built, or not for this processor: {backends.cpu_isas()}")
+    code = _LOSS + "print(backends.cpu_isa(), backends.select('cpu'), float(loss.detach()))"
+    finished = python(code, COTUNING_KERNELS_CPU_ISA=isa)
+    assert finished.returncode == 0, finished.stdout
+    used, backend, loss = finished.stdout.split()
+    assert (used, backend) == (isa, "cpp")
+    assert float(loss) == pytest.approx(expected_loss(), rel=1e-6)
+
+
+def test_an_unknown_instruction_set_is_a_clear_error() -> None:
+    if backends.extension() is None:
+        pytest.skip(f"no extension: {backends.missing_reason('cpp')}")
+    finished = python("import cotuning_kernels", COTUNING_KERNELS_CPU_ISA="sse9")
+    assert finished.returncode == 1
+    error = finished.stdout.splitlines()[-1]
+    assert "COTUNING_KERNELS_CPU_ISA is 'sse9', expected one of " + ", ".join(backends.cpu_isas()) in error
+
+
+def test_without_the_extension_the_reference_serves(tmp_path: Path) -> None:
+    """The package as a machine without a compiler has it: everything but ``_C``."""
+    copy = tmp_path / "cotuning_kernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    code = _LOSS + (
+        "assert backends.extension() is None and backends.cpu_isas() == []\n"
+        "print(ck.__file__, backends.select('cpu'), float(loss.detach()), float(source.grad.abs().sum()) > 0)\n"
+        "ck.functional.co_tuning_loss(source, target, labels, relationship, backend='cpp')\n"
+    )
+    finished = python(code, package=copy)
+    assert finished.returncode == 1, finished.stdout
+    path, backend, loss, has_gradient = finished.stdout.splitlines()[0].split()
+    assert Path(path).parent == copy
+    assert (backend, has_gradient) == ("reference", "True")
+    assert float(loss) == pytest.approx(expected_loss(), rel=1e-6)
+    error = finished.stdout.splitlines()[-1]
+    assert error.startswith("RuntimeError: backend 'cpp' cannot be used: the C++ extension")
+    assert "install a C++17 compiler" in error
