@@ -17,8 +17,8 @@ struct Registration {
   Registration(const char* name, void (*run)()) { all_tests().push_back({name, run}); }
 };
 
-#define TEST(name)                                                                  \
-  static void test_##name();                                                        \
+#define TEST(name)                                                                     \
+  static void test_##name();                                                           \
   static const ::cotuning::test::Registration registration_##name(#name, test_##name); \
   static void test_##name()
 
@@ -32,7 +32,7 @@ __attribute__((format(printf, 4, 5))) void report_failure(const char* file, int 
 // Random numbers from the seed that the program printed.
 std::mt19937_64& random_bits();
 long double normal(double deviation);
-long double uniform();                            // in [0, 1)
+long double uniform();                              // in [0, 1)
 int64_t random_integer(int64_t low, int64_t high);  // low and high included
 bool one_in(int64_t n);
 

@@ -16,7 +16,7 @@ struct LossCase {
   int64_t batch, source_classes, target_classes;
   Target target;
   std::unique_ptr<Grid> source_logits, target_logits;  // no target logits: the source term alone
-  std::unique_ptr<Grid> relationship, translated;       // translated: the given (B, N_s), for probabilities
+  std::unique_ptr<Grid> relationship, translated;      // translated: the given (B, N_s), for probabilities
   std::unique_ptr<Grid> probabilities;
   std::unique_ptr<LabelList> labels, labels_b;
   std::vector<double> mix;

@@ -1,4 +1,5 @@
-// kernel_tests [--seed N] [--plant FAULT] [TEST...]: runs the tests named, or all of them. Exits with 1 after a failure.
+// kernel_tests [--seed N] [--plant FAULT] [TEST...]: runs the tests named, or all of them. Exits with 1 after a
+// failure.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -63,7 +64,8 @@ int main(int count, char** arguments) {
   }
   std::setvbuf(stdout, nullptr, _IOLBF, 0);  // what was printed before a crash is seen
   std::printf("seed %llu, instruction sets:", static_cast<unsigned long long>(seed));
-  for (int i = 0; i < cotuning::cpu::row_kernels_count(); ++i) std::printf(" %s", cotuning::cpu::row_kernels_at(i).name);
+  for (int i = 0; i < cotuning::cpu::row_kernels_count(); ++i)
+    std::printf(" %s", cotuning::cpu::row_kernels_at(i).name);
   std::printf("\n");
   for (const std::string& name : wanted) {
     bool known = false;

@@ -68,7 +68,8 @@ inline long double decode_half(ScalarType type, uint16_t bits) {
   const long double sign = bits & 0x8000 ? -1 : 1;
   if (exponent == format.max_exponent - format.min_exponent + 2) return fraction != 0 ? kNaN : sign * kInfinity;
   const int significand = exponent == 0 ? fraction : fraction + (1 << fraction_bits);
-  return sign * std::ldexp(1.0L * significand, format.min_exponent - fraction_bits + (exponent == 0 ? 0 : exponent - 1));
+  return sign *
+         std::ldexp(1.0L * significand, format.min_exponent - fraction_bits + (exponent == 0 ? 0 : exponent - 1));
 }
 
 inline uint16_t encode_half(ScalarType type, long double x) {
@@ -82,8 +83,7 @@ inline uint16_t encode_half(ScalarType type, long double x) {
   } else if (std::isinf(rounded)) {
     bits = infinity;
   } else {
-    const int exponent =
-        rounded == 0 ? format.min_exponent : std::max(std::ilogb(rounded), format.min_exponent);
+    const int exponent = rounded == 0 ? format.min_exponent : std::max(std::ilogb(rounded), format.min_exponent);
     // The hidden digit of a normal number carries into the exponent field, which is 0 for a subnormal one.
     bits = ((exponent - format.min_exponent) << fraction_bits) +
            static_cast<int>(std::ldexp(std::fabs(rounded), fraction_bits - exponent));

@@ -25,8 +25,9 @@ void for_each_isa(Check check) {
 
 std::string describe(const char* isa, const LossCase& c) {
   char text[256];
-  std::snprintf(text, sizeof text, "%s source %s target %s R %s, %lld x (%lld, %lld), target kind %d reduction %d%s%s%s",
-                isa, name_of(c.source_logits->type()), c.target_logits ? name_of(c.target_logits->type()) : "none",
+  std::snprintf(text, sizeof text,
+                "%s source %s target %s R %s, %lld x (%lld, %lld), target kind %d reduction %d%s%s%s", isa,
+                name_of(c.source_logits->type()), c.target_logits ? name_of(c.target_logits->type()) : "none",
                 name_of(c.relationship->type()), static_cast<long long>(c.batch),
                 static_cast<long long>(c.source_classes), static_cast<long long>(c.target_classes),
                 static_cast<int>(c.target), static_cast<int>(c.problem.reduction), c.problem.kl_divergence ? " KL" : "",
@@ -34,7 +35,8 @@ std::string describe(const char* isa, const LossCase& c) {
   return text;
 }
 
-void check_term(const std::vector<double>& term, const ExpectedLoss::Head& head, Reduction reduction, const char* what) {
+void check_term(const std::vector<double>& term, const ExpectedLoss::Head& head, Reduction reduction,
+                const char* what) {
   if (reduction == Reduction::kNone) {
     CHECK(term.size() == head.rows.size(), "%s: %zu rows", what, term.size());
     for (size_t i = 0; i < term.size(); ++i) {
@@ -65,8 +67,9 @@ void check_gradient(const Grid& gradient, const ExpectedLoss::Head& head, Reduct
     for (int64_t j = 0; j < gradient.columns(); ++j) {
       const long double written = gradient.at(i, j);
       const long double expected = scale * head.gradient[i][j];
-      const long double tolerance = scale * head.gradient_tolerance[i][j] +
-                                    0.51L * ulp(gradient.type(), factor == 0 ? 0 : expected / factor) * std::fabs(factor);
+      const long double tolerance =
+          scale * head.gradient_tolerance[i][j] +
+          0.51L * ulp(gradient.type(), factor == 0 ? 0 : expected / factor) * std::fabs(factor);
       CHECK(close(factor * written, expected, tolerance), "%s: gradient [%lld, %lld] is %.9Lg, expected %.9Lg", what,
             static_cast<long long>(i), static_cast<long long>(j), factor * written, expected);
       if (head.gradient_tolerance[i][j] == 0) CHECK(written == 0, "%s: a row without target got %Lg", what, written);
@@ -243,8 +246,8 @@ TEST(translated_labels) {
             const long double expected = share * part(c.labels.get(), s) + (1 - share) * part(c.labels_b.get(), s);
             const long double tolerance =
                 2 * epsilon_of(compute_type(type)) * expected + (share == 1 ? 0 : 0.51L * ulp(type, expected));
-            CHECK(close(out.at(i, s), expected, tolerance), "%s %s: %Lg, expected %Lg", isa, name_of(type), out.at(i, s),
-                  expected);
+            CHECK(close(out.at(i, s), expected, tolerance), "%s %s: %Lg, expected %Lg", isa, name_of(type),
+                  out.at(i, s), expected);
           }
         }
       }

@@ -126,9 +126,9 @@ enum class Logits {
   kNaN,
   kInfinite,
 };
-constexpr Logits kAllLogits[] = {Logits::kPlain,      Logits::kOffset,          Logits::kLate,         Logits::kVeryLate,
-                                 Logits::kMasked,     Logits::kHuge,            Logits::kImpossible,
-                                 Logits::kOnlyOnePossible, Logits::kNonePossible, Logits::kNaN,     Logits::kInfinite};
+constexpr Logits kAllLogits[] = {Logits::kPlain,        Logits::kOffset, Logits::kLate,       Logits::kVeryLate,
+                                 Logits::kMasked,       Logits::kHuge,   Logits::kImpossible, Logits::kOnlyOnePossible,
+                                 Logits::kNonePossible, Logits::kNaN,    Logits::kInfinite};
 
 void fill_logits(Row* z, Logits kind) {
   const int64_t n = z->size();
@@ -184,8 +184,8 @@ long double shifted(const Case& c, const Row& z, int64_t i, long double shift) {
   return round_to(c.compute(), z[i] - shift);
 }
 
-// Below this the kernels' exp for float may be anything that a sum of 1 loses; above, it is off by 1.01 ulp at most (all
-// floats tried).
+// Below this the kernels' exp for float may be anything that a sum of 1 loses; above, it is off by 1.01 ulp at most
+// (all floats tried).
 constexpr float kExpUnderflow = -87.3f;
 
 bool good_exp(ScalarType compute, long double value, long double x) {
@@ -216,7 +216,8 @@ void check_sweep(const Case& c, Logits kind, bool with_target) {
     CHECK(std::isnan(result.sum), "%s: sum %g", what, result.sum);
     return;
   }
-  CHECK(result.shift <= largest && largest - result.shift <= 61, "%s: shift %g, maximum %Lg", what, result.shift, largest);
+  CHECK(result.shift <= largest && largest - result.shift <= 61, "%s: shift %g, maximum %Lg", what, result.shift,
+        largest);
   long double sum = 0, dot = 0, dot_size = 0, mass = 0;
   for (int64_t i = 0; i < c.n; ++i) {
     const long double x = shifted(c, z, i, result.shift);
@@ -376,9 +377,10 @@ void check_add_softmax(const Case& c, Logits kind, ScalarType sum_type) {
   for (int64_t i = 0; i < c.n; ++i) {
     const long double x = b * (z[i] - largest);
     const long double softmax = has_nan ? kNaN : std::exp(x) / sum;
-    const long double tolerance = softmax == 0 ? 0
-                                               : softmax * (c.sum_epsilon() + 2 * epsilon_of(c.compute()) * std::fabs(x)) +
-                                                     epsilon_of(sum_type) * (before[i] + softmax) + 1e-37L;
+    const long double tolerance = softmax == 0
+                                      ? 0
+                                      : softmax * (c.sum_epsilon() + 2 * epsilon_of(c.compute()) * std::fabs(x)) +
+                                            epsilon_of(sum_type) * (before[i] + softmax) + 1e-37L;
     CHECK(close(sums[i], before[i] + softmax, tolerance), "%s logits %d: [%lld] is %.9Lg, expected %.9Lg",
           c.text().c_str(), static_cast<int>(kind), static_cast<long long>(i), sums[i], before[i] + softmax);
   }
@@ -481,13 +483,14 @@ TEST(every_half_survives) {
       const int index = static_cast<int>(type);
       const std::vector<uint16_t> halves = every_half(random_integer(0, kHalves - 1));
       std::vector<float> widened(halves.size());
-      kernels.mix_to_float[index](halves.data(), 1.0, nullptr, 0.0, static_cast<int64_t>(halves.size()), widened.data());
+      kernels.mix_to_float[index](halves.data(), 1.0, nullptr, 0.0, static_cast<int64_t>(halves.size()),
+                                  widened.data());
       std::vector<uint16_t> stored(halves.size()), scaled = halves;
       kernels.store_float[index](widened.data(), static_cast<int64_t>(widened.size()), stored.data());
       kernels.scale[index](scaled.data(), static_cast<int64_t>(scaled.size()), 1.0);
       for (size_t i = 0; i < halves.size(); ++i) {
-        CHECK(close(widened[i], decode_half(type, halves[i]), 0), "%s %s %04x widens to %g", kernels.name, name_of(type),
-              halves[i], widened[i]);
+        CHECK(close(widened[i], decode_half(type, halves[i]), 0), "%s %s %04x widens to %g", kernels.name,
+              name_of(type), halves[i], widened[i]);
         CHECK(same_half(type, stored[i], halves[i]), "%s %s %04x came back as %04x", kernels.name, name_of(type),
               halves[i], stored[i]);
         CHECK(same_half(type, scaled[i], halves[i]), "%s %s %04x in a vector came back as %04x", kernels.name,
@@ -521,8 +524,8 @@ TEST(halves_round_to_even) {
       kernels.gradient[static_cast<int>(type)](values.data(), nullptr, n, 1.0, 0.0, from_vector.data());
       for (size_t i = 0; i < values.size(); ++i) {
         const uint16_t expected = encode_half(type, values[i]);
-        CHECK(same_half(type, stored[i], expected), "%s %s: %.9g became %04x, expected %04x", kernels.name, name_of(type),
-              values[i], stored[i], expected);
+        CHECK(same_half(type, stored[i], expected), "%s %s: %.9g became %04x, expected %04x", kernels.name,
+              name_of(type), values[i], stored[i], expected);
         CHECK(same_half(type, from_vector[i], expected), "%s %s: %.9g in a vector became %04x, expected %04x",
               kernels.name, name_of(type), values[i], from_vector[i], expected);
       }
@@ -536,7 +539,8 @@ TEST(exp_over_its_range) {
   constexpr int64_t kCount = 100'000;
   std::vector<float> z(kCount, 0.0f), e(kCount);
   for (int64_t i = 64; i < kCount; ++i) z[i] = static_cast<float>(-90 + 130 * uniform());
-  for (int64_t i = 64; i < 2000; ++i) z[i] = static_cast<float>(normal(1) * std::ldexp(1.0L, -static_cast<int>(i % 40)));
+  for (int64_t i = 64; i < 2000; ++i)
+    z[i] = static_cast<float>(normal(1) * std::ldexp(1.0L, -static_cast<int>(i % 40)));
   for (int64_t i = 2000; i < 2200; ++i) z[i] = static_cast<float>(40 + 13 * uniform());
   z[2200] = kExpUnderflow;
   z[2201] = std::nextafter(kExpUnderflow, -INFINITY);

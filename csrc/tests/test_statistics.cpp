@@ -21,9 +21,7 @@ struct DataSet {
     b = static_cast<double>(round_to(compute_type(type), 0.2L + 2 * uniform()));
   }
   bool ignored(int64_t i) const { return (*labels)[i] == ignore_index; }
-  long double error_factor() const {
-    return epsilon_of(compute_type(logits->type())) * (64 + logits->columns() / 4);
-  }
+  long double error_factor() const { return epsilon_of(compute_type(logits->type())) * (64 + logits->columns() / 4); }
 };
 
 // softmax(b z) of a row
@@ -47,8 +45,8 @@ void check_class_sums(const char* isa, ScalarType type, ScalarType sum_type) {
     for (int64_t j = 0; j < sums->columns(); ++j) sums->set(t, j, 0);
   }
   std::vector<int64_t> counts(classes, 5), expected_counts(classes, 5);
-  const cpu::BadLabel bad = cpu::add_class_sums(data.logits->view(), data.labels->view(), classes, data.ignore_index, data.b,
-                                                sums->writable(), counts.data(), serial_for);
+  const cpu::BadLabel bad = cpu::add_class_sums(data.logits->view(), data.labels->view(), classes, data.ignore_index,
+                                                data.b, sums->writable(), counts.data(), serial_for);
   const std::string text = std::string(isa) + " " + name_of(type) + " into " + name_of(sum_type);
   CHECK(!bad && sums->gaps_untouched(), "%s", text.c_str());
   std::vector<std::vector<long double>> expected(classes, std::vector<long double>(data.logits->columns(), 0.0L));
@@ -64,7 +62,8 @@ void check_class_sums(const char* isa, ScalarType type, ScalarType sum_type) {
     for (int64_t j = 0; j < data.logits->columns(); ++j) {
       const long double value = sums->at(t, j);
       const long double relative = data.error_factor() + epsilon_of(sum_type) * data.logits->rows();
-      CHECK(close(value, expected[t][j], relative * expected[t][j] + 1e-30L), "%s: [%lld, %lld] %.9Lg, not %.9Lg", text.c_str(), static_cast<long long>(t), static_cast<long long>(j), value, expected[t][j]);
+      CHECK(close(value, expected[t][j], relative * expected[t][j] + 1e-30L), "%s: [%lld, %lld] %.9Lg, not %.9Lg",
+            text.c_str(), static_cast<long long>(t), static_cast<long long>(j), value, expected[t][j]);
     }
   }
 }
@@ -94,7 +93,8 @@ TEST(temperature) {
           }
         }
         double terms[4] = {9, 9, 9, 9};
-        CHECK(!cpu::temperature_terms(data.logits->view(), data.labels->view(), data.ignore_index, data.b, terms, serial_for),
+        CHECK(!cpu::temperature_terms(data.logits->view(), data.labels->view(), data.ignore_index, data.b, terms,
+                                      serial_for),
               "temperature_terms");
         long double expected[4] = {}, size[4] = {};
         for (int64_t i = 0; i < data.logits->rows(); ++i) {

@@ -11,7 +11,8 @@ namespace cotuning::test {
 
 inline thread_local int number_of_threads = 1;
 
-inline void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+inline void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                         void* context) {
   const int64_t chunk = std::max(grain, (end - begin + number_of_threads - 1) / number_of_threads);
   // The faults: a row that no thread takes, and rows that two threads take.
   const int64_t last = planted("forgotten-row") ? end - 1 : end;
