@@ -346,7 +346,7 @@ def _find_head(classifier: nn.Module, head: str | None) -> str:
     """Dotted name of the classifier's head; ValueError or TypeError with the candidates if there is not exactly one."""
     modules: dict[str, nn.Module] = dict(classifier.named_modules())
     candidates: dict[str, _HeadLayer] = {name: module for name, module in modules.items() if _is_head_layer(module)}
-    listed = ", ".join(f"{name!r} ({_describe(module)})" for name, module in list(candidates.items())[-8:]) or "none"
+    listed = _list_layers(list(candidates.items())[-8:])
 
     if head is not None:
         if head not in modules:
@@ -377,15 +377,20 @@ def _find_head(classifier: nn.Module, head: str | None) -> str:
     name, last = list(candidates.items())[-1]
     same_kind = nn.Linear if isinstance(last, nn.Linear) else nn.Conv2d
     rivals = [
-        other
+        (other, module)
         for other, module in candidates.items()
         if isinstance(module, same_kind) and _num_classes(module) == _num_classes(last)
     ]
     # A head ends the network. If more layers with weights come after the last candidate, that one is no head.
     *_, ending = (other for other, module in modules.items() if module._parameters)
     if len(rivals) > 1 or ending != name:
-        raise ValueError(f"the head of {type(classifier).__name__} is ambiguous; name it with head=, one of: {listed}")
+        choice = _list_layers(rivals) if len(rivals) > 1 else listed
+        raise ValueError(f"the head of {type(classifier).__name__} is ambiguous; name it with head=, one of: {choice}")
     return name
+
+
+def _list_layers(layers: list[tuple[str, _HeadLayer]]) -> str:
+    return ", ".join(f"{name!r} ({_describe(layer)})" for name, layer in layers) or "none"
 
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
