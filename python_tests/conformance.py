@@ -144,6 +144,7 @@ def torch_formulation(problem: Problem, form: str) -> Outcome:
     source = problem.source_logits.detach().requires_grad_()
     target = problem.target_logits.detach().requires_grad_()
     dtype = compute_dtype(source, source if form == "source head" else target)
+    z_source, z_target = source.to(dtype), target.to(dtype)
     relationship = problem.relationship.to(dtype)
     num_classes = relationship.shape[0]
     weight = None if problem.weight is None else problem.weight.to(dtype)
@@ -154,7 +155,7 @@ def torch_formulation(problem: Problem, form: str) -> Outcome:
 
     def cross_entropy(labels: Tensor, reduction: str) -> Tensor:
         return F.cross_entropy(
-            target.to(dtype), labels.long(), weight, reduction=reduction, ignore_index=problem.ignore_index,
+            z_target, labels.long(), weight, reduction=reduction, ignore_index=problem.ignore_index,
             label_smoothing=problem.label_smoothing,
         )  # fmt: skip
 
@@ -168,7 +169,7 @@ def torch_formulation(problem: Problem, form: str) -> Outcome:
     elif problem.target.is_floating_point():
         distribution = problem.target.to(dtype)
         target_term = F.cross_entropy(
-            target.to(dtype), distribution, weight, reduction=problem.reduction, label_smoothing=problem.label_smoothing
+            z_target, distribution, weight, reduction=problem.reduction, label_smoothing=problem.label_smoothing
         )
     else:
         distribution = one_hot(problem.target)
@@ -176,9 +177,9 @@ def torch_formulation(problem: Problem, form: str) -> Outcome:
 
     translated = distribution @ relationship
     if problem.source_loss == "kl":
-        rows = F.kl_div(F.log_softmax(source.to(dtype), dim=1), translated, reduction="none").sum(1)
+        rows = F.kl_div(F.log_softmax(z_source, dim=1), translated, reduction="none").sum(1)
     else:
-        rows = F.cross_entropy(source.to(dtype), translated, reduction="none")
+        rows = F.cross_entropy(z_source, translated, reduction="none")
     rows = torch.where((translated != 0).any(1), rows, torch.zeros_like(rows))
     supervised = (distribution @ (relationship != 0).any(1).to(dtype)).sum()
     mean = rows.sum() / supervised if supervised > 0 or not distribution.any() else rows.sum()
@@ -388,7 +389,7 @@ class Expectation:
             source_count = (p @ (exact.relationship != 0).any(1).double()).sum()
             target_count = target_count * len(p) if probabilities else (p * weight).sum()
         # Where nothing takes part, nothing is measured either.
-        source_factor = (1.0 if alone else abs(exact.trade_off)) / torch.where(source_count > 0, source_count, 1.0)
+        source_factor = (1.0 if alone else exact.trade_off) / torch.where(source_count > 0, source_count, 1.0)
         target_factor = 1.0 / torch.where(target_count > 0, target_count, 1.0)
 
         _, target_rows, source_rows = reference.co_tuning_loss(
@@ -397,19 +398,25 @@ class Expectation:
         )  # fmt: skip
 
         def loss_size(rows: Tensor, part: Tensor, factor: Tensor) -> Tensor:
-            rows = (rows.abs() + part.sum(1)) * factor
+            rows = (rows.abs() + part.sum(1)) * factor.abs()
             return rows if exact.reduction == "none" else rows.sum()
 
-        def gradient_size(gradient: Tensor, logits: Tensor, part: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-            constant = (factor * exact.upstream.abs()).reshape(-1, 1)
+        def gradient_size(gradient: Tensor, part: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+            constant = (factor * exact.upstream).reshape(-1, 1)
+            parts = (gradient + 2 * constant * part).abs()  # c (Q softmax - q) + 2 c q
             tiny = torch.finfo(dtype).smallest_normal / torch.finfo(dtype).eps
-            size = gradient.abs() + 2 * constant * part + tiny * constant.clamp(min=1)
-            # The argument of exp is rounded too, to an ulp of that argument.
-            finite = torch.where(logits.isfinite(), logits, -math.inf)
-            argument = finite.amax(1, keepdim=True) - finite
-            return size * (1 + torch.where(argument.isfinite(), argument, 0.0))
+            return parts + tiny * constant.abs().clamp(min=1)
 
-        source_size = gradient_size(self.truth.source_grad, exact.source_logits, q, source_factor, source_dtype)
+        def argument(logits: Tensor) -> Tensor:
+            finite = torch.where(logits.isfinite(), logits, -math.inf)
+            below = finite.amax(1, keepdim=True) - finite
+            return torch.where(below.isfinite(), below, 0.0)
+
+        self._argument = {
+            "source gradient": argument(exact.source_logits),
+            "target gradient": argument(exact.target_logits),
+        }
+        source_size = gradient_size(self.truth.source_grad, q, source_factor, source_dtype)
         if alone:
             self.size = Outcome(loss_size(source_rows, q, source_factor), source_size)
         else:
@@ -419,11 +426,11 @@ class Expectation:
             self.size = Outcome(
                 loss,
                 source_size,
-                gradient_size(self.truth.target_grad, exact.target_logits, target_part, target_factor, target_dtype),
+                gradient_size(self.truth.target_grad, target_part, target_factor, target_dtype),
                 target_term_size,
                 loss_size(source_rows, q, 1.0 / torch.where(source_count > 0, source_count, 1.0)),
             )
-        factor = torch.maximum(source_factor, target_factor) * exact.upstream.abs()
+        factor = torch.maximum(source_factor.abs(), target_factor) * exact.upstream.abs()
         # A half-precision gradient is stored before it is multiplied by this.
         self._stored_factor = factor.clamp(min=1).reshape(-1, 1)
         nothing_above = exact.upstream.reshape(-1, 1) == 0
@@ -436,9 +443,11 @@ class Expectation:
     def _unit(self, name: str) -> Tensor:
         compute, stored = torch.finfo(self._arithmetic[name]), torch.finfo(self.dtypes[name])
         unit = compute.eps * self.size.tensors()[name]
-        if name in self.truth.gradients() and stored.eps != compute.eps:
-            subnormal = stored.smallest_normal * stored.eps
-            unit = unit + stored.eps * self.truth.tensors()[name].abs() + subnormal * self._stored_factor
+        if name in self.truth.gradients():
+            unit = unit * (1 + self._argument[name])
+            if stored.eps != compute.eps:
+                subnormal = stored.smallest_normal * stored.eps
+                unit = unit + stored.eps * self.truth.tensors()[name].abs() + subnormal * self._stored_factor
         return unit
 
     def errors(self, outcome: Outcome) -> dict[str, tuple[float, float]]:
@@ -659,6 +668,7 @@ def _target(kind: str, batch: int, classes: int, ignore_index: int, draw: torch.
         "double probabilities": lambda: probabilities,
         "one-hot probabilities": lambda: F.one_hot(labels(), classes).float(),
         "unnormalised probabilities": lambda: (probabilities * 3 * _uniform(draw, batch, 1)).float(),
+        "no probabilities": lambda: torch.zeros(batch, classes),
         "probabilities, zero rows": lambda: (probabilities * (torch.arange(batch) % 2)[:, None]).float(),
     }
     return targets[kind]()
@@ -742,6 +752,16 @@ def staircase(step: float) -> Edit:
     def edit(problem: Problem) -> None:
         problem.source_logits += step * (torch.arange(problem.source_logits.shape[1]) // 16)
         problem.target_logits += step * (torch.arange(problem.target_logits.shape[1]) // 16)
+
+    return edit
+
+
+def labels_of_class(label: int) -> Edit:
+    """Every row has this label."""
+
+    def edit(problem: Problem) -> None:
+        assert isinstance(problem.target, Tensor)
+        problem.target.fill_(label)
 
     return edit
 
@@ -849,9 +869,9 @@ def _options() -> list[Case]:
     }
     forms = [Case(kind, why, target=kind) for kind, why in kinds.items()]
     forms += [
-        Case(f"all ignored, {reduction}", "no row takes part: NaN mean as F.cross_entropy, gradient exactly 0",
-             target="all ignored", options={"reduction": reduction})
-        for reduction in ("mean", "sum", "none")
+        Case(f"{kind}, {reduction}", "no row takes part: NaN mean as F.cross_entropy, gradient exactly 0",
+             target=kind, options={"reduction": reduction})
+        for kind in ("all ignored", "no probabilities") for reduction in ("mean", "sum", "none")
     ]  # fmt: skip
     scalars: list[tuple[str, str, dict[str, Any]]] = [
         ("ignore_index=3", "a real class is ignored, as F.cross_entropy allows", {"ignore_index": 3}),
@@ -863,6 +883,11 @@ def _options() -> list[Case]:
     ]
     forms += [Case(name, why, target="ignoring", options=options) for name, why, options in scalars]
     forms.append(Case("half weight", "a weight in half precision", weight="half"))
+    forms += [
+        Case(f"no weight at all, smoothing {smoothing}", "a divisor of 0: NaN or inf as F.cross_entropy", weight="zeros",
+             edits=(labels_of_class(2),), options={"label_smoothing": smoothing})
+        for smoothing in (0.0, 0.1, 1.0)
+    ]  # fmt: skip
     for dtype in DTYPES:
         forms += [
             Case(f"R in {dtype}, {kind}, {loss}", "the relationship has a dtype of its own", target=kind,

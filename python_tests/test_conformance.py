@@ -127,8 +127,8 @@ def test_translated_labels(backend: Backend, relationship_dtype: torch.dtype, ki
             assert torch.equal(given.double(), exact)
         # Two rounded products and their sum: an ulp of the larger rows, in float32 where torch multiplies matrices.
         eps = max(torch.finfo(relationship_dtype).eps, torch.finfo(torch.float32).eps if in_float32 else 0.0)
-        largest = problem.relationship.double().amax(0)
-        assert ((given.double() - exact).abs() <= eps * (exact.abs() + largest)).all()
+        largest, tiny = problem.relationship.double().amax(0), torch.finfo(relationship_dtype).smallest_normal
+        assert ((given.double() - exact).abs() <= eps * (exact.abs() + largest + tiny)).all()
 
 
 # Sums are added to what is there: (sums, counts, logits, labels, inverse temperature) -> None.

@@ -140,17 +140,13 @@ def test_gradients_of_a_row_sum_to_zero(backend: Backend, problem: Problem) -> N
 @given(problem=problems(), factor=st.floats(-4, 4))
 def test_linear_in_the_trade_off(backend: Backend, problem: Problem, factor: float) -> None:
     """The loss is target_term + trade_off * source_term, the terms do not depend on it, nor the target's gradient."""
-    one, none, scaled = (_run(backend, replace(problem, trade_off=x)) for x in (1.0, 0.0, factor))
-    assert scaled.target_term is not None
-    assert scaled.source_term is not None
-    _assert_close(scaled, replace(
-        one,
-        loss=none.loss + factor * (one.loss - none.loss),
-        source_grad=factor * one.source_grad,
-        target_grad=none.target_grad,
-    ))  # fmt: skip
-    combined = scaled.target_term + factor * scaled.source_term
-    assert torch.allclose(scaled.loss, combined, rtol=1e-12, atol=1e-13, equal_nan=True)
+    one, scaled = (_run(backend, replace(problem, trade_off=x)) for x in (1.0, factor))
+    assert one.target_term is not None
+    assert one.source_term is not None
+    _assert_close(
+        scaled,
+        replace(one, loss=one.target_term + factor * one.source_term, source_grad=factor * one.source_grad),
+    )
 
 
 @_examples
