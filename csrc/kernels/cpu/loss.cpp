@@ -5,6 +5,7 @@
 
 #include "rows.h"
 #include "scratch.h"
+#include "streaming.h"
 
 namespace cotuning::cpu {
 namespace {
@@ -108,6 +109,8 @@ class Loss {
   void run(ParallelFor parallel_for, LossResult* result) {
     result->source_term.assign(batch_, 0.0);
     result->target_term.assign(p_.target_logits ? batch_ : 0, 0.0);
+    source_gradient_ = p_.source_gradient;
+    source_gradient_.stream = source_gradient_.data != nullptr && worth_streaming(source_gradient_.data, gradient_bytes());
     source_rows_ = result->source_term.data();
     target_rows_ = result->target_term.data();
     parallel_for(0, batch_, grain_rows(source_classes_ + p_.target_logits.columns),
@@ -130,6 +133,7 @@ class Loss {
   }
 
  private:
+  int64_t gradient_bytes() const { return batch_ * source_classes_ * size_of(p_.source_logits.type); }
   bool has_probabilities() const { return static_cast<bool>(p_.probabilities); }
   double weight_of(int64_t class_index) const { return p_.weight.empty() ? 1.0 : p_.weight[class_index]; }
   bool supervised(int64_t class_index) const { return facts_[class_index].supervision == ClassFacts::kSupervised; }
@@ -210,12 +214,13 @@ class Loss {
       source_row(i, i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
       if (p_.target_logits) target_row(i);
     }
+    rows_.finish_streaming();
   }
 
   void source_row(int64_t row, const void* next) {
     double q_log_q = 0;
     const void* q = translated(row, &q_log_q);
-    source_rows_[row] = dense_row(p_.source_logits, row, q, next, source_scale_, p_.source_gradient) + q_log_q;
+    source_rows_[row] = dense_row(p_.source_logits, row, q, next, source_scale_, source_gradient_) + q_log_q;
   }
 
   // Cross entropy of a row against the distribution q, and its gradient; no q: no loss, and a gradient of zeros.
@@ -227,9 +232,11 @@ class Loss {
       return 0;
     }
     void* exponentials = Scratch::get(0, logits.columns * (is_double(logits) ? 8 : 4));
-    const SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next);
-    if (gradient.data != nullptr) {
-      rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, gradient.row(row));
+    void* gradient_row = gradient.data != nullptr ? gradient.row(row) : nullptr;
+    const SweepResult s =
+        rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next, gradient.stream ? nullptr : gradient_row);
+    if (gradient_row != nullptr) {
+      rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, gradient.stream, gradient_row);
     }
     return s.mass * std::log(s.sum) - s.dot;
   }
@@ -296,12 +303,12 @@ class Loss {
     double logit[2] = {};
     for (int k = 0; k < parts.count; ++k) logit[k] = element(logits, row, parts.index[k]);
     void* exponentials = Scratch::get(0, logits.columns * (is_double(logits) ? 8 : 4));
-    const SweepResult s = rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, nullptr);
+    const SweepResult s = rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, nullptr, nullptr);
     const double mass = parts.total();
     double loss = mass * std::log(s.sum);
     for (int k = 0; k < parts.count; ++k) loss -= parts.share[k] * (logit[k] - s.shift);
     if (p_.target_gradient.data == nullptr) return loss;
-    rows_.gradient[type](exponentials, nullptr, logits.columns, target_scale_ * mass / s.sum, 0.0,
+    rows_.gradient[type](exponentials, nullptr, logits.columns, target_scale_ * mass / s.sum, 0.0, false,
                          p_.target_gradient.row(row));
     for (int k = 0; k < parts.count; ++k) {
       const double softmax = std::exp(logit[k] - s.shift) / s.sum;
@@ -373,6 +380,7 @@ class Loss {
   std::vector<Parts> parts_;
   std::vector<ClassFacts> facts_;
   double source_divisor_ = 1, target_divisor_ = 1, source_scale_ = 1, target_scale_ = 1;
+  Matrix source_gradient_;
   double* source_rows_ = nullptr;
   double* target_rows_ = nullptr;
   void* translated_ = nullptr;

@@ -29,11 +29,15 @@ struct RowKernels {
   const char* name;
 
   // Writes exp(z - shift) to `exponentials`. `q` may be null: dot and mass are then 0. `next` may be null, or the row
-  // that will be swept next: it is fetched into the cache meanwhile.
-  SweepResult (*sweep[kScalarTypes])(const void* z, const void* q, int64_t n, void* exponentials, const void* next);
-  // gradient = softmax_factor * exponentials - target_factor * q; `q` may be null.
+  // that will be swept next, and `written` null or the row that will be written next: they are fetched into the cache
+  // meanwhile.
+  SweepResult (*sweep[kScalarTypes])(const void* z, const void* q, int64_t n, void* exponentials, const void* next,
+                                     const void* written);
+  // gradient = softmax_factor * exponentials - target_factor * q; `q` may be null. `stream`: write around the cache (with
+  // a q only); the thread calls finish_streaming before anybody else reads.
   void (*gradient[kScalarTypes])(const void* exponentials, const void* q, int64_t n, double softmax_factor,
-                                 double target_factor, void* gradient);
+                                 double target_factor, bool stream, void* gradient);
+  void (*finish_streaming)();
   // row = factor * row
   void (*scale[kScalarTypes])(void* row, int64_t n, double factor);
   // out = factor_a * a + factor_b * b for rows a, b (b may be null) of the table's type and `out` in float or double.

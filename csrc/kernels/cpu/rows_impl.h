@@ -70,7 +70,7 @@ static inline void sweep_vector(V x, V q, C* exponentials, SweepSums<V>& sums) {
 // the dot product instead of 0 * -inf = NaN.
 template <bool kMasked, bool kTarget, class T>
 static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, int64_t n, ComputeType<T>* exponentials,
-                                           const T* next, ComputeType<T> shift_value) {
+                                           const T* next, const T* written, ComputeType<T> shift_value) {
   using V = Vector<T>;
   const V shift = broadcast(shift_value);
   const V none = broadcast(ComputeType<T>(0));
@@ -81,6 +81,10 @@ static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, 
     if (next != nullptr) {
       prefetch(next + i);
       if constexpr (kStep * sizeof(T) > 64) prefetch(next + i + V::kLanes);
+    }
+    if (written != nullptr) {
+      prefetch_to_write(written + i);
+      if constexpr (kStep * sizeof(T) > 64) prefetch_to_write(written + i + V::kLanes);
     }
     const V q0 = kTarget ? load(q + i) : none;
     const V q1 = kTarget ? load(q + i + V::kLanes) : none;
@@ -104,55 +108,77 @@ static inline bool finite(double x) { return x - x == 0; }
 
 template <bool kTarget, class T>
 static inline SweepResult sweep_row(const T* z, const ComputeType<T>* q, int64_t n, ComputeType<T>* exponentials,
-                                    const T* next) {
+                                    const T* next, const T* written) {
   const int64_t provisional = n < kProvisionalElements ? n : kProvisionalElements;
   const SweepResult result =
-      sweep_with_shift<false, kTarget>(z, q, n, exponentials, next, reduce_max(max_over(z, provisional)));
+      sweep_with_shift<false, kTarget>(z, q, n, exponentials, next, written, reduce_max(max_over(z, provisional)));
   if (result.sum > 0 && result.sum <= kLargestSum && finite(result.dot)) return result;  // a NaN is neither
   // A large logit late in the row, or one that is not finite: once more, with the true maximum. What is then still not
   // finite is what the formula gives: NaN for a row with a NaN, with +inf, or with nothing but -inf.
-  return sweep_with_shift<true, kTarget>(z, q, n, exponentials, static_cast<const T*>(nullptr),
-                                         reduce_max(max_over(z, n)));
+  const T* none = nullptr;
+  return sweep_with_shift<true, kTarget>(z, q, n, exponentials, none, none, reduce_max(max_over(z, n)));
 }
 
 template <class T>
-SweepResult sweep(const void* z, const void* q, int64_t n, void* exponentials, const void* next) {
+SweepResult sweep(const void* z, const void* q, int64_t n, void* exponentials, const void* next, const void* written) {
   using C = ComputeType<T>;
   const auto* logits = static_cast<const T*>(z);
+  const auto* distribution = static_cast<const C*>(q);
   const auto* next_logits = static_cast<const T*>(next);
-  return q == nullptr
-             ? sweep_row<false>(logits, static_cast<const C*>(nullptr), n, static_cast<C*>(exponentials), next_logits)
-             : sweep_row<true>(logits, static_cast<const C*>(q), n, static_cast<C*>(exponentials), next_logits);
+  const auto* next_written = static_cast<const T*>(written);
+  auto* e = static_cast<C*>(exponentials);
+  return q == nullptr ? sweep_row<false>(logits, distribution, n, e, next_logits, next_written)
+                      : sweep_row<true>(logits, distribution, n, e, next_logits, next_written);
 }
 
-template <bool kTarget, class T>
+template <bool kTarget, class V, class C>
+static inline V gradient_vector(V e, const C* q, V softmax_factor, V minus_target_factor) {
+  const V p = softmax_factor * e;
+  return kTarget ? fma(minus_target_factor, load(q), p) : p;
+}
+
+template <bool kTarget, bool kStream, class T>
 static inline void gradient_row(const ComputeType<T>* e, const ComputeType<T>* q, int64_t n, ComputeType<T> softmax_factor,
                                 ComputeType<T> target_factor, T* gradient) {
   using V = Vector<T>;
-  const V a = broadcast(softmax_factor);
-  const V b = broadcast(-target_factor);
+  const V a = broadcast(softmax_factor), b = broadcast(-target_factor);
+  const auto part = [&](int64_t i, int count) {
+    const V p = a * load_partial(e + i, count);
+    store_partial(gradient + i, kTarget ? fma(b, load_partial(q + i, count), p) : p, count);
+  };
   int64_t i = 0;
+  if constexpr (kStream) {  // up to where whole vectors are aligned
+    constexpr uintptr_t kBytes = V::kLanes * sizeof(T);
+    const auto misaligned = reinterpret_cast<uintptr_t>(gradient) % kBytes;
+    const int64_t head = misaligned == 0 ? 0 : static_cast<int64_t>((kBytes - misaligned) / sizeof(T));
+    i = head < n ? head : n;
+    if (i > 0) part(0, static_cast<int>(i));
+  }
   for (; i + V::kLanes <= n; i += V::kLanes) {
-    const V p = a * load(e + i);
-    store(gradient + i, kTarget ? fma(b, load(q + i), p) : p);
+    const V g = gradient_vector<kTarget>(load(e + i), q + i, a, b);
+    if constexpr (kStream) {
+      store_streaming(gradient + i, g);
+    } else {
+      store(gradient + i, g);
+    }
   }
-  if (i < n) {
-    const int tail = static_cast<int>(n - i);
-    const V p = a * load_partial(e + i, tail);
-    store_partial(gradient + i, kTarget ? fma(b, load_partial(q + i, tail), p) : p, tail);
-  }
+  if (i < n) part(i, static_cast<int>(n - i));
 }
 
 template <class T>
-void gradient(const void* exponentials, const void* q, int64_t n, double softmax_factor, double target_factor, void* out) {
+void gradient(const void* exponentials, const void* q, int64_t n, double softmax_factor, double target_factor, bool stream,
+              void* out) {
   using C = ComputeType<T>;
   const auto* e = static_cast<const C*>(exponentials);
   const auto* distribution = static_cast<const C*>(q);
   const C a = static_cast<C>(softmax_factor), b = static_cast<C>(target_factor);
+  auto* row = static_cast<T*>(out);
   if (q == nullptr) {
-    gradient_row<false>(e, distribution, n, a, b, static_cast<T*>(out));
+    gradient_row<false, false>(e, distribution, n, a, b, row);
+  } else if (stream) {
+    gradient_row<true, true>(e, distribution, n, a, b, row);
   } else {
-    gradient_row<true>(e, distribution, n, a, b, static_cast<T*>(out));
+    gradient_row<true, false>(e, distribution, n, a, b, row);
   }
 }
 
@@ -327,6 +353,7 @@ static constexpr RowKernels table(const char* name) {
   return {name,
           COTUNING_EACH_TYPE(sweep),
           COTUNING_EACH_TYPE(gradient),
+          finish_streaming,
           COTUNING_EACH_TYPE(scale),
           COTUNING_EACH_TYPE_TO(mix, float),
           COTUNING_EACH_TYPE_TO(mix, double),

@@ -26,10 +26,14 @@ static inline Float zero_below(Float test, Float bound, Float x) {
   return {test.v < bound.v ? Float::Vector{} : x.v};
 }
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+static inline void finish_streaming() {}
 }  // namespace cotuning::cpu::COTUNING_ISA
 #endif
 
 namespace cotuning::cpu::COTUNING_ISA {
+
+// Fetches a line that is going to be written.
+static inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
 // exp(x) = 2^n exp(r) for x = n ln 2 + r: returns exp(r), and n, also as the low bits of n + 1.5 * 2^23.
 //

@@ -3,7 +3,7 @@
 // for speed).
 //
 // The vocabulary, the same in all simd_*.h: Float (a vector of kLanes floats) and Double; load, load_partial (the
-// first n lanes; the others are 0), store, store_partial, broadcast, + - *, fma(a, b, c) = a * b + c, max, min (the
+// first n lanes; the others are 0), store, store_partial, store_streaming, broadcast, + - *, fma(a, b, c) = a * b + c, max, min (the
 // second argument where one is NaN), reduce_add, reduce_max, exp, keep_first(x, n, other) = x in the first n lanes, and
 // keep_where_nonzero(test, x) = x where test is not 0, else 0.
 //
@@ -161,6 +161,11 @@ static inline void store(T* p, Lanes<F> x) {
 template <class F, class T>
 static inline void store_partial(T* p, Lanes<F> x, int n) {
   for (int k = 0; k < n; ++k) narrow(static_cast<F>(x.v[k]), p + k);
+}
+// Stores around the cache where the instruction set can: `p` aligned to sizeof(T) * kLanes. Here: plain stores.
+template <class F, class T>
+static inline void store_streaming(T* p, Lanes<F> x) {
+  store(p, x);
 }
 static inline Lanes<double> exp(Lanes<double> x) {
   for (int k = 0; k < Lanes<double>::kLanes; ++k) x.v[k] = ::exp(x.v[k]);

@@ -48,6 +48,7 @@ struct Matrix {
   void* data = nullptr;
   ScalarType type = ScalarType::kFloat32;
   int64_t row_stride = 0;
+  bool stream = false;  // worth writing around the cache
 
   void* row(int64_t i) const { return static_cast<char*>(data) + i * row_stride * size_of(type); }
 };
