@@ -219,15 +219,22 @@ def make_folder(folder: Path) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="your own images, one sub-folder a class")
-    parser.add_argument("--images-per-class", type=at_least(1), default=5, metavar="N")
-    parser.add_argument("--iterations", type=at_least(1), default=100, metavar="N")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    count = {"type": at_least(1), "metavar": "N"}
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="your own images, one sub-folder a class; without it Fashion-MNIST"
+    )
+    parser.add_argument("--images-per-class", default=5, help="to train on", **count)
+    parser.add_argument("--iterations", default=100, help=f"of {BATCH_SIZE} images", **count)
     parser.add_argument("--trade-off", type=not_negative, default=2.3, metavar="X", help="weight of the source term")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N")
-    parser.add_argument("--validation-images", type=at_least(1), default=500, metavar="N", help="for the calibration")
-    parser.add_argument("--test-images", type=at_least(1), default=1500, metavar="N")
-    parser.add_argument("--threads", type=at_least(1), default=default_threads(), metavar="N")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of images, new head and batches")
+    parser.add_argument("--validation-images", default=500, help="for the calibration", **count)
+    parser.add_argument("--test-images", default=1500, help="to measure with", **count)
+    parser.add_argument("--threads", default=default_threads(), help="for torch", **count)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="for the pictures")
     return parser.parse_args(arguments)
 
