@@ -16,13 +16,14 @@ from cotuning_kernels.targets import MixedTarget
 
 if TYPE_CHECKING:
     from cotuning_kernels.calibration import TemperatureFit, expected_calibration_error, fit_temperature
-    from cotuning_kernels.models import CoTuningModel
+    from cotuning_kernels.models import CoTuningLogits, CoTuningModel
     from cotuning_kernels.relationship import Relationship, RelationshipEstimator, learn_relationship
 
 __version__ = "0.1.0"
 
 # Imported when first used: a training loop that only needs the loss does not load them.
 _LAZY = {
+    "CoTuningLogits": "models",
     "CoTuningModel": "models",
     "Relationship": "relationship",
     "RelationshipEstimator": "relationship",
@@ -33,6 +34,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "CoTuningLogits",
     "CoTuningModel",
     "CoTuningTerms",
     "FusedCoTuningLoss",
