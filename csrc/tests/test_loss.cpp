@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../kernels/cpu/rows.h"
+#include "../kernels/cpu/streaming.h"
 #include "loss_case.h"
 #include "threads.h"
 
@@ -87,7 +88,8 @@ void check_loss(const char* isa, LossCase& c, bool in_place) {
   if (target_gradient != nullptr) c.problem.target_gradient = target_gradient->writable();
   if (planted("class-too-many")) c.problem.source_logits.columns += 1;
   if (planted("signed-overflow")) c.problem.source_logits.row_stride = std::numeric_limits<int64_t>::max();
-  if (planted("misaligned-label")) c.problem.labels.data = static_cast<const char*>(c.problem.labels.data) + 1;
+  if (planted("misaligned-label") && c.labels)
+    c.problem.labels.data = static_cast<const char*>(c.problem.labels.data) + 1;
 
   LossResult result;
   const cpu::BadLabel bad = cpu::co_tuning_loss(c.problem, serial_for, &result);
@@ -159,6 +161,53 @@ TEST(loss_of_ignored_batches) {
       }
     }
   });
+}
+
+// A gradient of more than 32 MB is written around the cache, that of half its rows is not: the same bits.
+TEST(loss_of_large_batches) {
+  constexpr int64_t kRows = 8192, kColumns = 1027;
+  Grid logits(ScalarType::kFloat32, kRows, kColumns), relationship(ScalarType::kFloat32, 3, kColumns);
+  LabelList labels(kRows, false, 1);
+  for (int64_t i = 0; i < kRows; ++i) {
+    labels.set(i, random_integer(0, 2));
+    if (i < 8) {
+      for (int64_t j = 0; j < kColumns; ++j) logits.set(i, j, normal(3));
+    } else {  // rows of numbers seen before, each moved on by a column
+      std::memcpy(logits.data() + i * kColumns * 4, logits.data() + ((i - 8) * kColumns + 1) * 4, kColumns * 4);
+    }
+  }
+  fill_distributions(&relationship, false);
+  cpu::LossProblem problem;
+  problem.labels = labels.view();
+  problem.relationship = relationship.view();
+  problem.reduction = Reduction::kSum;
+  for_each_isa([&](const char* isa) {
+    Grid whole(ScalarType::kFloat32, kRows, kColumns), halves(ScalarType::kFloat32, kRows, kColumns);
+    LossResult result;
+    problem.source_logits = logits.view();
+    problem.source_gradient = whole.writable();
+    CHECK(cpu::worth_streaming(whole.data(), kRows * kColumns * 4), "%s", isa);
+    cpu::co_tuning_loss(problem, serial_for, &result);
+    for (int64_t start : {int64_t{0}, kRows / 2}) {
+      problem.source_logits.rows = kRows / 2;
+      problem.source_logits.data = logits.data() + start * kColumns * 4;
+      problem.source_gradient.data = halves.data() + start * kColumns * 4;
+      problem.labels.data = static_cast<const int64_t*>(labels.view().data) + start;
+      cpu::co_tuning_loss(problem, serial_for, &result);
+    }
+    problem.labels = labels.view();
+    CHECK(std::memcmp(whole.data(), halves.data(), kRows * kColumns * 4) == 0, "%s: other bits around the cache", isa);
+  });
+}
+
+TEST(worth_streaming) {
+  constexpr int64_t kLarge = int64_t{33} << 20;
+  const Pages touched(kLarge, Place::kPageEnd);
+  CHECK(cpu::worth_streaming(touched.data(), kLarge), "large, and there");
+  CHECK(!cpu::worth_streaming(touched.data(), kLarge / 2), "half of it fits in a cache");
+  void* fresh = mmap(nullptr, kLarge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  CHECK(!cpu::worth_streaming(fresh, kLarge), "large, but never touched");
+  munmap(fresh, kLarge);
 }
 
 TEST(bad_labels) {

@@ -17,40 +17,42 @@ using cpu::SweepResult;
 
 const RowKernels& right() { return cpu::row_kernels(); }
 
-SweepResult sweep_reading_past_the_row(const void* z, const void* q, int64_t n, void* e, const void* next) {
+SweepResult read_past_the_row(const void* z, const void* q, int64_t n, void* e, const void* next, const void* written) {
   char scratch[64 * 1024];
-  const SweepResult result = right().sweep[0](z, nullptr, n + 1, scratch, nullptr);
-  return result.sum < 0 ? result : right().sweep[0](z, q, n, e, next);
+  const SweepResult result = right().sweep[0](z, nullptr, n + 1, scratch, nullptr, nullptr);
+  return result.sum < 0 ? result : right().sweep[0](z, q, n, e, next, written);
 }
-SweepResult sweep_writing_past_the_row(const void* z, const void* q, int64_t n, void* e, const void* next) {
+SweepResult write_past_the_row(const void* z, const void* q, int64_t n, void* e, const void* next,
+                               const void* written) {
   static_cast<float*>(e)[n] = 1;
-  return right().sweep[0](z, q, n, e, next);
+  return right().sweep[0](z, q, n, e, next, written);
 }
-SweepResult sweep_missing_a_late_maximum(const void* z, const void* q, int64_t n, void* e, const void* next) {
-  const SweepResult result = right().sweep[0](z, q, n, e, next);
-  const SweepResult start = right().sweep[0](z, q, std::min<int64_t>(n, 64), e, next);
-  right().sweep[0](z, q, n, e, next);
-  return {start.shift, result.sum, result.dot, result.mass};
+SweepResult miss_a_late_maximum(const void* z, const void* q, int64_t n, void* e, const void* next,
+                                const void* written) {
+  const SweepResult start = right().sweep[0](z, q, std::min<int64_t>(n, 64), e, next, written);
+  SweepResult result = right().sweep[0](z, q, n, e, next, written);
+  result.shift = start.shift;
+  return result;
 }
-SweepResult sweep_hiding_nan(const void* z, const void* q, int64_t n, void* e, const void* next) {
-  SweepResult result = right().sweep[0](z, q, n, e, next);
+SweepResult hide_nan(const void* z, const void* q, int64_t n, void* e, const void* next, const void* written) {
+  SweepResult result = right().sweep[0](z, q, n, e, next, written);
   if (std::isnan(result.sum)) result.sum = 1;
   return result;
 }
-SweepResult sweep_with_a_coarse_exp(const void* z, const void* q, int64_t n, void* e, const void* next) {
-  const SweepResult result = right().sweep[0](z, q, n, e, next);
+SweepResult take_a_coarse_exp(const void* z, const void* q, int64_t n, void* e, const void* next, const void* written) {
+  const SweepResult result = right().sweep[0](z, q, n, e, next, written);
   static_cast<float*>(e)[n / 2] *= 1 + 4 * FLT_EPSILON;
   return result;
 }
-void gradient_without_its_last_element(const void* e, const void* q, int64_t n, double a, double b, void* out) {
-  right().gradient[0](e, q, n - 1, a, b, out);
+void forget_the_last_element(const void* e, const void* q, int64_t n, double a, double b, bool stream, void* out) {
+  right().gradient[0](e, q, n - 1, a, b, stream, out);
 }
-void store_that_truncates(const float* values, int64_t n, void* row) {
+void truncate(const float* values, int64_t n, void* row) {
   for (int64_t i = 0; i < n; ++i) {
     std::memcpy(static_cast<uint16_t*>(row) + i, reinterpret_cast<const char*>(values + i) + 2, 2);
   }
 }
-MomentResult moments_with_a_first_power_too_few(const void* z, int64_t n, double b, const void* next) {
+MomentResult take_the_first_moment(const void* z, int64_t n, double b, const void* next) {
   MomentResult result = right().moments[0](z, n, b, next);
   result.second = result.first;
   return result;
@@ -59,15 +61,15 @@ MomentResult moments_with_a_first_power_too_few(const void* z, int64_t n, double
 // What is tested: every table that this processor runs, or one of them with the fault that was asked for.
 std::vector<RowKernels> tables() {
   RowKernels broken = right();
-  const int bf16 = static_cast<int>(ScalarType::kBFloat16);
-  if (planted("read-past-row")) return broken.sweep[0] = sweep_reading_past_the_row, std::vector{broken};
-  if (planted("write-past-row")) return broken.sweep[0] = sweep_writing_past_the_row, std::vector{broken};
-  if (planted("late-maximum")) return broken.sweep[0] = sweep_missing_a_late_maximum, std::vector{broken};
-  if (planted("hidden-nan")) return broken.sweep[0] = sweep_hiding_nan, std::vector{broken};
-  if (planted("coarse-exp")) return broken.sweep[0] = sweep_with_a_coarse_exp, std::vector{broken};
-  if (planted("short-gradient")) return broken.gradient[0] = gradient_without_its_last_element, std::vector{broken};
-  if (planted("truncation")) return broken.store_float[bf16] = store_that_truncates, std::vector{broken};
-  if (planted("wrong-moment")) return broken.moments[0] = moments_with_a_first_power_too_few, std::vector{broken};
+  if (planted("read-past-row")) broken.sweep[0] = read_past_the_row;
+  if (planted("write-past-row")) broken.sweep[0] = write_past_the_row;
+  if (planted("late-maximum")) broken.sweep[0] = miss_a_late_maximum;
+  if (planted("hidden-nan")) broken.sweep[0] = hide_nan;
+  if (planted("coarse-exp")) broken.sweep[0] = take_a_coarse_exp;
+  if (planted("short-gradient")) broken.gradient[0] = forget_the_last_element;
+  if (planted("truncation")) broken.store_float[static_cast<int>(ScalarType::kBFloat16)] = truncate;
+  if (planted("wrong-moment")) broken.moments[0] = take_the_first_moment;
+  if (std::memcmp(&broken, &right(), sizeof broken) != 0) return {broken};
   std::vector<RowKernels> all;
   for (int i = 0; i < cpu::row_kernels_count(); ++i) all.push_back(cpu::row_kernels_at(i));
   return all;
@@ -201,7 +203,7 @@ void check_sweep(const Case& c, Logits kind, bool with_target) {
   fill_logits(&z, kind);
   fill_distribution(&q, z);
   const void* target = with_target ? q.data() : nullptr;
-  const SweepResult result = c.kernels.sweep[c.index()](z.data(), target, c.n, e.data(), nullptr);
+  const SweepResult result = c.kernels.sweep[c.index()](z.data(), target, c.n, e.data(), nullptr, nullptr);
   const std::string text = c.text() + " logits " + std::to_string(static_cast<int>(kind));
   const char* what = text.c_str();
   CHECK(e.surroundings_untouched(), "%s", what);
@@ -236,9 +238,10 @@ void check_sweep(const Case& c, Logits kind, bool with_target) {
   }
   CHECK(close(result.mass, mass, c.sum_epsilon() * mass), "%s: mass %.9g, expected %.9Lg", what, result.mass, mass);
 
-  // Fetching the next row meanwhile changes nothing.
-  Row next(c.type, c.n, c.place);
-  const SweepResult again = c.kernels.sweep[c.index()](z.data(), target, c.n, e.data(), next.data());
+  // Fetching the next rows meanwhile changes nothing.
+  Row next(c.type, c.n, c.place), written(c.type, c.n, c.place);
+  const SweepResult again = c.kernels.sweep[c.index()](z.data(), target, c.n, e.data(), next.data(), written.data());
+  CHECK(written.surroundings_untouched() && std::isnan(written[0]), "%s", what);
   CHECK(again.sum == result.sum && close(again.dot, result.dot, 0) && again.mass == result.mass, "%s", what);
 }
 
@@ -261,7 +264,7 @@ TEST(gradient) {
     const bool with_target = !one_in(3);
     const long double a = round_to(c.compute(), normal(1)), b = round_to(c.compute(), normal(1));
     c.kernels.gradient[c.index()](e.data(), with_target ? q.data() : nullptr, c.n, static_cast<double>(a),
-                                  static_cast<double>(b), out.data());
+                                  static_cast<double>(b), false, out.data());
     CHECK(out.surroundings_untouched(), "%s", c.text().c_str());
     for (int64_t i = 0; i < c.n; ++i) {
       const long double part_e = a * e[i], part_q = with_target ? b * q[i] : 0, expected = part_e - part_q;
@@ -271,6 +274,14 @@ TEST(gradient) {
       CHECK(close(out[i], expected, tolerance), "%s: [%lld] is %.9Lg, expected %.9Lg", c.text().c_str(),
             static_cast<long long>(i), out[i], expected);
     }
+    if (!with_target) return;
+    // Around the cache, from wherever the row's first aligned vector is: the same bits.
+    Row streamed(c.type, c.n, c.place);
+    c.kernels.gradient[c.index()](e.data(), q.data(), c.n, static_cast<double>(a), static_cast<double>(b), true,
+                                  streamed.data());
+    c.kernels.finish_streaming();
+    CHECK(streamed.surroundings_untouched(), "%s", c.text().c_str());
+    CHECK(std::memcmp(streamed.data(), out.data(), c.n * cpu::size_of(c.type)) == 0, "%s", c.text().c_str());
   });
 }
 
@@ -521,7 +532,7 @@ TEST(halves_round_to_even) {
     for (ScalarType type : {ScalarType::kBFloat16, ScalarType::kFloat16}) {
       std::vector<uint16_t> stored(values.size()), from_vector(values.size());
       kernels.store_float[static_cast<int>(type)](values.data(), n, stored.data());
-      kernels.gradient[static_cast<int>(type)](values.data(), nullptr, n, 1.0, 0.0, from_vector.data());
+      kernels.gradient[static_cast<int>(type)](values.data(), nullptr, n, 1.0, 0.0, false, from_vector.data());
       for (size_t i = 0; i < values.size(); ++i) {
         const uint16_t expected = encode_half(type, values[i]);
         CHECK(same_half(type, stored[i], expected), "%s %s: %.9g became %04x, expected %04x", kernels.name,
@@ -547,7 +558,7 @@ TEST(exp_over_its_range) {
   z[2202] = -1000;
   z[2203] = -FLT_TRUE_MIN;
   for (const RowKernels& kernels : tables()) {
-    const SweepResult result = kernels.sweep[0](z.data(), nullptr, kCount, e.data(), nullptr);
+    const SweepResult result = kernels.sweep[0](z.data(), nullptr, kCount, e.data(), nullptr, nullptr);
     CHECK(result.shift == 0, "%s: shift %g", kernels.name, result.shift);
     long double worst = 0;
     for (int64_t i = 0; i < kCount; ++i) {
