@@ -210,9 +210,9 @@ class Loss {
   }
 
   void run_rows(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      source_row(i, i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
-      if (p_.target_logits) target_row(i);
+    for (int64_t i = begin; i < end; ++i) source_row(i, i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
+    if (p_.target_logits) {
+      for (int64_t i = begin; i < end; ++i) target_row(i, i + 1 < end ? p_.target_logits.row(i + 1) : nullptr);
     }
     rows_.finish_streaming();
   }
@@ -241,12 +241,12 @@ class Loss {
     return s.mass * std::log(s.sum) - s.dot;
   }
 
-  void target_row(int64_t row) {
+  void target_row(int64_t row, const void* next) {
     if (has_probabilities() || p_.label_smoothing > 0) {
       const void* q = is_double(p_.target_logits) ? target_distribution<double>(row) : target_distribution<float>(row);
-      target_rows_[row] = dense_row(p_.target_logits, row, q, nullptr, target_scale_, p_.target_gradient);
+      target_rows_[row] = dense_row(p_.target_logits, row, q, next, target_scale_, p_.target_gradient);
     } else {
-      target_rows_[row] = sparse_target_row(row);
+      target_rows_[row] = sparse_target_row(row, next);
     }
   }
 
@@ -284,7 +284,7 @@ class Loss {
 
   // Cross entropy against one or two classes, without building their distribution: the gradient is softmax everywhere,
   // and the target is taken off at its classes.
-  double sparse_target_row(int64_t row) {
+  double sparse_target_row(int64_t row, const void* next) {
     const ConstMatrix& logits = p_.target_logits;
     Parts parts;
     for (int k = 0; k < parts_[row].count; ++k) {
@@ -303,13 +303,14 @@ class Loss {
     double logit[2] = {};
     for (int k = 0; k < parts.count; ++k) logit[k] = element(logits, row, parts.index[k]);
     void* exponentials = Scratch::get(0, logits.columns * (is_double(logits) ? 8 : 4));
-    const SweepResult s = rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, nullptr, nullptr);
+    void* gradient_row = p_.target_gradient.data != nullptr ? p_.target_gradient.row(row) : nullptr;
+    const SweepResult s = rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, next, gradient_row);
     const double mass = parts.total();
     double loss = mass * std::log(s.sum);
     for (int k = 0; k < parts.count; ++k) loss -= parts.share[k] * (logit[k] - s.shift);
-    if (p_.target_gradient.data == nullptr) return loss;
+    if (gradient_row == nullptr) return loss;
     rows_.gradient[type](exponentials, nullptr, logits.columns, target_scale_ * mass / s.sum, 0.0, false,
-                         p_.target_gradient.row(row));
+                         gradient_row);
     for (int k = 0; k < parts.count; ++k) {
       const double softmax = std::exp(logit[k] - s.shift) / s.sum;
       set_element(p_.target_gradient, row, parts.index[k], target_scale_ * (mass * softmax - parts.share[k]));
