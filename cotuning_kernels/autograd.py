@@ -42,7 +42,7 @@ def co_tuning_loss(
     Only what the operation would accept although it is wrong is checked here.
     """
     relationship = dense_columns(relationship)
-    operand: tuple[Tensor, Tensor | None, Tensor | None, Tensor]
+    operand: tuple[Tensor | None, ...]
     if isinstance(target, Tensor) and not target.is_floating_point():
         operand = (target, None, None, relationship)
     else:
@@ -54,28 +54,25 @@ def co_tuning_loss(
         raise ValueError("relationship and weight must not require grad")
     if not isinstance(trade_off, Tensor):
         trade_off = torch.full((), trade_off, dtype=torch.float64, device=source_logits.device)
-    options = (weight, trade_off, label_smoothing, ignore_index, schema.REDUCTIONS[reduction],
-               schema.KL_DIVERGENCE[source_loss])  # fmt: skip
+    arguments = (*operand, weight, trade_off, label_smoothing, ignore_index, schema.REDUCTIONS[reduction],
+                 schema.KL_DIVERGENCE[source_loss])  # fmt: skip
     source_gradient = source_logits.requires_grad
     target_gradient = target_logits is not None and target_logits.requires_grad
     wants_gradient = torch.is_grad_enabled() and (source_gradient or target_gradient)
-    function: type[torch.autograd.Function]
     if inplace and wants_gradient:
         validation.check_inplace("source_logits", source_logits)
         if target_logits is not None:
             validation.check_inplace("target_logits", target_logits)
-        function = _InplaceCoTuningLoss
-    else:
-        function = _CoTuningLoss
-        source_logits = dense_columns(source_logits)
-        target_logits = None if target_logits is None else dense_columns(target_logits)
-    if not wants_gradient:
-        loss, terms, *_ = _loss_op(source_logits, target_logits, *operand, *options, False, False)
-        return loss, terms
-    result = function.apply(
-        source_logits, target_logits, source_gradient, target_gradient, operand, options, return_terms
-    )
-    return result if return_terms else (result, None)
+        result = _InplaceCoTuningLoss.apply(source_logits, target_logits, arguments, return_terms)
+        return result if return_terms else (result, None)
+    source_logits = dense_columns(source_logits)
+    target_logits = None if target_logits is None else dense_columns(target_logits)
+    if wants_gradient:
+        arguments = (*arguments, source_gradient, target_gradient)
+        result = _CoTuningLoss.apply(source_logits, target_logits, arguments, return_terms)
+        return result if return_terms else (result, None)
+    loss, terms, *_ = _loss_op(source_logits, target_logits, *arguments, False, False)
+    return loss, terms
 
 
 def translate_labels(target: Target, relationship: Tensor, ignore_index: int) -> Tensor:
@@ -118,7 +115,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 7
+        return None, None, None, None
     source_grad, target_grad, factors = ctx.saved_tensors
     tracing = torch.compiler.is_compiling()
     if not tracing and torch._C._autograd._get_current_graph_task_keep_graph():
@@ -127,7 +124,8 @@ def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None,
         source_grad, target_grad = source_grad.clone(), target_grad.clone()
     if tracing or not (ctx.unit_factors and _is_known_to_be_one(upstream)):
         _scale_op(source_grad, target_grad, factors, upstream)
-    return source_grad if ctx.source_gradient else None, target_grad if ctx.target_gradient else None, *(None,) * 5
+    wanted = ctx.needs_input_grad
+    return source_grad if wanted[0] else None, target_grad if wanted[1] else None, None, None
 
 
 def _is_known_to_be_one(upstream: Tensor) -> bool:
@@ -135,11 +133,8 @@ def _is_known_to_be_one(upstream: Tensor) -> bool:
     return upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1.0
 
 
-def _save(
-    ctx: Any, source_grad: Tensor, target_grad: Tensor, factors: Tensor, source_gradient: bool, target_gradient: bool
-) -> None:
+def _save(ctx: Any, source_grad: Tensor, target_grad: Tensor, factors: Tensor) -> None:
     ctx.save_for_backward(source_grad, target_grad, factors)
-    ctx.source_gradient, ctx.target_gradient = source_gradient, target_gradient
     ctx.unit_factors = source_grad.dtype is not torch.float16 and target_grad.dtype is not torch.float16
     ctx.set_materialize_grads(False)
 
@@ -152,16 +147,11 @@ class _CoTuningLoss(torch.autograd.Function):
         ctx: Any,
         source_logits: Tensor,
         target_logits: Tensor | None,
-        source_gradient: bool,
-        target_gradient: bool,
-        operand: tuple[Any, ...],
-        options: tuple[Any, ...],
+        arguments: tuple[Any, ...],
         return_terms: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        loss, terms, factors, source_grad, target_grad = _loss_op(
-            source_logits, target_logits, *operand, *options, source_gradient, target_gradient
-        )
-        _save(ctx, source_grad, target_grad, factors, source_gradient, target_gradient)
+        loss, terms, factors, source_grad, target_grad = _loss_op(source_logits, target_logits, *arguments)
+        _save(ctx, source_grad, target_grad, factors)
         if not return_terms:
             return loss
         ctx.mark_non_differentiable(terms)
@@ -180,18 +170,15 @@ class _InplaceCoTuningLoss(torch.autograd.Function):
         ctx: Any,
         source_logits: Tensor,
         target_logits: Tensor | None,
-        source_gradient: bool,
-        target_gradient: bool,
-        operand: tuple[Any, ...],
-        options: tuple[Any, ...],
+        arguments: tuple[Any, ...],
         return_terms: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        loss, terms, factors = _inplace_loss_op(source_logits, target_logits, *operand, *options)
+        loss, terms, factors = _inplace_loss_op(source_logits, target_logits, *arguments)
         # An operation that saved these logits for its backward pass now gets autograd's error, not a wrong gradient.
         torch.autograd.graph.increment_version([x for x in (source_logits, target_logits) if x is not None])
         source_grad = source_logits.detach()
         target_grad = source_logits.new_empty((0, 0)) if target_logits is None else target_logits.detach()
-        _save(ctx, source_grad, target_grad, factors, source_gradient, target_gradient)
+        _save(ctx, source_grad, target_grad, factors)
         if not return_terms:
             return loss
         ctx.mark_non_differentiable(terms)
