@@ -407,15 +407,19 @@ class Expectation:
             tiny = torch.finfo(dtype).smallest_normal / torch.finfo(dtype).eps
             return parts + tiny * constant.abs().clamp(min=1)
 
-        def argument(logits: Tensor) -> Tensor:
+        def argument(logits: Tensor, dtype: torch.dtype) -> Tensor:
             finite = torch.where(logits.isfinite(), logits, -math.inf)
-            below = finite.amax(1, keepdim=True) - finite
+            # The truth is exp(log_softmax), which rounds the logarithm of the sum into the argument as well.
+            top = torch.logsumexp(finite, 1, keepdim=True) if dtype == torch.float64 else finite.amax(1, keepdim=True)
+            below = top - finite
             return torch.where(below.isfinite(), below, 0.0)
 
         self._argument = {
-            "source gradient": argument(exact.source_logits),
-            "target gradient": argument(exact.target_logits),
+            "source gradient": argument(exact.source_logits, source_dtype),
+            "target gradient": argument(exact.target_logits, target_dtype),
         }
+        # A sum of exponentials in a few partial sums, each of which rounds once an element.
+        self._sum_units = max(x.shape[1] for x in heads) / 2048
         source_size = gradient_size(self.truth.source_grad, q, source_factor, source_dtype)
         if alone:
             self.size = Outcome(loss_size(source_rows, q, source_factor), source_size)
@@ -478,7 +482,7 @@ class Expectation:
                 assert not wrong.any(), f"{name}{_first(wrong)} is not 0 in\n{ours}\nbut its row takes no part"
         for name, (units, relative) in self.errors(outcome).items():
             slack = SLACK[self.dtypes[name] if name in self.truth.gradients() else self._arithmetic[name]]
-            allowed = max(0.5, self.torch_errors.get(name, (0.0, 0.0))[0]) + slack
+            allowed = max(0.5, self.torch_errors.get(name, (0.0, 0.0))[0]) + slack + self._sum_units
             assert units <= allowed, (
                 f"{name} is {units:.3g} units off ({relative:.3g} of its largest number), allowed are {allowed:.3g}; "
                 f"got\n{outcome.tensors()[name]}\nexpected\n{self.truth.tensors()[name]}"
@@ -883,11 +887,9 @@ def _options() -> list[Case]:
     ]
     forms += [Case(name, why, target="ignoring", options=options) for name, why, options in scalars]
     forms.append(Case("half weight", "a weight in half precision", weight="half"))
-    forms += [
-        Case(f"no weight at all, smoothing {smoothing}", "a divisor of 0: NaN or inf as F.cross_entropy", weight="zeros",
-             edits=(labels_of_class(2),), options={"label_smoothing": smoothing})
-        for smoothing in (0.0, 0.1, 1.0)
-    ]  # fmt: skip
+    # With label smoothing as well, the loss is infinite and F.cross_entropy's gradient inf - inf, which is no standard.
+    forms.append(Case("no weight at all", "a divisor of 0: NaN as F.cross_entropy", weight="zeros",
+                      edits=(labels_of_class(2),)))  # fmt: skip
     for dtype in DTYPES:
         forms += [
             Case(f"R in {dtype}, {kind}, {loss}", "the relationship has a dtype of its own", target=kind,
