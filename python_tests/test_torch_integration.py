@@ -603,3 +603,37 @@ def test_activation_checkpointing(backend: Backend, seed: int) -> None:
         assert target.grad is not None
         assert torch.equal(source.grad, expected[0])
         assert torch.equal(target.grad, expected[1])
+
+
+def test_a_relationship_object_stands_for_its_matrix(backend: Backend, seed: int) -> None:
+    """In every function and in the module."""
+    problem = _problem("pair", torch.float32, seed)
+    relationship = ck.Relationship(problem.relationship)
+    calls: list[Callable[[Any], Any]] = [
+        lambda r: functional.co_tuning_loss(
+            problem.source_logits, problem.target_logits, problem.target, r, backend=backend.argument
+        ),
+        lambda r: functional.source_label_loss(problem.source_logits, problem.target, r, backend=backend.argument),
+        lambda r: functional.translate_labels(problem.target, r, backend=backend.argument),
+        lambda r: _loss_of(ck.FusedCoTuningLoss(r, backend=backend.argument), problem),
+    ]
+    for call in calls:
+        assert torch.equal(call(relationship), call(problem.relationship))
+
+
+def test_tensors_made_in_inference_mode(backend: Backend, seed: int) -> None:
+    """Relationship, labels and shares often come from an evaluation loop; training with them must work."""
+    problem = _problem("pair", torch.float32, seed)
+    expected = backend.run(problem, "both heads", backend.argument)
+    logits = ("source_logits", "target_logits", "upstream")
+    with torch.inference_mode():
+        made = problem.map(lambda name, x: x if name in logits else x.clone())
+        criterion = ck.FusedCoTuningLoss(made.relationship, weight=made.weight, backend=backend.argument)
+    for name, x in backend.run(made, "both heads", backend.argument).tensors().items():
+        assert torch.equal(bits(x), bits(expected.tensors()[name])), name
+    source = problem.source_logits.requires_grad_()
+    loss = criterion(source, problem.target_logits, made.target)
+    assert torch.equal(loss.detach(), expected.loss)
+    criterion.trade_off = 0.5
+    torch.autograd.backward(criterion(source, problem.target_logits, made.target))
+    assert source.grad is not None
