@@ -256,7 +256,9 @@ TEST(scaled_rows) {
         std::vector<double> upstream(static_cast<size_t>((rows->rows() - 1) * stride + 1));
         for (double& value : upstream) value = static_cast<double>(normal(1));
         double factor = static_cast<double>(normal(1));
-        if (one_in(4)) factor = 1 / (upstream[0] = 0.5);
+        // One of the two, or their product, may be 1; only for the product there is nothing to do.
+        if (one_in(4)) factor = 1;
+        if (one_in(4)) upstream[0] = one_in(2) ? 1 : 1 / factor;
         const std::vector<double> upstream_of_fewer_rows(upstream.begin(), upstream.end() - 1);
         const bool fewer = planted("heap-overread") && stride > 0;
         cpu::scale_rows(rows->writable(), rows->rows(), rows->columns(), factor,

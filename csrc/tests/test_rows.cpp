@@ -139,7 +139,7 @@ void fill_logits(Row* z, Logits kind) {
   switch (kind) {
     case Logits::kPlain:
     case Logits::kOffset: break;
-    case Logits::kLate: z->set(n - 1, 55 + 10 * uniform()); break;
+    case Logits::kLate: z->set(n - 1, 50 + 50 * uniform()); break;
     case Logits::kVeryLate: z->set(n - 1, 1000); break;
     case Logits::kMasked:
       for (int64_t i = 0; i < n; ++i) {
@@ -181,9 +181,14 @@ void fill_uniform(Row* row, long double scale) {
   for (int64_t i = 0; i < row->size(); ++i) row->set(i, scale * uniform());
 }
 
-// z - m as the kernels have it: one rounding to the compute type.
-long double shifted(const Case& c, const Row& z, int64_t i, long double shift) {
-  return round_to(c.compute(), z[i] - shift);
+// a - b and a * b in the compute type: one rounding. (Through long double there would be two.)
+long double difference(ScalarType compute, long double a, long double b) {
+  return compute == ScalarType::kFloat64 ? static_cast<double>(a) - static_cast<double>(b)
+                                         : static_cast<float>(a) - static_cast<float>(b);
+}
+long double product(ScalarType compute, long double a, long double b) {
+  return compute == ScalarType::kFloat64 ? static_cast<double>(a) * static_cast<double>(b)
+                                         : static_cast<float>(a) * static_cast<float>(b);
 }
 
 // Below this the kernels' exp for float may be anything that a sum of 1 loses; above, it is off by 1.01 ulp at most
@@ -222,7 +227,7 @@ void check_sweep(const Case& c, Logits kind, bool with_target) {
         largest);
   long double sum = 0, dot = 0, dot_size = 0, mass = 0;
   for (int64_t i = 0; i < c.n; ++i) {
-    const long double x = shifted(c, z, i, result.shift);
+    const long double x = difference(c.compute(), z[i], result.shift);
     CHECK(good_exp(c.compute(), e[i], x), "%s: exp(%.9Lg) is %.9Lg", what, x, e[i]);
     sum += std::exp(x);
     if (!with_target || q[i] == 0) continue;
@@ -292,11 +297,7 @@ TEST(scale) {
     const long double factor = round_to(c.compute(), normal(2));
     for (int64_t i = 0; i < c.n; ++i) {
       row.set(i, normal(3));
-      // The product of two doubles is not exact in long double, and would be rounded twice.
-      const long double product = c.compute() == ScalarType::kFloat64
-                                      ? static_cast<double>(factor) * static_cast<double>(row[i])
-                                      : static_cast<float>(factor) * static_cast<float>(row[i]);
-      expected.push_back(round_to(c.type, product));
+      expected.push_back(round_to(c.type, product(c.compute(), factor, row[i])));
     }
     c.kernels.scale[c.index()](row.data(), c.n, static_cast<double>(factor));
     CHECK(row.surroundings_untouched(), "%s", c.text().c_str());
@@ -414,7 +415,7 @@ void check_moments(const Case& c, Logits kind) {
   bool has_nan = false;
   for (int64_t i = 0; i < c.n; ++i) {
     has_nan |= std::isnan(z[i]) || std::isnan(z[i] - result.shift);
-    const long double x = shifted(c, z, i, result.shift);
+    const long double x = difference(c.compute(), z[i], result.shift);
     if (x == -kInfinity) continue;
     const long double e = std::exp(b * x);
     // b * x is rounded before its exponential is taken.
@@ -526,6 +527,12 @@ TEST(halves_round_to_even) {
   for (float value : {FLT_MAX, FLT_MIN, FLT_TRUE_MIN, 1e5f, INFINITY, NAN}) {
     values.push_back(value);
     values.push_back(-value);
+  }
+  // NaN whose fraction is lost with the last bits, or whose rounding would carry into the sign.
+  for (uint32_t bits : {0x7f800001u, 0xff800001u, 0x7fffffffu, 0xffffffffu}) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    values.push_back(value);
   }
   const auto n = static_cast<int64_t>(values.size());
   for (const RowKernels& kernels : tables()) {
