@@ -53,7 +53,11 @@ def co_tuning_loss(
     if relationship.requires_grad or (weight is not None and weight.requires_grad):
         raise ValueError("relationship and weight must not require grad")
     if not isinstance(trade_off, Tensor):
-        trade_off = torch.full((), trade_off, dtype=torch.float64, device=source_logits.device)
+        trade_off = torch.full((), trade_off * 1.0, dtype=torch.float64, device=source_logits.device)
+    elif trade_off.requires_grad:
+        raise ValueError("trade_off must not require grad")
+    elif trade_off.dtype is not torch.float64:
+        trade_off = trade_off.to(torch.float64)
     arguments = (*operand, weight, trade_off, label_smoothing, ignore_index, schema.REDUCTIONS[reduction],
                  schema.KL_DIVERGENCE[source_loss])  # fmt: skip
     source_gradient = source_logits.requires_grad

@@ -60,7 +60,7 @@ def co_tuning_loss(
             ``(labels_a, labels_b, share of labels_a)`` (:class:`cotuning_kernels.MixedTarget`).
         relationship: ``R[t, s] = p(y_source = s | y_target = t)``, ``(N_t, N_s)`` in any floating dtype, or a
             :class:`cotuning_kernels.Relationship`.
-        trade_off: the factor lambda of the source term; 2.3 in the paper's code. A float64 tensor of shape ``()`` on
+        trade_off: the factor lambda of the source term; 2.3 in the paper's code. A floating tensor of shape ``()`` on
             the logits' device changes under ``torch.compile`` without a recompilation; a float does not.
         weight, label_smoothing, ignore_index: of the target term, as in :func:`torch.nn.functional.cross_entropy`. A
             row with label ``ignore_index`` takes part in neither term and its gradient is exactly 0.
@@ -128,7 +128,9 @@ def translate_labels(
         TypeError, ValueError, IndexError: as for :func:`co_tuning_loss`.
     """
     relationship = matrix_of(relationship)
-    validation.check_relationship(relationship, None, relationship.shape[-1], relationship.device)
+    validation.check_is_tensor("relationship", relationship)
+    num_columns = relationship.shape[-1] if relationship.dim() else 0
+    validation.check_relationship(relationship, None, num_columns, relationship.device)
     labels = target[0] if isinstance(target, tuple) and target else target
     batch = labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else 0
     validation.check_target(target, batch, relationship.shape[0], relationship.device, ignore_index)
@@ -156,12 +158,12 @@ def evaluate(
     """The loss from the backend that serves the call; without ``target_logits`` it is the source term. What the public
     functions and the module share: they differ in how they take their arguments."""
     arguments = (source_logits, target_logits, target, relationship, weight, label_smoothing, ignore_index, reduction,
-                 source_loss)  # fmt: skip
+                 source_loss, trade_off)  # fmt: skip
     validation.check_is_tensor("source_logits", source_logits)
     served_by = backends.select(source_logits.device.type, backend)
     if served_by == "reference":
         validation.check_loss(*arguments)
-        terms = _reference(*arguments, trade_off, inplace)
+        terms = _reference(*arguments, inplace)
         return terms if return_terms else terms.loss
     # A small batch takes about as long as checking its arguments in Python. The kernels refuse what they cannot take,
     # so the words for people are looked for when something has gone wrong. A trace checks once, and at no cost later.
@@ -169,7 +171,7 @@ def evaluate(
     if tracing:
         validation.check_loss(*arguments)
     try:
-        loss, both_terms = autograd.co_tuning_loss(*arguments, trade_off, inplace, return_terms)
+        loss, both_terms = autograd.co_tuning_loss(*arguments, inplace, return_terms)
     except Exception:
         if not tracing:
             validation.check_loss(*arguments)

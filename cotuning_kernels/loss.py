@@ -74,13 +74,14 @@ class FusedCoTuningLoss(nn.Module):
             )
         validation.check_weight(weight, matrix.shape[0], matrix.device)
         validation.check_options(label_smoothing, reduction, source_loss)
+        validation.check_trade_off(trade_off, matrix.device)
         backends.select(matrix.device.type, backend)
         self.register_buffer("relationship", matrix.clone(memory_format=torch.contiguous_format))
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
         # As a tensor, so that a compiled or captured training step sees a new value without being made anew. Not a
         # buffer: .half() would round it.
-        self._trade_off = torch.tensor(float(trade_off), dtype=torch.float64, device=matrix.device)
         self._trade_off_value = float(trade_off)
+        self._trade_off = self._trade_off_on(matrix.device)
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -95,6 +96,7 @@ class FusedCoTuningLoss(nn.Module):
 
     @trade_off.setter
     def trade_off(self, value: float) -> None:
+        validation.check_trade_off(value, self._trade_off.device)
         self._trade_off_value = float(value)
         self._trade_off.fill_(self._trade_off_value)
 
@@ -121,8 +123,12 @@ class FusedCoTuningLoss(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedCoTuningLoss:
         """What ``.to()``, ``.cuda()``, ``.half()`` go through: the trade-off changes device, not dtype."""
         super()._apply(fn, recurse)
-        self._trade_off = self._trade_off.new_tensor(self._trade_off_value, device=self.relationship.device)
+        self._trade_off = self._trade_off_on(self.relationship.device)
         return self
+
+    def _trade_off_on(self, device: torch.device) -> Tensor:
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be set later
+            return torch.tensor(self._trade_off_value, dtype=torch.float64, device=device)
 
     def extra_repr(self) -> str:
         target_classes, source_classes = self.relationship.shape

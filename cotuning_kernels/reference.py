@@ -38,6 +38,8 @@ def co_tuning_loss(
     dtype = _compute_dtype(source_logits, target_logits)
     target_term = _target_term(target_logits.to(dtype), target, weight, label_smoothing, ignore_index, reduction)
     source_term = _source_term(source_logits.to(dtype), target, relationship, ignore_index, reduction, source_loss)
+    if isinstance(trade_off, Tensor):
+        trade_off = trade_off.to(source_term.dtype, copy=True)  # it may change before the backward pass
     return target_term + trade_off * source_term, target_term, source_term
 
 
@@ -61,7 +63,7 @@ def translate_labels(
     """``q = P R``, shape ``(B, N_s)``, in the relationship's dtype; rows whose label is ignored are zero."""
     dtype = torch.promote_types(relationship.dtype, torch.float32)
     distribution = _target_distribution(target, relationship.shape[0], ignore_index, dtype)
-    return (distribution @ relationship.to(dtype)).to(relationship.dtype)
+    return _product(distribution, relationship.to(dtype)).to(relationship.dtype)
 
 
 def softmax_class_sums(
@@ -71,7 +73,7 @@ def softmax_class_sums(
 
     ``sums[t] / counts[t]`` is the direct relationship of the paper, eq. (4): the mean prediction of a class.
     """
-    _check_labels(labels, num_classes, ignore_index)
+    _check_labels("labels", labels, num_classes, ignore_index)
     valid = labels != ignore_index
     probabilities = torch.softmax(logits[valid].double() * inverse_temperature, dim=1)
     index = labels[valid].long()
@@ -87,7 +89,7 @@ def temperature_terms(
     With ``p = softmax(b z)``: ``NLL = logsumexp(b z) - b z_y``, its derivative is ``E_p[z] - z_y`` and the second one
     ``Var_p[z]``, which is never negative: the NLL is convex in ``b``, and Newton's method finds its one minimum.
     """
-    _check_labels(labels, logits.shape[1], ignore_index)
+    _check_labels("labels", labels, logits.shape[1], ignore_index)
     valid = labels != ignore_index
     z = logits[valid].double()
     z_label = z.gather(1, labels[valid].long()[:, None])[:, 0]
@@ -106,7 +108,7 @@ def _compute_dtype(*logits: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
 
 
-def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+def _check_labels(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """IndexError naming the first bad row; on an accelerator the indexing below asserts, without a host read."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -114,14 +116,14 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     if bad.any():
         row = int(bad.nonzero()[0])
         raise IndexError(
-            f"target[{row}] is {int(labels[row])}, expected a class index in [0, {num_classes}) or "
+            f"{name}[{row}] is {int(labels[row])}, expected a class index in [0, {num_classes}) or "
             f"ignore_index={ignore_index}"
         )
 
 
-def _one_hot(labels: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
+def _one_hot(name: str, labels: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """One row a label; a row of zeros where the label is ignored."""
-    _check_labels(labels, num_classes, ignore_index)
+    _check_labels(name, labels, num_classes, ignore_index)
     valid = labels != ignore_index
     index = torch.where(valid, labels, torch.zeros_like(labels)).long()
     one_hot = torch.zeros(labels.shape[0], num_classes, dtype=dtype, device=labels.device)
@@ -135,11 +137,17 @@ def _target_distribution(
     if isinstance(target, tuple):
         a, b, share = target
         share = torch.as_tensor(share, dtype=dtype, device=a.device).reshape(-1, 1)
-        one_hot_a = _one_hot(a, num_classes, ignore_index, dtype)
-        return share * one_hot_a + (1 - share) * _one_hot(b, num_classes, ignore_index, dtype)
+        one_hot_a = _one_hot("target[0]", a, num_classes, ignore_index, dtype)
+        return share * one_hot_a + (1 - share) * _one_hot("target[1]", b, num_classes, ignore_index, dtype)
     if target.is_floating_point():
         return target.to(dtype)
-    return _one_hot(target, num_classes, ignore_index, dtype)
+    return _one_hot("target", target, num_classes, ignore_index, dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in their own dtype: autocast would round a distribution to half precision."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def _soft_cross_entropy(logits: Tensor, distribution: Tensor) -> Tensor:
@@ -187,7 +195,7 @@ def _source_term(
     """Cross entropy or KL against the translated labels, averaged over the rows that have source supervision."""
     relationship = relationship.to(logits.dtype)
     distribution = _target_distribution(target, relationship.shape[0], ignore_index, logits.dtype)
-    translated = distribution @ relationship
+    translated = _product(distribution, relationship)
     rows = _soft_cross_entropy(logits, translated)
     if source_loss == "kl":
         rows = rows + torch.xlogy(translated, translated).sum(1)
@@ -198,7 +206,7 @@ def _source_term(
     # A class whose row of R is zero has no source supervision. A row counts by the share of its target that has some:
     # 1 or 0 for a class index, in between for a mixture, so that a mixup pair averages like its two halves.
     supervised = (relationship != 0).any(1).to(logits.dtype)
-    count = (distribution @ supervised).sum()
+    count = _product(distribution, supervised).sum()
     any_valid = (distribution != 0).any()
     # No supervised row in a batch is ordinary (a sentence of "O" tags): the term is 0. No valid row at all is NaN, as
     # in F.cross_entropy.

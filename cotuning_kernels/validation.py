@@ -6,6 +6,9 @@ the kernels.
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,7 @@ __all__ = [
     "check_options",
     "check_relationship",
     "check_target",
+    "check_trade_off",
     "check_weight",
 ]
 
@@ -36,6 +40,7 @@ def check_loss(
     ignore_index: int,
     reduction: str,
     source_loss: str,
+    trade_off: float | Tensor,
 ) -> None:
     """All the arguments of the loss, and how they fit together."""
     _check_logits("source_logits", source_logits)
@@ -53,6 +58,7 @@ def check_loss(
     check_target(target, batch, relationship.shape[0], device, ignore_index)
     check_weight(weight, relationship.shape[0], device)
     check_options(label_smoothing, reduction, source_loss)
+    check_trade_off(trade_off, device)
 
 
 def check_is_tensor(name: str, value: Tensor) -> None:
@@ -159,6 +165,24 @@ def check_options(label_smoothing: float, reduction: str, source_loss: str) -> N
         raise ValueError(f"source_loss is {source_loss!r}, expected 'cross_entropy' or 'kl'")
 
 
+def check_trade_off(trade_off: float | Tensor, device: torch.device) -> None:
+    if isinstance(trade_off, Tensor):
+        if trade_off.dim() != 0 or not trade_off.is_floating_point():
+            raise ValueError(
+                f"trade_off is {trade_off.dtype} of shape {tuple(trade_off.shape)}, expected a number or a floating "
+                "tensor of shape ()"
+            )
+        if trade_off.requires_grad:
+            raise ValueError("trade_off requires grad, but the loss is not differentiated in it; pass .detach()")
+        _check_device("trade_off", trade_off, device)
+    elif not isinstance(trade_off, numbers.Real):
+        raise TypeError(
+            f"trade_off is a {type(trade_off).__name__}, expected a number or a floating tensor of shape ()"
+        )
+    elif not math.isfinite(trade_off):
+        raise ValueError(f"trade_off is {trade_off}, expected a finite number")
+
+
 def check_inplace(name: str, logits: Tensor) -> None:
     if logits.is_leaf and logits.requires_grad:
         raise ValueError(f"{name} is a leaf that requires grad; inplace=True would destroy it. Leave inplace out")
@@ -193,6 +217,8 @@ def _check_share(share: Tensor | float, batch: int) -> None:
             raise TypeError(f"target[2], the share, has dtype {share.dtype}, expected a floating dtype")
         if share.requires_grad:
             raise ValueError("target[2], the share, requires grad, but the loss is not differentiated in it")
+    elif not isinstance(share, (numbers.Real, torch.SymFloat)):
+        raise TypeError(f"target[2], the share of labels_a, is {share!r:.80}, expected a number in [0, 1] or a tensor")
     elif not isinstance(share, torch.SymFloat) and not 0.0 <= share <= 1.0:
         raise ValueError(f"target[2], the share of labels_a, is {share}, expected a number in [0, 1]")
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
 from conformance import BACKENDS, RECORDS, Backend
 
 

@@ -17,11 +17,11 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// torch turns std::out_of_range into Python's IndexError.
-void throw_if_bad(const cpu::BadLabel& bad, const char* name, int64_t classes, int64_t ignore_index) {
+// torch turns std::out_of_range into Python's IndexError. `pair`: the labels are those of a mixup pair.
+void throw_if_bad(const cpu::BadLabel& bad, const char* name, bool pair, int64_t classes, int64_t ignore_index) {
   if (!bad) return;
-  throw std::out_of_range("label out of range: " + std::string(name) + (bad.second ? "[1]" : "") + "[" +
-                          std::to_string(bad.row) + "] is " + std::to_string(bad.value) + ", expected a class index in [0, " +
+  const char* part = !pair ? "" : bad.second ? "[1]" : "[0]";
+  throw std::out_of_range(std::string(name) + part + "[" + std::to_string(bad.row) + "] is " + std::to_string(bad.value) + ", expected a class index in [0, " +
                           std::to_string(classes) + ") or ignore_index=" + std::to_string(ignore_index));
 }
 
@@ -110,7 +110,8 @@ void store(const Tensor& tensor, int64_t index, double value) {
 std::tuple<Tensor, Tensor, Tensor> solve(const cpu::LossProblem& problem) {
   cpu::LossResult result;
   const int64_t classes = problem.probabilities ? problem.probabilities.columns : problem.relationship.rows;
-  throw_if_bad(cpu::co_tuning_loss(problem, parallel_for, &result), "target", classes, problem.ignore_index);
+  const cpu::BadLabel bad = cpu::co_tuning_loss(problem, parallel_for, &result);
+  throw_if_bad(bad, "target", problem.mix != nullptr, classes, problem.ignore_index);
   const bool both = static_cast<bool>(problem.target_logits);
   const bool in_double = problem.source_logits.type == cpu::ScalarType::kFloat64 ||
                          (both && problem.target_logits.type == cpu::ScalarType::kFloat64);
@@ -199,8 +200,8 @@ Tensor translate_labels(const Tensor& target, const OptionalTensor& target_b, co
   // The compute type follows the logits, and there are none: take the relationship's.
   problem.source_logits.type = problem.relationship.type;
   Tensor out = empty({batch, relationship.size(1)}, relationship.scalar_type());
-  throw_if_bad(cpu::translate_labels(problem, batch, out.mutable_data_ptr(), parallel_for), "target",
-               problem.relationship.rows, ignore_index);
+  const cpu::BadLabel bad = cpu::translate_labels(problem, batch, out.mutable_data_ptr(), parallel_for);
+  throw_if_bad(bad, "target", target_b.has_value(), problem.relationship.rows, ignore_index);
   return out;
 }
 
@@ -217,7 +218,7 @@ void add_class_sums(const Tensor& sums, const Tensor& counts, const Tensor& logi
   throw_if_bad(cpu::add_class_sums(view, labels(target, view.rows, "labels"), sums.size(0), ignore_index,
                                    inverse_temperature, sums_view, static_cast<int64_t*>(counts.mutable_data_ptr()),
                                    parallel_for),
-               "labels", sums.size(0), ignore_index);
+               "labels", false, sums.size(0), ignore_index);
 }
 
 Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inverse_temperature, int64_t ignore_index) {
@@ -225,7 +226,7 @@ Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inve
   Tensor terms = empty({4}, ScalarType::Double);
   throw_if_bad(cpu::temperature_terms(view, labels(target, view.rows, "labels"), ignore_index, inverse_temperature,
                                       static_cast<double*>(terms.mutable_data_ptr()), parallel_for),
-               "labels", view.columns, ignore_index);
+               "labels", false, view.columns, ignore_index);
   return terms;
 }
 

@@ -30,6 +30,7 @@ inline cpu::ScalarType kernel_type(const Tensor& tensor, const char* name) {
 inline void check_matrix(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
   STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, not ", tensor.dim());
+  STD_TORCH_CHECK(tensor.size(1) > 0, name, " must have columns");
   STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, name, " must have dense columns (stride(1) == 1)");
 }
 

@@ -82,7 +82,10 @@ class Loss {
     if (has_probabilities()) {
       for (int64_t i = 0; i < batch_; ++i) source_rows += p_.mix[i * p_.mix_stride];
       target_weight = static_cast<double>(batch_);
-      any_valid = batch_ > 0;
+      const int type = static_cast<int>(p_.probabilities.type);
+      for (int64_t i = 0; i < batch_ && source_rows == 0 && !any_valid; ++i) {
+        any_valid = rows_.any_nonzero[type](p_.probabilities.row(i), target_classes_);
+      }
     } else {
       for (const Parts& parts : parts_) {
         for (int k = 0; k < parts.count; ++k) {
