@@ -542,5 +542,7 @@ def test_an_installed_package_is_measured_rather_than_the_checkout(tmp_path: Pat
     package.mkdir()
     (package / "__init__.py").touch()
     find = "import importlib.util as u; print(u.find_spec('cotuning_kernels').origin)"
-    assert _run(["-c", find], PYTHONPATH=str(tmp_path)).strip() == str(_CHECKOUT / "cotuning_kernels" / "__init__.py")
-    assert _run(["-c", f"import benchmarks; {find}"], PYTHONPATH=str(tmp_path)).strip() == str(package / "__init__.py")
+    # The checkout first on the path, as for anybody who starts Python in it; an empty value is no PYTHONSAFEPATH.
+    environment = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": ""}
+    assert _run(["-c", find], **environment).strip() == str(_CHECKOUT / "cotuning_kernels" / "__init__.py")
+    assert _run(["-c", f"import benchmarks; {find}"], **environment).strip() == str(package / "__init__.py")
