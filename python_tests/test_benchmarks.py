@@ -25,7 +25,14 @@ sys.path.append(str(_CHECKOUT))
 
 from benchmarks import baselines, contestants, memory, ratios  # noqa: E402
 from benchmarks.contestants import LOSS_CONTESTANTS, OURS, DisagreementError, ExpectedLoss, LossContestant  # noqa: E402
-from benchmarks.problems import DTYPES, CalibrationProblem, LossProblem, RelationshipProblem, Shape, parse_shape  # noqa: E402
+from benchmarks.problems import (  # noqa: E402
+    DTYPES,
+    CalibrationProblem,
+    LossProblem,
+    RelationshipProblem,
+    Shape,
+    parse_shape,
+)
 from benchmarks.timing import Timing, interleave  # noqa: E402
 
 _SMALL = Shape(13, 7, 93)

@@ -17,7 +17,8 @@ namespace {
 
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
-  for (int i = 0; i < cotuning::cpu::row_kernels_count(); ++i) names.emplace_back(cotuning::cpu::row_kernels_at(i).name);
+  for (int i = 0; i < cotuning::cpu::row_kernels_count(); ++i)
+    names.emplace_back(cotuning::cpu::row_kernels_at(i).name);
   return names;
 }
 

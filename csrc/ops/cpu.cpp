@@ -21,8 +21,9 @@ using OptionalTensor = std::optional<Tensor>;
 void throw_if_bad(const cpu::BadLabel& bad, const char* name, bool pair, int64_t classes, int64_t ignore_index) {
   if (!bad) return;
   const char* part = !pair ? "" : bad.second ? "[1]" : "[0]";
-  throw std::out_of_range(std::string(name) + part + "[" + std::to_string(bad.row) + "] is " + std::to_string(bad.value) + ", expected a class index in [0, " +
-                          std::to_string(classes) + ") or ignore_index=" + std::to_string(ignore_index));
+  throw std::out_of_range(std::string(name) + part + "[" + std::to_string(bad.row) + "] is " +
+                          std::to_string(bad.value) + ", expected a class index in [0, " + std::to_string(classes) +
+                          ") or ignore_index=" + std::to_string(ignore_index));
 }
 
 // A floating tensor of one dimension, or none, as doubles.
@@ -86,8 +87,8 @@ cpu::LossProblem read_problem(const Tensor& source_logits, const OptionalTensor&
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction must be 0, 1 or 2");
   STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1]");
   if (weight) problem.weight = read_numbers(*weight, "weight");
-  STD_TORCH_CHECK(!weight || static_cast<int64_t>(problem.weight.size()) == classes, "weight must have shape (", classes,
-                  ",)");
+  STD_TORCH_CHECK(!weight || static_cast<int64_t>(problem.weight.size()) == classes, "weight must have shape (",
+                  classes, ",)");
   STD_TORCH_CHECK(trade_off.is_cpu() && trade_off.dim() == 0 && trade_off.scalar_type() == ScalarType::Double,
                   "trade_off must be a float64 number on the CPU");
   problem.trade_off = *static_cast<const double*>(trade_off.const_data_ptr());
@@ -163,10 +164,12 @@ cpu::Matrix writable_rows(const Tensor& tensor, const char* name) {
   return view;
 }
 
-std::tuple<Tensor, Tensor, Tensor> co_tuning_loss_inplace(
-    Tensor source_logits, OptionalTensor target_logits, const Tensor& target, const OptionalTensor& target_b,
-    const OptionalTensor& mix, const Tensor& relationship, const OptionalTensor& weight, const Tensor& trade_off,
-    double label_smoothing, int64_t ignore_index, int64_t reduction, bool kl_divergence) {
+std::tuple<Tensor, Tensor, Tensor> co_tuning_loss_inplace(Tensor source_logits, OptionalTensor target_logits,
+                                                          const Tensor& target, const OptionalTensor& target_b,
+                                                          const OptionalTensor& mix, const Tensor& relationship,
+                                                          const OptionalTensor& weight, const Tensor& trade_off,
+                                                          double label_smoothing, int64_t ignore_index,
+                                                          int64_t reduction, bool kl_divergence) {
   cpu::LossProblem problem = read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight,
                                           trade_off, label_smoothing, ignore_index, reduction, kl_divergence);
   problem.source_gradient = writable_rows(source_logits, "source_logits");
@@ -174,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> co_tuning_loss_inplace(
   return solve(problem);
 }
 
-void scale_gradients(const Tensor& source_grad, const Tensor& target_grad, const Tensor& factors, const Tensor& upstream) {
+void scale_gradients(const Tensor& source_grad, const Tensor& target_grad, const Tensor& factors,
+                     const Tensor& upstream) {
   const std::vector<double> by_row = read_numbers(upstream, "upstream");
   const std::vector<double> factor = read_numbers(factors, "factors");
   STD_TORCH_CHECK(factor.size() == 2, "factors must have shape (2,)");
@@ -215,10 +219,10 @@ void add_class_sums(const Tensor& sums, const Tensor& counts, const Tensor& logi
   STD_TORCH_CHECK(counts.is_cpu() && counts.scalar_type() == ScalarType::Long && counts.is_contiguous() &&
                       counts.dim() == 1 && counts.size(0) == sums.size(0),
                   "counts must be contiguous int64 of shape (", sums.size(0), ",)");
-  throw_if_bad(cpu::add_class_sums(view, labels(target, view.rows, "labels"), sums.size(0), ignore_index,
-                                   inverse_temperature, sums_view, static_cast<int64_t*>(counts.mutable_data_ptr()),
-                                   parallel_for),
-               "labels", false, sums.size(0), ignore_index);
+  throw_if_bad(
+      cpu::add_class_sums(view, labels(target, view.rows, "labels"), sums.size(0), ignore_index, inverse_temperature,
+                          sums_view, static_cast<int64_t*>(counts.mutable_data_ptr()), parallel_for),
+      "labels", false, sums.size(0), ignore_index);
 }
 
 Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inverse_temperature, int64_t ignore_index) {

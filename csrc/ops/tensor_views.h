@@ -67,12 +67,14 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
   return Tensor(handle);
 }
 
 // torch's own threads: torch.set_num_threads holds here too.
-inline void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+inline void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                         void* context) {
   if (end - begin <= grain) {
     if (begin < end) body(begin, end, context);
     return;

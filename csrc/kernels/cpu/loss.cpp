@@ -113,11 +113,13 @@ class Loss {
     result->source_term.assign(batch_, 0.0);
     result->target_term.assign(p_.target_logits ? batch_ : 0, 0.0);
     source_gradient_ = p_.source_gradient;
-    source_gradient_.stream = source_gradient_.data != nullptr && worth_streaming(source_gradient_.data, gradient_bytes());
+    source_gradient_.stream =
+        source_gradient_.data != nullptr && worth_streaming(source_gradient_.data, gradient_bytes());
     source_rows_ = result->source_term.data();
     target_rows_ = result->target_term.data();
-    parallel_for(0, batch_, grain_rows(source_classes_ + p_.target_logits.columns),
-                 [](int64_t begin, int64_t end, void* self) { static_cast<Loss*>(self)->run_rows(begin, end); }, this);
+    parallel_for(
+        0, batch_, grain_rows(source_classes_ + p_.target_logits.columns),
+        [](int64_t begin, int64_t end, void* self) { static_cast<Loss*>(self)->run_rows(begin, end); }, this);
     reduce(&result->source_term, source_divisor_);
     if (p_.target_logits) reduce(&result->target_term, target_divisor_);
   }
@@ -125,9 +127,9 @@ class Loss {
   void translate(ParallelFor parallel_for, int64_t batch, void* out) {
     batch_ = batch;
     translated_ = out;
-    parallel_for(0, batch_, grain_rows(source_classes_),
-                 [](int64_t begin, int64_t end, void* self) { static_cast<Loss*>(self)->translate_rows(begin, end); },
-                 this);
+    parallel_for(
+        0, batch_, grain_rows(source_classes_),
+        [](int64_t begin, int64_t end, void* self) { static_cast<Loss*>(self)->translate_rows(begin, end); }, this);
   }
 
   void set_batch(int64_t batch, int64_t source_classes) {
@@ -176,9 +178,8 @@ class Loss {
   }
 
   double sum_q_log_q(const void* q) const {
-    return is_double(p_.source_logits)
-               ? rows_.sum_q_log_q_double(static_cast<const double*>(q), source_classes_)
-               : rows_.sum_q_log_q_float(static_cast<const float*>(q), source_classes_);
+    return is_double(p_.source_logits) ? rows_.sum_q_log_q_double(static_cast<const double*>(q), source_classes_)
+                                       : rows_.sum_q_log_q_float(static_cast<const float*>(q), source_classes_);
   }
 
   // The parts of a row that have source supervision.
@@ -202,7 +203,8 @@ class Loss {
       const Parts parts = supervised_parts(row);
       if (parts.count == 0) return nullptr;
       const void* second = parts.count == 2 ? p_.relationship.row(parts.index[1]) : nullptr;
-      q = distribution(p_.relationship.row(parts.index[0]), parts.share[0], second, parts.count == 2 ? parts.share[1] : 0);
+      q = distribution(p_.relationship.row(parts.index[0]), parts.share[0], second,
+                       parts.count == 2 ? parts.share[1] : 0);
       if (parts.count == 1 && parts.share[0] == 1.0) {
         *q_log_q = facts_[parts.index[0]].sum_q_log_q;
         return q;
@@ -236,10 +238,11 @@ class Loss {
     }
     void* exponentials = Scratch::get(0, logits.columns * (is_double(logits) ? 8 : 4));
     void* gradient_row = gradient.data != nullptr ? gradient.row(row) : nullptr;
-    const SweepResult s =
-        rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next, gradient.stream ? nullptr : gradient_row);
+    const SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next,
+                                            gradient.stream ? nullptr : gradient_row);
     if (gradient_row != nullptr) {
-      rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, gradient.stream, gradient_row);
+      rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, gradient.stream,
+                           gradient_row);
     }
     return s.mass * std::log(s.sum) - s.dot;
   }
@@ -312,17 +315,23 @@ class Loss {
     double loss = mass * std::log(s.sum);
     for (int k = 0; k < parts.count; ++k) loss -= parts.share[k] * (logit[k] - s.shift);
     if (gradient_row == nullptr) return loss;
-    rows_.gradient[type](exponentials, nullptr, logits.columns, target_scale_ * mass / s.sum, 0.0, false,
-                         gradient_row);
+    rows_.gradient[type](exponentials, nullptr, logits.columns, target_scale_ * mass / s.sum, 0.0, false, gradient_row);
     for (int k = 0; k < parts.count; ++k) {
-      const double softmax = std::exp(logit[k] - s.shift) / s.sum;
+      const double softmax = exponential(exponentials, logits, parts.index[k]) / s.sum;
       set_element(p_.target_gradient, row, parts.index[k], target_scale_ * (mass * softmax - parts.share[k]));
     }
     return loss;
   }
 
+  // What the sweep stored for a column: in the compute type of the logits.
+  static double exponential(const void* exponentials, const ConstMatrix& logits, int64_t column) {
+    return is_double(logits) ? static_cast<const double*>(exponentials)[column]
+                             : static_cast<const float*>(exponentials)[column];
+  }
+
   double element(const ConstMatrix& matrix, int64_t row, int64_t column) const {
     const void* p = static_cast<const char*>(matrix.row(row)) + column * size_of(matrix.type);
+    if (matrix.type == ScalarType::kFloat32) return *static_cast<const float*>(p);
     double value;
     rows_.mix_to_double[static_cast<int>(matrix.type)](p, 1.0, nullptr, 0.0, 1, &value);
     return value;
@@ -332,6 +341,8 @@ class Loss {
     void* p = static_cast<char*>(matrix.row(row)) + column * size_of(matrix.type);
     if (matrix.type == ScalarType::kFloat64) {
       *static_cast<double*>(p) = value;
+    } else if (matrix.type == ScalarType::kFloat32) {
+      *static_cast<float*>(p) = static_cast<float>(value);
     } else {
       const float narrow = static_cast<float>(value);
       rows_.store_float[static_cast<int>(matrix.type)](&narrow, 1, p);
@@ -427,14 +438,15 @@ void scale_rows(Matrix rows, int64_t count, int64_t columns, double factor, cons
                 int64_t upstream_stride, ParallelFor parallel_for) {
   if (upstream_stride == 0 && factor * upstream[0] == 1.0) return;
   ScaleTask task{rows, columns, factor, upstream, upstream_stride, row_kernels().scale[static_cast<int>(rows.type)]};
-  parallel_for(0, count, grain_rows(columns),
-               [](int64_t begin, int64_t end, void* context) {
-                 const auto& t = *static_cast<ScaleTask*>(context);
-                 for (int64_t i = begin; i < end; ++i) {
-                   t.scale(t.rows.row(i), t.columns, t.factor * t.upstream[i * t.upstream_stride]);
-                 }
-               },
-               &task);
+  parallel_for(
+      0, count, grain_rows(columns),
+      [](int64_t begin, int64_t end, void* context) {
+        const auto& t = *static_cast<ScaleTask*>(context);
+        for (int64_t i = begin; i < end; ++i) {
+          t.scale(t.rows.row(i), t.columns, t.factor * t.upstream[i * t.upstream_stride]);
+        }
+      },
+      &task);
 }
 
 }  // namespace cotuning::cpu

@@ -20,7 +20,7 @@ struct LossProblem {
   const double* mix = nullptr;
   int64_t mix_stride = 0;
 
-  ConstMatrix relationship;  // (N_t, N_s); with probabilities (B, N_s), row i for row i
+  ConstMatrix relationship;    // (N_t, N_s); with probabilities (B, N_s), row i for row i
   std::vector<double> weight;  // (N_t) or empty
 
   double trade_off = 1;

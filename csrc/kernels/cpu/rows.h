@@ -33,15 +33,16 @@ struct RowKernels {
   // meanwhile.
   SweepResult (*sweep[kScalarTypes])(const void* z, const void* q, int64_t n, void* exponentials, const void* next,
                                      const void* written);
-  // gradient = softmax_factor * exponentials - target_factor * q; `q` may be null. `stream`: write around the cache (with
-  // a q only); the thread calls finish_streaming before anybody else reads.
+  // gradient = softmax_factor * exponentials - target_factor * q; `q` may be null. `stream`: write around the cache
+  // (with a q only); the thread calls finish_streaming before anybody else reads.
   void (*gradient[kScalarTypes])(const void* exponentials, const void* q, int64_t n, double softmax_factor,
                                  double target_factor, bool stream, void* gradient);
   void (*finish_streaming)();
   // row = factor * row
   void (*scale[kScalarTypes])(void* row, int64_t n, double factor);
   // out = factor_a * a + factor_b * b for rows a, b (b may be null) of the table's type and `out` in float or double.
-  void (*mix_to_float[kScalarTypes])(const void* a, double factor_a, const void* b, double factor_b, int64_t n, float* out);
+  void (*mix_to_float[kScalarTypes])(const void* a, double factor_a, const void* b, double factor_b, int64_t n,
+                                     float* out);
   void (*mix_to_double[kScalarTypes])(const void* a, double factor_a, const void* b, double factor_b, int64_t n,
                                       double* out);
   // row = values rounded to the table's type

@@ -25,8 +25,8 @@ struct VectorOf<double> {
 template <class T>
 using Vector = typename VectorOf<T>::type;
 
-// The shift is the maximum of the first elements only, which saves a sweep over the row. The sums are as good as with the
-// true maximum while they are far from overflowing.
+// The shift is the maximum of the first elements only, which saves a sweep over the row. The sums are as good as with
+// the true maximum while they are far from overflowing.
 constexpr int kProvisionalElements = 64;
 constexpr double kLargestSum = 1e26;
 
@@ -101,7 +101,8 @@ static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, 
     sweep_vector<kMasked, kTarget>(x, kTarget ? load_partial(q + i, tail) : none, last, odd);
     store_partial(exponentials + i, load(last), tail);
   }
-  return {shift_value, reduce_add(even.sum + odd.sum), reduce_add(even.dot + odd.dot), reduce_add(even.mass + odd.mass)};
+  return {shift_value, reduce_add(even.sum + odd.sum), reduce_add(even.dot + odd.dot),
+          reduce_add(even.mass + odd.mass)};
 }
 
 static inline bool finite(double x) { return x - x == 0; }
@@ -138,8 +139,8 @@ static inline V gradient_vector(V e, const C* q, V softmax_factor, V minus_targe
 }
 
 template <bool kTarget, bool kStream, class T>
-static inline void gradient_row(const ComputeType<T>* e, const ComputeType<T>* q, int64_t n, ComputeType<T> softmax_factor,
-                                ComputeType<T> target_factor, T* gradient) {
+static inline void gradient_row(const ComputeType<T>* e, const ComputeType<T>* q, int64_t n,
+                                ComputeType<T> softmax_factor, ComputeType<T> target_factor, T* gradient) {
   using V = Vector<T>;
   const V a = broadcast(softmax_factor), b = broadcast(-target_factor);
   const auto part = [&](int64_t i, int count) {
@@ -166,8 +167,8 @@ static inline void gradient_row(const ComputeType<T>* e, const ComputeType<T>* q
 }
 
 template <class T>
-void gradient(const void* exponentials, const void* q, int64_t n, double softmax_factor, double target_factor, bool stream,
-              void* out) {
+void gradient(const void* exponentials, const void* q, int64_t n, double softmax_factor, double target_factor,
+              bool stream, void* out) {
   using C = ComputeType<T>;
   const auto* e = static_cast<const C*>(exponentials);
   const auto* distribution = static_cast<const C*>(q);
@@ -203,7 +204,8 @@ void mix(const void* a, double factor_a, const void* b, double factor_b, int64_t
   if (b == nullptr) {
     for (int64_t i = 0; i < n; ++i) out[i] = fa * static_cast<C>(widen(row_a[i]));
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = fa * static_cast<C>(widen(row_a[i])) + fb * static_cast<C>(widen(row_b[i]));
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = fa * static_cast<C>(widen(row_a[i])) + fb * static_cast<C>(widen(row_b[i]));
   }
 }
 

@@ -1,4 +1,5 @@
-// The vector vocabulary of the instruction set that this translation unit is compiled for, and the functions written in it.
+// The vector vocabulary of the instruction set that this translation unit is compiled for, and the functions written in
+// it.
 #pragma once
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -22,9 +23,7 @@ static inline Float scale_by_power_of_two(Float x, Float shifted) {
   typedef uint32_t Bits __attribute__((vector_size(16)));
   return {reinterpret_cast<Float::Vector>(reinterpret_cast<Bits>(x.v) + (reinterpret_cast<Bits>(shifted.v) << 23))};
 }
-static inline Float zero_below(Float test, Float bound, Float x) {
-  return {test.v < bound.v ? Float::Vector{} : x.v};
-}
+static inline Float zero_below(Float test, Float bound, Float x) { return {test.v < bound.v ? Float::Vector{} : x.v}; }
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }
 static inline void finish_streaming() {}
 }  // namespace cotuning::cpu::COTUNING_ISA
@@ -63,7 +62,8 @@ static inline Float exp(Float x) {
 }
 
 // exp(x) to 1 ulp for x in [-87.3, 88]. Above, the result is at least 1e38, below -87.3 less than 1e-37 or, from -1e15
-// on, anything that is not a finite positive number: whoever sums these sees from the sum that something was out of range.
+// on, anything that is not a finite positive number: whoever sums these sees from the sum that something was out of
+// range.
 static inline Float exp_in_range(Float x) {
 #if defined(__AVX512F__)
   Float n, shifted;

@@ -49,8 +49,8 @@ static inline __m128i to_bf16(Float x) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256 nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
-  const __m256i result = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0),
-                                            _mm256_castps_si256(nan));
+  const __m256i result =
+      _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
   return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
 }
 static inline Float from_fp16(__m128i x) { return {_mm256_cvtph_ps(x)}; }
@@ -92,7 +92,9 @@ static inline Float zero_below(Float test, Float bound, Float x) {
   return {_mm256_and_ps(_mm256_cmp_ps(test.v, bound.v, _CMP_NLT_UQ), x.v)};
 }
 static inline void store_streaming(float* p, Float x) { _mm256_stream_ps(p, x.v); }
-static inline void store_streaming(BFloat16* p, Float x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(x)); }
+static inline void store_streaming(BFloat16* p, Float x) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(x));
+}
 static inline void store_streaming(Float16* p, Float x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_fp16(x)); }
 static inline void finish_streaming() { _mm_sfence(); }
 static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -69,8 +69,12 @@ static inline Float zero_below(Float test, Float bound, Float x) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(test.v, bound.v, _CMP_NLT_UQ), x.v)};
 }
 static inline void store_streaming(float* p, Float x) { _mm512_stream_ps(p, x.v); }
-static inline void store_streaming(BFloat16* p, Float x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(x)); }
-static inline void store_streaming(Float16* p, Float x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_fp16(x)); }
+static inline void store_streaming(BFloat16* p, Float x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(x));
+}
+static inline void store_streaming(Float16* p, Float x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_fp16(x));
+}
 static inline void finish_streaming() { _mm_sfence(); }
 static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 

@@ -1,11 +1,11 @@
 // The vector vocabulary in the compiler's generic vectors (GCC and Clang): 16 bytes, which is SSE2 on every x86-64 and
-// NEON on ARM. Serves processors without AVX2, and double everywhere (which exists for gradcheck and for exact work, not
-// for speed).
+// NEON on ARM. Serves processors without AVX2, and double everywhere (which exists for gradcheck and for exact work,
+// not for speed).
 //
 // The vocabulary, the same in all simd_*.h: Float (a vector of kLanes floats) and Double; load, load_partial (the
-// first n lanes; the others are 0), store, store_partial, store_streaming, broadcast, + - *, fma(a, b, c) = a * b + c, max, min (the
-// second argument where one is NaN), reduce_add, reduce_max, exp, keep_first(x, n, other) = x in the first n lanes, and
-// keep_where_nonzero(test, x) = x where test is not 0, else 0.
+// first n lanes; the others are 0), store, store_partial, store_streaming, broadcast, + - *, fma(a, b, c) = a * b + c,
+// max, min (the second argument where one is NaN), reduce_add, reduce_max, exp, keep_first(x, n, other) = x in the
+// first n lanes, and keep_where_nonzero(test, x) = x where test is not 0, else 0.
 //
 // Everything is in the namespace of its instruction set: two translation units compiled with different flags must not
 // share one symbol, or the linker may give the AVX-512 copy to a processor without AVX-512. For the same reason no

@@ -60,7 +60,8 @@ struct ClassSums {
 };
 
 // Consecutive classes with about the same number of rows each.
-std::vector<int64_t> split_classes(Labels labels, int64_t rows, int64_t num_classes, int64_t ignore_index, int64_t parts) {
+std::vector<int64_t> split_classes(Labels labels, int64_t rows, int64_t num_classes, int64_t ignore_index,
+                                   int64_t parts) {
   std::vector<int64_t> rows_of(num_classes, 0), first_class{0};
   for (int64_t i = 0; i < rows; ++i) {
     if (labels[i] != ignore_index) ++rows_of[labels[i]];
@@ -111,11 +112,16 @@ BadLabel add_class_sums(ConstMatrix logits, Labels labels, int64_t num_classes, 
   // More parts than threads even out classes of different sizes; every part reads all the labels.
   const int64_t work = logits.rows * logits.columns / kGrainElements;
   const int64_t parts = work < 1 ? 1 : work < 16 ? work : 16;
-  ClassSums task{logits, labels, ignore_index, b, sums, counts,
+  ClassSums task{logits,
+                 labels,
+                 ignore_index,
+                 b,
+                 sums,
+                 counts,
                  split_classes(labels, logits.rows, num_classes, ignore_index, parts)};
-  parallel_for(0, static_cast<int64_t>(task.first_class.size()) - 1, 1,
-               [](int64_t begin, int64_t end, void* context) { static_cast<ClassSums*>(context)->run(begin, end); },
-               &task);
+  parallel_for(
+      0, static_cast<int64_t>(task.first_class.size()) - 1, 1,
+      [](int64_t begin, int64_t end, void* context) { static_cast<ClassSums*>(context)->run(begin, end); }, &task);
   return {};
 }
 
@@ -124,9 +130,9 @@ BadLabel temperature_terms(ConstMatrix logits, Labels labels, int64_t ignore_ind
   if (BadLabel bad = find_bad_label(labels, logits.rows, logits.columns, ignore_index)) return bad;
   const std::vector<double> zeros(logits.rows, 0.0);
   Temperature task{logits, labels, ignore_index, b, zeros, zeros, zeros, std::vector<char>(logits.rows, 0)};
-  parallel_for(0, logits.rows, grain_rows(logits.columns),
-               [](int64_t begin, int64_t end, void* context) { static_cast<Temperature*>(context)->run(begin, end); },
-               &task);
+  parallel_for(
+      0, logits.rows, grain_rows(logits.columns),
+      [](int64_t begin, int64_t end, void* context) { static_cast<Temperature*>(context)->run(begin, end); }, &task);
   // In the order of rows, whatever the threads.
   for (int k = 0; k < 4; ++k) terms[k] = 0;
   for (int64_t i = 0; i < logits.rows; ++i) {
