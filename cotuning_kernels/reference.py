@@ -38,8 +38,8 @@ def co_tuning_loss(
     dtype = _compute_dtype(source_logits, target_logits)
     target_term = _target_term(target_logits.to(dtype), target, weight, label_smoothing, ignore_index, reduction)
     source_term = _source_term(source_logits.to(dtype), target, relationship, ignore_index, reduction, source_loss)
-    if isinstance(trade_off, Tensor):
-        trade_off = trade_off.to(source_term.dtype, copy=True)  # it may change before the backward pass
+    # A copy: it may change before the backward pass.
+    trade_off = trade_off.to(source_term.dtype, copy=True) if isinstance(trade_off, Tensor) else float(trade_off)
     return target_term + trade_off * source_term, target_term, source_term
 
 

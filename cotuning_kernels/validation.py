@@ -80,6 +80,7 @@ def _check_logits(name: str, logits: Tensor) -> None:
 
 
 def check_target(target: Target, batch: int, num_target_classes: int, device: torch.device, ignore_index: int) -> None:
+    _check_ignore_index(ignore_index)
     if isinstance(target, tuple):
         if len(target) != 3:
             raise ValueError(
@@ -193,6 +194,13 @@ def check_inplace(name: str, logits: Tensor) -> None:
             f"{name} has strides {logits.stride()} for shape {tuple(logits.shape)}; inplace=True needs rows that are "
             "dense and do not overlap"
         )
+
+
+def _check_ignore_index(ignore_index: int) -> None:
+    if not isinstance(ignore_index, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"ignore_index is {ignore_index!r:.80}, expected an integer")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index is {ignore_index}, expected an integer of 64 bits")
 
 
 def _check_labels(name: str, labels: Tensor, batch: int, device: torch.device) -> None:
