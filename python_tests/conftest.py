@@ -66,7 +66,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.line(
         f"{'backend':14}{'logits':16}{'checks':>8}{'loss':>12}{'torch':>12}{'gradient':>12}{'torch':>12}"
     )
+    names = [backend.name for backend in BACKENDS]  # and not the textbook kernels that faults are planted in
     for (name, dtype), record in sorted(RECORDS.items(), key=lambda item: (item[0][0], str(item[0][1]))):
+        if name not in names:
+            continue
         errors = (record.loss, record.torch_loss, record.gradient, record.torch_gradient)
         numbers = "".join(f"{error:12.1e}" for error in errors)
         terminalreporter.line(f"{name:14}{str(dtype).removeprefix('torch.'):16}{record.checks:8}{numbers}")

@@ -192,7 +192,7 @@ long double product(ScalarType compute, long double a, long double b) {
 }
 
 // Below this the kernels' exp for float may be anything that a sum of 1 loses; above, it is off by 1.01 ulp at most
-// (all floats tried).
+// (every seventh float tried).
 constexpr float kExpUnderflow = -87.3f;
 
 bool good_exp(ScalarType compute, long double value, long double x) {

@@ -54,14 +54,14 @@ static inline Float exp_of_remainder(Float x, Float* n, Float* shifted) {
   return fma(p, r * r, r) + broadcast(1.0f);
 }
 
-// exp(x) to 1 ulp for x <= 88; 0 below -87.3 (so exp(-inf) = 0); NaN for NaN. Above 88 the result is worthless.
+// exp(x) to about 1 ulp for x <= 88; 0 below -87.3 (so exp(-inf) = 0); NaN for NaN. Above 88 the result is worthless.
 static inline Float exp(Float x) {
   Float n, shifted;
   const Float exp_r = exp_of_remainder(x, &n, &shifted);
   return zero_below(x, broadcast(-87.3f), scale_by_power_of_two(exp_r, shifted));
 }
 
-// exp(x) to 1 ulp for x in [-87.3, 88]. Above, the result is at least 1e38, below -87.3 less than 1e-37 or, from -1e15
+// exp(x) to about 1 ulp for x in [-87.3, 88]. Above, the result is at least 1e38, below -87.3 less than 1e-37 or, from -1e15
 // on, anything that is not a finite positive number: whoever sums these sees from the sum that something was out of
 // range.
 static inline Float exp_in_range(Float x) {
