@@ -7,6 +7,7 @@ every call, and ``python -m cotuning_kernels`` says what is missing.
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,11 @@ def read_sources(machine: str) -> list[Source]:
     return sources
 
 
+def shell_words(words: list[str]) -> str:
+    """A command line for a ninja file: ninja gives it to a shell, and ``$`` is its own."""
+    return shlex.join(words).replace("$", "$$")
+
+
 class BuildWithNinja(build_ext):
     """One object a source, each with its own flags, in parallel, rebuilt only when it changed."""
 
@@ -70,10 +76,11 @@ class BuildWithNinja(build_ext):
         from ninja.ninja_syntax import Writer, escape_path
         from setuptools._distutils.sysconfig import get_python_inc
 
-        compiler = find_compiler()
+        command = find_compiler() or []
+        compiler = shell_words(command)
         includes = [torch / "include", pybind11_include, get_python_inc()]
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-        definitions = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"'-DCOTUNING_COMPILER=\"{version}\"'"]
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+        definitions = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f'-DCOTUNING_COMPILER="{version}"']
         with path.open("w") as file:
             writer = Writer(file, width=1_000_000)
             writer.rule(
@@ -82,16 +89,17 @@ class BuildWithNinja(build_ext):
                 depfile="$out.d",
                 deps="gcc",
             )
-            # The symbols of torch are found in the libraries that `import torch` has loaded.
-            writer.rule("link", f"{compiler} -shared $in -o $out -L{torch / 'lib'} -ltorch_cpu")
+            library_path = shell_words([f"-L{torch / 'lib'}"])
+            # Linked by name and without a path to it: `import torch` has loaded the library by then.
+            writer.rule("link", f"{compiler} -shared $in -o $out {library_path} -ltorch_cpu")
             objects = []
             for source in read_sources(platform.machine()):
                 flags = list(source.flags)
                 if source.group == "extension":
-                    flags += definitions + [f"-isystem {include}" for include in includes]
+                    flags += definitions + [word for include in includes for word in ("-isystem", str(include))]
                 name = "_".join(source.path.relative_to(CSRC).with_suffix(".o").parts)
                 objects += writer.build(
-                    escape_path(name), "compile", escape_path(str(source.path)), variables={"flags": " ".join(flags)}
+                    escape_path(name), "compile", escape_path(str(source.path)), variables={"flags": shell_words(flags)}
                 )
             writer.build(escape_path(str(output)), "link", objects)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
+import shutil
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,14 @@ def pure_python() -> bool:
     return os.environ.get("COTUNING_KERNELS_PURE_PYTHON") == "1" or find_compiler() is None
 
 
-def find_compiler() -> str | None:
-    """``$CXX``, else the first C++ compiler on the path."""
-    import shutil
-
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    return next((path for path in map(shutil.which, candidates) if path), None)
+def find_compiler() -> list[str] | None:
+    """The command of ``$CXX`` (``ccache g++``, say), else of the first C++ compiler on the path."""
+    if command := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(command[0]) is None:
+            raise SystemExit(f"cotuning_kernels: CXX is {os.environ['CXX']!r}, but there is no {command[0]}; unset it")
+        return command
+    found = next((path for path in map(shutil.which, ("g++", "clang++", "c++")) if path), None)
+    return None if found is None else [found]
 
 
 def find_torch() -> Path | None:

@@ -53,10 +53,12 @@ def co_tuning_loss(
     if relationship.requires_grad or (weight is not None and weight.requires_grad):
         raise ValueError("relationship and weight must not require grad")
     if not isinstance(trade_off, Tensor):
+        validation.check_trade_off(trade_off, source_logits.device)
         trade_off = torch.full((), trade_off * 1.0, dtype=torch.float64, device=source_logits.device)
     elif trade_off.requires_grad:
         raise ValueError("trade_off must not require grad")
     elif trade_off.dtype is not torch.float64:
+        validation.check_trade_off(trade_off, source_logits.device)
         trade_off = trade_off.to(torch.float64)
     arguments = (*operand, weight, trade_off, label_smoothing, ignore_index, schema.REDUCTIONS[reduction],
                  schema.KL_DIVERGENCE[source_loss])  # fmt: skip
@@ -67,6 +69,7 @@ def co_tuning_loss(
         validation.check_inplace("source_logits", source_logits)
         if target_logits is not None:
             validation.check_inplace("target_logits", target_logits)
+        validation.check_inplace_memory(source_logits, target_logits, operand[0], relationship)
         result = _InplaceCoTuningLoss.apply(source_logits, target_logits, arguments, return_terms)
         return result if return_terms else (result, None)
     source_logits = dense_columns(source_logits)

@@ -192,7 +192,8 @@ def _reference(
     trade_off: float | Tensor,
     inplace: bool,
 ) -> CoTuningTerms:
-    if inplace:
+    wants_gradient = source_logits.requires_grad or (target_logits is not None and target_logits.requires_grad)
+    if inplace and wants_gradient and torch.is_grad_enabled():
         raise ValueError("inplace=True needs a kernel, but the reference serves this call; leave inplace out")
     if target_logits is None:
         loss = reference.source_label_loss(

@@ -438,9 +438,12 @@ class RelationshipEstimator:
             return
         # Tensors of different sizes would hang or abort in the sum itself.
         settings: list[Any] = [None] * distributed.get_world_size(group)
-        distributed.all_gather_object(settings, self._settings(), group=group)
+        mine = (*self._settings(), str(self._sums.dtype))
+        distributed.all_gather_object(settings, mine, group=group)
         if len(set(settings)) > 1:
-            raise ValueError(f"the processes have different (N_t, N_s, temperature): {settings}; make them alike")
+            raise ValueError(
+                f"the processes have different (N_t, N_s, temperature, dtype): {settings}; make them alike"
+            )
         distributed.all_reduce(self._sums, group=group)
         distributed.all_reduce(self._counts, group=group)
         self._all_reduced = True

@@ -15,7 +15,8 @@ class MixedTarget(NamedTuple):
 
     Args:
         labels_a, labels_b: class indices, int64 or int32, shape ``(B,)``.
-        share: the share of ``labels_a``, in [0, 1]: a float, or a tensor of shape ``()`` or ``(B,)``.
+        share: the share of ``labels_a``, in [0, 1]: a float, or a tensor of shape ``()`` or ``(B,)``. The values of a
+            tensor are not checked, which would wait for its device.
     """
 
     labels_a: Tensor

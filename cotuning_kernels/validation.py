@@ -1,7 +1,7 @@
 """What every argument must be, said in words when it is not.
 
-All that these functions read is shapes, dtypes and devices: no data, no device synchronisation. Labels are checked by
-the kernels.
+Of tensors these functions read shapes, dtypes and devices: no data, no device synchronisation. Labels are checked where
+they are used.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from cotuning_kernels.targets import Target
 
 __all__ = [
     "check_inplace",
+    "check_inplace_memory",
     "check_is_tensor",
     "check_loss",
     "check_options",
@@ -158,6 +159,8 @@ def check_weight(weight: Tensor | None, num_target_classes: int, device: torch.d
 
 
 def check_options(label_smoothing: float, reduction: str, source_loss: str) -> None:
+    if not isinstance(label_smoothing, numbers.Real):
+        raise TypeError(f"label_smoothing is {label_smoothing!r:.80}, expected a number in [0, 1]")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1]")
     if reduction not in ("mean", "sum", "none"):
@@ -201,6 +204,31 @@ def _check_ignore_index(ignore_index: int) -> None:
         raise TypeError(f"ignore_index is {ignore_index!r:.80}, expected an integer")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index is {ignore_index}, expected an integer of 64 bits")
+
+
+def check_inplace_memory(source_logits: Tensor, target_logits: Tensor | None, *others: Tensor) -> None:
+    """Gradients are written over the logits: nothing else that is read may lie there."""
+    logits = [source_logits] if target_logits is None else [source_logits, target_logits]
+    if any(_share_storage(x, other) for x in logits for other in others):
+        raise ValueError("inplace=True, but the target or the relationship shares memory with the logits; clone it")
+    if len(logits) == 2 and _share_storage(*logits) and not _are_disjoint_columns(*logits):
+        raise ValueError(
+            "inplace=True, but source_logits and target_logits overlap in memory; only disjoint columns of one tensor "
+            "may share it. Leave inplace out"
+        )
+
+
+def _share_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0 and b.numel() > 0
+
+
+def _are_disjoint_columns(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices in one storage are columns of one matrix, side by side, as a model with two heads gives."""
+    stride = a.stride(0)
+    if a.dtype != b.dtype or stride != b.stride(0):
+        return False
+    (start, width), (next_start, next_width) = sorted((x.storage_offset() % stride, x.shape[1]) for x in (a, b))
+    return start + width <= next_start and next_start + next_width <= stride
 
 
 def _check_labels(name: str, labels: Tensor, batch: int, device: torch.device) -> None:

@@ -499,3 +499,51 @@ def test_whatever_an_operation_is_called_with(backend: Backend, data: st.DataObj
     except (RuntimeError, IndexError, NotImplementedError) as error:
         if not str(error):
             pytest.fail(f"{type(error).__name__} without a word")
+
+
+@pytest.mark.parametrize(
+    ("source_columns", "target_columns", "apart"),
+    [((0, 6), (6, 12), True), ((7, 13), (1, 7), True), ((0, 6), (5, 11), False), ((0, 6), (0, 6), False)],
+)
+def test_in_place_refuses_heads_that_overlap(
+    source_columns: tuple[int, int], target_columns: tuple[int, int], apart: bool
+) -> None:
+    """Two heads are columns of one matrix in a model that computes them at once: that must work, an overlap not."""
+    if backends.select("cpu") == "reference":
+        pytest.skip(str(backends.missing_reason("cpp")))
+    both = torch.randn(5, 14, requires_grad=True)
+    relationship, labels = torch.rand(6, 6), torch.randint(6, (5,))
+
+    def loss(inplace: bool) -> torch.Tensor:
+        computed = both * 1
+        heads = computed[:, slice(*source_columns)], computed[:, slice(*target_columns)]
+        return functional.co_tuning_loss(*heads, labels, relationship, inplace=inplace)
+
+    if not apart:
+        with pytest.raises(ValueError, match="overlap in memory"):
+            loss(inplace=True)
+        return
+    (expected,) = torch.autograd.grad(loss(inplace=False) * 1.7, both)
+    (got,) = torch.autograd.grad(loss(inplace=True) * 1.7, both)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("where", [3, 40])  # in the body of the vector loop, and in its tail
+def test_the_entropy_of_a_negative_relationship_is_nan(where: int, backend: Backend) -> None:
+    relationship = torch.rand(2, 43).softmax(1)
+    relationship[:, where] = -0.1
+    loss = functional.source_label_loss(
+        torch.randn(3, 43), torch.tensor([0, 1, 0]), relationship, source_loss="kl", backend=backend.argument
+    )
+    assert torch.isnan(loss)
+
+
+def test_no_weight_with_smoothing_is_no_silent_zero(backend: Backend) -> None:
+    """Labels that weigh nothing divide by 0: the gradient must not look like that of a finished training."""
+    target_logits = torch.randn(4, 3, requires_grad=True)
+    loss = functional.co_tuning_loss(
+        torch.randn(4, 5), target_logits, torch.tensor([0, 0, 0, 0]), torch.rand(3, 5),
+        weight=torch.tensor([0.0, 1.0, 1.0]), label_smoothing=0.1, backend=backend.argument,
+    )  # fmt: skip
+    assert not torch.isfinite(loss)
+    assert not torch.isfinite(torch.autograd.grad(loss, target_logits)[0]).any()

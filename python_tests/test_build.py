@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +286,19 @@ def test_without_the_extension_the_reference_serves(tmp_path: Path) -> None:
     error = finished.stdout.splitlines()[-1]
     assert error.startswith("RuntimeError: backend 'cpp' cannot be used: the C++ extension")
     assert "install a C++17 compiler" in error
+
+
+def test_a_source_distribution_has_what_the_build_reads(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    skipped = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", ".cache")
+    shutil.copytree(ROOT, tree, ignore=skipped)
+    code = "import sys; sys.path.insert(0, 'build_support'); import backend; print(backend.build_sdist('dist'))"
+    subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        packed = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
+    needed = {
+        str(path.relative_to(ROOT)) for folder in ("csrc", "build_support") for path in (ROOT / folder).rglob("*.*")
+    }
+    missing = {name for name in needed if "__pycache__" not in name} - packed
+    assert not missing, f"not in the source distribution: {sorted(missing)}"

@@ -530,7 +530,7 @@ def test_two_processes_learn_what_one_would(tmp_path: Path, draw: torch.Generato
         assert not torch.equal(counts, half.counts)  # without the sum it would be this
         report = json.loads((tmp_path / f"{rank}.json").read_text())
         assert "already holds the sums of all processes" in report["twice"]
-        assert "(5, 37, 1.0), (6, 37, 1.0)" in report["different"]
+        assert "(5, 37, 1.0, 'torch.float32'), (6, 37, 1.0, 'torch.float32')" in report["different"]
 
 
 def test_without_torch_distributed(draw: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,18 +78,17 @@ class Loss {
   void count() {
     if (p_.reduction != Reduction::kMean) return;
     double source_rows = 0, target_weight = 0;
-    bool any_valid = false;
     if (has_probabilities()) {
       for (int64_t i = 0; i < batch_; ++i) source_rows += p_.mix[i * p_.mix_stride];
       target_weight = static_cast<double>(batch_);
       const int type = static_cast<int>(p_.probabilities.type);
-      for (int64_t i = 0; i < batch_ && source_rows == 0 && !any_valid; ++i) {
-        any_valid = rows_.any_nonzero[type](p_.probabilities.row(i), target_classes_);
+      for (int64_t i = 0; i < batch_ && source_rows == 0 && !any_valid_; ++i) {
+        any_valid_ = rows_.any_nonzero[type](p_.probabilities.row(i), target_classes_);
       }
     } else {
       for (const Parts& parts : parts_) {
         for (int k = 0; k < parts.count; ++k) {
-          any_valid = true;
+          any_valid_ = true;
           target_weight += parts.share[k] * weight_of(parts.index[k]);
           if (supervised(parts.index[k])) source_rows += parts.share[k];
         }
@@ -97,14 +96,14 @@ class Loss {
     }
     target_divisor_ = target_weight;
     // No supervised row is an ordinary batch, and its source term 0; no valid row at all has no mean.
-    source_divisor_ = source_rows == 0 && any_valid ? 1 : source_rows;
+    source_divisor_ = source_rows == 0 && any_valid_ ? 1 : source_rows;
   }
 
   void choose_factors(LossResult* result) {
     // Without a valid row every gradient is 0, and must stay 0 when it is multiplied by the factor.
     const double trade_off = p_.target_logits ? p_.trade_off : 1.0;
-    const double source = source_divisor_ == 0 ? 0.0 : trade_off / source_divisor_;
-    const double target = target_divisor_ == 0 ? 0.0 : 1.0 / target_divisor_;
+    const double source = source_divisor_ == 0 && !any_valid_ ? 0.0 : trade_off / source_divisor_;
+    const double target = target_divisor_ == 0 && !any_valid_ ? 0.0 : 1.0 / target_divisor_;
     result->source_factor = split_scale(p_.source_logits.type, source, &source_scale_);
     result->target_factor = split_scale(p_.target_logits.type, target, &target_scale_);
   }
@@ -394,6 +393,7 @@ class Loss {
   int64_t batch_, source_classes_, target_classes_;
   std::vector<Parts> parts_;
   std::vector<ClassFacts> facts_;
+  bool any_valid_ = false;
   double source_divisor_ = 1, target_divisor_ = 1, source_scale_ = 1, target_scale_ = 1;
   Matrix source_gradient_;
   double* source_rows_ = nullptr;

@@ -1,7 +1,7 @@
 // The row primitives of rows.h, written once in the vector vocabulary. A translation unit defines COTUNING_ISA (a
 // namespace) and includes this file; see rows_avx512.cpp.
 //
-// The mathematics (DESIGN of the loss): for logits z, a distribution q with mass Q = sum(q), and any shift m,
+// The mathematics: for logits z, a distribution q with mass Q = sum(q), and any shift m,
 //
 //   s = sum exp(z - m)     loss = Q log(s) - sum q (z - m)     dloss/dz = (Q / s) exp(z - m) - q
 //
@@ -331,18 +331,19 @@ static inline double sum_q_log_q(const float* q, int64_t n) {
   for (; i + kSums <= n; i += kSums) {
     for (int k = 0; k < kSums; ++k) {
       const float x = q[i + k] < kSmallest ? kSmallest : q[i + k];
-      sums[k] += q[i + k] * log_of_normal(x);
+      sums[k] += q[i + k] < 0 ? NAN : q[i + k] * log_of_normal(x);
     }
   }
   double total = 0;
-  for (; i < n; ++i) total += q[i] > 0 ? static_cast<double>(q[i]) * ::log(static_cast<double>(q[i])) : q[i] * 0.0;
+  for (; i < n; ++i)
+    total += q[i] > 0 ? static_cast<double>(q[i]) * ::log(static_cast<double>(q[i])) : q[i] < 0 ? NAN : q[i] * 0.0;
   for (int k = 0; k < kSums; ++k) total += sums[k];
   return total;
 }
 
 static inline double sum_q_log_q(const double* q, int64_t n) {
   double total = 0;
-  for (int64_t i = 0; i < n; ++i) total += q[i] > 0 ? q[i] * ::log(q[i]) : q[i] * 0.0;
+  for (int64_t i = 0; i < n; ++i) total += q[i] > 0 ? q[i] * ::log(q[i]) : q[i] < 0 ? NAN : q[i] * 0.0;
   return total;
 }
 

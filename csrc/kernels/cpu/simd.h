@@ -61,9 +61,9 @@ static inline Float exp(Float x) {
   return zero_below(x, broadcast(-87.3f), scale_by_power_of_two(exp_r, shifted));
 }
 
-// exp(x) to about 1 ulp for x in [-87.3, 88]. Above, the result is at least 1e38, below -87.3 less than 1e-37 or, from
-// -1e15 on, anything that is not a finite positive number: whoever sums these sees from the sum that something was out
-// of range.
+// exp(x) to about 1 ulp for x in [-87.3, 88]. Above, the result is at least 1e38, below -87.3 less than 1e-37 or, far
+// below (-1e13 and less), anything that is not a finite positive number: whoever sums these sees from the sum that
+// something was out of range.
 static inline Float exp_in_range(Float x) {
 #if defined(__AVX512F__)
   Float n, shifted;
