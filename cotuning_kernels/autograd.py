@@ -69,7 +69,8 @@ def co_tuning_loss(
         validation.check_inplace("source_logits", source_logits)
         if target_logits is not None:
             validation.check_inplace("target_logits", target_logits)
-        validation.check_inplace_memory(source_logits, target_logits, operand[0], relationship)
+        if not torch.compiler.is_compiling():  # a trace has no memory yet
+            validation.check_inplace_memory(source_logits, target_logits, operand[0], relationship)
         result = _InplaceCoTuningLoss.apply(source_logits, target_logits, arguments, return_terms)
         return result if return_terms else (result, None)
     source_logits = dense_columns(source_logits)

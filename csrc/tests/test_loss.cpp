@@ -66,11 +66,15 @@ void check_gradient(const Grid& gradient, const ExpectedLoss::Head& head, Reduct
   CHECK(gradient.gaps_untouched(), "%s: written between rows", what);
   CHECK(half || factor == 1, "%s: factor %g", what, factor);
   const long double divisor = reduction == Reduction::kMean ? head.divisor : 1;
-  // A mean over no row at all: there is nothing to learn from it.
+  // Over no row at all there is nothing to learn; rows that take part but weigh nothing together are divided by 0.
   const long double scale = divisor == 0 ? 0 : trade_off / divisor;
   for (int64_t i = 0; i < gradient.rows(); ++i) {
     for (int64_t j = 0; j < gradient.columns(); ++j) {
       const long double written = gradient.at(i, j);
+      if (divisor == 0 && trade_off != 0 && head.gradient_tolerance[i][j] != 0) {
+        CHECK(!std::isfinite(written), "%s: %Lg where the mean is divided by 0", what, written);
+        continue;
+      }
       const long double expected = scale * head.gradient[i][j];
       const long double tolerance =
           scale * head.gradient_tolerance[i][j] +
