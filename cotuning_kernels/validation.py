@@ -12,6 +12,7 @@ import numbers
 import torch
 from torch import Tensor
 
+from cotuning_kernels.backends.schema import KL_DIVERGENCE, REDUCTIONS
 from cotuning_kernels.targets import Target
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
 
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LABEL_DTYPES = (torch.int64, torch.int32)
-_SOURCE_LOSSES = ("cross_entropy", "kl")
 
 
 def check_loss(
@@ -163,9 +163,9 @@ def check_options(label_smoothing: float, reduction: str, source_loss: str) -> N
         raise TypeError(f"label_smoothing is {label_smoothing!r:.80}, expected a number in [0, 1]")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1]")
-    if reduction not in ("mean", "sum", "none"):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
-    if source_loss not in _SOURCE_LOSSES:
+    if source_loss not in KL_DIVERGENCE:
         raise ValueError(f"source_loss is {source_loss!r}, expected 'cross_entropy' or 'kl'")
 
 
