@@ -1,0 +1,42 @@
+"""Kernels that were written for another device serve CPU tensors, within a ``with`` block.
+
+It is how the GPU backends run the conformance table on a machine that has no GPU: the emulated CUDA kernels and the
+interpreted Triton kernels stand in for the CPU implementations of the operations, and everything above the operations
+(the public functions, autograd, checks) is what users run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from cotuning_kernels import backends
+from cotuning_kernels.backends import schema
+
+__all__ = ["cpu_served_by"]
+
+
+@contextmanager
+def cpu_served_by(backend: str, implementations: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """``backend=backend`` and ``"auto"`` use ``implementations`` (operation: function) for tensors on the CPU.
+
+    An operation that is not among them keeps its CPU implementation.
+    """
+    library = torch.library.Library(schema.NAMESPACE, "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+            for operation, function in implementations.items():
+                library.impl(operation, function, "CPU", allow_override=True)
+        with (
+            mock.patch.dict(backends._served_by, {"cpu": [backend]}),
+            mock.patch.object(backends, "_NAMES", tuple(dict.fromkeys((*backends._NAMES, backend)))),
+        ):
+            yield
+    finally:
+        library._destroy()
