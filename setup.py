@@ -1,4 +1,8 @@
-"""Builds ``cotuning_kernels._C`` with ninja from the sources in ``csrc/sources.txt``.
+"""Builds the extensions with ninja from the sources in ``csrc/sources.txt``.
+
+``cotuning_kernels._C`` holds the kernels and the operations; it goes through torch's stable ABI and loads in newer
+torch. ``cotuning_kernels._eager`` spares a small batch the way through Python's autograd; it needs torch's C++
+interface and serves only beside the torch it was built with; where it does not compile, the rest installs without it.
 
 No C++ compiler, or ``COTUNING_KERNELS_PURE_PYTHON=1``: the package installs without the extension, the reference serves
 every call, and ``python -m cotuning_kernels`` says what is missing.
@@ -27,6 +31,13 @@ TORCH_TARGET_VERSION = "0x020d000000000000"
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
+# The groups of sources that each extension links, and the libraries.
+LINKS = {
+    "_C": (("kernels", "extension"), ("torch_cpu",)),
+    "_eager": (("eager",), ("torch_cpu", "torch_python", "c10")),
+}
+
+
 class Source(NamedTuple):
     path: Path
     group: str
@@ -53,34 +64,54 @@ def shell_words(words: list[str]) -> str:
 class BuildWithNinja(build_ext):
     """One object a source, each with its own flags, in parallel, rebuilt only when it changed."""
 
-    def build_extension(self, ext: Extension) -> None:
-        import ninja
-        import pybind11
-
+    def build_extensions(self) -> None:
         torch = find_torch()
         if torch is None:
             raise SystemExit(f"cotuning_kernels: building needs {TORCH_REQUIREMENT}; run `pip install torch` first")
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        self._write_ninja_file(build / "build.ninja", output, torch, pybind11.get_include())
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)]
-        if subprocess.run(command).returncode:
+        outputs = {
+            ext.name.rpartition(".")[2]: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions
+        }
+        for output in outputs.values():
+            output.parent.mkdir(parents=True, exist_ok=True)
+        self._write_ninja_file(build / "build.ninja", outputs, torch)
+        if self._ninja(build):
+            return
+        if not self._ninja(build, outputs["_C"]):
             raise SystemExit(
                 "cotuning_kernels: the C++ extension did not compile (the compiler's words are above). To install "
                 "without it: COTUNING_KERNELS_PURE_PYTHON=1 pip install ."
             )
+        print(
+            "cotuning_kernels: _eager did not compile (the compiler's words are above) and is left out: small batches "
+            "on the CPU will take longer, nothing else changes",
+            file=sys.stderr,
+        )
 
-    def _write_ninja_file(self, path: Path, output: Path, torch: Path, pybind11_include: str) -> None:
+    def _ninja(self, build: Path, *targets: Path) -> bool:
+        import ninja
+
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), *map(str, targets)]
+        return subprocess.run(command).returncode == 0
+
+    def _write_ninja_file(self, path: Path, outputs: dict[str, Path], torch: Path) -> None:
+        import pybind11
         from ninja.ninja_syntax import Writer, escape_path
         from setuptools._distutils.sysconfig import get_python_inc
 
         command = find_compiler() or []
         compiler = shell_words(command)
-        includes = [torch / "include", pybind11_include, get_python_inc()]
+        includes = [torch / "include", pybind11.get_include(), get_python_inc()]
+        torch_flags = [word for include in includes for word in ("-isystem", str(include))]
         version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-        definitions = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f'-DCOTUNING_COMPILER="{version}"']
+        group_flags = {
+            "kernels": [],
+            "extension": [
+                f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f'-DCOTUNING_COMPILER="{version}"', *torch_flags
+            ],
+            "eager": torch_flags,
+        }  # fmt: skip
         with path.open("w") as file:
             writer = Writer(file, width=1_000_000)
             writer.rule(
@@ -90,24 +121,29 @@ class BuildWithNinja(build_ext):
                 deps="gcc",
             )
             library_path = shell_words([f"-L{torch / 'lib'}"])
-            # Linked by name and without a path to it: `import torch` has loaded the library by then.
-            writer.rule("link", f"{compiler} -shared $in -o $out {library_path} -ltorch_cpu")
-            objects = []
-            for source in read_sources(platform.machine()):
-                flags = list(source.flags)
-                if source.group == "extension":
-                    flags += definitions + [word for include in includes for word in ("-isystem", str(include))]
+            # Linked by name and without a path to it: `import torch` has loaded the libraries by then.
+            writer.rule("link", f"{compiler} -shared $in -o $out {library_path} $libraries")
+            objects: dict[str, list[str]] = {group: [] for group in group_flags}
+            # The longest compilation first.
+            for source in sorted(read_sources(platform.machine()), key=lambda source: source.group != "eager"):
                 name = "_".join(source.path.relative_to(CSRC).with_suffix(".o").parts)
-                objects += writer.build(
-                    escape_path(name), "compile", escape_path(str(source.path)), variables={"flags": shell_words(flags)}
+                flags = shell_words(source.flags + group_flags[source.group])
+                objects[source.group] += writer.build(
+                    escape_path(name), "compile", escape_path(str(source.path)), variables={"flags": flags}
                 )
-            writer.build(escape_path(str(output)), "link", objects)
+            for extension, output in outputs.items():
+                groups, libraries = LINKS[extension]
+                inputs = [name for group in groups for name in objects[group]]
+                names = shell_words([f"-l{library}" for library in libraries])
+                writer.build(escape_path(str(output)), "link", inputs, variables={"libraries": names})
 
 
 if pure_python():
     print("cotuning_kernels: no C++ compiler is used; installing the pure Python part", file=sys.stderr)
 
 setup(
-    ext_modules=[] if pure_python() else [Extension("cotuning_kernels._C", [])],
+    ext_modules=[]
+    if pure_python()
+    else [Extension(f"cotuning_kernels.{name}", [], optional=name == "_eager") for name in LINKS],
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -76,6 +76,7 @@ def _extension() -> list[tuple[str, str]]:
         ("compiler", extension.compiler),
         ("built with torch", extension.built_with_torch),
         ("instruction sets", isas),
+        ("eager path", f"missing: {reason}" if (reason := backends.missing_reason("eager")) else "in use"),
         ("in use", f"{backends.cpu_isa()} ({'COTUNING_KERNELS_CPU_ISA' if forced else 'the fastest of them'})"),
     ]
 

@@ -159,6 +159,11 @@ def evaluate(
     functions and the module share: they differ in how they take their arguments."""
     arguments = (source_logits, target_logits, target, relationship, weight, label_smoothing, ignore_index, reduction,
                  source_loss, trade_off)  # fmt: skip
+    tracing = torch.compiler.is_compiling()
+    if not (tracing or inplace or backends.eager_loss is None) and backend in ("auto", "cpp"):
+        result = backends.eager_loss(*arguments, return_terms)
+        if result is not NotImplemented:  # what is not ordinary, or wrong, goes on below
+            return CoTuningTerms(result[0], *result[1].unbind()) if return_terms else result
     validation.check_is_tensor("source_logits", source_logits)
     served_by = backends.select(source_logits.device.type, backend)
     if served_by == "reference":
@@ -167,7 +172,6 @@ def evaluate(
         return terms if return_terms else terms.loss
     # A small batch takes about as long as checking its arguments in Python. The kernels refuse what they cannot take,
     # so the words for people are looked for when something has gone wrong. A trace checks once, and at no cost later.
-    tracing = torch.compiler.is_compiling()
     if tracing:
         validation.check_loss(*arguments)
     try:

@@ -343,7 +343,9 @@ def _cpp(isa: str) -> Backend:
 
 # inplace=True is refused by the reference: there is no kernel that could write in place.
 REFERENCE = Backend("reference", "reference", forms=("both heads", "source head"))
-BACKENDS = (REFERENCE, _cpp("avx512"), _cpp("avx2"), _cpp("portable"))
+# Plain labels take the eager path where it is there; the last row is what everybody else gets.
+_OPERATIONS = Backend("cpp-operations", "cpp", backends.without_eager, lambda: backends.missing_reason("cpp"))
+BACKENDS = (REFERENCE, _cpp("avx512"), _cpp("avx2"), _cpp("portable"), _OPERATIONS)
 
 
 # ---------------------------------------------------------------------------------------------------------- the rule

@@ -289,6 +289,7 @@ def test_a_large_batch_with_one_bad_label_names_it(backend: Backend) -> None:
 
 def test_a_backend_that_is_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_extension", None)
+    monkeypatch.setattr(backends, "eager_loss", None)
     monkeypatch.setitem(backends._served_by, "cpu", [])
     monkeypatch.setitem(backends._missing, "cpp", "the C++ extension is not available (planted); run `pip install .`")
     with pytest.raises(RuntimeError, match=_says(["'cpp'", "planted", "pip install"])):

@@ -46,7 +46,7 @@ def unlisted_and_missing(csrc: Path) -> tuple[set[str], set[str]]:
     listed = {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
     found = {
         str(path.relative_to(csrc))
-        for folder in ("kernels", "ops", "bindings")
+        for folder in ("kernels", "ops", "eager", "bindings")
         for path in (csrc / folder).rglob("*.cpp")
     }
     return found - listed, listed - found

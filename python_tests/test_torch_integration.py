@@ -425,12 +425,8 @@ def test_several_python_threads_at_once(backend: Backend, seed: int) -> None:
     assert failures == []
 
 
-def test_the_instruction_set_named_in_the_environment_is_used(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if backend.argument != "cpp":
-        pytest.skip("reference: has no instruction sets")
-    isa = backend.name.removeprefix("cpp-")
+@pytest.mark.parametrize("isa", backends.cpu_isas())
+def test_the_instruction_set_named_in_the_environment_is_used(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "from cotuning_kernels import backends; print(backends.cpu_isa())"
     monkeypatch.setenv("COTUNING_KERNELS_CPU_ISA", isa)
     assert _run_script(script).strip() == isa

@@ -1,20 +1,25 @@
 """Which backend serves a call, and why another one does not.
 
 ``cpp`` is the C++ extension ``cotuning_kernels._C``: importing it registers the CPU implementations of the operations
-in :mod:`cotuning_kernels.backends.schema`. ``reference`` is plain PyTorch and runs on every device.
+in :mod:`cotuning_kernels.backends.schema`. Beside it, ``cotuning_kernels._eager`` serves the ordinary call of the loss
+with the same kernels but without the way through the dispatcher and Python's autograd. ``reference`` is plain PyTorch
+and runs on every device.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
+
+import torch
 
 from cotuning_kernels.backends import schema as schema
 
-__all__ = ["available", "cpu_isa", "cpu_isas", "extension", "missing_reason", "select", "use_cpu_isa"]
+__all__ = ["available", "cpu_isa", "cpu_isas", "extension", "missing_reason", "select", "use_cpu_isa", "without_eager"]
 
 _REBUILD = (
     "install a C++17 compiler (Debian: apt install g++) and run `pip install --force-reinstall --no-deps .` in a "
@@ -36,6 +41,21 @@ else:
         raise RuntimeError(
             f"COTUNING_KERNELS_CPU_ISA is {_request!r}, expected one of {', '.join(_extension.cpu_isas())} (or unset)"
         )
+
+_eager: ModuleType | None = None
+if _extension is not None:
+    # Against another torch than its own it could do anything, a crash included: the version decides, not the loader.
+    _torch_version = torch.__version__.partition("+")[0]
+    if _extension.built_with_torch != _torch_version:
+        _missing["eager"] = f"it was built with torch {_extension.built_with_torch}, and this is {_torch_version}"
+    else:
+        try:
+            _eager = importlib.import_module("cotuning_kernels._eager")
+        except ImportError as error:
+            _missing["eager"] = str(error)
+
+# Serves the ordinary call of the loss, or returns NotImplemented; None where the eager path is missing.
+eager_loss: Callable[..., Any] | None = None if _eager is None else _eager.co_tuning_loss
 
 # The kernels that serve each device, fastest first.
 _served_by: dict[str, list[str]] = {"cpu": ["cpp"] if _extension is not None else []}
@@ -102,3 +122,14 @@ def use_cpu_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _extension.set_cpu_isa(before)
+
+
+@contextmanager
+def without_eager() -> Iterator[None]:
+    """Every call goes through the operations within a ``with`` block, in the whole process. For tests."""
+    global eager_loss
+    before, eager_loss = eager_loss, None
+    try:
+        yield
+    finally:
+        eager_loss = before

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../kernels/cpu/rows.h"
+#include "../ops/kernel_table.h"
 
 #define COTUNING_TEXT_(x) #x
 #define COTUNING_TEXT(x) COTUNING_TEXT_(x)
@@ -42,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("unmet_isa_request", &cotuning::cpu::unmet_isa_request,
         "What COTUNING_KERNELS_CPU_ISA asks for, where there is no such instruction set; else None.");
   m.def("set_cpu_isa", &set_cpu_isa, "Use another one, in the whole process.");
+  m.attr("kernel_table") = pybind11::capsule(&cotuning::ops::kernel_table(), cotuning::ops::kKernelTableName);
   m.attr("compiler") = COTUNING_COMPILER;
   m.attr("built_with_torch") = TORCH_VERSION;
 }

@@ -1,21 +1,46 @@
-// The operations of cotuning_kernels/backends/schema.py for the CPU dispatch key: checks, views, allocation. The
-// mathematics is in csrc/kernels/cpu.
-//
-// The Python layer has already checked its arguments, in words for people. What is checked here again is what would
-// let a direct caller of the operation read or write outside a tensor.
+// The operations of cotuning_kernels/backends/schema.py for the CPU dispatch key, through torch's stable ABI: checks,
+// views, allocation. The mathematics is in csrc/kernels/cpu.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
-#include "../kernels/cpu/loss.h"
-#include "../kernels/cpu/rows.h"
 #include "../kernels/cpu/statistics.h"
-#include "tensor_views.h"
+#include "kernel_table.h"
+#include "loss_problem.h"
 
 namespace cotuning::ops {
 namespace {
 
+using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t k = sizes.size(); k-- > 0;) {
+    strides[k] = stride;
+    stride *= sizes.begin()[k];
+  }
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
+}
+
+// torch's own threads: torch.set_num_threads holds here too.
+void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (end - begin <= grain) {
+    if (begin < end) body(begin, end, context);
+    return;
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+}
 
 // torch turns std::out_of_range into Python's IndexError. `pair`: the labels are those of a mixup pair.
 void throw_if_bad(const cpu::BadLabel& bad, const char* name, bool pair, int64_t classes, int64_t ignore_index) {
@@ -26,110 +51,19 @@ void throw_if_bad(const cpu::BadLabel& bad, const char* name, bool pair, int64_t
                           ") or ignore_index=" + std::to_string(ignore_index));
 }
 
-// A floating tensor of one dimension, or none, as doubles.
-std::vector<double> read_numbers(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() <= 1, name, " must be on the CPU, of one dimension at most");
-  const auto type = static_cast<int>(kernel_type(tensor, name));
-  const int64_t count = tensor.dim() == 0 ? 1 : tensor.size(0);
-  const int64_t stride = tensor.dim() == 0 ? 0 : tensor.stride(0);
-  const auto* data = static_cast<const char*>(tensor.const_data_ptr());
-  const int64_t bytes = stride * static_cast<int64_t>(tensor.element_size());
-  std::vector<double> values(count);
-  for (int64_t i = 0; i < count; ++i) {
-    cpu::row_kernels().mix_to_double[type](data + i * bytes, 1.0, nullptr, 0.0, 1, &values[i]);
-  }
-  return values;
-}
-
-// The part of the problem that says what each row's target is; shared by the loss and by translate_labels.
-void read_target(const Tensor& target, const OptionalTensor& target_b, const OptionalTensor& mix, int64_t batch,
-                 cpu::LossProblem* problem) {
-  const bool probabilities = is_floating(target);
-  STD_TORCH_CHECK(mix.has_value() == (probabilities || target_b.has_value()) && !(probabilities && target_b),
-                  "mix goes with target_b, or with probabilities");
-  if (probabilities) {
-    problem->probabilities = const_matrix(target, "target");
-    STD_TORCH_CHECK(target.size(0) == batch, "target must have ", batch, " rows");
-  } else {
-    problem->labels = labels(target, batch, "target");
-    if (target_b) problem->labels_b = labels(*target_b, batch, "target_b");
-    STD_TORCH_CHECK(!target_b || target_b->scalar_type() == target.scalar_type(), "target_b must have target's dtype");
-  }
-  if (!mix) return;
-  const bool one = mix->dim() == 1 && mix->size(0) == 1;
-  STD_TORCH_CHECK(mix->is_cpu() && mix->scalar_type() == ScalarType::Double && mix->dim() == 1 &&
-                      (mix->size(0) == batch || (one && !probabilities)),
-                  "mix must be float64 on the CPU, of shape (", batch, ",) or (1,)");
-  problem->mix = static_cast<const double*>(mix->const_data_ptr());
-  problem->mix_stride = one ? 0 : mix->stride(0);
-}
-
-cpu::LossProblem read_problem(const Tensor& source_logits, const OptionalTensor& target_logits, const Tensor& target,
-                              const OptionalTensor& target_b, const OptionalTensor& mix, const Tensor& relationship,
-                              const OptionalTensor& weight, const Tensor& trade_off, double label_smoothing,
-                              int64_t ignore_index, int64_t reduction, bool kl_divergence) {
-  cpu::LossProblem problem;
-  problem.source_logits = const_matrix(source_logits, "source_logits");
-  const int64_t batch = problem.source_logits.rows;
-  read_target(target, target_b, mix, batch, &problem);
-  problem.relationship = const_matrix(relationship, "relationship");
-  STD_TORCH_CHECK(problem.relationship.columns == problem.source_logits.columns,
-                  "relationship must have one column a source class");
-  const bool probabilities = static_cast<bool>(problem.probabilities);
-  STD_TORCH_CHECK(!probabilities || problem.relationship.rows == batch,
-                  "with probabilities, relationship must have one row a row of the batch");
-  const int64_t classes = probabilities ? problem.probabilities.columns : problem.relationship.rows;
-  if (target_logits) {
-    problem.target_logits = const_matrix(*target_logits, "target_logits");
-    STD_TORCH_CHECK(problem.target_logits.rows == batch && problem.target_logits.columns == classes,
-                    "target_logits must have shape (", batch, ", ", classes, ")");
-  }
-  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction must be 0, 1 or 2");
-  STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1]");
-  if (weight) problem.weight = read_numbers(*weight, "weight");
-  STD_TORCH_CHECK(!weight || static_cast<int64_t>(problem.weight.size()) == classes, "weight must have shape (",
-                  classes, ",)");
-  STD_TORCH_CHECK(trade_off.is_cpu() && trade_off.dim() == 0 && trade_off.scalar_type() == ScalarType::Double,
-                  "trade_off must be a float64 number on the CPU");
-  problem.trade_off = *static_cast<const double*>(trade_off.const_data_ptr());
-  problem.label_smoothing = label_smoothing;
-  problem.ignore_index = ignore_index;
-  problem.reduction = static_cast<cpu::Reduction>(reduction);
-  problem.kl_divergence = kl_divergence;
-  return problem;
-}
-
-void store(const Tensor& tensor, int64_t index, double value) {
-  if (tensor.scalar_type() == ScalarType::Double) {
-    static_cast<double*>(tensor.mutable_data_ptr())[index] = value;
-  } else {
-    static_cast<float*>(tensor.mutable_data_ptr())[index] = static_cast<float>(value);
-  }
-}
-
 // Runs the problem and turns its result into (loss, terms, factors).
 std::tuple<Tensor, Tensor, Tensor> solve(const cpu::LossProblem& problem) {
   cpu::LossResult result;
   const int64_t classes = problem.probabilities ? problem.probabilities.columns : problem.relationship.rows;
   const cpu::BadLabel bad = cpu::co_tuning_loss(problem, parallel_for, &result);
   throw_if_bad(bad, "target", problem.mix != nullptr, classes, problem.ignore_index);
-  const bool both = static_cast<bool>(problem.target_logits);
-  const bool in_double = problem.source_logits.type == cpu::ScalarType::kFloat64 ||
-                         (both && problem.target_logits.type == cpu::ScalarType::kFloat64);
-  const ScalarType type = in_double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType type = loss_type(problem);
   const bool by_row = problem.reduction == cpu::Reduction::kNone;
   const int64_t rows = problem.source_logits.rows;
   Tensor loss = by_row ? empty({rows}, type) : empty({}, type);
   Tensor terms = by_row ? empty({2, rows}, type) : empty({2}, type);
   Tensor factors = empty({2}, type);
-  const int64_t entries = by_row ? rows : 1;
-  for (int64_t i = 0; i < entries; ++i) {
-    const double source = result.source_term[i];
-    const double target = both ? result.target_term[i] : 0.0;
-    store(loss, i, both ? target + problem.trade_off * source : source);
-    store(terms, i, target);
-    store(terms, entries + i, source);
-  }
+  store_losses(problem, result, loss, &terms);
   store(factors, 0, result.source_factor);
   store(factors, 1, result.target_factor);
   return {loss, terms, factors};
@@ -148,8 +82,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_tuning_loss(
     const OptionalTensor& target_b, const OptionalTensor& mix, const Tensor& relationship, const OptionalTensor& weight,
     const Tensor& trade_off, double label_smoothing, int64_t ignore_index, int64_t reduction, bool kl_divergence,
     bool source_gradient, bool target_gradient) {
-  cpu::LossProblem problem = read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight,
-                                          trade_off, label_smoothing, ignore_index, reduction, kl_divergence);
+  cpu::LossProblem problem =
+      read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight, read_trade_off(trade_off),
+                   label_smoothing, ignore_index, reduction, kl_divergence);
   Tensor source_grad = new_gradient(&source_logits, source_gradient, &problem.source_gradient);
   Tensor target_grad =
       new_gradient(target_logits ? &*target_logits : nullptr, target_gradient, &problem.target_gradient);
@@ -170,8 +105,9 @@ std::tuple<Tensor, Tensor, Tensor> co_tuning_loss_inplace(Tensor source_logits, 
                                                           const OptionalTensor& weight, const Tensor& trade_off,
                                                           double label_smoothing, int64_t ignore_index,
                                                           int64_t reduction, bool kl_divergence) {
-  cpu::LossProblem problem = read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight,
-                                          trade_off, label_smoothing, ignore_index, reduction, kl_divergence);
+  cpu::LossProblem problem =
+      read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight, read_trade_off(trade_off),
+                   label_smoothing, ignore_index, reduction, kl_divergence);
   problem.source_gradient = writable_rows(source_logits, "source_logits");
   if (target_logits) problem.target_gradient = writable_rows(*target_logits, "target_logits");
   return solve(problem);
@@ -244,4 +180,10 @@ STABLE_TORCH_LIBRARY_IMPL(cotuning_kernels, CPU, library) {
 }
 
 }  // namespace
+
+const KernelTable& kernel_table() {
+  static const KernelTable table{sizeof(cpu::LossProblem), &cpu::co_tuning_loss, &cpu::scale_rows, &parallel_for};
+  return table;
+}
+
 }  // namespace cotuning::ops

@@ -1,0 +1,334 @@
+// The eager path: what autograd.py's _CoTuningLoss does, as a C++ autograd node.
+//
+// With 48 rows the kernel takes about as long as everything around it: a Python autograd.Function, its backward in
+// Python, and the dispatcher with the stable ABI's boxing of 14 arguments. None of that is needed for the call that
+// training makes: ordinary CPU tensors, class indices, no tracing, no transform. This file serves that call and
+// *declines* (returns NotImplemented) everything else, without a word: the Python path then serves it or explains what
+// is wrong with it. So nothing here raises, and nothing here is a second copy of the mathematics: the arguments are
+// read by csrc/ops/loss_problem.h, the numbers come from csrc/kernels.
+//
+// It needs torch's C++ interface, which is not stable between versions. That is why it is a module of its own, loaded
+// only beside the torch that it was built with (backends/__init__.py); without it the same calls take longer.
+#include <ATen/EmptyTensor.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include <cmath>
+#include <mutex>
+#include <optional>
+
+#include "../ops/kernel_table.h"
+#include "../ops/loss_problem.h"
+
+namespace cotuning::eager {
+namespace {
+
+namespace autograd = torch::autograd;
+namespace dynamo = torch::dynamo::autograd;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const ops::KernelTable* kernels = nullptr;
+
+// ------------------------------------------------------------------------------------------------- what is served
+
+// Exactly the dispatch keys of a fresh dense tensor: no subclass, wrapper of a transform, fake, lazy conjugate, ...
+bool is_ordinary(const Tensor& tensor) {
+  static const c10::DispatchKeySet ordinary = at::detail::empty_cpu({0}, at::kFloat).key_set();
+  return tensor.key_set() == ordinary && !autograd::isFwGradDefined(tensor);
+}
+
+// No mode (torch_function, torch_dispatch, functorch, tracing, inference) would see this call if it were an operation.
+bool is_ordinary_moment() {
+  const auto keys = c10::impl::tls_local_dispatch_key_set();
+  return c10::default_included_set.isSupersetOf(keys.included_) &&
+         c10::default_excluded_set.isSupersetOf(keys.excluded_) && !at::impl::torch_function_mode_enabled();
+}
+
+const Tensor* ordinary_tensor(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return nullptr;
+  const Tensor& tensor = THPVariable_Unpack(object);
+  return is_ordinary(tensor) ? &tensor : nullptr;
+}
+
+// -------------------------------------------------------------------------------------------------- backward pass
+
+// gradient *= factor * upstream, in memory of its own where the graph is kept for another backward pass.
+Tensor scaled(Tensor gradient, double factor, const std::vector<double>& upstream, int64_t stride, bool keep) {
+  if (!gradient.defined()) return gradient;
+  if (keep) gradient = gradient.clone();
+  if (stride == 0 && factor * upstream[0] == 1.0) return gradient;
+  kernels->scale_rows(ops::matrix(gradient, "gradient"), gradient.size(0), gradient.size(1), factor, upstream.data(),
+                      stride, kernels->parallel_for);
+  return gradient;
+}
+
+// An upstream gradient that is not an ordinary tensor (of vmap, say) goes where operations go.
+void scale_through_dispatcher(const Tensor& source, const Tensor& target, const Tensor& factors,
+                              const Tensor& upstream) {
+  static const auto operation =
+      c10::Dispatcher::singleton().findSchemaOrThrow("cotuning_kernels::scale_gradients_", "");
+  operation.typed<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>().call(source, target, factors,
+                                                                                           upstream);
+}
+
+struct SavedGradients {
+  Tensor source, target;  // undefined: not wanted
+  double source_factor, target_factor;
+};
+
+autograd::variable_list scaled_gradients(SavedGradients saved, const Tensor& upstream, bool keep) {
+  const at::NoGradGuard no_grad;
+  if (is_ordinary(upstream)) {
+    const std::vector<double> by_row = ops::read_numbers(upstream, "upstream");
+    return {scaled(std::move(saved.source), saved.source_factor, by_row, upstream.dim(), keep),
+            scaled(std::move(saved.target), saved.target_factor, by_row, upstream.dim(), keep)};
+  }
+  const auto copy = [](const Tensor& gradient) { return gradient.defined() ? gradient.clone() : at::empty({0, 0}); };
+  const Tensor source = copy(saved.source), target = copy(saved.target);
+  scale_through_dispatcher(source, target, at::tensor({saved.source_factor, saved.target_factor}, at::kDouble),
+                           upstream);
+  return {saved.source.defined() ? source : Tensor(), saved.target.defined() ? target : Tensor()};
+}
+
+constexpr const char* kOnceDifferentiable =
+    "the fused Co-Tuning loss can be differentiated only once (it is once_differentiable); for second derivatives use "
+    "backend=\"reference\"";
+
+struct CoTuningLossBackward : autograd::Node {
+  autograd::SavedVariable source_gradient, target_gradient;
+  double source_factor = 1, target_factor = 1;
+
+  std::string name() const override { return "CoTuningLossBackward"; }
+
+  autograd::variable_list apply(autograd::variable_list&& upstreams) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor& upstream = upstreams[0];
+    if (!upstream.defined()) return {Tensor(), Tensor()};
+    autograd::variable_list gradients =
+        scaled_gradients({source_gradient.unpack(), target_gradient.unpack(), source_factor, target_factor}, upstream,
+                         autograd::get_current_graph_task_keep_graph());
+    for (size_t k = 0; k < gradients.size(); ++k) {
+      if (!task_should_compute_output(k)) gradients[k] = Tensor();
+    }
+    return at::GradMode::is_enabled() ? raising_when_differentiated(std::move(gradients)) : gradients;
+  }
+
+  // create_graph=True. The gradients depend on the logits, whatever upstream is, and to take them for constants would
+  // be a wrong number without a word.
+  static autograd::variable_list raising_when_differentiated(autograd::variable_list gradients) {
+    for (Tensor& gradient : gradients) {
+      if (!gradient.defined()) continue;
+      gradient = gradient.detach().requires_grad_();
+      gradient = autograd::DelayedError(kOnceDifferentiable, 1).apply(autograd::variable_list{gradient})[0];
+    }
+    return gradients;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    source_gradient.reset_data();
+    target_gradient.reset_data();
+  }
+
+  // Compiled autograd: what the graph depends on, and the call that it makes at run time. The saved gradients belong to
+  // the graph's inputs there, and stay as they are.
+  void compiled_args(dynamo::CompiledNodeArgs& args) const override {
+    args.collect(source_gradient, false);
+    args.collect(target_gradient, false);
+    args.collect(source_factor);
+    args.collect(target_factor);
+  }
+
+  autograd::variable_list apply_with_saved(const autograd::variable_list& upstreams,
+                                           dynamo::SwapSavedVariables& saved) override {
+    saved.before(source_gradient);
+    saved.before(target_gradient);
+    dynamo::PackedArgs packed;
+    packed.pack(source_gradient.unpack());
+    packed.pack(target_gradient.unpack());
+    packed.pack(source_factor);
+    packed.pack(target_factor);
+    const std::vector<at::TypePtr> schema{at::TensorType::get(), at::TensorType::get(), at::FloatType::get(),
+                                          at::FloatType::get()};
+    const auto& compiler = dynamo::getPyCompilerInterface();
+    const std::string function =
+        compiler->bind_function(saved.get_py_compiler(), name(), &apply_packed, schema, true, false);
+    auto gradients =
+        compiler->call_function(saved.get_py_compiler(), "apply_functional", function, upstreams, packed.vec(),
+                                dynamo::IValuePacker<std::vector<std::optional<autograd::InputMetadata>>>::pack(
+                                    dynamo::get_input_metadata(next_edges())));
+    saved.after(source_gradient);
+    saved.after(target_gradient);
+    return gradients;
+  }
+
+  static autograd::variable_list apply_packed(const autograd::variable_list& upstreams,
+                                              const std::vector<c10::IValue>& arguments) {
+    dynamo::PackedArgs packed(arguments);
+    SavedGradients saved;
+    saved.source = packed.unpack<Tensor>();
+    saved.target = packed.unpack<Tensor>();
+    saved.source_factor = packed.unpack<double>();
+    saved.target_factor = packed.unpack<double>();
+    if (!upstreams[0].defined()) return {Tensor(), Tensor()};
+    return scaled_gradients(std::move(saved), upstreams[0], /*keep=*/true);
+  }
+};
+
+// --------------------------------------------------------------------------------------------------- forward pass
+
+struct Options {
+  double trade_off, label_smoothing;
+  int64_t ignore_index;
+  int64_t reduction;
+  bool kl_divergence;
+  bool return_terms;
+};
+
+struct Losses {
+  Tensor loss, terms;
+};
+
+// The loss of a batch, with its node in the graph where a gradient is wanted; nothing where a label is bad.
+std::optional<Losses> co_tuning_loss(const Tensor& source_logits, const OptionalTensor& target_logits,
+                                     const Tensor& target, const Tensor& relationship, const OptionalTensor& weight,
+                                     const Options& options) {
+  RECORD_FUNCTION("cotuning_kernels::co_tuning_loss", c10::ArrayRef<const c10::IValue>{});
+  const bool graph = at::GradMode::is_enabled();
+  const auto new_gradient = [graph](const Tensor& logits, cpu::Matrix* view) {
+    if (!graph || !logits.requires_grad()) return Tensor();
+    Tensor gradient = at::detail::empty_cpu({logits.size(0), logits.size(1)}, logits.scalar_type());
+    *view = ops::matrix(gradient, "gradient");
+    return gradient;
+  };
+  cpu::LossProblem problem = ops::read_problem<Tensor>(source_logits, target_logits, target, {}, {}, relationship,
+                                                       weight, options.trade_off, options.label_smoothing,
+                                                       options.ignore_index, options.reduction, options.kl_divergence);
+  Tensor source_gradient = new_gradient(source_logits, &problem.source_gradient);
+  Tensor target_gradient = target_logits ? new_gradient(*target_logits, &problem.target_gradient) : Tensor();
+  cpu::LossResult result;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    if (kernels->co_tuning_loss(problem, kernels->parallel_for, &result)) return std::nullopt;
+  }
+  const ops::ScalarType type = ops::loss_type(problem);
+  const bool by_row = problem.reduction == cpu::Reduction::kNone;
+  const int64_t rows = problem.source_logits.rows;
+  Losses losses;
+  losses.loss = by_row ? at::detail::empty_cpu({rows}, type) : at::detail::empty_cpu({}, type);
+  if (options.return_terms) {
+    losses.terms = by_row ? at::detail::empty_cpu({2, rows}, type) : at::detail::empty_cpu({2}, type);
+  }
+  ops::store_losses(problem, result, losses.loss, options.return_terms ? &losses.terms : nullptr);
+  if (source_gradient.defined() || target_gradient.defined()) {
+    auto node = c10::make_intrusive<CoTuningLossBackward>();
+    node->set_next_edges(autograd::collect_next_edges(source_logits, target_logits ? *target_logits : Tensor()));
+    node->source_gradient = autograd::SavedVariable(source_gradient, false);
+    node->target_gradient = autograd::SavedVariable(target_gradient, false);
+    node->source_factor = result.source_factor;
+    node->target_factor = result.target_factor;
+    autograd::set_history(losses.loss, node);
+  }
+  return losses;
+}
+
+// --------------------------------------------------------------------------------------------------------- Python
+
+PyObject* decline() { Py_RETURN_NOTIMPLEMENTED; }
+
+// The trade-off as a finite float or a float64 tensor (whose value nobody checks, as in the operation).
+std::optional<double> read_trade_off(PyObject* object) {
+  if (PyFloat_CheckExact(object)) {
+    const double value = PyFloat_AS_DOUBLE(object);
+    return std::isfinite(value) ? std::optional<double>(value) : std::nullopt;
+  }
+  const Tensor* tensor = ordinary_tensor(object);
+  if (tensor == nullptr || tensor->requires_grad()) return std::nullopt;
+  return ops::read_trade_off(*tensor);
+}
+
+std::optional<Options> read_options(PyObject* trade_off, PyObject* label_smoothing, PyObject* ignore_index,
+                                    PyObject* reduction, PyObject* source_loss, PyObject* return_terms) {
+  const std::optional<double> factor = read_trade_off(trade_off);
+  if (!factor || !PyFloat_CheckExact(label_smoothing) || !PyLong_CheckExact(ignore_index) ||
+      !PyUnicode_CheckExact(reduction) || !PyUnicode_CheckExact(source_loss) || !PyBool_Check(return_terms)) {
+    return std::nullopt;
+  }
+  Options options;
+  options.trade_off = *factor;
+  options.label_smoothing = PyFloat_AS_DOUBLE(label_smoothing);
+  int overflow = 0;
+  options.ignore_index = PyLong_AsLongLongAndOverflow(ignore_index, &overflow);
+  const auto is = [](PyObject* text, const char* word) { return PyUnicode_CompareWithASCIIString(text, word) == 0; };
+  options.reduction = is(reduction, "mean") ? 1 : is(reduction, "none") ? 0 : is(reduction, "sum") ? 2 : -1;
+  options.kl_divergence = is(source_loss, "kl");
+  options.return_terms = return_terms == Py_True;
+  const bool known = options.reduction >= 0 && (options.kl_divergence || is(source_loss, "cross_entropy"));
+  return known && overflow == 0 ? std::optional<Options>(options) : std::nullopt;
+}
+
+// co_tuning_loss(source_logits, target_logits or None, target, relationship, weight or None, label_smoothing,
+// ignore_index, reduction, source_loss, trade_off, return_terms) -> loss, or (loss, terms), or NotImplemented.
+PyObject* python_co_tuning_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 11 || !is_ordinary_moment()) return decline();
+  const Tensor* tensors[5];
+  for (int k = 0; k < 5; ++k) {
+    const bool optional = k == 1 || k == 4;
+    tensors[k] = optional && arguments[k] == Py_None ? nullptr : ordinary_tensor(arguments[k]);
+    if (tensors[k] == nullptr && !(optional && arguments[k] == Py_None)) return decline();
+  }
+  const auto [source_logits, target_logits, target, relationship, weight] =
+      std::tie(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4]);
+  if (ops::is_floating(*target) || relationship->requires_grad() || (weight != nullptr && weight->requires_grad())) {
+    return decline();
+  }
+  try {
+    const std::optional<Options> options =
+        read_options(arguments[9], arguments[5], arguments[6], arguments[7], arguments[8], arguments[10]);
+    if (!options) return decline();
+    const auto optional = [](const Tensor* tensor) { return tensor ? OptionalTensor(*tensor) : std::nullopt; };
+    std::optional<Losses> losses =
+        co_tuning_loss(*source_logits, optional(target_logits), *target, *relationship, optional(weight), *options);
+    if (!losses) return decline();
+    PyObject* loss = THPVariable_Wrap(std::move(losses->loss));
+    if (!options->return_terms) return loss;
+    return Py_BuildValue("(NN)", loss, THPVariable_Wrap(std::move(losses->terms)));
+  } catch (const std::exception&) {  // a shape, a dtype, memory, a hook of the user's: Python says what it is
+    PyErr_Clear();
+    return decline();
+  }
+}
+
+void connect(const pybind11::capsule& capsule) {
+  const auto* table = static_cast<const ops::KernelTable*>(PyCapsule_GetPointer(capsule.ptr(), ops::kKernelTableName));
+  if (table == nullptr) throw pybind11::error_already_set();
+  if (table->problem_size != sizeof(cpu::LossProblem)) {
+    throw pybind11::import_error("cotuning_kernels._eager and cotuning_kernels._C were built from different sources");
+  }
+  kernels = table;
+}
+
+PyMethodDef methods[] = {
+    {"co_tuning_loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&python_co_tuning_loss)), METH_FASTCALL,
+     "The loss of ordinary CPU tensors, or NotImplemented."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+}  // namespace cotuning::eager
+
+PYBIND11_MODULE(_eager, m) {
+  cotuning::eager::connect(pybind11::module_::import("cotuning_kernels._C").attr("kernel_table"));
+  PyModule_AddFunctions(m.ptr(), cotuning::eager::methods);
+}

@@ -1,0 +1,22 @@
+// What the eager extension (csrc/eager) calls of the kernels that `_C` holds, handed over in a Python capsule: one copy
+// of the kernels, and one choice of instruction set, in the process.
+#pragma once
+
+#include <cstddef>
+
+#include "../kernels/cpu/loss.h"
+
+namespace cotuning::ops {
+
+struct KernelTable {
+  size_t problem_size;  // of cpu::LossProblem: both sides must have been compiled from the same headers
+  decltype(&cpu::co_tuning_loss) co_tuning_loss;
+  decltype(&cpu::scale_rows) scale_rows;
+  cpu::ParallelFor parallel_for;
+};
+
+inline constexpr const char* kKernelTableName = "cotuning_kernels._C.kernel_table";
+
+const KernelTable& kernel_table();  // in cpu.cpp
+
+}  // namespace cotuning::ops
