@@ -59,15 +59,36 @@ static inline void store_partial(float* p, Float x, int n) { _mm512_mask_storeu_
 static inline void store_partial(BFloat16* p, Float x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(x)); }
 static inline void store_partial(Float16* p, Float x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_fp16(x)); }
 
-// 2^n * x for n given as the low bits of `shifted` = n + 1.5 * 2^23: added to the exponent field of x.
-static inline Float scale_by_power_of_two(Float x, Float shifted) {
-  return {_mm512_castsi512_ps(
-      _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23)))};
-}
 // x, but 0 where `test` is below `bound`; where `test` is NaN, x stays.
 static inline Float zero_below(Float test, Float bound, Float x) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(test.v, bound.v, _CMP_NLT_UQ), x.v)};
 }
+
+// exp(x) = 2^k T_j exp(r) for x = (k + j / 16) ln 2 + r with T_j = 2^(j / 16): a table of 16 floats is one register,
+// and looking 16 of them up is one instruction.
+//
+// Adding 1.5 * 2^19 rounds x / ln 2 to a multiple of 1/16 and leaves j in the lowest bits, where the look-up takes it
+// from. |r| <= ln 2 / 32, where exp(r) = 1 + r + r^2 (c + d r) to 1.6e-9. ln 2 as a float is off by 3e-9 of its value,
+// so that one subtraction is enough: the exponential is off by 3e-9 |x|, less than from one rounding of x. scalef
+// multiplies by 2^floor(n), and overflows and underflows as it should.
+#define COTUNING_HAS_EXP
+static inline Float exp_by_table(Float x) {
+  const __m512 table =
+      _mm512_setr_ps(0x1.000000p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fe0p+0f, 0x1.3dea64p+0f,
+                     0x1.4bfdaep+0f, 0x1.5ab07ep+0f, 0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
+                     0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f);
+  const Float round = broadcast(0x1.8p19f);
+  const Float shifted = fma(x, broadcast(1.44269504088896341f), round);
+  const Float n = shifted - round;
+  const Float r = fma(n, broadcast(-0.693147180559945309f), x);
+  const Float power = {_mm512_permutexvar_ps(_mm512_castps_si512(shifted.v), table)};
+  const Float p = fma(fma(r, broadcast(0.16666748f), broadcast(0.50001615f)), r * r, r);
+  return {_mm512_scalef_ps(fma(power, p, power).v, n.v)};
+}
+// exp(x) for x <= 88; 0 below -87.3 (so exp(-inf) = 0); NaN for NaN. Above 88 the result is worthless.
+static inline Float exp(Float x) { return zero_below(x, broadcast(-87.3f), exp_by_table(x)); }
+static inline Float exp_in_range(Float x) { return exp_by_table(x); }
+
 static inline void store_streaming(float* p, Float x) { _mm512_stream_ps(p, x.v); }
 static inline void store_streaming(BFloat16* p, Float x) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(x));
