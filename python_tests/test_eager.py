@@ -297,6 +297,35 @@ def test_profiler_and_anomaly_mode_name_it(seed: int) -> None:
         loss_of(given).backward()
 
 
+def _operations(work: Callable[[], object]) -> list[str]:
+    """The names of what went through torch's dispatcher or said that it would have, in order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    return [event.name for event in profile.events() if event.name.partition("::")[0] in ("aten", "cotuning_kernels")]
+
+
+def test_a_training_step_runs_one_operation_of_ours(seed: int) -> None:
+    """Counts, which hold on a busy machine: what backward() adds is torch's own gradient of 1 for the loss."""
+    given = arguments(seed)
+    assert _operations(lambda: loss_of(given)) == ["cotuning_kernels::co_tuning_loss"]
+    loss = loss_of(given)
+    backward = _operations(loss.backward)
+    # detach: the saved gradient itself becomes .grad, and is not copied.
+    assert set(backward) == {
+        "aten::ones_like",
+        "aten::empty_like",
+        "aten::empty_strided",
+        "aten::fill_",
+        "aten::detach",
+    }
+    loss = loss_of(given)
+    scaled = _operations(lambda: loss.backward(torch.tensor(0.5)))
+    assert not [name for name in scaled if name.startswith("cotuning_kernels")]
+    with backends.without_eager():  # the count would notice: here is one more for the half
+        loss = loss_of(given)
+        assert "cotuning_kernels::scale_gradients_" in _operations(lambda: loss.backward(torch.tensor(0.5)))
+
+
 def test_nothing_is_leaked(seed: int) -> None:
     given = arguments(seed)
 

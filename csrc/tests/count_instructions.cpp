@@ -1,0 +1,142 @@
+// Counts the machine instructions of the CPU kernels, by running them one instruction at a time under ptrace.
+//
+// A step takes about 20 us. Unlike a time, the count is the same on every run and on a busy machine, so that a test can
+// hold it (python_tests/test_instruction_counts.py). It is no time: an instruction may take one cycle or a cache miss.
+//
+// Prints a line a case: instruction set, operation, dtype of the logits, target classes, source classes, and the
+// instructions of one more row divided by its elements (what a call costs once is not in it).
+#include <sys/ptrace.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../kernels/cpu/loss.h"
+#include "../kernels/cpu/rows.h"
+#include "../kernels/cpu/statistics.h"
+
+using namespace cotuning;
+using namespace cotuning::cpu;
+
+namespace {
+
+void serial(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (begin < end) body(begin, end, context);
+}
+
+constexpr const char* kTypeNames[] = {"float32", "bfloat16"};
+
+// Steps through `work` in a child process that the caller's memory is copied into.
+int64_t instructions_of(const std::function<void()>& work) {
+  const pid_t child = fork();
+  if (child < 0) throw std::runtime_error("fork failed");
+  if (child == 0) {
+    ptrace(PTRACE_TRACEME, 0, nullptr, nullptr);
+    raise(SIGSTOP);
+    work();
+    raise(SIGSTOP);
+    _exit(0);
+  }
+  const auto wait_for_stop = [child] {
+    int status = 0;
+    if (waitpid(child, &status, 0) != child || !WIFSTOPPED(status)) throw std::runtime_error("cannot trace a process");
+    return WSTOPSIG(status);
+  };
+  wait_for_stop();
+  int64_t count = 0;
+  for (int signal = SIGTRAP; signal == SIGTRAP; ++count) {
+    if (ptrace(PTRACE_SINGLESTEP, child, nullptr, nullptr) != 0) throw std::runtime_error("cannot step a process");
+    signal = wait_for_stop();
+  }
+  kill(child, SIGKILL);
+  waitpid(child, nullptr, 0);
+  return count;
+}
+
+// Rows of 0s: the value of a logit changes no branch that matters here.
+struct Rows {
+  Rows(int64_t rows, int64_t columns, ScalarType type)
+      : bytes(rows * columns * size_of(type)), columns(columns), type(type) {}
+  ConstMatrix view(int64_t rows) const { return {bytes.data(), type, rows, columns, columns}; }
+  Matrix writable() { return {bytes.data(), type, columns}; }
+
+  std::vector<char> bytes;
+  int64_t columns;
+  ScalarType type;
+};
+
+struct Shape {
+  int64_t target_classes, source_classes;
+};
+
+// The instructions of row `2 rows` less those of row `rows`, a row and element.
+double per_element(int64_t rows, int64_t elements, const std::function<void(int64_t)>& work) {
+  work(2 * rows);  // scratch memory is allocated once
+  const int64_t twice = instructions_of([&] { work(2 * rows); });
+  const int64_t once = instructions_of([&] { work(rows); });
+  return static_cast<double>(twice - once) / static_cast<double>(rows * elements);
+}
+
+void count(const char* isa, ScalarType type, Shape shape, int64_t rows) {
+  const auto [target_classes, source_classes] = shape;
+  Rows source(2 * rows, source_classes, type), target(2 * rows, target_classes, type);
+  Rows source_gradient = source, target_gradient = target;
+  Rows relationship(target_classes, source_classes, ScalarType::kFloat32);
+  for (int64_t t = 0; t < target_classes; ++t) {
+    const float one = 1.0f;  // a class with source supervision
+    std::memcpy(relationship.bytes.data() + t * source_classes * 4, &one, 4);
+  }
+  std::vector<int64_t> labels(2 * rows);
+  for (size_t i = 0; i < labels.size(); ++i) labels[i] = static_cast<int64_t>(i) % target_classes;
+  const auto print = [&](const char* operation, double instructions) {
+    std::printf("%s %s %s %lld %lld %.4f\n", isa, operation, kTypeNames[static_cast<int>(type)],
+                static_cast<long long>(target_classes), static_cast<long long>(source_classes), instructions);
+  };
+  print("loss_and_gradients", per_element(rows, source_classes + target_classes, [&](int64_t batch) {
+          LossProblem problem;
+          problem.source_logits = source.view(batch);
+          problem.target_logits = target.view(batch);
+          problem.labels = {labels.data(), false, 1};
+          problem.relationship = relationship.view(target_classes);
+          problem.trade_off = 2.3;
+          problem.source_gradient = source_gradient.writable();
+          problem.target_gradient = target_gradient.writable();
+          LossResult result;
+          if (co_tuning_loss(problem, serial, &result)) throw std::runtime_error("a bad label");
+        }));
+  if (source_classes > 1000) return;  // the other two have nothing else to show
+  std::vector<float> sums(target_classes * source_classes);
+  std::vector<int64_t> counts(target_classes);
+  print("class_sums", per_element(rows, source_classes, [&](int64_t batch) {
+          add_class_sums(source.view(batch), {labels.data(), false, 1}, target_classes, -100, 0.7,
+                         {sums.data(), ScalarType::kFloat32, source_classes}, counts.data(), serial);
+        }));
+  double terms[4];
+  print("temperature", per_element(rows, source_classes, [&](int64_t batch) {
+          temperature_terms(source.view(batch), {labels.data(), false, 1}, -100, 0.7, terms, serial);
+        }));
+}
+
+}  // namespace
+
+int main() {
+  try {
+    for (int i = 0; i < row_kernels_count(); ++i) {
+      const char* isa = row_kernels_at(i).name;
+      if (std::strcmp(isa, "portable") == 0) continue;  // what it becomes is the compiler's affair
+      use_row_kernels(isa);
+      count(isa, ScalarType::kFloat32, {200, 1000}, 1);  // a row's fixed cost shows here, the loop's below
+      count(isa, ScalarType::kFloat32, {9, 8000}, 1);
+      count(isa, ScalarType::kBFloat16, {200, 1000}, 1);
+    }
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "count_instructions: %s\n", error.what());
+    return 2;
+  }
+}
