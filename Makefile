@@ -37,9 +37,10 @@ demo: .venv/installed-demo ## fine-tune real weights on real images, plainly and
 test: .venv/installed-test ## run the whole test suite
 	@$(INSTALLED) $(BIN)/pytest $(ARGS)
 
-bench: .venv/installed-bench ## run the benchmarks, then print one table of ratios to today's formulations
+bench: .venv/installed-bench ## run the benchmarks, print a table of ratios to today's formulations, write a page with pictures
 	@$(INSTALLED) $(BIN)/pytest --import-mode=append benchmarks --benchmark-only $(ARGS)
 	@$(INSTALLED) $(BIN)/python -m benchmarks.ratios
+	@$(INSTALLED) $(BIN)/python -m benchmarks.page --output benchmark_page
 
 lint: .venv/installed-lint ## ruff, mypy, clang-format
 	@$(BIN)/ruff check .
@@ -48,7 +49,7 @@ lint: .venv/installed-lint ## ruff, mypy, clang-format
 	@$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
 
 clean: ## remove what was built, written or cached here; .venv and the downloaded images stay
-	rm -rf build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info demo_output benchmark_page .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 	rm -f cotuning_kernels/*.so
 

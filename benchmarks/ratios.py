@@ -58,7 +58,7 @@ from benchmarks.problems import (
 )
 from benchmarks.timing import Timing, interleave, synchronizer
 
-__all__ = ["Row", "main", "missed_floors", "render_table"]
+__all__ = ["Row", "environment", "main", "missed_floors", "render_table", "restart_with_settled_malloc"]
 
 PARTS = ("loss", "memory", "relationship", "temperature")
 COMPILED = tuple(contestant.name for contestant in LOSS_CONTESTANTS if contestant.compiles)
@@ -325,7 +325,8 @@ class Bench:
         return floors if threads == 1 and self.device == "cpu" and kernel else {}
 
 
-def _environment(device: str, clock: str) -> dict[str, str]:
+def environment(device: str, clock: str) -> dict[str, str]:
+    """What a number belongs to."""
     return {
         "backend": our_backend(device),
         "package": str(Path(ck.__file__).parent),
@@ -392,12 +393,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Measure, print the table, and return the exit status."""
     parsed = _parse(arguments)
-    environment = _environment(parsed.device, "processor time" if parsed.processor_time else "time passed")
+    machine = environment(parsed.device, "processor time" if parsed.processor_time else "time passed")
     bench = Bench(parsed)
     bench.run()
     missed = missed_floors(bench.rows)
     print()
-    print(", ".join(f"{name}: {value}" for name, value in environment.items()))
+    print(", ".join(f"{name}: {value}" for name, value in machine.items()))
     print()
     print(render_table(bench.rows))
     print()
@@ -408,19 +409,19 @@ def main(arguments: Sequence[str]) -> int:
     for sentence in missed:
         print(f"Below the promise: {sentence}.")
     if parsed.json:
-        result = {"environment": environment, "rows": [vars(row) for row in bench.rows], "notes": bench.notes}
+        result = {"environment": machine, "rows": [vars(row) for row in bench.rows], "notes": bench.notes}
         parsed.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"Written to {parsed.json}.")
     return 1 if missed and parsed.check else 0
 
 
-def _restart_with_settled_malloc(arguments: Sequence[str]) -> None:
-    """glibc reads these variables when a process starts, so start again with them."""
+def restart_with_settled_malloc(arguments: Sequence[str], module: str) -> None:
+    """glibc reads these variables when a process starts, so start ``module`` again with them."""
     if "--system-malloc" not in arguments and "MALLOC_MMAP_MAX_" not in os.environ:
-        command = [sys.executable, "-m", "benchmarks.ratios", *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         os.execve(sys.executable, command, os.environ | _SETTLED_MALLOC)
 
 
 if __name__ == "__main__":
-    _restart_with_settled_malloc(sys.argv[1:])
+    restart_with_settled_malloc(sys.argv[1:], "benchmarks.ratios")
     raise SystemExit(main(sys.argv[1:]))

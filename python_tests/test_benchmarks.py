@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 # Behind site-packages, so that an installed cotuning_kernels is the one that is tested.
 sys.path.append(str(_CHECKOUT))
 
-from benchmarks import baselines, contestants, memory, ratios  # noqa: E402
+from benchmarks import baselines, contestants, memory, page, ratios  # noqa: E402
 from benchmarks.contestants import LOSS_CONTESTANTS, OURS, DisagreementError, ExpectedLoss, LossContestant  # noqa: E402
 from benchmarks.problems import (  # noqa: E402
     DTYPES,
@@ -553,3 +554,39 @@ def test_an_installed_package_is_measured_rather_than_the_checkout(tmp_path: Pat
     environment = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": ""}
     assert _run(["-c", find], **environment).strip() == str(_CHECKOUT / "cotuning_kernels" / "__init__.py")
     assert _run(["-c", f"import benchmarks; {find}"], **environment).strip() == str(package / "__init__.py")
+
+
+# The page
+
+
+def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
+    cases = {"shapes": [1, 2], "batch": [1], "source classes": [1]}
+    points = [
+        page.measure(sweep, _SMALL, "float32", threads, device="cpu", seconds=0.01)
+        for sweep, numbers in cases.items()
+        for threads in numbers
+    ]
+    # Times of our own choosing: the page must divide them as it says.
+    fixed = [
+        replace(point, seconds={OURS: 2e-3 / point.threads, "tllib": 9e-3, "F.cross_entropy": 8e-3, page.COPY: 1e-3})
+        for point in points
+    ]
+    assert all(min(point.seconds.values()) > 0 for point in points)
+    assert points[0].loss_bytes == 4 * points[0].elements == 4 * 13 * 100
+    text = page.write_page(fixed, {"processor": "planted"}, tmp_path / "page").read_text()
+    assert "| 13x7x93 | float32 | 1 | 2.00 ms | 4.50x | 4.00x | 50 % |" in text
+    assert "| 13x7x93 | float32 | 2.00x |" in text
+    assert "processor: planted" in text
+    pictures = {path.name for path in (tmp_path / "page").glob("*.png")}
+    assert pictures == {f"{name}.png" for name in ("batch", "source_classes", "ratios", "copy")}
+    assert all(f"({name})" in text for name in pictures)
+    written = json.loads((tmp_path / "page" / "page.json").read_text())
+    assert [page.Point(**point) for point in written["points"]] == fixed
+
+
+def test_the_page_covers_what_it_promises() -> None:
+    sweeps = page.sweeps()
+    assert {shape.batch for shape, _, _ in sweeps["batch"]} >= {1, 256, 131_072}
+    assert {shape.source_classes for shape, _, _ in sweeps["source classes"]} >= {10, 1000, 262_144}
+    assert {(dtype, threads) for _, dtype, threads in sweeps["shapes"]} == {(d, t) for d in DTYPES for t in (1, 2)}
+    assert max(shape.batch for shape, _, _ in page.sweeps(largest_batch=100)["batch"]) == 100

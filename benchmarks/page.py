@@ -1,0 +1,255 @@
+"""One page about this machine: how the time of the loss grows, what it is compared with, and how far it is from a copy.
+
+    python -m benchmarks.page --output benchmark_page     about five minutes; writes page.md, pictures and page.json
+
+A *copy* reads the logits of both heads and writes as many bytes: what any forward and backward pass has to do at least
+when nothing stays in the caches. The *share of the copy* is its time over ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import ratios
+from benchmarks.contestants import (
+    LOSS_CONTESTANTS,
+    OURS,
+    ExpectedLoss,
+    LossContestant,
+    check_loss,
+    forward_and_backward,
+    prepare,
+    unavailable,
+)
+from benchmarks.problems import DTYPES, SHAPES, LossProblem, Shape
+from benchmarks.timing import interleave, synchronizer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Point", "measure", "sweeps", "write_page"]
+
+COPY = "copy of the logits"
+# Beside ours: what people move from, and PyTorch's best single call.
+BESIDE = ("tllib", "F.cross_entropy")
+# Elements of a step when the classes grow: below a cache of 32 MB with its gradient, and enough for two threads.
+SWEEP_ELEMENTS = 2**21
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement.
+
+    Attributes:
+        sweep: the question it belongs to, a key of :func:`sweeps`.
+        shape: ``[B, N_t, N_s]``.
+        seconds: medians by name; :data:`COPY` is the copy.
+        loss_bytes: bytes of both heads' logits.
+    """
+
+    sweep: str
+    shape: list[int]
+    dtype: str
+    threads: int
+    seconds: dict[str, float]
+    loss_bytes: int
+
+    @property
+    def elements(self) -> int:
+        batch, target_classes, source_classes = self.shape
+        return batch * (target_classes + source_classes)
+
+    def share_of_copy(self) -> float:
+        return self.seconds[COPY] / self.seconds[OURS]
+
+
+def sweeps(largest_batch: int = 131_072, largest_head: int = 262_144) -> dict[str, list[tuple[Shape, str, int]]]:
+    """What is measured, by question: shape, dtype, threads."""
+    batches = [4**k for k in range(9) if 4**k < largest_batch] + [largest_batch]
+    heads = [columns for columns in (10, 32, 100, 320, 1000, 3200, 10_000, 32_000, 100_000) if columns < largest_head]
+    heads.append(largest_head)
+    return {
+        "shapes": [(shape, dtype, threads) for dtype in DTYPES for threads in (1, 2) for shape in SHAPES],
+        "batch": [(Shape(batch, 200, 1000), "float32", 1) for batch in batches],
+        "source classes": [(Shape(max(1, SWEEP_ELEMENTS // n), 100, n), "float32", 1) for n in heads],
+    }
+
+
+def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, seconds: float) -> Point:
+    """Time ours, two others and the copy in turns, after the three have been held against the reference."""
+    torch.set_num_threads(threads)
+    problem = LossProblem.make(shape, DTYPES[dtype], device=device)
+    contestants = [contestant for contestant in LOSS_CONTESTANTS if contestant.name in (OURS, *BESIDE)]
+    steps = prepare(contestants, problem)
+    _check(contestants, steps, problem)
+    logits = (problem.source_logits.detach(), problem.target_logits.detach())
+    copies = tuple(map(torch.empty_like, logits))
+
+    def copy() -> None:
+        for to, values in zip(copies, logits, strict=True):
+            to.copy_(values)
+
+    times = interleave(
+        {**{name: forward_and_backward(step) for name, step in steps.items()}, COPY: copy},
+        seconds=seconds,
+        turn=0.002,
+        before_each=problem.clear_gradients,
+        synchronize=synchronizer(device),
+    )
+    size = sum(each.numel() * each.element_size() for each in logits)
+    return Point(sweep, list(shape), dtype, threads, {name: time.median for name, time in times.items()}, size)
+
+
+def _check(
+    contestants: Iterable[LossContestant], steps: dict[str, Callable[[], torch.Tensor]], problem: LossProblem
+) -> None:
+    expected = ExpectedLoss(problem)
+    for contestant in contestants:
+        check_loss(contestant, steps[contestant.name], expected)
+
+
+# --------------------------------------------------------------------------------------------------------- the page
+
+
+def _table(points: Sequence[Point]) -> str:
+    lines = [
+        "| B x N_t x N_s | dtype | threads | ours | "
+        + " | ".join(f"{name}" for name in BESIDE)
+        + " | share of a copy |"
+    ]
+    lines.append("|---" * (5 + len(BESIDE)) + "|")
+    for point in points:
+        ours = point.seconds[OURS]
+        others = " | ".join(f"{point.seconds[name] / ours:.2f}x" for name in BESIDE)
+        time = f"{ours * 1e6:.0f} µs" if ours < 1e-3 else f"{ours * 1e3:.2f} ms"
+        shape = "x".join(map(str, point.shape))
+        lines.append(
+            f"| {shape} | {point.dtype} | {point.threads} | {time} | {others} | {100 * point.share_of_copy():.0f} % |"
+        )
+    return "\n".join(lines)
+
+
+def _threads_table(points: Sequence[Point]) -> str:
+    lines = ["| B x N_t x N_s | dtype | two threads are faster by |", "|---|---|---|"]
+    by_key = {(tuple(point.shape), point.dtype, point.threads): point.seconds[OURS] for point in points}
+    for (shape, dtype, threads), seconds in by_key.items():
+        if threads == 1 and (two := by_key.get((shape, dtype, 2))) is not None:
+            lines.append(f"| {'x'.join(map(str, shape))} | {dtype} | {seconds / two:.2f}x |")
+    return "\n".join(lines)
+
+
+def _plot_growth(axes: Axes, points: Sequence[Point], index: int, label: str) -> None:
+    for name in (OURS, *BESIDE, COPY):
+        style = "--" if name == COPY else "-"
+        axes.plot(
+            [point.shape[index] for point in points],
+            [1e9 * point.seconds[name] / point.elements for point in points],
+            style, marker="o", markersize=3, linewidth=2 if name == OURS else 1, label=name,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ns for a logit (forward and backward)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _plot_bars(axes: Axes, points: Sequence[Point], value: Callable[[Point], float], label: str) -> None:
+    names = ["x".join(map(str, point.shape)) for point in points]
+    axes.barh(names, [value(point) for point in points])
+    axes.invert_yaxis()
+    axes.set(xlabel=label)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def write_page(points: Sequence[Point], environment: dict[str, str], output: Path) -> Path:
+    """``page.md`` with its pictures, and ``page.json`` with everything that was measured."""
+    from matplotlib.figure import Figure
+
+    output.mkdir(parents=True, exist_ok=True)
+    of = {sweep: [point for point in points if point.sweep == sweep] for sweep in ("shapes", "batch", "source classes")}
+    plain = [point for point in of["shapes"] if point.dtype == "float32" and point.threads == 1]
+    pictures: dict[str, Callable[[Axes], None]] = {
+        "batch": lambda axes: _plot_growth(axes, of["batch"], 0, "rows of a batch (200 target, 1000 source classes)"),
+        "source_classes": lambda axes: _plot_growth(
+            axes, of["source classes"], 2, f"source classes (about {SWEEP_ELEMENTS} logits a step)"
+        ),
+        "ratios": lambda axes: _plot_bars(
+            axes, plain, lambda point: point.seconds["tllib"] / point.seconds[OURS], "times tllib (float32, one thread)"
+        ),
+        "copy": lambda axes: _plot_bars(
+            axes, plain, lambda point: 100 * point.share_of_copy(), "% of a copy of the logits (float32, one thread)"
+        ),
+    }
+    for name, draw in pictures.items():
+        figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+        draw(figure.subplots())
+        figure.savefig(output / f"{name}.png", dpi=120)
+    (output / "page.json").write_text(
+        json.dumps({"environment": environment, "points": [asdict(point) for point in points]}, indent=1) + "\n"
+    )
+    page = output / "page.md"
+    page.write_text(_PAGE.format(
+        machine=", ".join(f"{name}: {value}" for name, value in environment.items()),
+        shapes=_table(of["shapes"]), threads=_threads_table(of["shapes"]), ours=OURS,
+    ))  # fmt: skip
+    return page
+
+
+_PAGE = """\
+# The Co-Tuning loss on one machine
+
+{machine}
+
+Forward and backward of the whole loss through the public API; medians of turns in one process. `{ours}` in time, the
+others as multiples of it. The *share of a copy* is the time in which the logits are copied once, over ours: what reads
+the logits and writes a gradient cannot do better when nothing stays in the caches (in the caches, it can).
+
+{shapes}
+
+![ratio to tllib](ratios.png) ![share of a copy](copy.png)
+
+## How it grows
+
+![with the batch](batch.png) ![with the source classes](source_classes.png)
+
+## Two threads
+
+{threads}
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("benchmark_page"), help="a folder; default %(default)s")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timed seconds a measurement; default %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--largest-batch", type=int, default=131_072, help="rows; 131072 needs about 8 GB")
+    parser.add_argument("--largest-head", type=int, default=262_144, help="source classes")
+    parsed = parser.parse_args(arguments)
+    ours = next(contestant for contestant in LOSS_CONTESTANTS if contestant.name == OURS)
+    if reason := unavailable(ours, parsed.device):
+        parser.exit(2, f"Nothing to measure: {reason}.\n")
+    work = [
+        partial(measure, sweep, *case, device=parsed.device, seconds=parsed.seconds)
+        for sweep, cases in sweeps(parsed.largest_batch, parsed.largest_head).items()
+        for case in cases
+    ]
+    points = [each() for each in tqdm(work, unit="measurement")]
+    page = write_page(points, ratios.environment(parsed.device, "time passed"), parsed.output)
+    print(f"Written to {page}.")
+    return 0
+
+
+if __name__ == "__main__":
+    ratios.restart_with_settled_malloc(sys.argv[1:], "benchmarks.page")
+    raise SystemExit(main(sys.argv[1:]))
