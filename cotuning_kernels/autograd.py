@@ -1,7 +1,8 @@
 """The ``torch.autograd.Function``s over the operations.
 
 The gradient is computed in the forward pass, while the logits are in cache and their exponentials at hand, so that the
-backward pass only multiplies by the upstream gradient. Nothing in here knows which backend serves the operation.
+backward pass only multiplies by the upstream gradient. Which backend serves the operation is a name in here, and
+no more.
 """
 
 from __future__ import annotations
@@ -13,13 +14,10 @@ from torch import Tensor
 
 from cotuning_kernels import validation
 from cotuning_kernels.backends import schema
+from cotuning_kernels.backends.schema import operation
 from cotuning_kernels.targets import Target, dense_columns, operand_target
 
 __all__ = ["co_tuning_loss", "translate_labels"]
-
-_loss_op = torch.ops.cotuning_kernels.co_tuning_loss.default
-_inplace_loss_op = torch.ops.cotuning_kernels.co_tuning_loss_.default
-_scale_op = torch.ops.cotuning_kernels.scale_gradients_.default
 
 
 def co_tuning_loss(
@@ -35,6 +33,7 @@ def co_tuning_loss(
     trade_off: float | Tensor,
     inplace: bool,
     return_terms: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """``(loss, [target_term, source_term])``: the loss is differentiable in both logits, the terms are not. Without
     ``return_terms`` the second is None.
@@ -71,24 +70,22 @@ def co_tuning_loss(
             validation.check_inplace("target_logits", target_logits)
         if not torch.compiler.is_compiling():  # a trace has no memory yet
             validation.check_inplace_memory(source_logits, target_logits, operand[0], relationship)
-        result = _InplaceCoTuningLoss.apply(source_logits, target_logits, arguments, return_terms)
+        result = _InplaceCoTuningLoss.apply(source_logits, target_logits, arguments, return_terms, backend)
         return result if return_terms else (result, None)
     source_logits = dense_columns(source_logits)
     target_logits = None if target_logits is None else dense_columns(target_logits)
     if wants_gradient:
         arguments = (*arguments, source_gradient, target_gradient)
-        result = _CoTuningLoss.apply(source_logits, target_logits, arguments, return_terms)
+        result = _CoTuningLoss.apply(source_logits, target_logits, arguments, return_terms, backend)
         return result if return_terms else (result, None)
-    loss, terms, *_ = _loss_op(source_logits, target_logits, *arguments, False, False)
+    loss, terms, *_ = operation("co_tuning_loss", backend)(source_logits, target_logits, *arguments, False, False)
     return loss, terms
 
 
-def translate_labels(target: Target, relationship: Tensor, ignore_index: int) -> Tensor:
+def translate_labels(target: Target, relationship: Tensor, ignore_index: int, backend: str) -> Tensor:
     """Rows of ``p(y_source | target)`` for class indices or a mixup pair; not differentiable."""
     labels, labels_b, mix, relationship = operand_target(target, dense_columns(relationship.detach()))
-    translated: Tensor = torch.ops.cotuning_kernels.translate_labels.default(
-        labels, labels_b, mix, relationship, ignore_index
-    )
+    translated: Tensor = operation("translate_labels", backend)(labels, labels_b, mix, relationship, ignore_index)
     return translated
 
 
@@ -123,17 +120,17 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return None, None, None, None
+        return None, None, None, None, None
     source_grad, target_grad, factors = ctx.saved_tensors
     tracing = torch.compiler.is_compiling()
     if not tracing and torch._C._autograd._get_current_graph_task_keep_graph():
         # retain_graph=True: another backward pass may come, and what is saved must stay as it is. (In a compiled graph
         # the compiler sees to it.)
         source_grad, target_grad = source_grad.clone(), target_grad.clone()
-    if tracing or not (ctx.unit_factors and _is_known_to_be_one(upstream)):
-        _scale_op(source_grad, target_grad, factors, upstream)
+    if tracing or not (_is_known_to_be_one(upstream) and factors.tolist() == [1.0, 1.0]):
+        operation("scale_gradients_", ctx.backend)(source_grad, target_grad, factors, upstream)
     wanted = ctx.needs_input_grad
-    return source_grad if wanted[0] else None, target_grad if wanted[1] else None, None, None
+    return source_grad if wanted[0] else None, target_grad if wanted[1] else None, None, None, None
 
 
 def _is_known_to_be_one(upstream: Tensor) -> bool:
@@ -141,9 +138,9 @@ def _is_known_to_be_one(upstream: Tensor) -> bool:
     return upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1.0
 
 
-def _save(ctx: Any, source_grad: Tensor, target_grad: Tensor, factors: Tensor) -> None:
+def _save(ctx: Any, source_grad: Tensor, target_grad: Tensor, factors: Tensor, backend: str) -> None:
     ctx.save_for_backward(source_grad, target_grad, factors)
-    ctx.unit_factors = source_grad.dtype is not torch.float16 and target_grad.dtype is not torch.float16
+    ctx.backend = backend
     ctx.set_materialize_grads(False)
 
 
@@ -157,9 +154,12 @@ class _CoTuningLoss(torch.autograd.Function):
         target_logits: Tensor | None,
         arguments: tuple[Any, ...],
         return_terms: bool,
+        backend: str,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        loss, terms, factors, source_grad, target_grad = _loss_op(source_logits, target_logits, *arguments)
-        _save(ctx, source_grad, target_grad, factors)
+        loss, terms, factors, source_grad, target_grad = operation("co_tuning_loss", backend)(
+            source_logits, target_logits, *arguments
+        )
+        _save(ctx, source_grad, target_grad, factors, backend)
         if not return_terms:
             return loss
         ctx.mark_non_differentiable(terms)
@@ -180,13 +180,14 @@ class _InplaceCoTuningLoss(torch.autograd.Function):
         target_logits: Tensor | None,
         arguments: tuple[Any, ...],
         return_terms: bool,
+        backend: str,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        loss, terms, factors = _inplace_loss_op(source_logits, target_logits, *arguments)
+        loss, terms, factors = operation("co_tuning_loss_", backend)(source_logits, target_logits, *arguments)
         # An operation that saved these logits for its backward pass now gets autograd's error, not a wrong gradient.
         torch.autograd.graph.increment_version([x for x in (source_logits, target_logits) if x is not None])
         source_grad = source_logits.detach()
         target_grad = source_logits.new_empty((0, 0)) if target_logits is None else target_logits.detach()
-        _save(ctx, source_grad, target_grad, factors)
+        _save(ctx, source_grad, target_grad, factors, backend)
         if not return_terms:
             return loss
         ctx.mark_non_differentiable(terms)

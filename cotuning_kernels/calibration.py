@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cotuning_kernels import backends, plots, reference
+from cotuning_kernels.backends.schema import operation
 from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
 
 if TYPE_CHECKING:
@@ -297,7 +298,7 @@ def _terms_of(
         return total
 
     def kernel_terms(b: float) -> Tensor:
-        terms: Tensor = torch.ops.cotuning_kernels.temperature_terms(logits, labels, b, ignore_index)
+        terms: Tensor = operation("temperature_terms", backend)(logits, labels, b, ignore_index)
         return terms
 
     def terms_at(b: float) -> tuple[float, float, float, float]:

@@ -16,6 +16,7 @@ __all__ = ["report"]
 
 _OPTIONAL = {
     "matplotlib": "pictures: pip install 'cotuning-kernels[plot]'",
+    "triton": "kernels for GPUs: pip install 'cotuning-kernels[triton]'; torch for GPUs brings its own",
 }
 
 
@@ -61,8 +62,9 @@ def _backends() -> list[tuple[str, str]]:
             continue
         rows.append((f"{device} is served by", backends.select(device)))
         rows.append(("  also there", ", ".join(backends.available(device)[1:]) or "nothing"))
-    if reason := backends.missing_reason("cpp"):
-        rows.append(("cpp", f"missing: {reason}"))
+    for name in ("cpp", "triton"):
+        if reason := backends.missing_reason(name):
+            rows.append((name, f"missing: {reason}"))
     return rows
 
 

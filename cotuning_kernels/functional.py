@@ -135,9 +135,10 @@ def translate_labels(
     batch = labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else 0
     validation.check_target(target, batch, relationship.shape[0], relationship.device, ignore_index)
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
-    if probabilities or backends.select(relationship.device.type, backend) == "reference":
+    served_by = backends.select(relationship.device.type, backend)
+    if probabilities or served_by == "reference":
         return reference.translate_labels(target, relationship, ignore_index=ignore_index)
-    return autograd.translate_labels(target, relationship, ignore_index)
+    return autograd.translate_labels(target, relationship, ignore_index, served_by)
 
 
 def evaluate(
@@ -175,7 +176,7 @@ def evaluate(
     if tracing:
         validation.check_loss(*arguments)
     try:
-        loss, both_terms = autograd.co_tuning_loss(*arguments, inplace, return_terms)
+        loss, both_terms = autograd.co_tuning_loss(*arguments, inplace, return_terms, served_by)
     except Exception:
         if not tracing:
             validation.check_loss(*arguments)

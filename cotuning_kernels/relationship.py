@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from cotuning_kernels import backends, plots, reference, relationship_file
+from cotuning_kernels.backends.schema import operation
 from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
 from cotuning_kernels.relationship_file import RelationshipFileError
 
@@ -541,7 +542,7 @@ class RelationshipEstimator:
 
     def _add(self, logits: Tensor, labels: Tensor) -> None:
         if self._backend != "reference":
-            torch.ops.cotuning_kernels.add_class_sums_(
+            operation("add_class_sums_", self._backend)(
                 self._sums, self._counts, logits, labels, 1 / self.temperature, self.ignore_index
             )
             return

@@ -2,8 +2,8 @@
 
 ``cpp`` is the C++ extension ``cotuning_kernels._C``: importing it registers the CPU implementations of the operations
 in :mod:`cotuning_kernels.backends.schema`. Beside it, ``cotuning_kernels._eager`` serves the ordinary call of the loss
-with the same kernels but without the way through the dispatcher and Python's autograd. ``reference`` is plain PyTorch
-and runs on every device.
+with the same kernels but without the way through the dispatcher and Python's autograd. ``triton`` serves NVIDIA and AMD
+GPUs without a toolkit; triton is imported with the first call. ``reference`` is plain PyTorch and runs on every device.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cotuning_kernels.backends import schema as schema
+from cotuning_kernels.backends import triton_operations
 
 __all__ = ["available", "cpu_isa", "cpu_isas", "extension", "missing_reason", "select", "use_cpu_isa", "without_eager"]
 
@@ -58,8 +59,14 @@ if _extension is not None:
 eager_loss: Callable[..., Any] | None = None if _eager is None else _eager.co_tuning_loss
 
 # The kernels that serve each device, fastest first.
-_served_by: dict[str, list[str]] = {"cpu": ["cpp"] if _extension is not None else []}
-_NAMES = ("auto", "cpp", "reference")
+_served_by: dict[str, list[str]] = {"cpu": ["cpp"] if _extension is not None else [], "cuda": []}
+_NAMES = ("auto", "cpp", "triton", "reference")
+
+if (_reason := triton_operations.missing_reason()) is None:
+    triton_operations.register(as_default=not _served_by["cuda"])
+    _served_by["cuda"].append("triton")
+else:
+    _missing["triton"] = _reason
 
 
 def select(device_type: str, backend: str = "auto") -> str:

@@ -21,13 +21,17 @@ Conventions shared by all of them:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["KL_DIVERGENCE", "NAMESPACE", "REDUCTIONS"]
+__all__ = ["KL_DIVERGENCE", "NAMESPACE", "OPERATIONS", "REDUCTIONS", "operation"]
 
 NAMESPACE = "cotuning_kernels"
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 KL_DIVERGENCE = {"cross_entropy": False, "kl": True}
 
 _LOSS_ARGUMENTS = (
@@ -61,6 +65,31 @@ _SCHEMAS = {
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
+    _library.define(f"{_name}.triton{_schema}")
+
+OPERATIONS = tuple(_SCHEMAS)
+# By name, and whether Triton is to serve. An operation's default overload is served by the fastest kernels there are
+# for its device. Where those are not Triton's, an overload of its own makes Triton a choice of every single call, which
+# a compiled graph keeps.
+_overloads = {
+    (name, asked): getattr(getattr(torch.ops.cotuning_kernels, name), overload)
+    for name in OPERATIONS
+    for asked, overload in ((False, "default"), (True, "triton"))
+}
+
+
+def operation(name: str, backend: str) -> torch._ops.OpOverload:
+    """The operation that calls the kernels of ``backend``, the name of one that :func:`backends.select` chose."""
+    return _overloads[name, backend == "triton"]
+
+
+def _fake(name: str) -> Callable[[_Function], _Function]:
+    def register(function: _Function) -> _Function:
+        for overload in (name, f"{name}.triton"):
+            torch.library.register_fake(f"{NAMESPACE}::{overload}", function, lib=_library)
+        return function
+
+    return register
 
 
 # Shapes, dtypes and devices of the results, without data. A call on tensors of the "meta" device ends here too, so what
@@ -83,7 +112,7 @@ def _check_one_device(*tensors: Tensor | None) -> None:
         raise RuntimeError(f"expected tensors on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
-@torch.library.register_fake(f"{NAMESPACE}::co_tuning_loss", lib=_library)
+@_fake("co_tuning_loss")
 def _co_tuning_loss(
     source_logits: Tensor,
     target_logits: Tensor | None,
@@ -111,7 +140,7 @@ def _co_tuning_loss(
     return (*reduced, gradient(source_logits, source_gradient), gradient(target_logits, target_gradient))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::co_tuning_loss_", lib=_library)
+@_fake("co_tuning_loss_")
 def _co_tuning_loss_inplace(
     source_logits: Tensor,
     target_logits: Tensor | None,
@@ -130,12 +159,12 @@ def _co_tuning_loss_inplace(
     return _reduced(source_logits, target_logits, reduction)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::scale_gradients_", lib=_library)
+@_fake("scale_gradients_")
 def _scale_gradients(source_grad: Tensor, target_grad: Tensor, factors: Tensor, upstream: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake(f"{NAMESPACE}::translate_labels", lib=_library)
+@_fake("translate_labels")
 def _translate_labels(
     target: Tensor, target_b: Tensor | None, mix: Tensor | None, relationship: Tensor, ignore_index: int
 ) -> Tensor:
@@ -143,14 +172,14 @@ def _translate_labels(
     return relationship.new_empty((target.shape[0], relationship.shape[1]))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::add_class_sums_", lib=_library)
+@_fake("add_class_sums_")
 def _add_class_sums(
     sums: Tensor, counts: Tensor, logits: Tensor, labels: Tensor, inverse_temperature: float, ignore_index: int
 ) -> None:
     _check_one_device(sums, counts, logits, labels)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::temperature_terms", lib=_library)
+@_fake("temperature_terms")
 def _temperature_terms(logits: Tensor, labels: Tensor, inverse_temperature: float, ignore_index: int) -> Tensor:
     _check_one_device(logits, labels)
     return logits.new_empty((4,), dtype=torch.float64)

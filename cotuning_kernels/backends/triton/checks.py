@@ -1,0 +1,103 @@
+"""What would let an operation read or write outside a tensor is refused here.
+
+The Python layer above checks its arguments in words for people, but only looks for the words when an operation has
+refused (a small batch takes about as long as checking its arguments), so whatever is wrong must be refused here too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_labels", "check_loss", "check_matrix", "check_target", "check_writable", "require"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def require(condition: bool, expected: str) -> None:
+    if not condition:
+        raise RuntimeError(expected)
+
+
+def check_matrix(name: str, x: Tensor, device: torch.device) -> None:
+    require(
+        x.dim() == 2 and x.dtype in _FLOATS and x.device == device and (x.stride(1) == 1 or x.shape[1] <= 1),
+        f"{name} must be a floating matrix with dense columns on {device}",
+    )
+    require(0 < x.shape[1] < 2**31, f"{name} must have at least one column, and fewer than 2**31")
+
+
+def check_writable(name: str, x: Tensor) -> None:
+    """A row that another row overlaps cannot hold a gradient of its own."""
+    require(x.shape[0] <= 1 or x.stride(0) >= x.shape[1], f"{name} has rows that overlap")
+
+
+def check_labels(name: str, labels: Tensor, batch: int, device: torch.device) -> None:
+    require(
+        labels.dtype in (torch.int64, torch.int32) and labels.shape == (batch,) and labels.device == device,
+        f"{name} must be int64 or int32 of shape ({batch},) on {device}",
+    )
+
+
+def check_target(target: Tensor, target_b: Tensor | None, mix: Tensor | None, batch: int, device: torch.device) -> None:
+    probabilities = target.is_floating_point()
+    require(
+        (mix is not None) == (probabilities or target_b is not None) and not (probabilities and target_b is not None),
+        "mix goes with target_b, or with probabilities",
+    )
+    if probabilities:
+        check_matrix("target", target, device)
+        require(target.shape[0] == batch, f"target must have {batch} rows")
+    else:
+        check_labels("target", target, batch, device)
+        if target_b is not None:
+            check_labels("target_b", target_b, batch, device)
+            require(target_b.dtype == target.dtype, "target_b must have target's dtype")
+    if mix is not None:
+        shapes = ((batch,),) if probabilities else ((batch,), (1,))
+        require(
+            mix.dtype == torch.float64 and mix.device == device and mix.shape in shapes,
+            f"mix must be float64 on {device}, of shape {' or '.join(map(str, shapes))}",
+        )
+
+
+def check_loss(
+    source_logits: Tensor,
+    target_logits: Tensor | None,
+    target: Tensor,
+    target_b: Tensor | None,
+    mix: Tensor | None,
+    relationship: Tensor,
+    weight: Tensor | None,
+    trade_off: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    kl_divergence: bool,
+) -> None:
+    device = source_logits.device
+    check_matrix("source_logits", source_logits, device)
+    batch = source_logits.shape[0]
+    require(batch < 2**31, "source_logits has too many rows")
+    check_target(target, target_b, mix, batch, device)
+    check_matrix("relationship", relationship, device)
+    require(relationship.shape[1] == source_logits.shape[1], "relationship must have one column a source class")
+    probabilities = target.is_floating_point()
+    require(
+        not probabilities or relationship.shape[0] == batch,
+        "with probabilities, relationship must have one row a row of the batch",
+    )
+    classes = target.shape[1] if probabilities else relationship.shape[0]
+    if target_logits is not None:
+        check_matrix("target_logits", target_logits, device)
+        require(target_logits.shape == (batch, classes), f"target_logits must have shape ({batch}, {classes})")
+    require(0 <= reduction <= 2, "reduction must be 0, 1 or 2")
+    require(0 <= label_smoothing <= 1, "label_smoothing must be in [0, 1]")
+    require(
+        weight is None or (weight.dtype in _FLOATS and weight.shape == (classes,) and weight.device == device),
+        f"weight must be floating of shape ({classes},) on {device}",
+    )
+    require(
+        trade_off.dtype == torch.float64 and trade_off.dim() == 0 and trade_off.device == device,
+        f"trade_off must be a float64 number on {device}",
+    )

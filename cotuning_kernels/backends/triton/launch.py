@@ -1,0 +1,136 @@
+"""How rows are shared out to programs, and what a launch is. One fixed table: no autotuning, so that numbers repeat.
+
+Alignment. Triton takes a number for a multiple of 16 only where it sees that the argument is one, and then for a
+multiple of nothing else: 1000 classes would be read element by element. So a kernel gets widths and strides as
+multiples of a compile-time ``VEC`` (``1000 = 125 * 8``) and multiplies them itself; what the compiler then knows is
+enough for accesses of 128 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "LOOP_COLUMNS",
+    "MAX_WHOLE_ROW_BYTES",
+    "Launch",
+    "RowPlan",
+    "blocks",
+    "compute_type",
+    "is_amd",
+    "plan_rows",
+    "threads_for",
+    "tile_of",
+    "vector",
+]
+
+# A whole row lies in registers up to here (16384 float32; half of that with two rows of R beside it, which would
+# spill); above, its columns are looped over.
+MAX_WHOLE_ROW_BYTES = 65536
+LOOP_COLUMNS = 1024
+_LEAST_COLUMNS = 16
+_LOOP_THREADS = 128
+_TILE = 1024
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one kernel: everything but the moment."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    threads: int = 128
+
+    def run(self) -> None:
+        """On the stream of the current device. An empty grid is no launch."""
+        if all(self.grid):
+            self.kernel[self.grid](**self.arguments, **self.options())
+
+    def compile(self) -> Any:
+        """Compile what :meth:`run` would run, and return it; nothing is run."""
+        return self.kernel.warmup(**self.arguments, grid=self.grid, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """Of the compiler. ``debug`` turns on the assertions that the kernels make (see ``targets.py``), and would one
+        after every addition of integers. A warp is 64 threads on AMD's data-centre GPUs."""
+        amd = is_amd()
+        return {
+            "num_warps": max(1, self.threads // (64 if amd else 32)),
+            "debug": not amd,
+            "sanitize_overflow": False,
+        }
+
+
+def is_amd() -> bool:
+    return torch.version.hip is not None
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One program takes ``rows`` rows, ``block`` columns at a time: all of them at once, or in a loop."""
+
+    rows: int
+    block: int
+    loops: bool
+
+    def programs(self, batch: int) -> int:
+        return blocks(batch, self.rows)
+
+
+def threads_for(columns: int, dtype: torch.dtype, *, pair: bool = False) -> int:
+    """Threads that a row of ``columns`` logits wants: 64 bytes of arithmetic each, so that what a thread does only once
+    weighs little (with 32, half as many instructions again an element). ``pair``: with two rows of R beside it."""
+    block = _power_of_two(columns)
+    if _loops(block, dtype, pair):
+        return _LOOP_THREADS
+    size = _compute_size(dtype)
+    return min(4096 // size, max(64, block * size // 64))
+
+
+def plan_rows(columns: int, dtype: torch.dtype, threads: int, *, pair: bool = False) -> RowPlan:
+    """Rows of ``columns`` logits for programs of ``threads`` threads: one long row, or several short ones."""
+    block = _power_of_two(columns)
+    if _loops(block, dtype, pair):
+        return RowPlan(1, LOOP_COLUMNS, True)
+    return RowPlan(max(1, threads * 32 // (block * _compute_size(dtype))), block, False)
+
+
+def tile_of(columns: int) -> tuple[int, int]:
+    """``(rows, columns)`` of a tile for kernels that look at every element alone: a few rows, or a part of one."""
+    block = min(_TILE, _power_of_two(columns))
+    return _TILE // block, block
+
+
+def vector(*matrices: Tensor | None) -> int:
+    """The largest power of two, 8 at most, that divides the width and the row stride of every matrix."""
+    return math.gcd(8, *(n for x in matrices if x is not None for n in (x.shape[1], x.stride(0))))
+
+
+def blocks(count: int, size: int) -> int:
+    """How many blocks of ``size`` hold ``count``."""
+    return -(-count // size)
+
+
+def compute_type(dtype: torch.dtype) -> Any:
+    """What the arithmetic of a tensor of this dtype is done in, as Triton names it."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _loops(block: int, dtype: torch.dtype, pair: bool) -> bool:
+    return block * _compute_size(dtype) * (2 if pair else 1) > MAX_WHOLE_ROW_BYTES
+
+
+def _compute_size(dtype: torch.dtype) -> int:
+    return 8 if dtype == torch.float64 else 4
+
+
+def _power_of_two(columns: int) -> int:
+    return max(_LEAST_COLUMNS, int(triton.next_power_of_2(columns)))

@@ -1,0 +1,599 @@
+"""The Co-Tuning loss: both heads, both gradients and all rows' losses in one launch, the scalars in a tiny second.
+
+A row has logits ``z`` and a target distribution ``q`` (a row of R for the source head, a label for the target head),
+``Q = sum(q)``. With ``x = z - max(z)``, ``e = exp(x)`` and ``S = sum(e)``
+
+    loss     = Q log S - sum_{q != 0} q x               gradient = Q / S * e - q
+    KL adds    sum_{q != 0} q log q                     (the same gradient)
+
+A row without any ``q != 0`` takes no part: loss 0 and gradient 0, whatever its logits are.
+
+Traffic. A row that fits in the registers of a program reads each logit once, each entry of its row of R once (mostly
+from L2, where R stays) and writes each gradient once: ``2 * itemsize`` bytes a logit. A longer row is read twice, the
+second time from L2 if it is still there. The means need counts that are known only when every row has been looked at,
+so gradients are stored without the factor of the mean, and ``factors`` hold it for the backward pass. Sums over rows
+are taken in a fixed order by one program of the second launch, which reads 20 bytes a row: no atomics, and the same
+bits in every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cotuning_kernels.backends.schema import REDUCTIONS
+from cotuning_kernels.backends.triton.checks import check_loss, check_writable
+from cotuning_kernels.backends.triton.launch import Launch, blocks, compute_type, plan_rows, threads_for, vector
+from cotuning_kernels.backends.triton.targets import read_target
+
+__all__ = ["co_tuning_loss", "co_tuning_loss_", "plan"]
+
+# Forms of a target.
+_LABELS, _PAIR, _PROBABILITIES = 0, 1, 2
+_FINISH_ROWS = 4096
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+@triton.jit
+def _source_distribution(
+    relationship, stride, label, share, label_b, share_b, rows, columns, mask, FORM: tl.constexpr, DTYPE: tl.constexpr
+):
+    """``q`` of some columns as two parts, whose sum it is: each side of a pair has, or has no, source supervision."""
+    if FORM == 2:  # one row of P R a row of the batch
+        q = tl.load(relationship + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(DTYPE)
+        return q, q
+    first = mask & (share != 0)[:, None]
+    q = tl.load(
+        relationship + label[:, None] * stride + columns[None, :], mask=first, other=0.0, eviction_policy="evict_last"
+    ).to(DTYPE)
+    if FORM == 0:
+        return q, q
+    second = mask & (share_b != 0)[:, None]
+    q_b = tl.load(
+        relationship + label_b[:, None] * stride + columns[None, :], mask=second, other=0.0,
+        eviction_policy="evict_last",
+    ).to(DTYPE)  # fmt: skip
+    return q * share[:, None], q_b * share_b[:, None]
+
+
+@triton.jit
+def _target_distribution(
+    probabilities, stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
+    FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """``q = weight * ((1 - smoothing) * target + smoothing / N_t)`` of some columns."""
+    if FORM == 2:
+        q = tl.load(probabilities + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(DTYPE)
+        whole = tl.where(mask, 1.0, 0.0).to(DTYPE)
+    else:
+        q = tl.where(columns[None, :] == label[:, None], share[:, None], 0.0)
+        whole = share[:, None]
+        if FORM == 1:
+            q += tl.where(columns[None, :] == label_b[:, None], share_b[:, None], 0.0)
+            whole += share_b[:, None]
+    if SMOOTHS:
+        smoothing = smoothing.to(DTYPE)
+        q = (1 - smoothing) * q + smoothing / classes * whole
+        q = tl.where(mask, q, 0.0)
+    if HAS_WEIGHT:
+        q *= tl.load(weight + columns, mask=columns < classes, other=0.0).to(DTYPE)[None, :]
+    return q
+
+
+@triton.jit
+def _distribution(
+    table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
+    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """``q`` of either head, as two parts where a pair's sides are told apart, else twice the same."""
+    if SOURCE:
+        return _source_distribution(
+            table, table_stride, label, share, label_b, share_b, rows, columns, mask, FORM, DTYPE
+        )
+    q = _target_distribution(
+        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask, FORM,
+        HAS_WEIGHT, SMOOTHS, DTYPE,
+    )  # fmt: skip
+    return q, q
+
+
+@triton.jit
+def _whole_rows(
+    logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
+    label, share, label_b, share_b, rows, in_batch,
+    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Rows in registers. ``(loss, mass of the first part, mass of the second)``."""
+    PARTS: tl.constexpr = SOURCE and FORM == 1
+    columns = tl.arange(0, BLOCK)
+    mask = in_batch[:, None] & (columns < columns_count)[None, :]
+    z = tl.load(
+        logits + rows[:, None] * logits_stride + columns[None, :], mask=mask, other=-float("inf"),
+        eviction_policy="evict_first",
+    ).to(DTYPE)  # fmt: skip
+    q, q_b = _distribution(
+        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
+        SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
+    )  # fmt: skip
+    mass = tl.sum(q, 1)
+    mass_b = mass
+    whole = mass
+    if PARTS:
+        mass_b = tl.sum(q_b, 1)
+        whole = mass + mass_b
+        q += q_b
+    x = z - tl.max(z, 1)[:, None]
+    e = tl.exp(x)
+    total = tl.sum(e, 1)
+    # A logit of -inf where q = 0 contributes nothing; the product alone would be NaN.
+    loss = whole * tl.log(total) - tl.sum(tl.where(q != 0, q * x, 0.0), 1)
+    if KL:
+        loss += tl.sum(tl.where(q != 0, q * tl.log(q), 0.0), 1)
+    if GRADIENT:
+        g = tl.where((whole != 0)[:, None], e * (whole / total)[:, None] - q, 0.0)
+        tl.store(
+            grad + rows[:, None] * grad_stride + columns[None, :], g.to(grad.dtype.element_ty), mask=mask,
+            eviction_policy="evict_first",
+        )  # fmt: skip
+    return tl.where(whole != 0, loss, 0.0), mass, mass_b
+
+
+@triton.jit
+def _long_rows(
+    logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
+    label, share, label_b, share_b, rows, in_batch,
+    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
+    GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Rows longer than the registers, a block of columns at a time: a sweep for the sums, one for the gradient.
+
+    ``top`` is the maximum so far and every sum is relative to it. Where a block raises it by ``d``, the sum of
+    exponentials shrinks by ``exp(-d)`` and ``sum q x`` by ``d sum q``: what was added before really lies that much
+    deeper, so nothing cancels.
+    """
+    PARTS: tl.constexpr = SOURCE and FORM == 1
+    lanes = tl.arange(0, BLOCK)
+    top = tl.full([ROWS], -float("inf"), DTYPE)
+    base = tl.zeros([ROWS], DTYPE)  # `top`, or 0 as long as that is -inf
+    totals = tl.zeros([ROWS, BLOCK], DTYPE)
+    dots = tl.zeros([ROWS, BLOCK], DTYPE)
+    masses = tl.zeros([ROWS, BLOCK], DTYPE)
+    masses_b = tl.zeros([ROWS, BLOCK], DTYPE)
+    entropies = tl.zeros([ROWS, BLOCK], DTYPE)
+    for start in range(0, columns_count, BLOCK):
+        columns = start + lanes
+        mask = in_batch[:, None] & (columns < columns_count)[None, :]
+        z = tl.load(
+            logits + rows[:, None] * logits_stride + columns[None, :], mask=mask, other=-float("inf")
+        ).to(DTYPE)  # fmt: skip
+        q, q_b = _distribution(
+            table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
+            SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
+        )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(z, 1))
+        new_base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        shrink = tl.where(top == -float("inf"), 0.0, tl.exp(top - new_base))
+        totals = totals * shrink[:, None] + tl.exp(z - new_base[:, None])
+        before = masses
+        if PARTS:
+            before = masses + masses_b
+            masses_b += q_b
+        masses += q
+        if PARTS:
+            q += q_b
+        dots += before * (base - new_base)[:, None] + tl.where(q != 0, q * (z - new_base[:, None]), 0.0)
+        if KL:
+            entropies += tl.where(q != 0, q * tl.log(q), 0.0)
+        top = new_top
+        base = new_base
+    total = tl.sum(totals, 1)
+    mass = tl.sum(masses, 1)
+    mass_b = mass
+    whole = mass
+    if PARTS:
+        mass_b = tl.sum(masses_b, 1)
+        whole = mass + mass_b
+    loss = whole * tl.log(total) - tl.sum(dots, 1)
+    if KL:
+        loss += tl.sum(entropies, 1)
+    if GRADIENT:
+        for start in range(0, columns_count, BLOCK):
+            columns = start + lanes
+            mask = in_batch[:, None] & (columns < columns_count)[None, :]
+            z = tl.load(
+                logits + rows[:, None] * logits_stride + columns[None, :], mask=mask, other=-float("inf"),
+                eviction_policy="evict_first",
+            ).to(DTYPE)  # fmt: skip
+            q, q_b = _distribution(
+                table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
+                SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
+            )  # fmt: skip
+            if PARTS:
+                q += q_b
+            g = tl.exp(z - base[:, None]) * (whole / total)[:, None] - q
+            g = tl.where((whole != 0)[:, None], g, 0.0)
+            tl.store(
+                grad + rows[:, None] * grad_stride + columns[None, :], g.to(grad.dtype.element_ty), mask=mask,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+    return tl.where(whole != 0, loss, 0.0), mass, mass_b
+
+
+@triton.jit
+def _head(
+    program, logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, columns_count,
+    labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, batch,
+    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
+    GRADIENT: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Some rows of one head: their gradients, and their losses and counts to ``by_row``."""
+    rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_batch = rows < batch
+    if FORM == 2:
+        label, share, label_b, share_b = rows, tl.zeros([ROWS], DTYPE), rows, tl.zeros([ROWS], DTYPE)
+    else:
+        label, share, label_b, share_b = read_target(
+            labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, rows, in_batch, classes, ignore_index,
+            FORM == 1, DTYPE,
+        )  # fmt: skip
+    if LOOPS:
+        loss, mass, mass_b = _long_rows(
+            logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
+            label, share, label_b, share_b, rows, in_batch, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT, ROWS,
+            BLOCK, DTYPE,
+        )  # fmt: skip
+    else:
+        loss, mass, mass_b = _whole_rows(
+            logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
+            label, share, label_b, share_b, rows, in_batch, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT, BLOCK,
+            DTYPE,
+        )  # fmt: skip
+    # A label that names no class, where the device does not stop there (see targets.py): NaN, and not a wrong number.
+    loss = tl.where(share + share_b != share + share_b, float("nan"), loss)
+    out = by_row + rows
+    if SOURCE:
+        tl.store(out + batch, loss, mask=in_batch)
+        if COUNTS:
+            if FORM == 2:  # the share of the row's classes that have source supervision, from the matrix product
+                supervised = tl.load(mix + rows * mix_stride, mask=in_batch, other=0.0).to(DTYPE)
+            else:
+                supervised = tl.where(mass != 0, share, 0.0)
+                valid = share
+                if FORM == 1:
+                    supervised += tl.where(mass_b != 0, share_b, 0.0)
+                    valid += share_b
+                tl.store(out + 4 * batch, valid, mask=in_batch)
+            tl.store(out + 3 * batch, supervised, mask=in_batch)
+    else:
+        tl.store(out, loss, mask=in_batch)
+        if COUNTS and FORM != 2:
+            if HAS_WEIGHT:
+                share *= tl.load(weight + label, mask=share != 0, other=0.0).to(DTYPE)
+                if FORM == 1:
+                    share_b *= tl.load(weight + label_b, mask=share_b != 0, other=0.0).to(DTYPE)
+            if FORM == 1:
+                share += share_b
+            tl.store(out + 2 * batch, share, mask=in_batch)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "source_stride", "source_grad_stride", "relationship_stride", "target_stride", "target_grad_stride",
+        "probabilities_stride", "labels_stride", "labels_b_stride", "mix_stride", "batch", "classes", "source_width",
+        "target_width", "source_programs", "ignore_index",
+    ],
+)  # fmt: skip
+def co_tuning_loss_kernel(
+    source_logits, source_stride: tl.int64, source_grad, source_grad_stride: tl.int64, relationship,
+    relationship_stride: tl.int64, target_logits, target_stride: tl.int64, target_grad, target_grad_stride: tl.int64,
+    probabilities, probabilities_stride: tl.int64, weight, label_smoothing: tl.float64, labels, labels_stride: tl.int64,
+    labels_b, labels_b_stride: tl.int64, mix, mix_stride: tl.int64, ignore_index: tl.int64, by_row, batch: tl.int64,
+    classes: tl.int32, source_width: tl.int32, target_width: tl.int32, source_programs: tl.int32,
+    FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr, COUNTS: tl.constexpr,
+    BOTH_HEADS: tl.constexpr, SOURCE_GRADIENT: tl.constexpr, TARGET_GRADIENT: tl.constexpr,
+    SOURCE_VEC: tl.constexpr, TARGET_VEC: tl.constexpr,
+    SOURCE_ROWS: tl.constexpr, SOURCE_BLOCK: tl.constexpr, SOURCE_LOOPS: tl.constexpr, SOURCE_DTYPE: tl.constexpr,
+    TARGET_ROWS: tl.constexpr, TARGET_BLOCK: tl.constexpr, TARGET_LOOPS: tl.constexpr, TARGET_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The first ``source_programs`` programs take rows of the source head, the others rows of the target head.
+
+    Widths and strides of rows are multiples of ``SOURCE_VEC`` and ``TARGET_VEC``. ``by_row`` is ``(5, batch)`` with
+    COUNTS: the target head's loss, the source head's, the weight of the labels, the share of the target that has
+    source supervision, the share that is not ignored. Without COUNTS, the first two.
+    """
+    program = tl.program_id(0)
+    if program < source_programs:
+        _head(
+            program, source_logits, source_stride * SOURCE_VEC, source_grad, source_grad_stride * SOURCE_VEC,
+            relationship, relationship_stride * SOURCE_VEC, weight, label_smoothing, source_width * SOURCE_VEC,
+            labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, batch,
+            True, FORM, False, False, KL, SOURCE_GRADIENT, COUNTS, SOURCE_ROWS, SOURCE_BLOCK, SOURCE_LOOPS,
+            SOURCE_DTYPE,
+        )  # fmt: skip
+    elif BOTH_HEADS:
+        _head(
+            program - source_programs, target_logits, target_stride * TARGET_VEC, target_grad,
+            target_grad_stride * TARGET_VEC, probabilities, probabilities_stride * TARGET_VEC, weight, label_smoothing,
+            target_width * TARGET_VEC, labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes,
+            ignore_index, by_row, batch, False, FORM, HAS_WEIGHT, SMOOTHS, False, TARGET_GRADIENT, COUNTS, TARGET_ROWS,
+            TARGET_BLOCK, TARGET_LOOPS, TARGET_DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _any_probability(probabilities, stride, batch, classes, BLOCK: tl.constexpr):
+    """Whether any class of any row has a share, as 1 or 0."""
+    seen = tl.zeros([BLOCK], tl.int32)
+    for row in range(batch):
+        for start in range(0, classes, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            p = tl.load(probabilities + row * stride + columns, mask=columns < classes, other=0.0)
+            seen = tl.where(p.to(tl.float64) != 0, 1, seen)
+    return tl.max(seen, 0)
+
+
+@triton.jit(do_not_specialize=["batch", "classes", "probabilities_stride"])
+def finish_kernel(
+    by_row, trade_off, probabilities, probabilities_stride: tl.int64, loss, terms, factors, batch: tl.int64,
+    classes: tl.int32,
+    REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, BOTH_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Losses of rows to the loss, its two terms ``[target, source]`` and the factors of the gradients.
+
+    Without a reduction every program takes a block of rows; else one takes all of them, lane by lane in the order of
+    rows, and then the lanes in the order of a tree: the same bits in every run.
+    """
+    dtype = by_row.dtype.element_ty
+    factor = tl.full([], 1.0, dtype)
+    if BOTH_HEADS:
+        factor = tl.load(trade_off).to(dtype)
+    if REDUCTION == 0:  # by_row is `terms`
+        program = tl.program_id(0)
+        rows = program * BLOCK + tl.arange(0, BLOCK)
+        mask = rows < batch
+        source = tl.load(by_row + batch + rows, mask=mask, other=0.0)
+        if BOTH_HEADS:
+            target = tl.load(by_row + rows, mask=mask, other=0.0)
+            tl.store(loss + rows, target + factor * source, mask=mask)
+        else:
+            tl.store(by_row + rows, tl.zeros([BLOCK], dtype), mask=mask)
+            tl.store(loss + rows, source, mask=mask)
+        if program == 0:
+            tl.store(factors, factor)
+            tl.store(factors + 1, tl.full([], 1.0, dtype))
+    else:
+        MEAN: tl.constexpr = REDUCTION == 1
+        target_losses = tl.zeros([BLOCK], dtype)
+        source_losses = tl.zeros([BLOCK], dtype)
+        weights = tl.zeros([BLOCK], dtype)
+        supervised = tl.zeros([BLOCK], dtype)
+        valid = tl.zeros([BLOCK], dtype)
+        for start in range(0, batch, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            mask = rows < batch
+            row = by_row + rows
+            if BOTH_HEADS:
+                target_losses += tl.load(row, mask=mask, other=0.0)
+            source_losses += tl.load(row + batch, mask=mask, other=0.0)
+            if MEAN:
+                supervised += tl.load(row + 3 * batch, mask=mask, other=0.0)
+                if not PROBABILITIES:
+                    valid += tl.load(row + 4 * batch, mask=mask, other=0.0)
+                    if BOTH_HEADS:
+                        weights += tl.load(row + 2 * batch, mask=mask, other=0.0)
+        target = tl.sum(target_losses, 0)
+        source = tl.sum(source_losses, 0)
+        target_factor = tl.full([], 1.0, dtype)
+        if MEAN:
+            count = tl.sum(supervised, 0)
+            weight = tl.sum(weights, 0)
+            any_valid = (tl.sum(valid, 0) != 0).to(tl.int32)
+            if PROBABILITIES:
+                weight = batch.to(dtype)
+                any_valid = tl.full([], 1, tl.int32)
+                if count == 0:  # rare, and then the only question left
+                    any_valid = _any_probability(probabilities, probabilities_stride, batch, classes, BLOCK)
+            # No supervised row is an ordinary batch, and its source term 0; no valid row at all has no mean. Without a
+            # valid row every gradient is 0 and must stay 0 when it is multiplied by the factor.
+            count = tl.where((count == 0) & (any_valid != 0), 1.0, count)
+            source = source / count
+            factor = tl.where(any_valid != 0, factor / count, 0.0)
+            target = target / weight
+            target_factor = tl.where((weight == 0) & (any_valid == 0), 0.0, target_factor / weight)
+        if BOTH_HEADS:
+            tl.store(loss, target + tl.load(trade_off).to(dtype) * source)
+        else:
+            target = tl.full([], 0.0, dtype)
+            tl.store(loss, source)
+        tl.store(terms, target)
+        tl.store(terms + 1, source)
+        tl.store(factors, factor)
+        tl.store(factors + 1, target_factor)
+
+
+# ---------------------------------------------------------------------------------------------------- implementations
+
+
+def co_tuning_loss(
+    source_logits: Tensor,
+    target_logits: Tensor | None,
+    target: Tensor,
+    target_b: Tensor | None,
+    mix: Tensor | None,
+    relationship: Tensor,
+    weight: Tensor | None,
+    trade_off: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    kl_divergence: bool,
+    source_gradient: bool,
+    target_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``cotuning_kernels::co_tuning_loss``; see :mod:`cotuning_kernels.backends.schema`."""
+    arguments = (target, target_b, mix, relationship, weight, trade_off, label_smoothing, ignore_index, reduction,
+                 kl_divergence)  # fmt: skip
+    check_loss(source_logits, target_logits, *arguments)
+    source_grad = _new_gradient(source_logits, source_gradient)
+    target_grad = _new_gradient(target_logits, target_gradient)
+    reduced = _solve(source_logits, target_logits, source_grad, target_grad, *arguments)
+    empty = source_logits.new_empty((0, 0), dtype=torch.float32)
+    return (*reduced, empty if source_grad is None else source_grad, empty if target_grad is None else target_grad)
+
+
+def co_tuning_loss_(
+    source_logits: Tensor, target_logits: Tensor | None, *arguments: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``cotuning_kernels::co_tuning_loss_``: the gradients are written over the logits."""
+    check_loss(source_logits, target_logits, *arguments, **options)
+    check_writable("source_logits", source_logits)
+    if target_logits is not None:
+        check_writable("target_logits", target_logits)
+    return _solve(source_logits, target_logits, source_logits, target_logits, *arguments, **options)
+
+
+def _new_gradient(logits: Tensor | None, wanted: bool) -> Tensor | None:
+    if logits is None or not wanted:
+        return None
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _solve(
+    source_logits: Tensor, target_logits: Tensor | None, source_grad: Tensor | None, target_grad: Tensor | None,
+    *arguments: Any, **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Both launches; ``(loss, terms, factors)``."""
+    launches, reduced = plan(source_logits, target_logits, source_grad, target_grad, *arguments, **options)
+    with torch.cuda.device_of(source_logits):
+        for launch in launches:
+            launch.run()
+    return reduced
+
+
+def plan(
+    source_logits: Tensor,
+    target_logits: Tensor | None,
+    source_grad: Tensor | None,
+    target_grad: Tensor | None,
+    target: Tensor,
+    target_b: Tensor | None,
+    mix: Tensor | None,
+    relationship: Tensor,
+    weight: Tensor | None,
+    trade_off: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    kl_divergence: bool,
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+    """The launches of one call, and the ``(loss, terms, factors)`` that they write. Only shapes decide on them."""
+    both = target_logits is not None
+    double = torch.float64 in (source_logits.dtype, None if target_logits is None else target_logits.dtype)
+    batch = source_logits.shape[0]
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64 if double else torch.float32, device=source_logits.device)
+
+    rows = (batch,) if reduction == REDUCTIONS["none"] else ()
+    loss, terms, factors = new(*rows), new(2, *rows), new(2)
+    counts = reduction == REDUCTIONS["mean"]
+    by_row = terms if reduction == REDUCTIONS["none"] else new(5 if counts else 2, batch)
+    form = _PROBABILITIES if target.is_floating_point() else _LABELS if target_b is None else _PAIR
+    probabilities = target if form == _PROBABILITIES else None
+
+    pair = form == _PAIR
+    threads = threads_for(source_logits.shape[1], source_logits.dtype, pair=pair)
+    if target_logits is not None:
+        threads = max(threads, threads_for(target_logits.shape[1], target_logits.dtype))
+    source = plan_rows(source_logits.shape[1], source_logits.dtype, threads, pair=pair)
+    source_vec = vector(source_logits, source_grad, relationship)
+    source_programs = target_programs = source.programs(batch)
+    target_plan, target_vec = source, 1
+    if target_logits is not None:
+        target_plan = plan_rows(target_logits.shape[1], target_logits.dtype, threads)
+        target_vec = vector(target_logits, target_grad, probabilities)
+        target_programs = target_plan.programs(batch)
+
+    def stride(x: Tensor | None, unit: int = 1) -> int:
+        return 0 if x is None or x.dim() == 0 or x.shape[0] == 1 else x.stride(0) // unit
+
+    head = Launch(
+        co_tuning_loss_kernel,
+        (source_programs + target_programs if both else source_programs,),
+        {
+            "source_logits": source_logits,
+            "source_stride": stride(source_logits, source_vec),
+            "source_grad": source_grad,
+            "source_grad_stride": stride(source_grad, source_vec),
+            "relationship": relationship,
+            "relationship_stride": stride(relationship, source_vec),
+            "target_logits": target_logits,
+            "target_stride": stride(target_logits, target_vec),
+            "target_grad": target_grad,
+            "target_grad_stride": stride(target_grad, target_vec),
+            "probabilities": probabilities,
+            "probabilities_stride": stride(probabilities, target_vec),
+            "weight": None if weight is None else weight.contiguous(),
+            "label_smoothing": label_smoothing,
+            "labels": None if form == _PROBABILITIES else target,
+            "labels_stride": stride(target),
+            "labels_b": target_b,
+            "labels_b_stride": stride(target_b),
+            "mix": mix,
+            "mix_stride": stride(mix),
+            "ignore_index": ignore_index,
+            "by_row": by_row,
+            "batch": batch,
+            "classes": relationship.shape[0] if probabilities is None else probabilities.shape[1],
+            "source_width": source_logits.shape[1] // source_vec,
+            "target_width": 0 if target_logits is None else target_logits.shape[1] // target_vec,
+            "source_programs": source_programs,
+            "FORM": form,
+            "HAS_WEIGHT": weight is not None,
+            "SMOOTHS": label_smoothing > 0,
+            "KL": kl_divergence,
+            "COUNTS": counts,
+            "BOTH_HEADS": both,
+            "SOURCE_GRADIENT": source_grad is not None,
+            "TARGET_GRADIENT": target_grad is not None,
+            "SOURCE_VEC": source_vec,
+            "TARGET_VEC": target_vec,
+            "SOURCE_ROWS": source.rows,
+            "SOURCE_BLOCK": source.block,
+            "SOURCE_LOOPS": source.loops,
+            "SOURCE_DTYPE": compute_type(source_logits.dtype),
+            "TARGET_ROWS": target_plan.rows,
+            "TARGET_BLOCK": target_plan.block,
+            "TARGET_LOOPS": target_plan.loops,
+            "TARGET_DTYPE": tl.float32 if target_logits is None else compute_type(target_logits.dtype),
+        },
+        threads,
+    )
+    finish = Launch(
+        finish_kernel,
+        (max(1, blocks(batch, _FINISH_ROWS)) if reduction == REDUCTIONS["none"] else 1,),
+        {
+            "by_row": by_row,
+            "trade_off": trade_off,
+            "probabilities": probabilities,
+            "probabilities_stride": stride(probabilities),
+            "loss": loss,
+            "terms": terms,
+            "factors": factors,
+            "batch": batch,
+            "classes": head.arguments["classes"],
+            "REDUCTION": reduction,
+            "PROBABILITIES": form == _PROBABILITIES,
+            "BOTH_HEADS": both,
+            "BLOCK": _FINISH_ROWS,
+        },
+        threads=1024,
+    )
+    return [head, finish], (loss, terms, factors)

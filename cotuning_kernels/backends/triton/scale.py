@@ -1,0 +1,118 @@
+"""The backward pass: ``grad *= factor * upstream`` in place, both heads in one launch.
+
+Traffic: each gradient is read once and written once; nothing, where the whole factor is 1. Nothing is read on the host.
+A gradient of 0 stays 0 whatever the factor: rows that take no part may have a factor of infinity.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cotuning_kernels.backends.triton.checks import check_matrix, check_writable, require
+from cotuning_kernels.backends.triton.launch import Launch, blocks, compute_type, tile_of, vector
+
+__all__ = ["plan", "scale_gradients_"]
+
+
+@triton.jit
+def _scale_rows(
+    program, grad, stride, width, factor, upstream, upstream_stride, batch,
+    BY_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_batch = rows < batch
+    if BY_ROW:
+        scale = tl.load(upstream + rows * upstream_stride, mask=in_batch, other=0.0)
+    else:
+        scale = tl.zeros([ROWS], upstream.dtype.element_ty) + tl.load(upstream)
+    scale = (scale * tl.load(factor)).to(DTYPE)
+    # Reads and writes nothing where the factor is 1.
+    changes = in_batch & (scale != 1)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = changes[:, None] & (columns < width)[None, :]
+        address = grad + rows[:, None] * stride + columns[None, :]
+        g = tl.load(address, mask=mask, other=0.0).to(DTYPE)
+        g = tl.where(g == 0, g, g * scale[:, None])
+        tl.store(address, g.to(grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "source_stride", "target_stride", "upstream_stride", "source_width", "target_width", "batch", "source_programs"
+    ]
+)  # fmt: skip
+def scale_gradients_kernel(
+    source_grad, source_stride: tl.int64, target_grad, target_stride: tl.int64, factors, upstream,
+    upstream_stride: tl.int64, batch: tl.int64, source_width: tl.int32, target_width: tl.int32,
+    source_programs: tl.int32,
+    BY_ROW: tl.constexpr, SOURCE_VEC: tl.constexpr, TARGET_VEC: tl.constexpr,
+    SOURCE_ROWS: tl.constexpr, SOURCE_BLOCK: tl.constexpr, SOURCE_DTYPE: tl.constexpr,
+    TARGET_ROWS: tl.constexpr, TARGET_BLOCK: tl.constexpr, TARGET_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The first ``source_programs`` programs take rows of the source gradient, the others rows of the target's."""
+    program = tl.program_id(0)
+    if program < source_programs:
+        _scale_rows(
+            program, source_grad, source_stride * SOURCE_VEC, source_width * SOURCE_VEC, factors, upstream,
+            upstream_stride, batch, BY_ROW, SOURCE_ROWS, SOURCE_BLOCK, SOURCE_DTYPE,
+        )  # fmt: skip
+    else:
+        _scale_rows(
+            program - source_programs, target_grad, target_stride * TARGET_VEC, target_width * TARGET_VEC,
+            factors + 1, upstream, upstream_stride, batch, BY_ROW, TARGET_ROWS, TARGET_BLOCK, TARGET_DTYPE,
+        )  # fmt: skip
+
+
+def scale_gradients_(source_grad: Tensor, target_grad: Tensor, factors: Tensor, upstream: Tensor) -> None:
+    """``cotuning_kernels::scale_gradients_``; a gradient without elements is none."""
+    device = factors.device
+    require(factors.shape == (2,) and factors.is_floating_point(), "factors must be floating of shape (2,)")
+    require(upstream.device == device and upstream.is_floating_point(), f"upstream must be floating on {device}")
+    for name, grad in (("source_grad", source_grad), ("target_grad", target_grad)):
+        if grad.numel():
+            check_matrix(name, grad, device)
+            check_writable(name, grad)
+            require(
+                upstream.dim() == 0 or upstream.shape == (grad.shape[0],), "upstream must have one entry, or one a row"
+            )
+    with torch.cuda.device_of(factors):
+        plan(source_grad, target_grad, factors.contiguous(), upstream).run()
+
+
+def plan(source_grad: Tensor, target_grad: Tensor, factors: Tensor, upstream: Tensor) -> Launch:
+    """The launch of one call."""
+    batch = max(source_grad.shape[0], target_grad.shape[0])
+    source_rows, source_block = tile_of(source_grad.shape[1])
+    target_rows, target_block = tile_of(target_grad.shape[1])
+    source_vec, target_vec = vector(source_grad), vector(target_grad)
+    source_programs = blocks(source_grad.shape[0], source_rows)
+    return Launch(
+        scale_gradients_kernel,
+        (source_programs + blocks(target_grad.shape[0], target_rows),),
+        {
+            "source_grad": source_grad,
+            "source_stride": source_grad.stride(0) // source_vec,
+            "target_grad": target_grad,
+            "target_stride": target_grad.stride(0) // target_vec,
+            "factors": factors,
+            "upstream": upstream,
+            "upstream_stride": upstream.stride(0) if upstream.dim() else 0,
+            "batch": batch,
+            "source_width": source_grad.shape[1] // source_vec,
+            "target_width": target_grad.shape[1] // target_vec,
+            "source_programs": source_programs,
+            "BY_ROW": upstream.dim() == 1,
+            "SOURCE_VEC": source_vec,
+            "TARGET_VEC": target_vec,
+            "SOURCE_ROWS": source_rows,
+            "SOURCE_BLOCK": source_block,
+            "SOURCE_DTYPE": compute_type(source_grad.dtype),
+            "TARGET_ROWS": target_rows,
+            "TARGET_BLOCK": target_block,
+            "TARGET_DTYPE": compute_type(target_grad.dtype),
+        },
+    )

@@ -1,0 +1,75 @@
+"""Compiles the kernels of a training step before it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cotuning_kernels.backends.schema import KL_DIVERGENCE, REDUCTIONS
+from cotuning_kernels.backends.triton import loss, scale
+
+__all__ = ["warmup"]
+
+
+def warmup(
+    source_classes: int,
+    target_classes: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    relationship_dtype: torch.dtype = torch.float32,
+    target: str = "labels",
+    weight: bool = False,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    source_loss: str = "cross_entropy",
+    device: torch.device | str = "cuda",
+) -> int:
+    """Compile what a training step and an evaluation with these shapes and options launch; nothing is run.
+
+    Without it the first step does, which takes a second or two. The batch size does not matter: a kernel serves all.
+
+    Args:
+        source_classes, target_classes: the widths of the heads.
+        dtype: of both heads' logits. ``relationship_dtype``: of the relationship.
+        target: ``"labels"``, ``"pair"`` or ``"probabilities"``: the form that targets will have.
+        weight: whether there are class weights (float32).
+        label_smoothing, reduction, source_loss: as for the loss.
+
+    Returns:
+        The number of kernels.
+
+    Raises:
+        KeyError: an unknown ``target``, ``reduction`` or ``source_loss``.
+    """
+    batch = 2
+
+    def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    labels = new(batch, dtype=torch.int64)
+    forms = {
+        "labels": (labels, None, None),
+        "pair": (labels, labels, new(batch, dtype=torch.float64)),
+        "probabilities": (new(batch, target_classes, dtype=torch.float32), None, new(batch, dtype=torch.float64)),
+    }
+    rows = batch if target == "probabilities" else target_classes
+    arguments: Any = (
+        *forms[target],
+        new(rows, source_classes, dtype=relationship_dtype),
+        new(target_classes, dtype=torch.float32) if weight else None,
+        new(dtype=torch.float64),
+        label_smoothing,
+        -100,
+        REDUCTIONS[reduction],
+        KL_DIVERGENCE[source_loss],
+    )
+    logits = new(batch, source_classes, dtype=dtype), new(batch, target_classes, dtype=dtype)
+    gradients = torch.empty_like(logits[0]), torch.empty_like(logits[1])
+    with torch.cuda.device_of(labels):
+        launches, reduced = loss.plan(*logits, *gradients, *arguments)
+        launches += loss.plan(*logits, None, None, *arguments)[0][:1]
+        launches.append(scale.plan(*gradients, reduced[2], torch.empty_like(reduced[0])))
+        for launch in launches:
+            launch.compile()
+    return len(launches)
