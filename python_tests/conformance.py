@@ -319,7 +319,9 @@ class Backend:
     """One row of the table of backends.
 
     ``argument`` is what users pass as ``backend=``, ``using`` selects a variant of it, ``missing`` says why it cannot
-    run here (None where it can), and ``run(problem, form, argument)`` calls it.
+    run here (None where it can), and ``run(problem, form, argument)`` calls it. A slow backend runs some of the table,
+    by a rule: ``takes(case)``, and ``all_forms`` only in these dtypes, elsewhere the first. ``device_code`` is made for
+    a GPU: a label out of range is an assertion, and where it is interpreted one thread at a time may call it.
     """
 
     name: str
@@ -329,6 +331,11 @@ class Backend:
     device: str = "cpu"
     forms: tuple[str, ...] = FORMS
     run: Callable[[Problem, str, str], Outcome] = run_public
+    takes: Callable[[Case], bool] = lambda case: True
+    # How an element is loaded does not depend on where its gradient goes, nor on whether there is another head: these
+    # forms run in one wide and one narrow dtype.
+    all_forms: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    device_code: bool = False
 
 
 def _cpp(isa: str) -> Backend:
@@ -341,11 +348,43 @@ def _cpp(isa: str) -> Backend:
     return Backend(f"cpp-{isa}", "cpp", lambda: backends.use_cpu_isa(isa), missing)
 
 
+def _triton(name: str, *, loops: bool) -> Backend:
+    """The Triton kernels in Triton's interpreter, on CPU tensors.
+
+    It takes some 20 ms a call. So it runs every case in every dtype of the case, but the other forms in float32 alone;
+    and the kernels for long rows, as if those began above 64 columns, run the cases that have such rows.
+    """
+
+    def using() -> AbstractContextManager[None]:
+        from triton_stand_in import triton_interpreted  # and triton with it
+
+        return triton_interpreted(loops=loops)
+
+    def takes(case: Case) -> bool:
+        return not loops or (max(case.shape[1:]) > 64 and math.prod(case.shape) < 200_000)
+
+    return Backend(
+        name, "triton", using, lambda: backends.missing_reason("triton"), takes=takes, all_forms=(torch.float32,),
+        device_code=True,
+    )  # fmt: skip
+
+
+# The kernels themselves, on a GPU.
+TRITON_ON_GPU = Backend(
+    "triton", "triton",
+    missing=lambda: backends.missing_reason("triton")
+    or (None if torch.cuda.is_available() else "no GPU that this torch can use"),
+    device="cuda", device_code=True,
+)  # fmt: skip
+
+
 # inplace=True is refused by the reference: there is no kernel that could write in place.
 REFERENCE = Backend("reference", "reference", forms=("both heads", "source head"))
 # Plain labels take the eager path where it is there; the last row is what everybody else gets.
 _OPERATIONS = Backend("cpp-operations", "cpp", backends.without_eager, lambda: backends.missing_reason("cpp"))
-BACKENDS = (REFERENCE, _cpp("avx512"), _cpp("avx2"), _cpp("portable"), _OPERATIONS)
+BACKENDS = (REFERENCE, _cpp("avx512"), _cpp("avx2"), _cpp("portable"), _OPERATIONS, _triton("triton-rows", loops=False))
+TABLE_BACKENDS = (*BACKENDS, _triton("triton-loops", loops=True), TRITON_ON_GPU)
+"""The table runs on these; everything else that is asked of a backend, on ``BACKENDS``."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the rule

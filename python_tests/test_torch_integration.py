@@ -392,6 +392,8 @@ def test_fork_after_threads_were_used(seed: int) -> None:
 
 def test_several_python_threads_at_once(backend: Backend, seed: int) -> None:
     """Four threads, each with its own data, several rounds, forward and backward: the same bits as in turn."""
+    if backend.device_code:
+        pytest.skip(f"{backend.name}: the interpreter has one state for the process")
     torch.set_num_threads(2)
     problems = [Case(f"thread {k}", "", (301, 9, 401), kind).build(torch.float32, seed)
                 for k, kind in enumerate(("labels", "pair", "probabilities", "ignoring"))]  # fmt: skip

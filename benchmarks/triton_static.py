@@ -1,0 +1,425 @@
+"""What the compiled Triton kernels are, on a machine without a GPU: registers, spills, widths of accesses, bytes.
+
+    python -m benchmarks.triton_static            # the table of python_tests/triton_static.json, measured afresh
+    python -m benchmarks.triton_static --write    # and written there: look at the difference before you commit it
+    python -m benchmarks.triton_static --liger    # ours beside those of liger-kernel: the table of docs/triton.md
+
+The operations run on CPU tensors as they would on a GPU, up to the moment of a launch: a driver that says it is the GPU
+asked for makes Triton specialise and compile what a user would get, and nothing is run. The machine code is then read
+with the disassemblers that Triton ships (NVIDIA), or as the assembly that Triton keeps (AMD).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+__all__ = ["KERNELS", "TABLE", "TARGETS", "Compiled", "compiled_for", "measure", "measure_all", "worse"]
+
+TABLE = Path(__file__).resolve().parent.parent / "python_tests" / "triton_static.json"
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+
+# ----------------------------------------------------------------------------------------------------------- compiling
+
+
+class _Driver(DriverBase):
+    """Says which GPU is there; has none."""
+
+    _devices = itertools.count(10_000)  # Triton keeps what it compiled by device: never that of another target
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target, self.device = target, next(self._devices)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("nothing is run")
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One launch that would have been: the kernel as compiled for it, and its arguments by name."""
+
+    name: str
+    grid: tuple[int, ...]
+    kernel: Any
+    arguments: dict[str, Any]
+
+
+@contextmanager
+def compiled_for(target: GPUTarget) -> Iterator[list[Compiled]]:
+    """Launches within the ``with`` block are compiled for ``target`` and gathered in the list; nothing is run."""
+    launches: list[Compiled] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        launches.append(Compiled(self.fn.__name__, grid, kernel, arguments))
+        return kernel
+
+    driver = triton.runtime.driver
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        triton.knobs.cache.scope(),
+        mock.patch.object(driver, "_active", _Driver(target)),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(torch.version, "hip", "a GPU of AMD" if target.backend == "hip" else None),
+    ):
+        triton.knobs.cache.dir = cache
+        yield launches
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+_BYTES = {"": 4, "U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+_AMD_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "short": 2, "sshort": 2, "byte": 1, "dword": 4, "dwordx2": 8,
+              "dwordx3": 12, "dwordx4": 16}  # fmt: skip
+
+
+def measure(compiled: Compiled) -> dict[str, Any]:
+    """Of one kernel, as numbers that should not grow, and the widths of its accesses by number of bytes.
+
+    ``bytes`` is what one program moves if every access is made once by all threads and no mask is off: for a kernel
+    without loops what it moves for a full tile, for one with loops what an iteration does and the rest.
+    """
+    if "cubin" in compiled.kernel.asm:
+        return _measure_nvidia(compiled.kernel)
+    return _measure_amd(compiled.kernel)
+
+
+def _measure_nvidia(kernel: Any) -> dict[str, Any]:
+    usage, sass = _disassemble(kernel.asm["cubin"])
+    words = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    operations = [operation for operation, _ in _instructions(sass)]
+    widths: collections.Counter[str] = collections.Counter()
+    for operation in operations:
+        kind, *modifiers = operation.split(".")
+        if kind in ("LDG", "STG"):
+            width = next((m for m in modifiers if m in _BYTES), "")
+            widths[f"{'load' if kind == 'LDG' else 'store'} {_BYTES[width]}"] += 1
+    threads = kernel.metadata.num_warps * 32
+    return _numbers(
+        registers=int(words["REG"]),
+        stack=int(words["STACK"]) + int(words["LOCAL"]),
+        spills=sum(operation.startswith(("LDL", "STL")) for operation in operations),
+        shared=kernel.metadata.shared,
+        atomics=sum(operation.startswith(("ATOM", "RED")) and "REDUX" not in operation for operation in operations),
+        instructions=len(operations),
+        widths=widths,
+        threads=threads,
+    )
+
+
+def _measure_amd(kernel: Any) -> dict[str, Any]:
+    assembly = kernel.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        assert found is not None, name
+        return int(found[1])
+
+    widths: collections.Counter[str] = collections.Counter()
+    for access, size in re.findall(r"^\s+(?:global|buffer|flat)_(load|store)_([a-z0-9]+)", assembly, re.M):
+        widths[f"{access} {_AMD_BYTES[size]}"] += 1
+    return _numbers(
+        registers=number("vgpr_count"),
+        stack=number("private_segment_fixed_size"),
+        spills=number("vgpr_spill_count"),  # spilled scalar registers go to lanes of these, not to memory
+        shared=number("group_segment_fixed_size"),
+        atomics=len(re.findall(r"^\s+(?:global|buffer|flat)_atomic", assembly, re.M)),
+        instructions=len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|flat|ds)_\w+", assembly, re.M)),
+        widths=widths,
+        threads=kernel.metadata.num_warps * 64,
+    )
+
+
+def _numbers(*, widths: collections.Counter[str], threads: int, **others: int) -> dict[str, Any]:
+    moved = threads * sum(count * int(width.split()[1]) for width, count in widths.items())
+    return others | {"threads": threads, "bytes": moved, "accesses": dict(sorted(widths.items()))}
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code, in words, from the tools that Triton ships."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def run(*command: str) -> str:
+            finished = subprocess.run(
+                [str(tools / command[0]), *command[1:], file.name], capture_output=True, text=True
+            )
+            if finished.returncode:
+                raise RuntimeError(f"{command[0]} failed: {finished.stderr.strip()}")
+            return finished.stdout + finished.stderr
+
+        return run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
+
+
+def _instructions(sass: str) -> Iterator[tuple[str, str]]:
+    """``(operation, the rest of its line)``."""
+    for found in re.finditer(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^\n]*)", sass, re.M):
+        yield found[1], found[2]
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+_ROWS = 48
+
+
+def _loss(
+    dtype: torch.dtype, target_classes: int, source_classes: int, target: str = "labels", *, heads: int = 2,
+    gradient: bool = True, relationship: torch.dtype = torch.float32, **options: Any,
+) -> Callable[[], Any]:  # fmt: skip
+    def call() -> Any:
+        from cotuning_kernels.backends.triton.loss import co_tuning_loss
+
+        labels = torch.zeros(_ROWS, dtype=torch.int64)
+        shares = torch.ones(_ROWS, dtype=torch.float64)
+        rows = _ROWS if target == "probabilities" else target_classes
+        arguments: dict[str, Any] = {
+            "target": torch.empty(_ROWS, target_classes) if target == "probabilities" else labels,
+            "target_b": labels if target == "pair" else None,
+            "mix": None if target == "labels" else shares,
+            "relationship": torch.empty(rows, source_classes, dtype=relationship),
+            "weight": None,
+            "trade_off": torch.tensor(2.3, dtype=torch.float64),
+            "label_smoothing": 0.0,
+            "ignore_index": -100,
+            "reduction": 1,
+            "kl_divergence": False,
+            "source_gradient": gradient,
+            "target_gradient": gradient,
+        }
+        source = torch.empty(_ROWS, source_classes, dtype=dtype)
+        head = torch.empty(_ROWS, target_classes, dtype=dtype) if heads == 2 else None
+        return co_tuning_loss(source, head, **arguments | options)
+
+    return call
+
+
+def _scale(dtype: torch.dtype) -> Callable[[], Any]:
+    def call() -> Any:
+        from cotuning_kernels.backends.triton.scale import scale_gradients_
+
+        gradients = torch.empty(_ROWS, 1000, dtype=dtype), torch.empty(_ROWS, 200, dtype=dtype)
+        return scale_gradients_(*gradients, torch.ones(2), torch.ones(()))
+
+    return call
+
+
+def _others() -> None:
+    from cotuning_kernels.backends.triton import IMPLEMENTATIONS
+
+    logits, labels = torch.empty(_ROWS, 1000), torch.zeros(_ROWS, dtype=torch.int64)
+    IMPLEMENTATIONS["translate_labels"](labels, None, None, torch.empty(200, 1000), -100)
+    sums, counts = torch.zeros(200, 1000, dtype=torch.float64), torch.zeros(200, dtype=torch.int64)
+    IMPLEMENTATIONS["add_class_sums_"](sums, counts, logits, labels, 1.0, -100)
+    IMPLEMENTATIONS["temperature_terms"](logits, labels, 1.0, -100)
+
+
+_F32, _BF16, _F16, _F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+_EVERY = tuple(TARGETS)
+_ONE = ("sm_90",)
+_TWO = ("sm_90", "gfx942")
+
+KERNELS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
+    "loss, 200 x 1000, float32": (_EVERY, _loss(_F32, 200, 1000)),
+    "loss, 200 x 1000, bfloat16": (_EVERY, _loss(_BF16, 200, 1000)),
+    "loss, 200 x 1000, float16": (_ONE, _loss(_F16, 200, 1000)),
+    "loss, 200 x 1000, float64": (_TWO, _loss(_F64, 200, 1000, relationship=_F64)),
+    "loss, 200 x 1000, float32, forward only": (_ONE, _loss(_F32, 200, 1000, gradient=False)),
+    "loss, 200 x 1000, float32, pair, KL": (_TWO, _loss(_F32, 200, 1000, "pair", kl_divergence=True)),
+    "loss, 200 x 1000, float32, probabilities, smoothing": (
+        _TWO, _loss(_F32, 200, 1000, "probabilities", label_smoothing=0.1),
+    ),
+    "loss, source head of 1000, bfloat16, R in bfloat16": (
+        _ONE, _loss(_BF16, 200, 1000, heads=1, relationship=_BF16),
+    ),
+    "loss, 200 x 1002, float32": (_ONE, _loss(_F32, 200, 1002)),
+    "loss, 9 x 30522, float32": (_TWO, _loss(_F32, 9, 30522)),
+    "loss, 9 x 30522, bfloat16": (_EVERY, _loss(_BF16, 9, 30522)),
+    "loss, 1000 x 16384, float32": (_TWO, _loss(_F32, 1000, 16384)),
+    "loss, 1000 x 8192, float32, pair, KL": (_ONE, _loss(_F32, 1000, 8192, "pair", kl_divergence=True)),
+    "loss, 1000 x 21841, bfloat16, pair, KL": (_TWO, _loss(_BF16, 1000, 21841, "pair", kl_divergence=True)),
+    "scaling, 200 x 1000, float32": (_ONE, _scale(_F32)),
+    "scaling, 200 x 1000, bfloat16": (_TWO, _scale(_BF16)),
+    "translation, class sums, temperature, 200 x 1000": (_TWO, _others),
+}  # fmt: skip
+"""By name: the targets that it is compiled for (the core for all of them, the others for one GPU or one of each
+maker) and the call whose launches are measured."""
+
+
+def launches_of(name: str, target: str) -> list[Compiled]:
+    with compiled_for(TARGETS[target]) as launches:
+        KERNELS[name][1]()
+    return launches
+
+
+def measure_all(names: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """``{"target: kernel of call": numbers}``."""
+    table: dict[str, dict[str, Any]] = {}
+    for name in KERNELS if names is None else names:
+        for target in KERNELS[name][0]:
+            for compiled in launches_of(name, target):
+                table[f"{target}: {compiled.name.removesuffix('_kernel')} of {name}"] = measure(compiled)
+    return table
+
+
+_MAY_NOT_GROW = ("registers", "stack", "spills", "shared", "atomics", "bytes")
+
+
+def worse(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is worse now, in words; instructions may grow by a twentieth, and accesses may only become fewer."""
+    said = [f"{name} {before[name]} -> {now[name]}" for name in _MAY_NOT_GROW if now[name] > before[name]]
+    if now["instructions"] > before["instructions"] * 1.05:
+        said.append(f"instructions {before['instructions']} -> {now['instructions']}")
+    accesses = [sum(numbers["accesses"].values()) for numbers in (before, now)]
+    if accesses[1] > accesses[0]:
+        said.append(f"accesses {before['accesses']} -> {now['accesses']}")
+    return said
+
+
+def recorded() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(TABLE.read_text())
+    return table
+
+
+# ------------------------------------------------------------------------------------------------- beside liger-kernel
+
+
+def _liger(dtype: torch.dtype, classes: int) -> Callable[[], Any]:
+    def call() -> Any:
+        from liger_kernel.ops.cross_entropy import cross_entropy_forward
+
+        logits = torch.zeros(_ROWS, classes, dtype=dtype, requires_grad=True)
+        labels = torch.zeros(_ROWS, dtype=torch.int64)
+        return cross_entropy_forward(logits, labels, None, -100, 0.0, 0.0, "mean", None, False)
+
+    return call
+
+
+def dynamic(compiled: Compiled, width: int) -> dict[str, float]:
+    """Of a kernel that takes one row a program, by element of the row: instructions of all threads, bytes of logits and
+    gradients. Loops count as often as they run for ``width``, the rest once; of an ``if`` both sides count."""
+    kernel = compiled.kernel
+    _, sass = _disassemble(kernel.asm["cubin"])
+    arguments = compiled.arguments
+    block = arguments.get("BLOCK_SIZE") or arguments["SOURCE_BLOCK"]
+    loops = _loop_ranges(sass)
+    turns = -(-width // block)
+    instructions, moved = 0, 0.0
+    element = (arguments["X_ptr"] if "X_ptr" in arguments else arguments["source_logits"]).element_size()
+    for line, text in enumerate(sass.splitlines()):
+        found = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", text)
+        if found is None:
+            continue
+        weight = turns if any(first <= line <= last for first, last in loops) else 1
+        instructions += weight
+        kind, *modifiers = found[1].split(".")
+        if kind in ("LDG", "STG"):
+            moved += weight * _BYTES[next((m for m in modifiers if m in _BYTES), "")]
+    threads = kernel.metadata.num_warps * 32
+    covered = turns * block
+    return {
+        "instructions": instructions * threads / covered,
+        "bytes": moved * threads / covered,
+        "element": element,
+    }
+
+
+def _loop_ranges(sass: str) -> list[tuple[int, int]]:
+    """Lines from a label to the last branch back to it."""
+    labels: dict[str, int] = {}
+    ranges: dict[str, tuple[int, int]] = {}
+    for line, text in enumerate(sass.splitlines()):
+        if found := re.match(r"\s*(\.L_x_\d+):", text):
+            labels[found[1]] = line
+        elif (found := re.search(r"\bBRA\S*\s.*`\((\.L_x_\d+)\)", text)) and found[1] in labels:
+            ranges[found[1]] = labels[found[1]], line
+    # A branch to itself after the end of a kernel is no loop.
+    return [(first, last) for first, last in ranges.values() if last - first > 2]
+
+
+def liger_table() -> str:
+    """A table in Markdown: liger-kernel's cross entropy with gradient and ours of the source head, for sm_90."""
+    rows = [
+        "| classes, logits | kernel | launches | threads | registers | spills | shared | widest load, store | "
+        "instructions an element | bytes an element |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for classes, dtype in itertools.product((1000, 21841, 30522, 32000), (_F32, _BF16)):
+        for who, call in (("liger", _liger(dtype, classes)), ("ours", _loss(dtype, 9, classes, heads=1))):
+            with compiled_for(TARGETS["sm_90"]) as launches:
+                call()
+            kernel = max(launches, key=lambda compiled: len(compiled.kernel.asm["cubin"]))
+            numbers, moved = measure(kernel), dynamic(kernel, classes)
+            widest = [max(int(w.split()[1]) for w in numbers["accesses"] if w.startswith(k)) for k in ("load", "store")]
+            rows.append(
+                f"| {classes}, {str(dtype).removeprefix('torch.')} | {who} | {len(launches)} | {numbers['threads']} | "
+                f"{numbers['registers']} | {numbers['spills']} | {numbers['shared']} | {widest[0]}, {widest[1]} | "
+                f"{moved['instructions']:.1f} | {moved['bytes']:.1f} |"
+            )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="what the compiled Triton kernels are, without a GPU")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--liger", action="store_true", help="compare with liger-kernel (pip install liger-kernel)")
+    arguments = parser.parse_args()
+    if arguments.liger:
+        print(liger_table())
+        return
+    table = {"triton": triton.__version__, "kernels": measure_all()}
+    if arguments.write:
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    json.dump(table, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""The Triton backend beyond the conformance table, and without a GPU: what the interpreter, the compiler and torch say.
+
+The table itself runs in ``test_conformance.py``; what the compiled kernels are, in ``test_triton_static.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conformance import BACKENDS, Case, Placed, Problem, assert_same_bits, run_public, verify
+from torch import Tensor
+
+from cotuning_kernels import backends, environment, functional
+from cotuning_kernels.backends import schema, triton_operations
+from cotuning_kernels.backends.schema import operation
+from cotuning_kernels.targets import operand_target
+
+_MISSING = backends.missing_reason("triton")
+pytestmark = pytest.mark.skipif(_MISSING is not None, reason=f"triton: {_MISSING}")
+
+if _MISSING is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+    import triton
+    import triton.language as tl
+    import triton.runtime.interpreter as ti
+    from triton_interpreter import interpreted, traffic
+    from triton_stand_in import MODULES, triton_interpreted
+
+    from benchmarks.triton_static import TARGETS, compiled_for
+    from cotuning_kernels.backends.triton import IMPLEMENTATIONS, warmup
+
+(_ROWS,) = (backend for backend in BACKENDS if backend.name == "triton-rows")
+
+
+def _op_arguments(problem: Problem) -> tuple[Any, ...]:
+    operand = operand_target(problem.target, problem.relationship)
+    return (
+        problem.source_logits, problem.target_logits, *operand, problem.weight, torch.tensor(2.3, dtype=torch.float64),
+        problem.label_smoothing, problem.ignore_index, schema.REDUCTIONS[problem.reduction],
+        schema.KL_DIVERGENCE[problem.source_loss], True, True,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------- no trace is left
+
+
+def _state() -> dict[str, Any]:
+    """All that an interpreted run exchanges, by name."""
+    watched = (tl, tl.core, tl.core.tensor, tl.math, tl.standard, tl.random, tl.core.dtype, *MODULES)
+    state = {f"{module.__name__}.{name}": value for module in watched for name, value in vars(module).items()}
+    state |= {f"builder.{name}": value for name, value in vars(ti.interpreter_builder).items() if "grid" not in name}
+    state["interpret"] = triton.knobs.runtime.interpret
+    state["environment"] = dict(os.environ)
+    return state
+
+
+def _compile(problem: Problem) -> list[str]:
+    with compiled_for(TARGETS["sm_90"]) as launches:
+        IMPLEMENTATIONS["co_tuning_loss"](*_op_arguments(problem))
+    return [launch.kernel.asm["ptx"] for launch in launches]
+
+
+def test_interpret_compile_interpret_compile(seed: int) -> None:
+    """In one process, and nothing of Triton's or of ours is another object afterwards."""
+    problem = Case("traces", "", (5, 9, 67), "pair").build(torch.float32, seed)
+    before = _state()
+    first = verify(_ROWS, problem)
+    code = _compile(problem)
+    assert_same_bits(first, verify(_ROWS, problem), "before and after compiling")
+    assert _compile(problem) == code
+    after = _state()
+    assert before.keys() == after.keys()
+    assert [name for name in before if after[name] is not before[name] and after[name] != before[name]] == []
+
+
+def test_nothing_is_left_after_an_error() -> None:
+    before = _state()
+    with pytest.raises(ZeroDivisionError), triton_interpreted(loops=True):
+        raise ZeroDivisionError
+    assert {name: value for name, value in _state().items() if value is not before[name]}.keys() <= {"environment"}
+
+
+# ------------------------------------------------------------------------------------------------ order, traffic, size
+
+
+class _AnyOrder:
+    """Programs one after another, but not in the order of their numbers."""
+
+    def __init__(self, draw: np.random.Generator) -> None:
+        self._draw = draw
+
+    def __call__(self, *size: int) -> Iterator[tuple[int, ...]]:
+        return iter(self._draw.permutation(np.array(list(np.ndindex(*size)))).tolist())
+
+
+@pytest.mark.parametrize("kind", ["ignoring", "pair", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loops", [False, True])
+def test_every_order_of_the_programs_gives_the_same_bits(kind: str, reduction: str, loops: bool, seed: int) -> None:
+    """A GPU promises no order. (That no two programs share a number is the static table's: no atomics.)"""
+    problem = Case("order", "", (19, 9, 150), kind, options={"reduction": reduction}).build(torch.bfloat16, seed)
+    logits, labels = problem.source_logits, torch.arange(19) % 5
+    results = []
+    for order in (np.ndindex, *(_AnyOrder(np.random.default_rng(seed + k)) for k in range(2))):
+        with triton_interpreted(loops=loops), mock.patch("triton_interpreter.program_order", order):
+            sums, counts = torch.zeros(5, 150, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+            torch.ops.cotuning_kernels.add_class_sums_(sums, counts, logits, labels, 0.7, -100)
+            terms = torch.ops.cotuning_kernels.temperature_terms(logits, labels, 0.7, -100)
+            results.append((run_public(problem, "both heads", "triton"), sums, terms))
+    for outcome, sums, terms in results[1:]:
+        assert_same_bits(results[0][0], outcome, "another order of the programs")
+        assert torch.equal(sums, results[0][1])
+        assert torch.equal(terms, results[0][2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loops", [False, True])
+def test_bytes_moved(dtype: torch.dtype, loops: bool, seed: int) -> None:
+    """Each logit and entry of R once where a row fits in registers, twice where it does not; each gradient once."""
+    batch, n_t, n_s = 6, 70, 130
+    problem = Case("traffic", "", (batch, n_t, n_s)).build(dtype, seed)
+    sweeps = 2 if loops else 1
+    with triton_interpreted(loops=loops), traffic() as moved:
+        IMPLEMENTATIONS["co_tuning_loss"](*_op_arguments(problem))
+    size = problem.source_logits.element_size()
+    by_row = 5 * 4  # two losses, three counts
+    once = {"load": batch * (2 * 8 + by_row) + 2 * 8, "store": batch * by_row + 5 * 4}  # labels; scalars
+    expected = {
+        "load": sweeps * batch * ((n_s + n_t) * size + n_s * 4) + once["load"],
+        "store": batch * (n_s + n_t) * size + once["store"],
+    }
+    assert moved == Counter(expected)
+
+
+def test_rows_that_lie_further_apart_than_int32_counts(seed: int) -> None:
+    """A stride times a row above 2**31: 4 GiB of addresses, of which two rows are ever touched."""
+    width, stride = 67, 2**31
+    problem = Case("far", "", (2, 2, width)).build(torch.bfloat16, seed)
+    try:
+        memory = torch.empty(stride + width, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        pytest.skip(f"no 4 GiB of addresses to be had: {error}")
+    far = memory.as_strided((2, width), (stride, 1)).copy_(problem.source_logits)
+    with triton_interpreted():
+        expected = run_public(problem, "both heads", "triton")
+        problem.source_logits = far
+        assert_same_bits(expected, run_public(problem, "both heads", "triton"), "rows far apart")
+
+
+# ----------------------------------------------------------------------------------------------- labels out of range
+
+
+@pytest.mark.parametrize("bad", [3, -1, -99, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("where", ["labels", "first of a pair", "second of a pair"])
+@pytest.mark.parametrize("loops", [False, True])
+def test_a_label_out_of_range_is_an_assertion_of_the_device(bad: int, where: str, loops: bool) -> None:
+    labels, good = torch.tensor([0, -100, bad, bad]), torch.zeros(4, dtype=torch.int64)
+    target: Any = {"labels": labels, "first of a pair": (labels, good, 0.5), "second of a pair": (good, labels, 0.5)}
+    placed = [Placed(torch.randn(4, 80)), Placed(torch.randn(4, 3)), Placed(torch.rand(3, 80))]
+    with triton_interpreted(loops=loops):
+        with pytest.raises(AssertionError, match="a label is out of range"):
+            functional.co_tuning_loss(placed[0].view, placed[1].view, target[where], placed[2].view, backend="triton")
+        with pytest.raises(AssertionError, match="a label is out of range"):
+            functional.translate_labels(target[where], placed[2].view, backend="triton")
+    for x in placed:
+        x.assert_unchanged("an argument")
+
+
+@pytest.mark.parametrize("bad", [3, -1])
+@pytest.mark.parametrize("pair", [False, True])
+def test_without_assertions_a_label_out_of_range_is_nan(bad: int, pair: bool) -> None:
+    """On AMD (see targets.py): the loss of its row is NaN, other rows are what they are, and nothing is read there."""
+    labels, good = torch.tensor([0, -100, bad, 2]), torch.zeros(4, dtype=torch.int64)
+    target: Any = (good, labels, 0.5) if pair else labels
+    logits, head, relationship = Placed(torch.randn(4, 40)), Placed(torch.randn(4, 3)), Placed(torch.rand(3, 40))
+    with triton_interpreted(), mock.patch.object(ti.interpreter_builder, "options", ti.InterpreterOptions()):
+        terms = functional.co_tuning_loss(
+            logits.view, head.view, target, relationship.view, reduction="none", return_terms=True, backend="triton"
+        )
+        translated = functional.translate_labels(target, relationship.view, backend="triton")
+    assert isinstance(terms, functional.CoTuningTerms)
+    for x in terms:
+        assert x.isnan().tolist() == [False, False, True, False]
+    assert translated.isnan().all(1).tolist() == [False, False, True, False]
+
+
+# ------------------------------------------------------------------------------------------ which kernels serve a call
+
+
+def test_the_overload_chooses_triton_where_another_backend_serves_too(seed: int) -> None:
+    """As on a GPU with both: "auto" and the other backend keep their kernels, ``backend="triton"`` is a choice of the
+    single call, in a compiled graph as well."""
+    problem = Case("both", "", (5, 6, 37), "ignoring").build(torch.float32, seed)
+    called: list[str] = []
+
+    def counted(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return IMPLEMENTATIONS[name](*args, **kwargs)
+
+        return call
+
+    def step(backend: str) -> Tensor:
+        def loss_of(source: Tensor, target: Tensor) -> Tensor:
+            loss = functional.co_tuning_loss(
+                source, target, problem.target, problem.relationship, backend=backend, return_terms=False
+            )
+            assert isinstance(loss, Tensor)
+            return loss
+
+        source = problem.source_logits.clone().requires_grad_()
+        compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+        compiled(source, problem.target_logits).backward()  # type: ignore[no-untyped-call]
+        assert source.grad is not None
+        return source.grad
+
+    library = torch.library.Library(schema.NAMESPACE, "IMPL")
+    try:
+        for name in IMPLEMENTATIONS:
+            library.impl(f"{name}.triton", counted(name), "CPU")
+        served = {"cpu": [*backends.available("cpu")[:-1], "triton"]}
+        with mock.patch.dict(backends._served_by, served), interpreted(*MODULES):
+            theirs = step("auto")
+            assert called == []
+            ours = step("triton")
+            assert called == ["co_tuning_loss", "scale_gradients_"]
+    finally:
+        library._destroy()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_names_of_operations() -> None:
+    for name in schema.OPERATIONS:
+        assert operation(name, "triton") is getattr(torch.ops.cotuning_kernels, name).triton
+        assert operation(name, "cpp") is getattr(torch.ops.cotuning_kernels, name).default
+
+
+def test_triton_is_there_for_gpus_and_not_for_this_processor() -> None:
+    assert "triton" in backends.available("cuda")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot be used: it does not serve tensors on 'cpu'"):
+        backends.select("cpu", "triton")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (None, "triton is not installed; pip install 'triton>=3.7'"),
+        ("__version__ = '3.6.1'\n", "triton 3.6.1 is too old, 3.7 or newer is needed; pip install 'triton>=3.7'"),
+        ("", "does not say its version; pip install 'triton>=3.7'"),
+        ("__version__ = '3.10.0+rocm'\n", None),
+    ],
+)
+def test_a_missing_or_old_triton_is_one_sentence(source: str | None, reason: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "__init__.py"
+    file.write_text(source or "")
+    spec = None if source is None else mock.Mock(origin=str(file))
+    with mock.patch("importlib.util.find_spec", return_value=spec):
+        said = triton_operations.missing_reason()
+    assert said is None if reason is None else (said is not None and reason in said and "\n" not in said)
+
+
+def test_the_environment_report_says_why_triton_is_missing() -> None:
+    with mock.patch.dict(backends._missing, {"triton": "triton 3.6.1 is too old"}):
+        assert "missing: triton 3.6.1 is too old" in environment.report()
+
+
+def test_the_package_does_not_import_triton() -> None:
+    import subprocess
+
+    code = "import sys, cotuning_kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("target", ["labels", "pair", "probabilities"])
+def test_warmup_compiles_what_a_step_launches(target: str, seed: int) -> None:
+    kinds = {"labels": "labels", "pair": "pair", "probabilities": "probabilities"}
+    problem = Case("warm", "", (48, 9, 1000), kinds[target]).build(torch.bfloat16, seed)
+    with compiled_for(TARGETS["sm_90"]) as launches:
+        assert warmup(1000, 9, dtype=torch.bfloat16, target=target, device="cpu") == 4
+        ahead = {id(launch.kernel) for launch in launches}
+        arguments = _op_arguments(problem)
+        _, _, factors, *gradients = IMPLEMENTATIONS["co_tuning_loss"](*arguments)
+        IMPLEMENTATIONS["co_tuning_loss"](*arguments[:-2], False, False)
+        IMPLEMENTATIONS["scale_gradients_"](*gradients, factors, torch.ones(()))
+        assert {id(launch.kernel) for launch in launches} == ahead
+
+
+def test_loss_backward_scales_what_was_stored(seed: int) -> None:
+    """``loss.backward()`` sends 1, but the stored gradients still lack the factor of the mean."""
+    problem = Case("backward", "", (5, 6, 37)).build(torch.float32, seed)
+    problem.upstream = torch.ones(())
+    verify(_ROWS, problem)

@@ -1,0 +1,285 @@
+"""What the compiled Triton kernels are, for six GPUs, on a machine that has none; and that these checks, and those of
+the interpreter, find planted bugs.
+
+``python_tests/triton_static.json`` holds the numbers of every kernel. ``python -m benchmarks.triton_static --write``
+writes it anew: a number that has grown must be explained by what it buys.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from conformance import CONTIGUOUS, LAYOUTS, Backend, Case, source, verify
+
+from cotuning_kernels import backends
+
+_MISSING = backends.missing_reason("triton")
+pytestmark = pytest.mark.skipif(_MISSING is not None, reason=f"triton: {_MISSING}")
+
+if _MISSING is not None:
+    pytest.skip(f"triton: {_MISSING}", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import triton  # noqa: E402
+from stand_in import cpu_served_by  # noqa: E402
+from triton_interpreter import interpreted  # noqa: E402
+from triton_stand_in import MODULES  # noqa: E402
+
+from benchmarks import triton_static as static  # noqa: E402
+from cotuning_kernels.backends.triton import launch, loss, scale, targets  # noqa: E402
+
+_RECORDED = static.recorded()
+
+
+@cache
+def _launches(name: str, target: str) -> list[static.Compiled]:
+    return static.launches_of(name, target)
+
+
+def _key(target: str, compiled: static.Compiled, name: str) -> str:
+    return f"{target}: {compiled.name.removesuffix('_kernel')} of {name}"
+
+
+def _each(*targets_of: str) -> list[Any]:
+    chosen = [(n, t) for n, (ts, _) in static.KERNELS.items() for t in ts if not targets_of or t in targets_of]
+    return [pytest.param(n, t, id=f"{t}-{n}") for n, t in chosen]
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize(("name", "target"), _each())
+def test_nothing_got_worse(name: str, target: str) -> None:
+    """Against the recorded table; spills, stack and atomics must be 0 whatever it says."""
+    for compiled in _launches(name, target):
+        now = static.measure(compiled)
+        assert (now["spills"], now["stack"], now["atomics"]) == (0, 0, 0), f"{compiled.name}: {now}"
+        if _RECORDED["triton"] == triton.__version__:
+            said = static.worse(_RECORDED["kernels"][_key(target, compiled, name)], now)
+            assert not said, f"{compiled.name}: {'; '.join(said)} (python -m benchmarks.triton_static --write)"
+
+
+def test_the_table_was_compared() -> None:
+    if _RECORDED["triton"] != triton.__version__:
+        pytest.skip(f"the table is of triton {_RECORDED['triton']}, this is {triton.__version__}: another compiler")
+    names = {_key(target, c, n) for n, (ts, _) in static.KERNELS.items() for target in ts for c in _launches(n, target)}
+    assert names == set(_RECORDED["kernels"])
+
+
+_OF_1000 = [name for name in static.KERNELS if "1000, " in name and name.startswith(("loss", "scaling"))]
+
+
+@pytest.mark.parametrize("name", [n for n in _OF_1000 if "smoothing" not in n and "x 8192" not in n])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_heads_of_1000_and_200_are_moved_128_bits_at_a_time(name: str, target: str) -> None:
+    """Nothing narrower, but what there is one of a row: 8 bytes of a label or a share, 4 (8) of a loss or a count."""
+    (kernel, *_) = _launches(name, target)
+    accesses = static.measure(kernel)["accesses"]
+    once_a_row = {"load 8", "store 8"} if "float64" in name else {"load 8", "store 4"}
+    if "scaling" in name:
+        once_a_row = {"load 4"}  # the factor
+    assert accesses["load 16"] >= 2
+    assert accesses.keys() - {"load 16", "store 16"} <= once_a_row, accesses
+
+
+def test_rows_of_odd_pairs_are_moved_64_bits_at_a_time() -> None:
+    accesses = static.measure(_launches("loss, 200 x 1002, float32", "sm_90")[0])["accesses"]
+    assert not {"load 4", "load 2"} & accesses.keys(), accesses
+
+
+# ---------------------------------------------------------------------------------------- rules for intermediate code
+
+
+def objections(ttir: str) -> Iterator[str]:
+    """What no kernel may do, as Triton's first intermediate code says it."""
+    for line in ttir.splitlines():
+        if re.search(r"\b(arith\.(add|sub|mul|div|max|min|cmp)\w*f|math\.\w+)\b", line) and re.search(r"f16\b", line):
+            yield f"arithmetic in half precision: {line.strip()}"
+    # A product of two numbers that are only known at run time, in 32 bits: the offset of a row far away.
+    constants = set(re.findall(r"(%\S+) = arith\.constant", ttir))
+    for name in re.findall(r"(%\S+) = tt\.splat (%\S+)", ttir):
+        if name[1] in constants:
+            constants.add(name[0])
+    for left, right in re.findall(r"arith\.muli (%\S+), (%\S+) : (?:tensor<[\dx]*xi32>|i32)", ttir):
+        if left not in constants and right not in constants:
+            yield f"a product in 32 bits: {left} * {right}"
+
+
+@pytest.mark.parametrize(("name", "target"), _each("sm_90"))
+def test_arithmetic_is_in_float32_and_offsets_in_64_bits(name: str, target: str) -> None:
+    for compiled in _launches(name, target):
+        assert list(objections(compiled.kernel.asm["ttir"])) == []
+
+
+# -------------------------------------------------------------------------------------------------------- planted bugs
+
+_number = itertools.count()
+
+
+def _with(directory: Path, module: ModuleType, changes: dict[str, str]) -> ModuleType:
+    """A copy of a module with its source changed, beside the module itself."""
+    assert module.__file__ is not None
+    text = Path(module.__file__).read_text()
+    for before, after in changes.items():
+        assert before in text, f"the source no longer has {before!r}"
+        text = text.replace(before, after)
+    name = f"planted_{next(_number)}"
+    file = directory / f"{name}.py"
+    file.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[name] = copy
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def _planted(directory: Path, module: ModuleType, changes: dict[str, str]) -> tuple[ModuleType, ModuleType]:
+    """The loss with a bug in it or in the file about targets, and that file."""
+    if module is loss:
+        return _with(directory, loss, changes), targets
+    changed = _with(directory, targets, changes)
+    copy = _with(directory, loss, {})
+    copy.read_target = changed.read_target  # type: ignore[attr-defined]
+    return copy, changed
+
+
+_CASES = (
+    (Case("planted labels", "", (5, 9, 67), "ignoring", weight="random"), CONTIGUOUS),
+    (Case("planted pair", "", (5, 9, 67), "pair", "unsupervised", options={"source_loss": "kl"}), CONTIGUOUS),
+    (Case("planted rows", "", (5, 90, 300), "labels", options={"reduction": "none"}), LAYOUTS[1]),
+    (Case("planted late maximum", "", (3, 90, 300), edits=(source(slice(None), 250, 90.0),)), CONTIGUOUS),
+)
+
+
+def _found_by_the_table(planted: tuple[ModuleType, ModuleType], loops: bool, seed: int) -> list[str]:
+    """Cases of a small conformance table that object, in the interpreter; an error is an objection too."""
+    implementations: dict[str, Callable[..., Any]] = {
+        f"{name}{overload}": getattr(planted[0], name)
+        for name in ("co_tuning_loss", "co_tuning_loss_") for overload in ("", ".triton")
+    } | {f"scale_gradients_{overload}": scale.scale_gradients_ for overload in ("", ".triton")}  # fmt: skip
+
+    @contextmanager
+    def using() -> Iterator[None]:
+        least = 256 if loops else launch.MAX_WHOLE_ROW_BYTES
+        with (
+            cpu_served_by("triton", implementations),
+            interpreted(*MODULES, *planted),
+            mock.patch.object(launch, "MAX_WHOLE_ROW_BYTES", least),
+            mock.patch.object(launch, "LOOP_COLUMNS", 64 if loops else launch.LOOP_COLUMNS),
+        ):
+            yield
+
+    found = []
+    for (case, layout), dtype in itertools.product(_CASES, (torch.float32, torch.float16)):
+        try:
+            verify(Backend("planted", "triton", using), case.build(dtype, seed), logits_layout=layout)
+        except Exception as error:
+            found.append(f"{case.name}, {dtype}: {type(error).__name__}")
+    return found
+
+
+def _found_by_the_rules(planted: tuple[ModuleType, ModuleType]) -> list[str]:
+    with static.compiled_for(static.TARGETS["sm_90"]) as launches, _serving(planted):
+        static.KERNELS["loss, 200 x 1000, bfloat16"][1]()
+    return [said for compiled in launches for said in objections(compiled.kernel.asm["ttir"])]
+
+
+def _found_by_the_static_table(planted: tuple[ModuleType, ModuleType]) -> list[str]:
+    name = "loss, 200 x 1000, bfloat16"
+    with static.compiled_for(static.TARGETS["sm_90"]) as launches, _serving(planted):
+        static.KERNELS[name][1]()
+    found = []
+    for compiled, sound in zip(launches, _launches(name, "sm_90"), strict=True):
+        found += static.worse(static.measure(sound), static.measure(compiled))
+    return found
+
+
+def _serving(planted: tuple[ModuleType, ModuleType]) -> Any:
+    return mock.patch.object(loss, "co_tuning_loss", planted[0].co_tuning_loss)
+
+
+_BUGS: dict[str, tuple[ModuleType, dict[str, str], tuple[str, ...]]] = {
+    "a mask off by one": (loss, {"(columns < columns_count)": "(columns <= columns_count)"}, ("rows", "loops")),
+    "no cast to float32": (
+        loss, {"x = z - tl.max(z, 1)[:, None]": "x = (z.to(logits.dtype.element_ty) - tl.max(z, 1)[:, None].to("
+               "logits.dtype.element_ty)).to(DTYPE)"}, ("rows", "rules"),
+    ),
+    "a wrong stride": (
+        loss, {"logits + rows[:, None] * logits_stride": "logits + rows[:, None] * columns_count"}, ("rows", "loops"),
+    ),
+    "an offset that overflows int32": (loss, {"tl.int64": "tl.int32"}, ("rules",)),
+    "no mask for ignored labels": (targets, {" & (label != ignore_index)": ""}, ("rows", "loops")),
+    "a pair's second label ignored": (targets, {"is_bad_b, float(\"nan\"), tl.where(counts_b, 1.0 - share, 0.0)":
+                                                "is_bad_b, 0.0, tl.where(counts_b, 0.0, 0.0)"}, ("rows", "loops")),
+    "no maximum subtracted": (loss, {"x = z - tl.max(z, 1)[:, None]": "x = z"}, ("rows",)),
+    "sums that do not shrink with a new maximum": (loss, {"totals * shrink[:, None]": "totals"}, ("loops",)),
+    "a dot product that does not follow the maximum": (
+        loss, {"before * (base - new_base)[:, None] + ": ""}, ("loops",),
+    ),
+    "an unsupervised row that counts": (
+        loss, {"supervised = tl.where(mass != 0, share, 0.0)": "supervised = share"}, ("rows", "loops"),
+    ),
+    "the factor of the mean missing": (loss, {"factor / count": "factor"}, ("rows",)),
+    "accesses element by element": (
+        loss, {"source_vec = vector(source_logits, source_grad, relationship)": "source_vec = 1"}, ("static",),
+    ),
+    "too many rows a program": (loss, {"source.programs(batch)": "-(-batch // 4)", "source.rows,": "4,"}, ("static",)),
+    "an atomic sum": (
+        loss, {"tl.store(out + batch, loss, mask=in_batch)": "tl.atomic_add(out + batch, loss, mask=in_batch)"},
+        ("static",),
+    ),
+    "logits read twice": (loss, {"tl.sum(tl.where(q != 0, q * x, 0.0), 1)\n    if KL": (
+        "tl.sum(tl.where(q != 0, q * (tl.load(logits + rows[:, None] * logits_stride + columns[None, :], mask=mask, "
+        "other=0.0, volatile=True).to(DTYPE) - tl.max(z, 1)[:, None]), 0.0), 1)\n    if KL")}, ("static",)),
+}  # fmt: skip
+"""By name: the file, what is changed in it, and the layers of checks that must find it. ``rows`` and ``loops`` are the
+conformance table in the interpreter, ``rules`` those for the intermediate code, ``static`` the static table."""
+
+
+@pytest.mark.parametrize("bug", _BUGS)
+def test_a_planted_bug_is_found(bug: str, tmp_path: Path, seed: int) -> None:
+    module, changes, layers = _BUGS[bug]
+    planted = _planted(tmp_path, module, changes)
+    for layer in layers:
+        if layer in ("rows", "loops"):
+            found = _found_by_the_table(planted, layer == "loops", seed)
+        else:
+            found = _found_by_the_rules(planted) if layer == "rules" else _found_by_the_static_table(planted)
+        assert found, f"{layer}: nothing objects to {bug}"
+
+
+def test_without_a_bug_nothing_is_found(tmp_path: Path, seed: int) -> None:
+    """That the objections above are to the bugs: a copy without one passes every layer."""
+    for module in (loss, targets):
+        copy = _planted(tmp_path, module, {})
+        for loops in (False, True):
+            assert _found_by_the_table(copy, loops, seed) == []
+        assert _found_by_the_rules(copy) == []
+        assert _found_by_the_static_table(copy) == []
+
+
+def test_every_change_for_the_worse_is_named() -> None:
+    numbers = {"registers": 40, "stack": 0, "spills": 0, "shared": 64, "atomics": 0, "bytes": 4096, "instructions": 900,
+               "threads": 128, "accesses": {"load 16": 4}}  # fmt: skip
+    assert static.worse(numbers, dict(numbers)) == []
+    for name in ("registers", "stack", "spills", "shared", "atomics", "bytes"):
+        assert static.worse(numbers, numbers | {name: numbers[name] + 1}) == [  # type: ignore[operator]
+            f"{name} {numbers[name]} -> {numbers[name] + 1}"  # type: ignore[operator]
+        ]
+    assert static.worse(numbers, numbers | {"instructions": 946}) == ["instructions 900 -> 946"]
+    assert "accesses" in static.worse(numbers, numbers | {"accesses": {"load 4": 16}})[0]

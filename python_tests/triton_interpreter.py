@@ -1,0 +1,187 @@
+"""Runs kernels that are already ``@triton.jit`` ones in Triton's interpreter, on CPU tensors, within a ``with`` block.
+
+Triton itself interprets a whole process or nothing: an environment variable, read when a kernel is decorated. Here the
+kernels of the modules that are named, and what they call of ``triton.language``, are exchanged for interpreted ones and
+put back afterwards, so that the same process can compile them before and after.
+
+The interpreter is NumPy, one program after another. What it does not do as a GPU does is put right here:
+
+* float32 to bfloat16 rounds to nearest even, as the hardware's conversion (the interpreter cuts off);
+* a parameter has the type of its annotation (the interpreter takes a Python float for a float32 constant);
+* assertions of the device are checked, and so is every address before it is used: an access that leaves the tensors of
+  the launch is an error and not made;
+* NaN and infinity are no warning.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.experimental.gluon  # noqa: F401  (triton imports it late, and not among interpreted functions)
+import triton.language as tl
+import triton.runtime.interpreter as ti
+from triton.runtime.jit import JITFunction
+
+__all__ = ["interpreted", "program_order", "traffic"]
+
+program_order = np.ndindex
+"""Programs run one after another, in this order."""
+
+# Where triton keeps jitted functions of its own that kernels call: tl.sum, tl.max and so on.
+_TRITON_MODULES = (tl, tl.standard, tl.random, tl.core.tensor)
+
+
+class _Interpreted:
+    """Stands in for a jitted function: a kernel, called with a grid, or a function that a kernel calls."""
+
+    def __init__(self, function: JITFunction[Any]) -> None:
+        self.fn = function.fn
+        self._parameters = {parameter.name: parameter for parameter in function.params}
+        self._rewritten: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._body()(*args, **kwargs)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(**arguments: Any) -> None:
+            _memory.enter(arguments)
+            converted = {name: self._operand(name, arguments[name]) for name in self._parameters}
+            size = (*grid, 1, 1)[:3]
+            ti.interpreter_builder.set_grid_dim(*size)
+            for index in program_order(*size):
+                ti.interpreter_builder.set_grid_idx(*index)
+                self._body()(**converted)
+
+        return run
+
+    def _body(self) -> Any:
+        if self._rewritten is None:
+            # The rewriter adds names of the interpreter to the module of the function: to a copy of it, here.
+            copy = types.FunctionType(
+                self.fn.__code__, dict(self.fn.__globals__), self.fn.__name__, self.fn.__defaults__, self.fn.__closure__
+            )
+            copy.__module__, copy.__qualname__ = self.fn.__module__, self.fn.__qualname__
+            self._rewritten = ti.FunctionRewriter(copy).rewrite_ast()
+        return self._rewritten
+
+    def _operand(self, name: str, value: Any) -> Any:
+        parameter = self._parameters[name]
+        if parameter.is_constexpr:
+            return value
+        if isinstance(value, (int, float)) and parameter.annotation_type:
+            dtype = tl.str_to_ty(parameter.annotation_type, None)
+            return tl.tensor(ti.TensorHandle(np.array([value], ti._get_np_dtype(dtype)), dtype), dtype)
+        return ti._implicit_cvt(value)
+
+
+_stand_ins: dict[int, tuple[JITFunction[Any], _Interpreted]] = {}
+
+
+def _stand_in(function: JITFunction[Any]) -> _Interpreted:
+    """One for each function: to rewrite its source takes longer than to run it."""
+    if id(function) not in _stand_ins:  # the hash of a jitted function is that of all its source
+        _stand_ins[id(function)] = function, _Interpreted(function)
+    return _stand_ins[id(function)][1]
+
+
+@contextmanager
+def interpreted(*modules: types.ModuleType) -> Iterator[None]:
+    """The jitted functions of ``modules`` run in the interpreter; nothing is left of it afterwards."""
+    with ExitStack() as stack:
+        for module in (*_TRITON_MODULES, *modules):
+            for name, function in list(vars(module).items()):
+                if isinstance(function, JITFunction):
+                    stack.enter_context(mock.patch.object(module, name, _stand_in(function)))
+        builder = ti.interpreter_builder
+        stack.enter_context(mock.patch.object(builder, "cast_impl", _cast, create=True))
+        stack.enter_context(mock.patch.object(builder, "create_masked_load", _memory.load, create=True))
+        stack.enter_context(mock.patch.object(builder, "create_masked_store", _memory.store, create=True))
+        stack.enter_context(mock.patch.object(builder, "options", _options(builder.options)))
+        stack.enter_context(np.errstate(all="ignore"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+        # Triton exchanges its language in the modules that a function sees; this one sees them all.
+        sees_both = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
+        stack.callback(_forget_new_names, tl.core.tensor, set(vars(tl.core.tensor)))
+        stack.callback(ti._patch_lang(sees_both).restore)
+        yield
+
+
+def _forget_new_names(kept: type, names: set[str]) -> None:
+    """What was inherited before is put back as an attribute of its own; so that it is inherited again."""
+    for name in set(vars(kept)) - names:
+        delattr(kept, name)
+
+
+def _options(options: ti.InterpreterOptions) -> ti.InterpreterOptions:
+    return type(options)(**{**vars(options), "debug": True, "sanitize_overflow": False})
+
+
+def _cast(source: ti.TensorHandle, target: tl.dtype) -> ti.TensorHandle:
+    """A conversion between numbers, bfloat16 being the upper half of a float32."""
+    given, wanted = source.dtype.scalar, target.scalar
+    if given == tl.bfloat16:
+        data = (source.data.astype(np.uint32) << 16).view(np.float32)
+        return ti.TensorHandle(data.astype(ti._get_np_dtype(wanted)), wanted)
+    if wanted == tl.bfloat16:
+        exact = source.data.astype(np.float32)
+        data = exact.view(np.uint32)
+        rounded = (data + 0x7FFF + ((data >> 16) & 1)) >> 16
+        return ti.TensorHandle(np.where(np.isnan(exact), 0x7FC0, rounded).astype(np.uint16), wanted)
+    return ti.TensorHandle(source.data.astype(ti._get_np_dtype(wanted)), wanted)
+
+
+class _Memory:
+    """Every access of an interpreted kernel: within one of its tensors, or it is not made."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, tuple[int, int]] = {}
+        self.moved: Counter[str] | None = None
+
+    def enter(self, arguments: dict[str, Any]) -> None:
+        """The tensors of a launch: where each begins and ends, whatever its storage is."""
+        self.tensors = {}
+        for name, x in arguments.items():
+            if isinstance(x, torch.Tensor) and x.numel():
+                last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+                self.tensors[name] = x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+    def check(self, kind: str, pointers: ti.TensorHandle, mask: ti.TensorHandle) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        touched = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        if self.moved is not None:
+            self.moved[kind] += size * touched.size
+        if touched.size == 0:
+            return
+        first, last = int(touched.min()), int(touched.max()) + size
+        if not any(begin <= first and last <= end for begin, end in self.tensors.values()):
+            raise AssertionError(f"a {kind} out of bounds: bytes {first} to {last}, but tensors are at {self.tensors}")
+
+    def load(self, pointers: ti.TensorHandle, mask: ti.TensorHandle, *others: Any, **options: Any) -> Any:
+        self.check("load", pointers, mask)
+        return ti.InterpreterBuilder.create_masked_load(ti.interpreter_builder, pointers, mask, *others, **options)
+
+    def store(
+        self, pointers: ti.TensorHandle, value: Any, mask: ti.TensorHandle, *others: Any, **options: Any
+    ) -> Any:  # fmt: skip
+        self.check("store", pointers, mask)
+        builder = ti.interpreter_builder
+        return ti.InterpreterBuilder.create_masked_store(builder, pointers, value, mask, *others, **options)
+
+
+_memory = _Memory()
+
+
+@contextmanager
+def traffic() -> Iterator[Counter[str]]:
+    """Bytes that interpreted kernels load and store within a ``with`` block: what masks let through, each time anew."""
+    with mock.patch.object(_memory, "moved", Counter()) as moved:
+        yield moved

@@ -1,0 +1,53 @@
+"""The Triton kernels, interpreted, in the place of the CPU's: how they run the conformance table without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from unittest import mock
+
+from stand_in import cpu_served_by
+from triton_interpreter import interpreted
+
+from cotuning_kernels.backends.triton import (
+    IMPLEMENTATIONS,
+    class_sums,
+    launch,
+    loss,
+    scale,
+    targets,
+    temperature,
+    translate,
+)
+
+__all__ = ["MODULES", "triton_interpreted"]
+
+MODULES: tuple[ModuleType, ...] = (class_sums, loss, scale, targets, temperature, translate)
+"""Where the kernels are, and the functions that they call."""
+
+_active: list[bool] = []
+
+
+@contextmanager
+def triton_interpreted(*, loops: bool = False) -> Iterator[None]:
+    """``backend="triton"`` and ``"auto"`` mean the interpreted kernels, for tensors on the CPU.
+
+    ``loops``: rows of more than 64 columns are long ones, taken 64 columns at a time; otherwise those above 16384 are.
+    """
+    if _active[-1:] == [loops]:  # a test within a fixture
+        yield
+        return
+    both_overloads = {f"{name}{overload}": f for name, f in IMPLEMENTATIONS.items() for overload in ("", ".triton")}
+    least, most = (256, 64) if loops else (launch.MAX_WHOLE_ROW_BYTES, launch.LOOP_COLUMNS)
+    with (
+        cpu_served_by("triton", both_overloads),
+        interpreted(*MODULES),
+        mock.patch.object(launch, "MAX_WHOLE_ROW_BYTES", least),
+        mock.patch.object(launch, "LOOP_COLUMNS", most),
+    ):
+        _active.append(loops)
+        try:
+            yield
+        finally:
+            _active.pop()
