@@ -32,6 +32,8 @@ def _loss(problem: Problem, source: Tensor, target: Tensor, backend: Backend, **
 )
 def test_finite_differences(backend: Backend, kind: str, reduction: str, source_loss: str, seed: int) -> None:
     """Through the public functions, in float64, of both logits at once and of the source head alone."""
+    if backend.device_code:
+        pytest.skip(f"{backend.name}: interpreted; the conformance table holds its gradients against the reference's")
     options = {"reduction": reduction, "source_loss": source_loss, "label_smoothing": 0.1, "trade_off": 1.7}
     problem = Case("gradcheck", "", (3, 4, 18), kind, "unsupervised", "random", options=options).build(
         torch.float64, seed

@@ -1,0 +1,96 @@
+"""Optional, and independent of Triton's interpreter: the kernels' intermediate code, run on the CPU by ttsem.
+
+It finds accesses outside of a tensor, two programs that touch one number, and arithmetic in the wrong precision, in
+what the compiler makes of the source. ``pip install ttsem`` (Python 3.12 or newer) switches it on; it takes a minute or
+two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+from conformance import DTYPES, LAYOUTS, Backend, Case, verify
+from test_conformance import check_class_sums, check_temperature_terms
+
+from cotuning_kernels import backends
+
+sanitize = pytest.importorskip("ttsem.sanitize", reason="ttsem is not installed: pip install ttsem (Python 3.12)")
+_MISSING = backends.missing_reason("triton")
+if _MISSING is not None:
+    pytest.skip(f"triton: {_MISSING}", allow_module_level=True)
+
+import triton  # noqa: E402
+from stand_in import cpu_served_by  # noqa: E402
+from test_triton_static import _planted  # noqa: E402
+
+from cotuning_kernels.backends.triton import IMPLEMENTATIONS, loss  # noqa: E402
+
+
+@contextlib.contextmanager
+def _run_by_ttsem(planted: ModuleType | None = None) -> Iterator[None]:
+    """CPU tensors are served by the compiled kernels, which ttsem runs."""
+    functions = dict(IMPLEMENTATIONS)
+    if planted is not None:
+        functions |= {name: getattr(planted, name) for name in ("co_tuning_loss", "co_tuning_loss_")}
+    both_overloads = {f"{name}{overload}": f for name, f in functions.items() for overload in ("", ".triton")}
+    driver = triton.runtime.driver
+    with (
+        mock.patch.object(driver, "_active", driver._active),
+        cpu_served_by("triton", both_overloads),
+        sanitize.session(cuda_is_cpu=False),
+    ):
+        yield
+
+
+_TTSEM = Backend("triton-ttsem", "triton", _run_by_ttsem)
+
+_CASES = (
+    Case("ttsem labels", "", (5, 9, 67), "ignoring", weight="random"),
+    Case("ttsem pair", "", (5, 9, 67), "pair ignoring", "unsupervised", options={"source_loss": "kl"}),
+    Case("ttsem probabilities", "", (5, 9, 67), "probabilities", options={"label_smoothing": 0.1}),
+    Case("ttsem rows", "", (5, 9, 67), "int32", options={"reduction": "none"}),
+    Case("ttsem heads", "", (3, 200, 1000), "labels"),
+    Case("ttsem long", "", (2, 9, 21841), "pair"),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", _CASES, ids=lambda case: case.name)
+def test_conformance(case: Case, dtype: torch.dtype, seed: int) -> None:
+    verify(_TTSEM, case.build(dtype, seed))
+
+
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.in_place], ids=lambda layout: layout.name)
+def test_layouts_in_place(layout: object, seed: int) -> None:
+    case = Case("ttsem layout", "", (5, 9, 67), "ignoring", weight="random")
+    verify(_TTSEM, case.build(torch.bfloat16, seed), "in place", logits_layout=layout, other_layout=layout)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [17, 1000])
+def test_statistics(dtype: torch.dtype, width: int, seed: int) -> None:
+    ops = torch.ops.cotuning_kernels
+    with _run_by_ttsem():
+        check_class_sums(lambda *args: ops.add_class_sums_(*args, -100), dtype, width, 0.37, seed)
+        check_temperature_terms(lambda *args: ops.temperature_terms(*args, -100), dtype, width, 0.37, seed)
+
+
+@pytest.mark.parametrize(
+    ("bug", "says"),
+    [
+        ({"(columns < columns_count)": "(columns <= columns_count)"}, "past the end|different values"),
+        ({"out = by_row + rows\n": "out = by_row + 0 * rows\n"}, "instances|race|different values"),
+    ],
+    ids=["a mask off by one", "programs that write one number"],
+)
+def test_a_planted_bug_is_found(bug: dict[str, str], says: str, tmp_path: Path, seed: int) -> None:
+    planted, _ = _planted(tmp_path, loss, bug)
+    problem = Case("ttsem planted", "", (3, 9, 1000)).build(torch.float32, seed)
+    with pytest.raises(sanitize.KernelFault, match=says):
+        verify(Backend("planted", "triton", lambda: _run_by_ttsem(planted)), problem)
