@@ -28,7 +28,7 @@ _MISSING = backends.missing_reason("triton")
 pytestmark = pytest.mark.skipif(_MISSING is not None, reason=f"triton: {_MISSING}")
 
 if _MISSING is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
 
     import triton
     import triton.language as tl

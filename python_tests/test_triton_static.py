@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(_MISSING is not None, reason=f"triton: {_MISSING
 if _MISSING is not None:
     pytest.skip(f"triton: {_MISSING}", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import triton  # noqa: E402
 from stand_in import cpu_served_by  # noqa: E402
