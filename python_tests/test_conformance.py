@@ -73,6 +73,7 @@ _LAYOUT_CASES = (
 )
 
 
+@pytest.mark.parametrize("backend", TABLE_BACKENDS, ids=lambda backend: backend.name, indirect=True)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("case", _LAYOUT_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,6 +6,7 @@ The table itself runs in ``test_conformance.py``; what the compiled kernels are,
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conformance import BACKENDS, Case, Placed, Problem, assert_same_bits, run_public, verify
+from conformance import BACKENDS, DTYPES, Case, Placed, Problem, assert_same_bits, run_public, verify
+from test_conformance import check_class_sums, check_temperature_terms
 from torch import Tensor
 
 from cotuning_kernels import backends, environment, functional
@@ -275,8 +277,6 @@ def test_the_environment_report_says_why_triton_is_missing() -> None:
 
 
 def test_the_package_does_not_import_triton() -> None:
-    import subprocess
-
     code = "import sys, cotuning_kernels; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -300,3 +300,66 @@ def test_loss_backward_scales_what_was_stored(seed: int) -> None:
     problem = Case("backward", "", (5, 6, 37)).build(torch.float32, seed)
     problem.upstream = torch.ones(())
     verify(_ROWS, problem)
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that this torch can use")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [17, 1000, 21841])
+def test_statistics_on_a_gpu(dtype: torch.dtype, width: int, seed: int) -> None:
+    def add(sums: Tensor, counts: Tensor, logits: Tensor, labels: Tensor, b: float) -> None:
+        there = [x.cuda() for x in (sums, counts)]
+        operation("add_class_sums_", "triton")(*there, logits.cuda(), labels.cuda(), b, -100)
+        sums.copy_(there[0])
+        counts.copy_(there[1])
+
+    def terms_of(logits: Tensor, labels: Tensor, b: float) -> Tensor:
+        terms: Tensor = operation("temperature_terms", "triton")(logits.cuda(), labels.cuda(), b, -100)
+        return terms.cpu()
+
+    check_class_sums(add, dtype, width, 0.37, seed)
+    check_temperature_terms(terms_of, dtype, width, 0.37, seed)
+
+
+@on_a_gpu
+def test_a_step_is_captured_in_a_graph_on_a_gpu(seed: int) -> None:
+    """No host read, no launch that depends on data: replayed on other numbers it gives what a fresh call gives."""
+    problem = Case("graph", "", (48, 200, 1000), "ignoring").build(torch.float32, seed).map(lambda _, x: x.cuda())
+    source, target = (x.clone().requires_grad_() for x in (problem.source_logits, problem.target_logits))
+
+    def step() -> tuple[Tensor, ...]:
+        loss = functional.co_tuning_loss(source, target, problem.target, problem.relationship, backend="triton")
+        assert isinstance(loss, Tensor)
+        return (loss, *torch.autograd.grad(loss, (source, target)))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        source.neg_()
+        target.mul_(0.5)
+    graph.replay()
+    for replayed, fresh in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, fresh)
+
+
+@on_a_gpu
+def test_a_label_out_of_range_stops_the_gpu() -> None:
+    code = (
+        "import torch; from cotuning_kernels import functional\n"
+        "labels = torch.tensor([0, 3], device='cuda')\n"
+        "functional.source_label_loss(torch.randn(2, 40).cuda(), labels, torch.rand(3, 40).cuda(), backend='triton')\n"
+        "torch.cuda.synchronize()"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.returncode != 0
+    assert "a label is out of range" in finished.stderr + finished.stdout
