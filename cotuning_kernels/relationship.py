@@ -166,6 +166,38 @@ class Relationship:
         matrix[[self._target_index(c) for c in chosen]] = 0
         return dataclasses.replace(self, matrix=matrix)
 
+    def regrouped(self, rows: Sequence[int | str | None], target_classes: Sequence[str] | None = None) -> Relationship:
+        """The same relationship for other target classes, each of which takes a row of this one, or none.
+
+        For classes that share a row, such as the tags "B-PER" and "I-PER" of one kind of entity::
+
+            relationship.regrouped([None, "PER", "PER"], target_classes=["O", "B-PER", "I-PER"])
+
+        Args:
+            rows: for each new class the class of this relationship, by name or index, whose row it takes; ``None`` for
+                no source supervision (a row of zeros).
+            target_classes: names of the new classes.
+
+        Returns:
+            A relationship of ``len(rows)`` target classes; ``counts`` are those of the rows taken, 0 for none.
+
+        Raises:
+            IndexError, ValueError: no such target class, no row at all, or names that do not fit.
+        """
+        if len(rows) == 0:
+            raise ValueError("rows is empty, expected one entry for each new target class")
+        taken = torch.tensor(
+            [-1 if row is None else self._target_index(row) for row in rows], device=self.matrix.device
+        )
+        none = taken < 0
+        counts = None if self.counts is None else self.counts[taken].masked_fill(none, 0)
+        return dataclasses.replace(
+            self,
+            matrix=self.matrix[taken].masked_fill(none[:, None], 0),
+            target_classes=None if target_classes is None else tuple(target_classes),
+            counts=counts,
+        )
+
     def plot(
         self,
         path: str | Path | None = None,
