@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,12 +168,13 @@ def regression_path(
     .. math:: f(W) = \sum_i \mathrm{CE}(W x_i, y_i) + \frac{1}{2 C} \lVert W \rVert^2
 
     L-BFGS (``torch.optim.LBFGS``) for each ``C``. An evaluation is two matrix products of ``n N_s N_t`` and the fused
-    cross entropy in between, so what counts is to need few of them:
+    cross entropy with its gradient in between, so what counts is to need few of them:
 
     * Each coefficient is scaled by the root of the Hessian's diagonal, ``sum_i p_it (1 - p_it) x_is^2 + 1 / C``, at the
       start. Source classes differ in it by many orders of magnitude. In these coordinates the gradient itself is about
       the Newton step, which is the first step taken.
-    * The start is the last solution, carried on linearly in ``log C`` as the last two went.
+    * The start is the last solution, carried on linearly in ``log C`` as the last two went; so are its logits, so that
+      the first evaluation and the scales cost one product each.
 
     The objective without ``|W|^2 / (2 C)`` is convex, so that it is at most ``C |gradient|^2 / 2`` above its minimum. A
     fit ends when this bound is below ``tolerance`` times the objective, and below ``tolerance`` times what the fit has
@@ -199,10 +201,12 @@ def regression_path(
         raise ValueError("inverse_penalties is empty, expected at least one positive number")
     positive_number("tolerance", tolerance)
     regression = _Regression(probabilities, labels, num_target_classes, backend)
-    older, last = None, None
+    older, last, solved = None, None, regression.zeros()
+    older_solved = solved
     for value in values:
-        start = _carried_on(older, last, value) if last is not None else regression.zeros()
-        older, last = last, regression.fit(value, start, tolerance, max_iterations)
+        start = solved if older is None or last is None else _carried_on(older, older_solved, last, solved, value)
+        older, older_solved = last, solved
+        last, solved = regression.fit(value, start, tolerance, max_iterations)
         if not last.converged:
             warnings.warn(
                 f"the regression with C = {value:g} has not converged in {last.iterations} iterations: the gap "
@@ -212,12 +216,20 @@ def regression_path(
         yield last
 
 
-def _carried_on(older: RegressionFit | None, last: RegressionFit, inverse_penalty: float) -> Tensor:
-    if older is None:
-        return last.coefficients
+class _Point(NamedTuple):
+    """Coefficients, and the logits that they give on the data: both are linear, and the logits cost a product."""
+
+    coefficients: Tensor
+    logits: Tensor
+
+
+def _carried_on(
+    older: RegressionFit, older_solved: _Point, last: RegressionFit, solved: _Point, inverse_penalty: float
+) -> _Point:
     step = math.log(inverse_penalty / last.inverse_penalty) / math.log(last.inverse_penalty / older.inverse_penalty)
     # A step much longer than the last one would extrapolate too far.
-    return torch.lerp(older.coefficients, last.coefficients, 1 + min(step, 2.0))
+    step = min(step, 2.0)
+    return _Point(*(torch.lerp(before, now, 1 + step) for before, now in zip(older_solved, solved, strict=True)))
 
 
 class _Regression:
@@ -230,92 +242,102 @@ class _Regression:
         # Cross entropy with hard labels is the source term of Co-Tuning for the identity as relationship.
         self.identity = torch.eye(num_target_classes, dtype=probabilities.dtype, device=probabilities.device)
         self.backend = backend
-        self.evaluations = 0
 
-    def zeros(self) -> Tensor:
-        return self.probabilities.new_zeros(len(self.identity), self.probabilities.shape[1])
+    def zeros(self) -> _Point:
+        rows, source_classes = self.probabilities.shape
+        zeros = self.probabilities.new_zeros
+        return _Point(zeros(len(self.identity), source_classes), zeros(rows, len(self.identity)))
 
-    def objective(self, coefficients: Tensor, inverse_penalty: float) -> Tensor:
-        """float64, differentiable. The losses of the rows are summed in float64, for the line search to compare."""
-        self.evaluations += 1
-        losses = functional.source_label_loss(
-            F.linear(self.probabilities, coefficients), self.labels, self.identity, reduction="none",
-            backend=self.backend,
-        )  # fmt: skip
-        # A product of the coefficients' size is not made in float64: the norm accumulates in it.
-        penalty = torch.linalg.vector_norm(coefficients, dtype=torch.float64).square() / (2 * inverse_penalty)
-        return losses.sum(dtype=torch.float64) + penalty
+    def logits(self, coefficients: Tensor) -> Tensor:
+        return F.linear(self.probabilities, coefficients)
 
-    def scales(self, coefficients: Tensor, inverse_penalty: float) -> Tensor:
+    def objective(self, point: _Point, inverse_penalty: float) -> tuple[Tensor, Tensor]:
+        """``f`` in float64, and its gradient. The line search compares sums over many rows, so they are in float64."""
+        logits = point.logits.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = functional.source_label_loss(
+                logits, self.labels, self.identity, reduction="none", backend=self.backend
+            )
+            (slopes,) = torch.autograd.grad(losses, logits, torch.ones_like(losses))
+        squared_norm = torch.linalg.vector_norm(point.coefficients, dtype=torch.float64).square()
+        value = losses.detach().sum(dtype=torch.float64) + squared_norm / (2 * inverse_penalty)
+        return value, torch.addmm(point.coefficients, slopes.T, self.probabilities, beta=1 / inverse_penalty)
+
+    def scales(self, point: _Point, inverse_penalty: float) -> Tensor:
         """``1 / sqrt`` of the Hessian's diagonal."""
-        predicted = torch.softmax(F.linear(self.probabilities, coefficients), dim=1)
+        predicted = torch.softmax(point.logits, dim=1)
         variance = predicted.mul_(1 - predicted)
         return (variance.T @ self.squares).add_(1 / inverse_penalty).rsqrt_()
 
-    def fit(self, inverse_penalty: float, start: Tensor, tolerance: float, max_iterations: int) -> RegressionFit:
+    def fit(
+        self, inverse_penalty: float, start: _Point, tolerance: float, max_iterations: int
+    ) -> tuple[RegressionFit, _Point]:
         scales = self.scales(start, inverse_penalty)
-        evaluations_before = self.evaluations
-        step = torch.zeros_like(start, requires_grad=True)  # coefficients = start + step * scales
-
-        def evaluate() -> Tensor:
-            step.grad = None
-            objective = self.objective(start + step * scales, inverse_penalty)
-            objective.backward()
-            return objective.detach()
-
-        closure = _Remembering(step, evaluate)
+        closure = _Closure(self, inverse_penalty, start, scales)
         # One iteration a call, so that our own criterion can end it. In torch, max_eval also bounds the line search.
         optimizer = torch.optim.LBFGS(
-            [step], max_iter=1, max_eval=25, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
-        )
-        rounding = 10 * torch.finfo(start.dtype).eps / math.sqrt(len(self.labels))
+            [closure.step], max_iter=1, max_eval=25, tolerance_grad=0, tolerance_change=0,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
+        rounding = 10 * torch.finfo(scales.dtype).eps / math.sqrt(len(self.labels))
         objective_of_zeros = len(self.labels) * math.log(len(self.identity))
         objective, gap = math.inf, math.inf
         for iteration in range(max_iterations + 1):
             before, objective = objective, float(closure())
-            gradient = _gradient_of(step)
-            slope = float(torch.linalg.vector_norm(gradient / scales, dtype=torch.float64))
+            slope = float(torch.linalg.vector_norm(closure.scaled_gradient / scales, dtype=torch.float64))
             gap = inverse_penalty * slope**2 / 2 / max(min(objective, objective_of_zeros - objective), 1e-300)
             stalled = before - objective <= rounding * objective
             if gap <= tolerance or stalled or iteration == max_iterations:
                 break
             # The first step of torch's L-BFGS is lr * min(1, 1 / |g|_1): made the whole scaled gradient again.
-            first_rate = max(1.0, float(gradient.abs().sum()))
+            first_rate = max(1.0, float(closure.scaled_gradient.abs().sum()))
             optimizer.param_groups[0]["lr"] = first_rate if iteration == 0 else 1.0
             optimizer.step(closure)
-        return RegressionFit(
+        fit = RegressionFit(
             inverse_penalty=inverse_penalty,
-            coefficients=torch.addcmul(start, step.detach(), scales),
+            coefficients=closure.point.coefficients,
             objective=objective,
             gap=gap,
             iterations=iteration,
-            evaluations=self.evaluations - evaluations_before,
+            evaluations=closure.evaluations,
             converged=gap <= tolerance or stalled,
         )
+        return fit, closure.point
 
 
-class _Remembering:
-    """A closure for L-BFGS that does not evaluate the same point twice: each ``step`` asks for its starting point."""
+class _Closure:
+    """What L-BFGS asks for the objective: as a function of ``step``, the scaled distance of the coefficients from the
+    start.
 
-    def __init__(self, parameter: Tensor, evaluate: Callable[[], Tensor]) -> None:
-        self._parameter, self._evaluate = parameter, evaluate
-        self._point: Tensor | None = None
-        self._gradient: Tensor | None = None
-        self._value = torch.tensor(math.nan)
+    The same point is not evaluated twice, which each call of ``optimizer.step`` would do with its starting point.
+
+    Attributes:
+        step: the parameter of the optimizer.
+        point, scaled_gradient: of the last call.
+        evaluations: so far.
+    """
+
+    def __init__(self, regression: _Regression, inverse_penalty: float, start: _Point, scales: Tensor) -> None:
+        self._regression, self._inverse_penalty = regression, inverse_penalty
+        self._start, self._scales = start, scales
+        self.step = torch.zeros_like(scales, requires_grad=True)
+        self._evaluated = self.step.detach().clone()
+        self.evaluations = 0
+        self._evaluate(start)
 
     def __call__(self) -> Tensor:
-        if self._point is None or not torch.equal(self._point, self._parameter):
-            with torch.enable_grad():
-                self._value = self._evaluate()
-            self._point = self._parameter.detach().clone()
-            self._gradient = self._parameter.grad
-        self._parameter.grad = self._gradient
+        if not torch.equal(self._evaluated, self.step):
+            self._evaluated.copy_(self.step.detach())
+            coefficients = torch.addcmul(self._start.coefficients, self._evaluated, self._scales)
+            self._evaluate(_Point(coefficients, self._regression.logits(coefficients)))
+        self.step.grad = self.scaled_gradient
         return self._value
 
-
-def _gradient_of(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None  # the closure has just set it
-    return parameter.grad
+    def _evaluate(self, point: _Point) -> None:
+        self.evaluations += 1
+        self.point = point
+        self._value, gradient = self._regression.objective(point, self._inverse_penalty)
+        self.scaled_gradient = gradient.mul_(self._scales)
 
 
 def _probabilities(
