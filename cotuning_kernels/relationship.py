@@ -6,26 +6,24 @@ predictions over the target images of class ``t``,
 
     R[t, s] = 1 / |D_t| * sum over x in D_t of softmax(source_logits(x) / temperature)[s]
 
-:func:`learn_relationship` does all of it for a model and a loader; :class:`RelationshipEstimator` is the part that
-counts, for those who have a loop of their own; :class:`Relationship` is the result, with class names, pictures and a
-file format.
+:class:`RelationshipEstimator` counts, batch by batch; :class:`Relationship` is the result, with class names, pictures
+and a file format. :func:`cotuning_kernels.learn_relationship` does all of it for a model and a loader, and
+:mod:`cotuning_kernels.reverse_relationship` has the paper's other method.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cotuning_kernels import backends, plots, reference, relationship_file
 from cotuning_kernels.backends.schema import operation
@@ -36,9 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.distributed import ProcessGroup
 
-__all__ = ["Relationship", "RelationshipEstimator", "RelationshipFileError", "learn_relationship"]
+__all__ = ["Relationship", "RelationshipEstimator", "RelationshipFileError", "class_names", "settle_empty_classes"]
 
-_LEARNT_BY = ("direct",)
 _METHODS = ("direct", "reverse", "given")
 # How far a row may be from summing to 1: what hand-made tables and rounding to half precision bring about.
 _ROW_SUM_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -81,8 +78,8 @@ class Relationship:
             matrix = _ordinary(self.matrix) if isinstance(self.matrix, Tensor) else self.matrix
             counts = _ordinary(self.counts) if isinstance(self.counts, Tensor) else self.counts
         _check_matrix(matrix)
-        target_names = _class_names("target_classes", self.target_classes, matrix.shape[0])
-        source_names = _class_names("source_classes", self.source_classes, matrix.shape[1])
+        target_names = class_names("target_classes", self.target_classes, matrix.shape[0])
+        source_names = class_names("source_classes", self.source_classes, matrix.shape[1])
         if self.method not in _METHODS:
             raise ValueError(f"method is {self.method!r}, expected one of {', '.join(map(repr, _METHODS))}")
         if counts is not None:
@@ -169,6 +166,38 @@ class Relationship:
         matrix = self.matrix.clone()
         matrix[[self._target_index(c) for c in chosen]] = 0
         return dataclasses.replace(self, matrix=matrix)
+
+    def regrouped(self, rows: Sequence[int | str | None], target_classes: Sequence[str] | None = None) -> Relationship:
+        """The same relationship for other target classes, each of which takes a row of this one, or none.
+
+        For classes that share a row, such as the tags "B-PER" and "I-PER" of one kind of entity::
+
+            relationship.regrouped([None, "PER", "PER"], target_classes=["O", "B-PER", "I-PER"])
+
+        Args:
+            rows: for each new class the class of this relationship, by name or index, whose row it takes; ``None`` for
+                no source supervision (a row of zeros).
+            target_classes: names of the new classes.
+
+        Returns:
+            A relationship of ``len(rows)`` target classes; ``counts`` are those of the rows taken, 0 for none.
+
+        Raises:
+            IndexError, ValueError: no such target class, no row at all, or names that do not fit.
+        """
+        if len(rows) == 0:
+            raise ValueError("rows is empty, expected one entry for each new target class")
+        taken = torch.tensor(
+            [-1 if row is None else self._target_index(row) for row in rows], device=self.matrix.device
+        )
+        none = taken < 0
+        counts = None if self.counts is None else self.counts[taken].masked_fill(none, 0)
+        return dataclasses.replace(
+            self,
+            matrix=self.matrix[taken].masked_fill(none[:, None], 0),
+            target_classes=None if target_classes is None else tuple(target_classes),
+            counts=counts,
+        )
 
     def plot(
         self,
@@ -469,29 +498,19 @@ class RelationshipEstimator:
         """
         if empty not in _EMPTY_POLICIES:
             raise ValueError(f"empty is {empty!r}, expected one of {', '.join(map(repr, _EMPTY_POLICIES))}")
-        names = _class_names("target_classes", target_classes, self.num_target_classes)
+        names = class_names("target_classes", target_classes, self.num_target_classes)
         if not self._counts.any():
             raise ValueError("nothing was counted yet (every label ignored, or no update); there is no relationship")
         with torch.inference_mode(False), torch.no_grad():
-            missing = self._counts == 0
             # The row sums are the counts up to rounding. Dividing by them makes rows that sum to 1 however many
             # float32 additions there were.
             matrix = self._sums / self._sums.sum(dim=1, keepdim=True)
-            matrix[missing] = 1 / self.num_source_classes if empty == "uniform" else 0
             counts = self._counts.clone()
-        if missing.any() and empty != "uniform":
-            indices = missing.nonzero()[:, 0].tolist()
-            message = f"no sample of {len(indices)} of {len(missing)} target classes: {_listed(indices, names)}"
-            if empty == "error":
-                raise ValueError(f"{message}; add data, or choose empty='unsupervised' or 'uniform'")
-            warnings.warn(
-                f"{message}; they have no source supervision and train the target head only (see the argument `empty`)",
-                stacklevel=2,
-            )
+            matrix = settle_empty_classes(matrix, counts, empty, names)
         return Relationship(
             matrix,
             target_classes=names,
-            source_classes=_class_names("source_classes", source_classes, self.num_source_classes),
+            source_classes=class_names("source_classes", source_classes, self.num_source_classes),
             method="direct",
             temperature=self.temperature,
             counts=counts,
@@ -564,83 +583,28 @@ class RelationshipEstimator:
             raise ValueError(f"source_logits[{row}] has no softmax: {reason}. The batch was not counted")
 
 
-def learn_relationship(
-    source_model: Callable[..., Any],
-    loader: Iterable[Any],
-    num_target_classes: int | None = None,
-    *,
-    method: str = "direct",
-    temperature: float = 1.0,
-    empty: str = "unsupervised",
-    target_classes: Sequence[str] | None = None,
-    source_classes: Sequence[str] | None = None,
-    device: torch.device | str | None = None,
-    progress: bool = True,
-    max_batches: int | None = None,
-    ignore_index: int = -100,
-    backend: str = "auto",
-    dtype: torch.dtype = torch.float32,
-) -> Relationship:
-    """Learn ``R[t, s] = p(y_source = s | y_target = t)`` from the target training set.
+def settle_empty_classes(matrix: Tensor, counts: Tensor, empty: str, target_classes: Sequence[str] | None) -> Tensor:
+    """Write what ``empty`` says into the rows of the classes without a sample, in place, and warn or raise.
 
-    The model runs in eval mode without gradients; every submodule's training mode is as before afterwards, also when
-    something fails. Use a loader without augmentation: the order of its batches does not matter.
-
-    Args:
-        source_model: the pretrained classifier, giving logits ``(B, N_s)``: as a tensor, as ``output.logits`` or
-            ``output["logits"]``, or as the first of a tuple.
-        loader: gives ``(inputs, labels)``; inputs a tensor, or a mapping that the model takes as keyword arguments.
-        num_target_classes: ``N_t``; by default the number of names in ``target_classes`` or ``loader.dataset.classes``.
-        method: how to learn it: ``"direct"``, the mean prediction of each class (the paper's section 3.2).
-        temperature: of the source classifier, see :func:`cotuning_kernels.fit_temperature`.
-        empty: see :meth:`RelationshipEstimator.compute`.
-        target_classes, source_classes: names; those of the target from ``loader.dataset.classes`` by default.
-        device: where the batches go; by default where the model's parameters are. The model is not moved.
-        progress: show a progress bar (if tqdm is installed).
-        max_batches: stop after so many batches.
-        ignore_index, backend, dtype: see :class:`RelationshipEstimator`.
-
-    Raises:
-        TypeError: the model or the loader gives something else than described here.
-        ValueError: unknown method, empty loader, number of classes not known, NaN in the logits (names the batch and
-            the row).
-        IndexError: a label out of range.
+    What both ways of learning share; see :meth:`RelationshipEstimator.compute`.
     """
-    if method not in _LEARNT_BY:
-        raise ValueError(f"method is {method!r}, expected one of {', '.join(map(repr, _LEARNT_BY))}")
-    if not callable(source_model):
-        raise TypeError(f"source_model is a {type(source_model).__name__}, expected a torch.nn.Module")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches is {max_batches}, expected at least 1, or None for all")
-    num_target_classes, target_classes = _target_classes(loader, num_target_classes, target_classes)
-    device = _device_of(source_model) if device is None else torch.device(device)
-    estimator: RelationshipEstimator | None = None
-    # Not inference_mode: what a model caches in its first forward pass (rotary tables, resized position embeddings)
-    # would be inference tensors, and the same model could not be trained afterwards.
-    with _evaluating(source_model), torch.no_grad():
-        for index, batch in enumerate(_batches(loader, max_batches, progress)):
-            where = f"batch {index} of the loader"
-            inputs, labels = _inputs_and_labels(batch, where)
-            logits = _logits(_apply(source_model, inputs, device), where)
-            if estimator is None:
-                _class_names("source_classes", source_classes, logits.shape[1])
-                estimator = RelationshipEstimator(
-                    num_target_classes,
-                    logits.shape[1],
-                    temperature=temperature,
-                    ignore_index=ignore_index,
-                    dtype=dtype,
-                    device=logits.device,
-                    backend=backend,
-                )
-            try:
-                estimator.update(logits, labels)
-            except (TypeError, ValueError, IndexError) as error:
-                raise type(error)(f"{where}: {error}") from error
-    if estimator is None:
-        raise ValueError("the loader gave no batch; is its dataset empty, or was it an iterator that is used up?")
-    relationship = estimator.compute(empty=empty, target_classes=target_classes, source_classes=source_classes)
-    return dataclasses.replace(relationship, metadata={"source_model": _type_name(source_model)})
+    if empty not in _EMPTY_POLICIES:
+        raise ValueError(f"empty is {empty!r}, expected one of {', '.join(map(repr, _EMPTY_POLICIES))}")
+    names = class_names("target_classes", target_classes, len(counts))
+    missing = counts == 0
+    if not missing.any():
+        return matrix
+    indices = missing.nonzero()[:, 0].tolist()
+    message = f"no sample of {len(indices)} of {len(missing)} target classes: {_listed(indices, names)}"
+    if empty == "error":
+        raise ValueError(f"{message}; add data, or choose empty='unsupervised' or 'uniform'")
+    matrix[missing] = 1 / matrix.shape[1] if empty == "uniform" else 0
+    if empty == "unsupervised":
+        warnings.warn(
+            f"{message}; they have no source supervision and train the target head only (see the argument `empty`)",
+            stacklevel=3,
+        )
+    return matrix
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
@@ -683,7 +647,12 @@ def _check_counts(counts: Tensor, num_target_classes: int) -> None:
         raise ValueError(f"counts has a negative number of samples: {int(counts.min())}")
 
 
-def _class_names(argument: str, names: Iterable[str] | None, expected: int) -> tuple[str, ...] | None:
+def class_names(argument: str, names: Iterable[str] | None, expected: int) -> tuple[str, ...] | None:
+    """The names as a tuple.
+
+    Raises:
+        TypeError, ValueError: not ``expected`` names; the message speaks of ``argument``.
+    """
     if names is None:
         return None
     # A string is a sequence of strings too: one class a letter is never what was meant.
@@ -701,117 +670,3 @@ def _class_names(argument: str, names: Iterable[str] | None, expected: int) -> t
 def _listed(indices: list[int], names: tuple[str, ...] | None, longest: int = 10) -> str:
     shown = [str(index) if names is None else repr(names[index]) for index in indices[:longest]]
     return ", ".join(shown) + (f" and {len(indices) - longest} more" if len(indices) > longest else "")
-
-
-def _target_classes(
-    loader: Iterable[Any], num_target_classes: int | None, names: Sequence[str] | None
-) -> tuple[int, tuple[str, ...] | None]:
-    """How many target classes there are, and what they are called, from the arguments or from the loader's dataset."""
-    if names is None:
-        found = _dataset_classes(loader)
-        if found is not None and num_target_classes in (None, len(found)):
-            names = found
-    if num_target_classes is None:
-        if names is None:
-            raise ValueError(
-                "num_target_classes is not given, and loader.dataset has no list of `classes` to count; pass "
-                "num_target_classes or target_classes"
-            )
-        num_target_classes = len(names)
-    return num_target_classes, _class_names("target_classes", names, num_target_classes)
-
-
-def _dataset_classes(loader: Iterable[Any]) -> tuple[str, ...] | None:
-    dataset = getattr(loader, "dataset", None)
-    # torch.utils.data.Subset and its like keep the labels of the dataset that they wrap.
-    while dataset is not None and not hasattr(dataset, "classes"):
-        dataset = getattr(dataset, "dataset", None)
-    classes = getattr(dataset, "classes", None)
-    return tuple(map(str, classes)) if isinstance(classes, list | tuple) and classes else None
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Eval mode; afterwards every submodule is in the mode that it was in, frozen BatchNorm layers included."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    try:
-        if isinstance(model, nn.Module):
-            model.eval()
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-
-
-def _device_of(model: Any) -> torch.device | None:
-    if not isinstance(model, nn.Module):
-        return None
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return None if tensor is None else tensor.device
-
-
-def _batches(loader: Iterable[Any], max_batches: int | None, progress: bool) -> Iterable[Any]:
-    batches = itertools.islice(loader, max_batches)
-    if not progress:
-        return batches
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-    except ImportError:
-        return batches
-    try:
-        total: int | None = len(loader)  # type: ignore[arg-type]
-    except TypeError:  # an iterable dataset has no length
-        total = None
-    if max_batches is not None:
-        total = max_batches if total is None else min(total, max_batches)
-    bar: Iterable[Any] = tqdm(batches, total=total, desc="learning the relationship", unit="batch")
-    return bar
-
-
-def _inputs_and_labels(batch: Any, where: str) -> tuple[Any, Tensor]:
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
-        size = f" of {len(batch)}" if isinstance(batch, list | tuple | Mapping) else ""
-        raise TypeError(
-            f"{where} is a {type(batch).__name__}{size}, expected (inputs, labels); for another form write the loop "
-            "with RelationshipEstimator.update"
-        )
-    inputs, labels = batch
-    if not isinstance(inputs, Tensor | Mapping) or not isinstance(labels, Tensor):
-        raise TypeError(
-            f"{where} is ({type(inputs).__name__}, {type(labels).__name__}), expected inputs as a Tensor or a mapping "
-            "of Tensors, and labels as a Tensor of class indices"
-        )
-    return inputs, labels
-
-
-def _apply(model: Callable[..., Any], inputs: Tensor | Mapping[str, Any], device: torch.device | None) -> Any:
-    def moved(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) and device is not None else value
-
-    if isinstance(inputs, Tensor):
-        return model(moved(inputs))
-    return model(**{name: moved(value) for name, value in inputs.items()})
-
-
-def _logits(output: Any, where: str) -> Tensor:
-    logits = output
-    if isinstance(output, Mapping) and "logits" in output:
-        logits = output["logits"]
-    elif hasattr(output, "logits"):
-        logits = output.logits
-    elif isinstance(output, tuple | list) and output:
-        logits = output[0]
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        found = f"a Tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
-        keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
-        raise TypeError(
-            f"{where}: the source model gave {found}{keys}, expected logits (B, N_s) as a Tensor, output.logits, "
-            "output['logits'] or the first of a tuple; wrap the model, or write the loop with "
-            "RelationshipEstimator.update"
-        )
-    return logits
-
-
-def _type_name(model: Any) -> str:
-    return str(getattr(model, "__name__", type(model).__name__))

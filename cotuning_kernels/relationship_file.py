@@ -12,11 +12,9 @@ The file is read into memory and never mapped: a mapped file that another proces
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +22,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from cotuning_kernels.atomic_file import write_atomically
 
 __all__ = ["RelationshipFileError", "read", "write"]
 
@@ -43,29 +43,10 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], record: dict
     Raises:
         IsADirectoryError, FileNotFoundError, OSError: the path cannot be written; what was there is untouched.
     """
-    # A symbolic link keeps pointing where it did; os.replace on the link itself would put a file in its place.
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise IsADirectoryError(f"{os.fspath(path)} is a directory; give the name of a file, ending in .safetensors")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent} does not exist, so {target.name} cannot be saved there; create it")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(record)
     metadata = {"format": FORMAT, "version": str(VERSION), "record": text, "sha256": _digest(text, tensors)}
-    content = safetensors.torch.save(tensors, metadata)
-
-    # In the same directory, because os.replace is only atomic within one file system.
-    temporary = target.parent / f".cotuning-{secrets.token_hex(8)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power failure could leave the new name on an empty file
-        os.replace(temporary, target)
-    except BaseException:  # KeyboardInterrupt too
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(target.parent)
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -149,13 +130,3 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode("utf-8", "surrogatepass"))
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the new name itself survive a power failure, where the system can; the data is already safe."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import cotuning_kernels
 from cotuning_kernels import backends, plots, reference, relationship
-from cotuning_kernels.relationship import Relationship, RelationshipEstimator, learn_relationship
+from cotuning_kernels.learning import learn_relationship
+from cotuning_kernels.relationship import Relationship, RelationshipEstimator
 
 N_T, N_S = 5, 37
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -663,6 +664,19 @@ def test_what_a_loader_may_not_give(batch: Any, message: str) -> None:
     assert [module.training for module in model.modules()] == modes
 
 
+def test_logits_of_tokens(draw: torch.Generator) -> None:
+    """A label a token; a loader's batch is ``(B, T)``, the logits ``(B, T, N_s)``."""
+    model = nn.Linear(8, 11)
+    tokens = torch.randn(6, 4, 8, generator=draw)
+    labels = torch.randint(-1, N_T, (6, 4), generator=draw)
+    labels[labels < 0] = -100
+    found = learn_relationship(model, [(tokens[:2], labels[:2]), (tokens[2:], labels[2:])], N_T, progress=False)
+    expected = learn_relationship(model, [(tokens.flatten(0, 1), labels.flatten())], N_T, progress=False)
+    torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-5, atol=1e-8)
+    with pytest.raises(TypeError, match="batch 0 of the loader: the source model gave a Tensor of shape"):
+        learn_relationship(model, [(tokens, labels[:, :3])], N_T, progress=False)
+
+
 def test_inputs_that_are_keyword_arguments(draw: torch.Generator) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -841,6 +855,26 @@ def test_without_supervision() -> None:
     assert changed.source_classes == result.source_classes
     with pytest.raises(ValueError, match="no target class 'B-PER'"):
         result.without_supervision("B-PER")
+
+
+def test_regrouped(draw: torch.Generator) -> None:
+    matrix = torch.rand(3, 4, generator=draw).softmax(1)
+    kinds = Relationship(matrix, ("PER", "LOC", "ORG"), counts=torch.tensor([5, 6, 7]), method="direct")
+    tags = kinds.regrouped([None, "LOC", "LOC", 0], ["O", "B-LOC", "I-LOC", "PER"])
+    assert torch.equal(tags.matrix, torch.stack([torch.zeros(4), matrix[1], matrix[1], matrix[0]]))
+    assert tags.target_classes == ("O", "B-LOC", "I-LOC", "PER")
+    assert tags.counts is not None
+    assert tags.counts.tolist() == [0, 6, 6, 5]
+    assert tags.method == "direct"
+    assert kinds.regrouped([2]).target_classes is None
+    with pytest.raises(ValueError, match="there is no target class 'LOK'; did you mean 'LOC'"):
+        kinds.regrouped(["LOK"])
+    with pytest.raises(IndexError, match="target class 3"):
+        kinds.regrouped([3])
+    with pytest.raises(ValueError, match="rows is empty"):
+        kinds.regrouped([])
+    with pytest.raises(ValueError, match="target_classes has 1 names, expected 2"):
+        kinds.regrouped([0, None], ["one"])
 
 
 def test_it_is_frozen_and_says_what_it_is() -> None:

@@ -1,0 +1,130 @@
+"""Time and memory of the 30 000-wordpiece head in a training step of named-entity recognition: fused against unfused.
+
+``python -m benchmarks.language_head`` prints a table: forward and backward of the source head (BERT's: a dense layer, a
+normalisation and the decoder) and its loss, for the tokens of a batch. Three ways:
+
+* *fused, entities only*: what ``examples/ner.py`` does;
+* *unfused, entities only*: the same tokens, ``F.cross_entropy`` with class probabilities;
+* *all tokens*: the authors' way, the head and a softmax on every token, of which those of entities are then picked.
+
+Each way is measured in a process of its own, so that the largest memory in use is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import cotuning_kernels as ck
+from benchmarks.memory import measure_here
+
+__all__ = ["WAYS", "Step"]
+
+KINDS = 9
+ENTITY_SHARE = 0.17  # of the tokens of CoNLL-2003
+
+
+class Step:
+    """A batch of features and the head of a language model: everything that the ways share."""
+
+    def __init__(self, tokens: int, hidden: int, vocabulary: int, seed: int = 2020) -> None:
+        torch.manual_seed(seed)
+        self.head = nn.Sequential(
+            nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, vocabulary)
+        )
+        self.features = torch.randn(tokens, hidden, requires_grad=True)
+        self.labels = torch.randint(1, KINDS, (tokens,)).masked_fill(torch.rand(tokens) > ENTITY_SHARE, 0)
+        self.entities = self.labels > 0
+        self.relationship = torch.randn(KINDS, vocabulary).mul(3).softmax(dim=1)
+        self.relationship[0] = 0
+
+
+def fused(step: Step) -> Tensor:
+    logits = step.head(step.features[step.entities])
+    return ck.functional.source_label_loss(logits, step.labels[step.entities], step.relationship, inplace=True)
+
+
+def unfused(step: Step) -> Tensor:
+    logits = step.head(step.features[step.entities])
+    return F.cross_entropy(logits, step.relationship[step.labels[step.entities]])
+
+
+def all_tokens(step: Step) -> Tensor:
+    """As the authors' ``nlp/modifier.py``, which also adds 1e-10 to each probability."""
+    probabilities = step.head(step.features).softmax(dim=-1)[step.entities]
+    translated = step.relationship[step.labels[step.entities]]
+    return (-translated * torch.log(probabilities + 1e-10)).sum(dim=-1).mean()
+
+
+def loss_alone(of_logits: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Step], Tensor]:
+    """Without the head: its matrix products are the same for everyone."""
+
+    def run(step: Step) -> Tensor:
+        if not hasattr(step, "logits"):
+            step.logits = step.head(step.features[step.entities]).detach()  # type: ignore[attr-defined]
+        logits = step.logits.requires_grad_()  # type: ignore[attr-defined]
+        logits.grad = None
+        return of_logits(logits, step.labels[step.entities], step.relationship)
+
+    return run
+
+
+WAYS: dict[str, Callable[[Step], Tensor]] = {
+    "fused, entities only": fused,
+    "unfused, entities only": unfused,
+    "all tokens": all_tokens,
+    "the loss alone, fused": loss_alone(lambda z, y, r: ck.functional.source_label_loss(z, y, r)),
+    "the loss alone, unfused": loss_alone(lambda z, y, r: F.cross_entropy(z, r[y])),
+}
+
+
+def measure(way: str, tokens: int, hidden: int, vocabulary: int, rounds: int) -> dict[str, float]:
+    """Median seconds of a forward and backward, and the peak of torch's allocations on top of what was there before."""
+    torch.set_num_threads(1)
+    step = Step(tokens, hidden, vocabulary)
+    # Gradients of the parameters, which every way needs, are there before memory is looked at.
+    step.head(step.features[:1]).sum().backward()
+    seconds = []
+    for _ in range(rounds + 1):
+        begun = time.perf_counter()
+        WAYS[way](step).backward()
+        seconds.append(time.perf_counter() - begun)
+    peak = measure_here(lambda: WAYS[way](step).backward()).torch
+    return {"seconds": sorted(seconds[1:])[rounds // 2], "bytes": float(peak)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tokens", type=int, default=1024, help="of a batch, all words together")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--vocabulary", type=int, default=30522)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--way", choices=list(WAYS), help="measure this one, print JSON")
+    options = parser.parse_args(arguments)
+    sizes = (options.tokens, options.hidden, options.vocabulary, options.rounds)
+    if options.way is not None:
+        print(json.dumps(measure(options.way, *sizes)))
+        return
+    print(f"{options.tokens} tokens, {ENTITY_SHARE:.0%} of entities, {options.hidden} x {options.vocabulary}, 1 thread")
+    names = ("tokens", "hidden", "vocabulary", "rounds")
+    flags = [f"--{name}={size}" for name, size in zip(names, sizes, strict=True)]
+    for way in WAYS:
+        command = [sys.executable, "-m", "benchmarks.language_head", *flags, f"--way={way}"]
+        # Fresh pages from the system at each step would be most of the time, and are not what is compared.
+        environment = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        found = json.loads(done.stdout)
+        print(f"{way:26}{found['seconds'] * 1e3:9.1f} ms{found['bytes'] / 2**20:9.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Several processes: shares of a data set without repetition, and the loss whose gradients average to the global one.
+
+Relationship learning needs no more than ``learn_relationship(..., distributed=True)`` over a loader with a
+:class:`ShardSampler`.
+
+For training, DistributedDataParallel averages the gradients of ``P`` processes. Where each takes the mean over its own
+rows that is the gradient of the global mean only if every process has the same number of rows that count: never quite
+so with ``ignore_index``, class weights, or target classes without source supervision. :func:`global_mean_loss` divides
+by the counts of all processes instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sized
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from cotuning_kernels import functional
+from cotuning_kernels.functional import CoTuningTerms
+from cotuning_kernels.targets import Target
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from cotuning_kernels.loss import FusedCoTuningLoss
+
+__all__ = ["ShardSampler", "global_mean_loss"]
+
+
+class ShardSampler(Sampler[int]):
+    """Every ``P``-th sample for each of ``P`` processes, in order, each sample exactly once.
+
+    torch's DistributedSampler repeats some samples so that all shares are of one size, which training needs and
+    statistics must not have.
+
+    Args:
+        dataset: of which only the length is used.
+        rank, num_processes: by default those of torch.distributed; one process where it is not initialised.
+
+    Raises:
+        RuntimeError: a launcher started several processes, but ``init_process_group`` was not called.
+        ValueError: ``rank`` is not one of the processes.
+    """
+
+    def __init__(self, dataset: Sized, rank: int | None = None, num_processes: int | None = None) -> None:
+        self._length = len(dataset)
+        mine, all_of_them = _rank_and_size() if rank is None or num_processes is None else (0, 1)
+        self.rank = mine if rank is None else rank
+        self.num_processes = all_of_them if num_processes is None else num_processes
+        if not 0 <= self.rank < self.num_processes:
+            raise ValueError(f"rank is {self.rank}, expected one of the {self.num_processes} processes, from 0")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self._length, self.num_processes))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self._length, self.num_processes))
+
+
+def global_mean_loss(
+    criterion: FusedCoTuningLoss,
+    source_logits: Tensor,
+    target_logits: Tensor,
+    target: Target,
+    *,
+    group: ProcessGroup | None = None,
+) -> CoTuningTerms:
+    """The loss of this process's rows, so that the *average* over processes is the mean over the rows of all.
+
+    That average is what DistributedDataParallel takes of the gradients: a training step is then the same, up to
+    rounding, for any number of processes and any distribution of the rows over them. It costs one ``all_reduce`` of two
+    numbers a step, and no wait for the device.
+
+    Args:
+        criterion: a :class:`cotuning_kernels.FusedCoTuningLoss` with ``reduction="mean"``.
+        source_logits, target_logits, target: this process's rows, as for the criterion; may be no rows at all.
+        group: the processes; all by default. Without torch.distributed it is one, and this is the criterion itself.
+
+    Returns:
+        :class:`cotuning_kernels.CoTuningTerms`: ``loss`` is this process's part (call ``backward()`` on it), and so are
+        the two terms; their averages over processes are the global ones. With no row that counts in any process the
+        loss is NaN, as that of ``F.cross_entropy``.
+
+    Raises:
+        ValueError: the criterion reduces in another way.
+        RuntimeError: a launcher started several processes, but ``init_process_group`` was not called.
+    """
+    if criterion.reduction != "mean":
+        raise ValueError(f"criterion.reduction is {criterion.reduction!r}, expected 'mean'")
+    _, processes = _rank_and_size(group)
+    if processes == 1:
+        terms = criterion(source_logits, target_logits, target, return_terms=True)
+        assert isinstance(terms, CoTuningTerms)
+        return terms
+    counts = _counts(criterion, target)
+    from torch import distributed
+
+    distributed.all_reduce(counts, group=group)
+    target_count, source_count = counts.unbind()
+    # No supervised row anywhere: the sum is 0 then, whatever it is divided by.
+    source_count = torch.where(source_count == 0, 1, source_count)
+    # One fused call gives target_sum + x * source_sum; the global mean needs the sums divided by different counts.
+    terms = functional.co_tuning_loss(
+        source_logits, target_logits, target, criterion.relationship,
+        trade_off=criterion.trade_off * target_count / source_count, weight=criterion.weight,
+        label_smoothing=criterion.label_smoothing, ignore_index=criterion.ignore_index, reduction="sum",
+        source_loss=criterion.source_loss, return_terms=True, inplace=criterion.inplace, backend=criterion.backend,
+    )  # fmt: skip
+    assert isinstance(terms, CoTuningTerms)
+    loss, target_sum, source_sum = terms
+    return CoTuningTerms(
+        loss * (processes / target_count).to(loss.dtype),
+        target_sum * (processes / target_count).to(loss.dtype),
+        source_sum * (processes / source_count).to(loss.dtype),
+    )
+
+
+@torch.no_grad()
+def _counts(criterion: FusedCoTuningLoss, target: Target) -> Tensor:
+    """What the two means of these rows divide by: float64 ``[target, source]``."""
+    relationship = criterion.relationship
+    supervised = (relationship != 0).any(dim=1).double()
+    weight = torch.ones_like(supervised) if criterion.weight is None else criterion.weight.double()
+    if isinstance(target, Tensor) and target.is_floating_point():
+        rows = supervised.new_tensor(float(len(target)))
+        return torch.stack([rows, (target.double() @ supervised).sum()])
+
+    def of_labels(labels: Tensor, share: Tensor | float) -> Tensor:
+        counted = (labels != criterion.ignore_index) * torch.as_tensor(share, dtype=torch.float64, device=labels.device)
+        index = torch.where(labels != criterion.ignore_index, labels, 0).long()
+        return torch.stack([(counted * weight[index]).sum(), (counted * supervised[index]).sum()])
+
+    if isinstance(target, tuple):
+        labels_a, labels_b, share = target
+        return of_labels(labels_a, share) + of_labels(labels_b, 1 - share)
+    return of_labels(target, 1.0)
+
+
+def _rank_and_size(group: ProcessGroup | None = None) -> tuple[int, int]:
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(group), distributed.get_world_size(group)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialised; call "
+            "torch.distributed.init_process_group() first"
+        )
+    return 0, 1

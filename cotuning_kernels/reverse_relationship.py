@@ -1,0 +1,372 @@
+"""The reverse way to a relationship: learn ``p(y_target | y_source)``, then turn it round with Bayes' rule.
+
+You, Kou, Long and Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020, section 3.2, and the authors' script:
+
+1. A softmax regression without intercept predicts the target label from the source classifier's calibrated
+   probabilities ``x``: ``p(y_target = t | x) = softmax(W x)[t]``. Its L2 penalty is the one of a list that has the
+   highest accuracy on validation data.
+2. The regression gets a temperature of its own, fitted on the same validation data.
+3. A source class is the probability vector with a single 1, so ``p(t | s) = softmax(W[:, s] / T)[t]``.
+4. Bayes: ``R[t, s] = p(t | s) p(s) / sum over s' of p(t | s') p(s')`` with the mean probability over all the data for
+   ``p(s)``. Rows sum to 1.
+
+:func:`learn_reverse_relationship` does all of it; :func:`regression_path` is step 1 for those who want to look.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cotuning_kernels import functional
+from cotuning_kernels.calibration import fit_temperature
+from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
+from cotuning_kernels.relationship import Relationship, settle_empty_classes
+
+__all__ = ["INVERSE_PENALTIES", "RegressionFit", "learn_reverse_relationship", "regression_path"]
+
+INVERSE_PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4)
+"""The list of the authors' script: scikit-learn's ``C``, from the strongest penalty to the weakest."""
+
+
+@dataclass(frozen=True, eq=False)
+class RegressionFit:
+    """A softmax regression at one penalty; see :func:`regression_path`.
+
+    Attributes:
+        inverse_penalty: ``C`` in the objective ``sum of cross entropies + |W|^2 / (2 C)``.
+        coefficients: ``W``, ``(N_t, N_s)``, in the probabilities' dtype.
+        objective: its value, in float64.
+        gap: a bound on how far the objective is above its minimum, relative to the smaller of the objective and what
+            was gained over ``W = 0``; see :func:`regression_path`.
+        iterations, evaluations: of L-BFGS, and of the objective with its gradient.
+        converged: whether ``gap`` came below the tolerance.
+    """
+
+    inverse_penalty: float
+    coefficients: Tensor
+    objective: float
+    gap: float
+    iterations: int
+    evaluations: int
+    converged: bool
+
+
+def learn_reverse_relationship(
+    train_logits: Tensor,
+    train_labels: Tensor,
+    validation_logits: Tensor,
+    validation_labels: Tensor,
+    num_target_classes: int,
+    *,
+    temperature: float = 1.0,
+    inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
+    tolerance: float = 1e-4,
+    empty: str = "unsupervised",
+    target_classes: Sequence[str] | None = None,
+    source_classes: Sequence[str] | None = None,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> Relationship:
+    """The reverse relationship from the source classifier's logits on training and validation data.
+
+    All is in memory, on the logits' device: ``4 (2 n + m) N_s`` bytes for ``n`` training and ``m`` validation rows.
+
+    Args:
+        train_logits, validation_logits: ``(n, N_s)`` and ``(m, N_s)``, float32, bfloat16, float16 or float64. The
+            arithmetic is float64 for float64, else float32.
+        train_labels, validation_labels: target classes, int64 or int32, ``(n,)`` and ``(m,)``; rows with
+            ``ignore_index`` do not count.
+        num_target_classes: ``N_t``.
+        temperature: of the source classifier, see :func:`cotuning_kernels.fit_temperature`.
+        inverse_penalties: the values of ``C`` to choose from. Of several with the same validation accuracy the weakest
+            penalty (the largest ``C``) is taken, as the authors do.
+        tolerance: see :func:`regression_path`. It bounds the regression's objective, and its minimum is the flatter the
+            weaker the penalty is: with another order of the rows, which is another rounding, elements of the
+            relationship of 100 rows moved by 1e-4 at ``C = 100`` and by 4e-3 at ``C = 1e4``. Float64 logits and 1e-8
+            left 1e-5 and 4e-4.
+        empty: what becomes of a target class without a training row; see
+            :meth:`cotuning_kernels.RelationshipEstimator.compute`.
+        target_classes, source_classes: names to keep with the relationship.
+        backend: of the regression's loss; see :func:`cotuning_kernels.backends.select`.
+
+    Returns:
+        A :class:`cotuning_kernels.Relationship` with ``method="reverse"``. Its ``counts`` are those of the training
+        rows; its ``metadata`` says which penalty and which temperature of the regression were chosen, and the
+        regression's accuracy on the validation data.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes or values; no row with a label in one of the two sets.
+        IndexError: a label out of range; names the row and the value.
+    """
+    train, train_labels = _probabilities(
+        "train", train_logits, train_labels, num_target_classes, temperature, ignore_index
+    )
+    validation, validation_labels = _probabilities(
+        "validation", validation_logits, validation_labels, num_target_classes, temperature, ignore_index
+    )
+    if train.shape[1] != validation.shape[1]:
+        raise ValueError(
+            f"train_logits has {train.shape[1]} source classes, but validation_logits has {validation.shape[1]}"
+        )
+    best, best_accuracy = None, -1.0
+    for fit in regression_path(
+        train, train_labels, num_target_classes, inverse_penalties, tolerance=tolerance, backend=backend
+    ):
+        predicted = (validation @ fit.coefficients.T).argmax(dim=1)
+        accuracy = float((predicted == validation_labels).double().mean())
+        if accuracy >= best_accuracy:
+            best, best_accuracy = fit, accuracy
+    assert best is not None  # an empty list was refused
+    regression_temperature = _regression_temperature(validation @ best.coefficients.T, validation_labels)
+    marginal = (train.double().sum(dim=0) + validation.double().sum(dim=0)) / (len(train) + len(validation))
+    matrix = bayes(best.coefficients, regression_temperature, marginal)
+    counts = torch.bincount(train_labels, minlength=num_target_classes)
+    return Relationship(
+        settle_empty_classes(matrix.to(train.dtype), counts, empty, target_classes),
+        target_classes=None if target_classes is None else tuple(target_classes),
+        source_classes=None if source_classes is None else tuple(source_classes),
+        method="reverse",
+        temperature=temperature,
+        counts=counts,
+        metadata={
+            "inverse_penalty": f"{best.inverse_penalty:g}",
+            "regression_temperature": f"{regression_temperature:.6g}",
+            "regression_validation_accuracy": f"{best_accuracy:.6g}",
+        },
+    )
+
+
+def bayes(coefficients: Tensor, temperature: float, source_marginal: Tensor) -> Tensor:
+    """Steps 3 and 4: ``R[t, s]`` in float64 from ``W``, the regression's temperature and ``p(y_source)``.
+
+    In logarithms, because ``p(t | s)`` may underflow for every ``s`` and would leave a row 0 / 0.
+    """
+    log_target_given_source = F.log_softmax(coefficients.double() / temperature, dim=0)
+    return torch.softmax(log_target_given_source + source_marginal.double().log(), dim=1)
+
+
+def regression_path(
+    probabilities: Tensor,
+    labels: Tensor,
+    num_target_classes: int,
+    inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
+    *,
+    tolerance: float = 1e-4,
+    max_iterations: int = 200,
+    backend: str = "auto",
+) -> Iterator[RegressionFit]:
+    r"""Softmax regressions without intercept, from the strongest L2 penalty to the weakest.
+
+    .. math:: f(W) = \sum_i \mathrm{CE}(W x_i, y_i) + \frac{1}{2 C} \lVert W \rVert^2
+
+    L-BFGS (``torch.optim.LBFGS``) for each ``C``. An evaluation is two matrix products of ``n N_s N_t`` and the fused
+    cross entropy with its gradient in between, so what counts is to need few of them:
+
+    * Each coefficient is scaled by the root of the Hessian's diagonal, ``sum_i p_it (1 - p_it) x_is^2 + 1 / C``, at the
+      start. Source classes differ in it by many orders of magnitude. In these coordinates the gradient itself is about
+      the Newton step, which is the first step taken.
+    * The start is the last solution, carried on linearly in ``log C`` as the last two went; so are its logits, so that
+      the first evaluation and the scales cost one product each.
+
+    The objective without ``|W|^2 / (2 C)`` is convex, so that it is at most ``C |gradient|^2 / 2`` above its minimum. A
+    fit ends when this bound is below ``tolerance`` times the objective, and below ``tolerance`` times what the fit has
+    gained over ``W = 0``, which is little under a strong penalty; or when an iteration no longer changes the objective
+    within the rounding of the dtype.
+
+    Args:
+        probabilities: ``x``, ``(n, N_s)``, float32 or float64.
+        labels: ``(n,)`` int64.
+        num_target_classes: ``N_t``.
+        inverse_penalties: the values of ``C``, in any order.
+        tolerance: see above.
+        max_iterations: for each ``C``; a warning says where they did not suffice.
+        backend: see :func:`cotuning_kernels.backends.select`.
+
+    Yields:
+        :class:`RegressionFit`, with ``C`` growing.
+
+    Raises:
+        ValueError: no penalty, or one that is not a positive number.
+    """
+    values = sorted({positive_number("inverse_penalties", value) for value in inverse_penalties})
+    if not values:
+        raise ValueError("inverse_penalties is empty, expected at least one positive number")
+    positive_number("tolerance", tolerance)
+    regression = _Regression(probabilities, labels, num_target_classes, backend)
+    older, last, solved = None, None, regression.zeros()
+    older_solved = solved
+    for value in values:
+        start = solved if older is None or last is None else _carried_on(older, older_solved, last, solved, value)
+        older, older_solved = last, solved
+        last, solved = regression.fit(value, start, tolerance, max_iterations)
+        if not last.converged:
+            warnings.warn(
+                f"the regression with C = {value:g} has not converged in {last.iterations} iterations: the gap "
+                f"to the minimum is up to {last.gap:.1e}, the tolerance is {tolerance:g}",
+                stacklevel=2,
+            )
+        yield last
+
+
+class _Point(NamedTuple):
+    """Coefficients, and the logits that they give on the data: both are linear, and the logits cost a product."""
+
+    coefficients: Tensor
+    logits: Tensor
+
+
+def _carried_on(
+    older: RegressionFit, older_solved: _Point, last: RegressionFit, solved: _Point, inverse_penalty: float
+) -> _Point:
+    step = math.log(inverse_penalty / last.inverse_penalty) / math.log(last.inverse_penalty / older.inverse_penalty)
+    # A step much longer than the last one would extrapolate too far.
+    step = min(step, 2.0)
+    return _Point(*(torch.lerp(before, now, 1 + step) for before, now in zip(older_solved, solved, strict=True)))
+
+
+class _Regression:
+    """The data, and the objective on it."""
+
+    def __init__(self, probabilities: Tensor, labels: Tensor, num_target_classes: int, backend: str) -> None:
+        self.probabilities = probabilities
+        self.squares = probabilities.square()
+        self.labels = labels
+        # Cross entropy with hard labels is the source term of Co-Tuning for the identity as relationship.
+        self.identity = torch.eye(num_target_classes, dtype=probabilities.dtype, device=probabilities.device)
+        self.backend = backend
+
+    def zeros(self) -> _Point:
+        rows, source_classes = self.probabilities.shape
+        zeros = self.probabilities.new_zeros
+        return _Point(zeros(len(self.identity), source_classes), zeros(rows, len(self.identity)))
+
+    def logits(self, coefficients: Tensor) -> Tensor:
+        return F.linear(self.probabilities, coefficients)
+
+    def objective(self, point: _Point, inverse_penalty: float) -> tuple[Tensor, Tensor]:
+        """``f`` in float64, and its gradient. The line search compares sums over many rows, so they are in float64."""
+        logits = point.logits.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = functional.source_label_loss(
+                logits, self.labels, self.identity, reduction="none", backend=self.backend
+            )
+            (slopes,) = torch.autograd.grad(losses, logits, torch.ones_like(losses))
+        squared_norm = torch.linalg.vector_norm(point.coefficients, dtype=torch.float64).square()
+        value = losses.detach().sum(dtype=torch.float64) + squared_norm / (2 * inverse_penalty)
+        return value, torch.addmm(point.coefficients, slopes.T, self.probabilities, beta=1 / inverse_penalty)
+
+    def scales(self, point: _Point, inverse_penalty: float) -> Tensor:
+        """``1 / sqrt`` of the Hessian's diagonal."""
+        predicted = torch.softmax(point.logits, dim=1)
+        variance = predicted.mul_(1 - predicted)
+        return (variance.T @ self.squares).add_(1 / inverse_penalty).rsqrt_()
+
+    def fit(
+        self, inverse_penalty: float, start: _Point, tolerance: float, max_iterations: int
+    ) -> tuple[RegressionFit, _Point]:
+        scales = self.scales(start, inverse_penalty)
+        closure = _Closure(self, inverse_penalty, start, scales)
+        # One iteration a call, so that our own criterion can end it. In torch, max_eval also bounds the line search.
+        optimizer = torch.optim.LBFGS(
+            [closure.step], max_iter=1, max_eval=25, tolerance_grad=0, tolerance_change=0,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
+        rounding = 10 * torch.finfo(scales.dtype).eps / math.sqrt(len(self.labels))
+        objective_of_zeros = len(self.labels) * math.log(len(self.identity))
+        objective, gap = math.inf, math.inf
+        for iteration in range(max_iterations + 1):
+            before, objective = objective, float(closure())
+            slope = float(torch.linalg.vector_norm(closure.scaled_gradient / scales, dtype=torch.float64))
+            gap = inverse_penalty * slope**2 / 2 / max(min(objective, objective_of_zeros - objective), 1e-300)
+            stalled = before - objective <= rounding * objective
+            if gap <= tolerance or stalled or iteration == max_iterations:
+                break
+            # The first step of torch's L-BFGS is lr * min(1, 1 / |g|_1): made the whole scaled gradient again.
+            first_rate = max(1.0, float(closure.scaled_gradient.abs().sum()))
+            optimizer.param_groups[0]["lr"] = first_rate if iteration == 0 else 1.0
+            optimizer.step(closure)
+        fit = RegressionFit(
+            inverse_penalty=inverse_penalty,
+            coefficients=closure.point.coefficients,
+            objective=objective,
+            gap=gap,
+            iterations=iteration,
+            evaluations=closure.evaluations,
+            converged=gap <= tolerance or stalled,
+        )
+        return fit, closure.point
+
+
+class _Closure:
+    """What L-BFGS asks for the objective: as a function of ``step``, the scaled distance of the coefficients from the
+    start.
+
+    The same point is not evaluated twice, which each call of ``optimizer.step`` would do with its starting point.
+
+    Attributes:
+        step: the parameter of the optimizer.
+        point, scaled_gradient: of the last call.
+        evaluations: so far.
+    """
+
+    def __init__(self, regression: _Regression, inverse_penalty: float, start: _Point, scales: Tensor) -> None:
+        self._regression, self._inverse_penalty = regression, inverse_penalty
+        self._start, self._scales = start, scales
+        self.step = torch.zeros_like(scales, requires_grad=True)
+        self._evaluated = self.step.detach().clone()
+        self.evaluations = 0
+        self._evaluate(start)
+
+    def __call__(self) -> Tensor:
+        if not torch.equal(self._evaluated, self.step):
+            self._evaluated.copy_(self.step.detach())
+            coefficients = torch.addcmul(self._start.coefficients, self._evaluated, self._scales)
+            self._evaluate(_Point(coefficients, self._regression.logits(coefficients)))
+        self.step.grad = self.scaled_gradient
+        return self._value
+
+    def _evaluate(self, point: _Point) -> None:
+        self.evaluations += 1
+        self.point = point
+        self._value, gradient = self._regression.objective(point, self._inverse_penalty)
+        self.scaled_gradient = gradient.mul_(self._scales)
+
+
+def _probabilities(
+    name: str, logits: Tensor, labels: Tensor, num_target_classes: int, temperature: float, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """The calibrated probabilities of the rows that have a label, and the labels as int64."""
+    logits, labels = check_labelled_logits(f"{name}_logits", logits, labels, num_target_classes, ignore_index)
+    found = unusable_row(logits, labels, ignore_index)
+    if found is not None:
+        raise ValueError(f"{name}_logits[{found[0]}] has no softmax: {found[1]}")
+    labelled = labels != ignore_index
+    if not labelled.any():
+        raise ValueError(f"{name}_labels has no label: the set is empty, or every label is ignore_index")
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    inverse = 1 / positive_number("temperature", temperature)
+    return torch.softmax(logits[labelled].to(dtype) * inverse, dim=1), labels[labelled].long()
+
+
+def _regression_temperature(validation_logits: Tensor, validation_labels: Tensor) -> float:
+    # Under a strong penalty the logits are tiny, and their temperature beyond the range that fit_temperature searches.
+    size = float(validation_logits.abs().max()) or 1.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fit_temperature", category=UserWarning)
+        fit = fit_temperature(validation_logits / size, validation_labels)
+    if fit.converged:
+        return fit.temperature * size
+    warnings.warn(
+        f"the regression has no best temperature on {len(validation_labels)} validation rows (all of them right, or no "
+        "better than chance); it is left uncalibrated. More validation data would tell",
+        stacklevel=3,
+    )
+    return 1.0

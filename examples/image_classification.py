@@ -1,0 +1,499 @@
+"""The paper's protocol on your images: several ways of fine-tuning side by side, from one seed, resumable.
+
+    python examples/image_classification.py DATA --model timm:resnet50 --temperature 1.13 --output results/cub
+
+``DATA`` has ``train``, ``val`` and ``test`` (without ``val``, every fifth training image), each with a sub-folder a
+class. The protocol is that of the authors' script: images resized to 256 x 256; random crops and flips to train, the
+centre to validate, ten crops to test; SGD with Nesterov's momentum 0.9 and weight decay 5e-4, the new head at ten times
+the rate, the rate divided by ten after two thirds.
+
+Methods: ``plain`` fine-tuning; ``linear-probe`` (only the new head is trained); ``l2-sp`` (the distance to the
+pretrained weights is penalised instead of their size, Li et al. 2018); ``co-tuning`` (direct relationship);
+``co-tuning-reverse``; ``co-tuning-uncalibrated`` (temperature 1, the paper's ablation).
+
+A run may be killed at any moment: the same command goes on from the last checkpoint, to the same bits as without the
+interruption on the same machine, and leaves out what is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import importlib
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+try:
+    import numpy as np
+    import torch
+    from PIL import Image, UnidentifiedImageError
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+    from torch.utils.data import DataLoader, Dataset, Sampler
+    from tqdm import tqdm
+
+    import cotuning_kernels as ck
+    from cotuning_kernels.atomic_file import write_atomically
+except ImportError as missing:
+    sys.exit(f"image_classification: {missing}: pip install '.[demo]' in the project's folder.")
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+METHODS = ("plain", "linear-probe", "l2-sp", "co-tuning", "co-tuning-reverse", "co-tuning-uncalibrated")
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the authors
+
+
+class RunnerError(Exception):
+    """Something outside the program is missing or wrong. The message is one sentence with the mend."""
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Paths and labels of a part of the data."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Parts:
+    classes: tuple[str, ...]
+    train: ImageList
+    validation: ImageList
+    test: ImageList
+
+
+def read_folder(folder: Path, sampling_rate: float, seed: int) -> Parts:
+    """The three parts; of each training class ``sampling_rate`` of the images, at least one, the same for every method.
+
+    A smaller rate takes a subset of what a larger one takes.
+    """
+    if not (folder / "train").is_dir() or not (folder / "test").is_dir():
+        raise RunnerError(f"{folder} has no folders train and test, each with one sub-folder a class: make them.")
+    classes = tuple(sorted(path.name for path in (folder / "train").iterdir() if path.is_dir()))
+    train = list_images(folder / "train", classes)
+    if (folder / "val").is_dir():
+        validation = list_images(folder / "val", classes)
+    else:
+        held_out = range(0, len(train), 5)
+        validation = chosen(train, held_out)
+        train = chosen(train, sorted(set(range(len(train))) - set(held_out)))
+    random, kept = np.random.default_rng(seed), []
+    for label in range(len(classes)):
+        members = [i for i, own in enumerate(train.labels) if own == label]
+        if not members:
+            raise RunnerError(f"the class {classes[label]} has no training image: add some, or remove its folder.")
+        number = max(1, round(sampling_rate * len(members)))
+        kept += random.permutation(members)[:number].tolist()
+    return Parts(classes, chosen(train, sorted(kept)), validation, list_images(folder / "test", classes))
+
+
+def list_images(folder: Path, classes: Sequence[str]) -> ImageList:
+    others = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in classes)
+    if others:
+        raise RunnerError(f"{folder} has a class {others[0]} that train has not: the parts must have the same classes.")
+    found = [
+        (path, label)
+        for label, name in enumerate(classes)
+        if (folder / name).is_dir()
+        for path in sorted((folder / name).rglob("*"))
+        if path.suffix.lower() in ENDINGS
+    ]
+    if not found:
+        raise RunnerError(f"{folder} has no image in its sub-folders ({', '.join(sorted(ENDINGS))}).")
+    return ImageList(tuple(path for path, _ in found), tuple(label for _, label in found))
+
+
+def chosen(images: ImageList, indices: Sequence[int]) -> ImageList:
+    return ImageList(tuple(images.paths[i] for i in indices), tuple(images.labels[i] for i in indices))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    full: int
+    crop: int
+
+
+def load(path: Path, size: int) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    except (UnidentifiedImageError, OSError) as error:
+        raise RunnerError(f"{path} cannot be read as an image ({error}): remove or replace it.") from None
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+
+
+def random_crop(image: Image.Image, crop: int, random: np.random.Generator) -> Tensor:
+    """8% to 100% of the area at an aspect between 3/4 and 4/3, scaled to ``crop``, flipped half of the time."""
+    size = image.size[0]
+    for _ in range(10):
+        area, aspect = size**2 * random.uniform(0.08, 1.0), np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+        width, height = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        if 0 < width <= size and 0 < height <= size:
+            break
+    else:
+        width = height = size
+    left, top = int(random.integers(size - width + 1)), int(random.integers(size - height + 1))
+    image = image.resize((crop, crop), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+    if random.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return as_tensor(image)
+
+
+def crops(image: Image.Image, crop: int, ten: bool) -> Tensor:
+    """``(1, 3, crop, crop)``, the centre; or ``(10, ...)``, the corners and the centre, each also flipped."""
+    margin = image.size[0] - crop
+    places = [(margin // 2, margin // 2)]
+    if ten:
+        places += [(0, 0), (margin, 0), (0, margin), (margin, margin)]
+    pixels = as_tensor(image)
+    cut = torch.stack([pixels[:, top : top + crop, left : left + crop] for left, top in places])
+    return torch.cat([cut, cut.flip(3)]) if ten else cut
+
+
+class TrainingImages(Dataset[tuple[Tensor, int]]):
+    """Indexed by ``(image, draw)``: what is random depends on the two and the seed, not on who loads it or when."""
+
+    def __init__(self, images: ImageList, sizes: Sizes, seed: int) -> None:
+        self.images, self.sizes, self.seed = images, sizes, seed
+
+    def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, int]:
+        i, draw = index
+        random = np.random.default_rng([self.seed, draw])
+        return random_crop(load(self.images.paths[i], self.sizes.full), self.sizes.crop, random), self.images.labels[i]
+
+
+class Batches(Sampler[list[tuple[int, int]]]):
+    """Batches ``first`` to ``last`` of an endless shuffled sequence that the seed decides."""
+
+    def __init__(self, number_of_images: int, batch_size: int, seed: int, first: int, last: int) -> None:
+        self.number_of_images, self.batch_size, self.seed, self.first, self.last = (
+            number_of_images, batch_size, seed, first, last
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        shuffled = -1, np.empty(0, dtype=int)
+        for batch in range(self.first, self.last):
+            indices = []
+            for draw in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                epoch, place = divmod(draw, self.number_of_images)
+                if epoch != shuffled[0]:
+                    shuffled = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.number_of_images)
+                indices.append((int(shuffled[1][place]), draw))
+            yield indices
+
+
+class StillImages(Dataset[tuple[Tensor, int]]):
+    def __init__(self, images: ImageList, sizes: Sizes, *, ten: bool = False) -> None:
+        self.images, self.sizes, self.ten = images, sizes, ten
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        cut = crops(load(self.images.paths[i], self.sizes.full), self.sizes.crop, self.ten)
+        return cut if self.ten else cut[0], self.images.labels[i]
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def make_classifier(name: str, weights: Path | None) -> nn.Module:
+    """``timm:NAME`` and ``torchvision:NAME`` with their pretrained weights, or ``MODULE:FUNCTION``, which is called.
+
+    ``weights`` is a state dict to load instead.
+    """
+    source, _, entry = name.partition(":")
+    try:
+        module = importlib.import_module("torchvision.models" if source == "torchvision" else source)
+        if source == "timm":
+            model = module.create_model(entry, pretrained=weights is None)
+        elif source == "torchvision":
+            model = module.get_model(entry, weights=None if weights else "DEFAULT")
+        else:
+            model = getattr(module, entry)()
+        if weights is not None:
+            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    except (ImportError, AttributeError, ValueError, RuntimeError, OSError) as error:
+        raise RunnerError(f"the model {name} cannot be made ({type(error).__name__}: {error!s:.300}).") from None
+    classifier: nn.Module = model.eval()
+    return classifier
+
+
+def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: argparse.Namespace) -> ck.Relationship:
+    """Learnt once and kept beside the results."""
+    file = options.output / f"relationship-{method}.safetensors"
+    if file.exists():
+        return ck.Relationship.load(file)
+
+    def loader(images: ImageList) -> DataLoader[Any]:
+        return DataLoader(StillImages(images, options.sizes), options.batch_size, num_workers=options.workers)
+
+    reverse = method == "co-tuning-reverse"
+    learnt = ck.learn_relationship(
+        classifier, loader(parts.train), target_classes=parts.classes, device=options.device,
+        temperature=1.0 if method == "co-tuning-uncalibrated" else options.temperature,
+        method="reverse" if reverse else "direct", validation_loader=loader(parts.validation) if reverse else None,
+        checkpoint=options.output / f"statistics-{method}.pt",
+    )  # fmt: skip
+    learnt.save(file)
+    return learnt
+
+
+def objective_of(
+    method: str, model: ck.CoTuningModel, classifier: nn.Module, parts: Parts, options: argparse.Namespace
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(images, labels) -> loss`` of a method; also freezes what the method does not train."""
+    if method.startswith("co-tuning"):
+        relationship = relationship_of(method, classifier, parts, options)
+        criterion = ck.FusedCoTuningLoss(relationship, options.trade_off).to(options.device)
+        return lambda images, labels: criterion(*model(images), labels)
+    if method == "linear-probe":
+        model.requires_grad_(False)
+        model.target_head.requires_grad_(True)
+    anchors: list[tuple[Tensor, Tensor]] = []
+    if method == "l2-sp":
+        new = {id(p) for p in model.target_head.parameters()}
+        anchors = [(p, p.detach().clone()) for p in model.parameters() if id(p) not in new]
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(model(images).target_logits, labels)
+        if anchors:
+            distance = torch.stack([(p - anchor).square().sum() for p, anchor in anchors]).sum()
+            loss = loss + options.l2_sp / 2 * distance
+        return loss
+
+    return loss_of
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def run_method(method: str, classifier: nn.Module, parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
+    """Train with one method, or go on with it; the result."""
+    result_file = options.output / f"{method}.json"
+    if result_file.exists():
+        print(f"{method}: finished before")
+        finished: dict[str, Any] = json.loads(result_file.read_text())
+        return finished
+    torch.manual_seed(options.seed)
+    model = ck.CoTuningModel.from_classifier(classifier, len(parts.classes)).to(options.device)
+    if options.batchnorm_momentum is not None:
+        model.set_batchnorm_momentum(options.batchnorm_momentum)
+    loss_of = objective_of(method, model, classifier, parts, options)
+    optimizer = torch.optim.SGD(
+        model.param_groups(options.lr, weight_decay=5e-4), lr=options.lr, momentum=0.9, nesterov=True
+    )
+    for group in optimizer.param_groups:
+        if method == "l2-sp" and group["name"] != "target_head":
+            group["weight_decay"] = 0.0
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [options.iterations * 2 // 3], gamma=0.1)
+    torch.manual_seed(options.seed)  # the same dropout for every method
+    progress = Progress(options.output / f"{method}.checkpoint.pt", model, optimizer, schedule)
+    writer = tensorboard(options, method)
+    progress.load()
+    first, begun = progress.iteration, time.perf_counter()
+    # A linear probe's features are those of the pretrained model, whose BatchNorm statistics stay.
+    model.train(method != "linear-probe")
+    sampler = Batches(len(parts.train), options.batch_size, options.seed, first, options.iterations)
+    # A generator of its own: a DataLoader that starts would otherwise draw from the one that dropout draws from.
+    loader = DataLoader(
+        TrainingImages(parts.train, options.sizes, options.seed), batch_sampler=sampler, num_workers=options.workers,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    for images, labels in tqdm(loader, desc=f"{method:<24}", initial=first, total=options.iterations, leave=False):
+        loss = loss_of(images.to(options.device), labels.to(options.device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.iteration += 1
+        if writer is not None:
+            writer.add_scalar("loss", loss.item(), progress.iteration)
+        if progress.iteration % options.checkpoint_every == 0:
+            progress.seconds += time.perf_counter() - begun
+            progress.save()
+            begun = time.perf_counter()
+    progress.seconds += time.perf_counter() - begun
+    head = model.target_model()
+    result = {
+        "method": method,
+        "validation_accuracy": accuracy(head, parts.validation, options, ten=False),
+        "test_accuracy_ten_crops": accuracy(head, parts.test, options, ten=True),
+        "training_seconds": round(progress.seconds, 1),
+        "training_images": len(parts.train),
+        **{name: getattr(options, name) for name in RECORDED},
+    }
+    torch_save(options.output / f"{method}.weights.pt", head.state_dict())
+    write_atomically(result_file, (json.dumps(result, indent=2) + "\n").encode())
+    progress.path.unlink(missing_ok=True)
+    return result
+
+
+RECORDED = ("model", "sampling_rate", "seed", "iterations", "batch_size", "lr", "trade_off", "temperature", "l2_sp")
+
+
+class Progress:
+    """All that a training step depends on besides the data, which depends on the seed and the iteration alone."""
+
+    def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+        self.path, self.model, self.optimizer, self.schedule = path, model, optimizer, schedule
+        self.iteration, self.seconds = 0, 0.0
+
+    def save(self) -> None:
+        state = {
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": torch.random.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        torch_save(self.path, state)
+
+    def load(self) -> None:
+        if not self.path.exists():
+            return
+        # The optimizer's state dict has a Counter and lists: all of it is what weights_only allows.
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.random.set_rng_state(state["random"])
+        if state["cuda_random"]:
+            torch.cuda.set_rng_state_all(state["cuda_random"])
+
+
+def torch_save(path: Path, content: Any) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: ImageList, options: argparse.Namespace, *, ten: bool) -> float:
+    """Of the mean probability over the crops of an image."""
+    data = StillImages(images, options.sizes, ten=ten)
+    right, batch_size = 0, max(1, options.batch_size // (10 if ten else 1))
+    for inputs, labels in DataLoader(data, batch_size, num_workers=options.workers):
+        number = inputs.shape[1] if ten else 1
+        outputs = model(inputs.flatten(0, 1).to(options.device) if ten else inputs.to(options.device))
+        logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+        probabilities = logits.softmax(dim=1).unflatten(0, (-1, number)).mean(dim=1)
+        right += int((probabilities.argmax(dim=1).cpu() == labels).sum())
+    return right / len(images)
+
+
+def tensorboard(options: argparse.Namespace, method: str) -> Any:
+    if options.tensorboard is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RunnerError("--tensorboard needs the package tensorboard: pip install tensorboard.") from None
+    return SummaryWriter(str(options.tensorboard / method))
+
+
+# ---------------------------------------------------------------------------------------------------------- the program
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    options.sizes = Sizes(options.size, options.crop)
+    options.output.mkdir(parents=True, exist_ok=True)
+    check_same_settings(options)
+    parts = read_folder(options.data, options.sampling_rate, options.seed)
+    print(f"{len(parts.classes)} classes, {len(parts.train)} training images, {len(parts.test)} test images")
+    classifier = make_classifier(options.model, options.weights).to(options.device)
+    results = [run_method(method, copy.deepcopy(classifier), parts, options) for method in options.methods]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(results[0]))
+    writer.writeheader()
+    writer.writerows(results)
+    write_atomically(options.output / "results.csv", table.getvalue().encode())
+    print(f"{'method':24}{'validation':>12}{'ten crops':>12}")
+    for result in results:
+        print(f"{result['method']:24}{result['validation_accuracy']:12.1%}{result['test_accuracy_ten_crops']:12.1%}")
+    return results
+
+
+def check_same_settings(options: argparse.Namespace) -> None:
+    """A folder of results is of one protocol."""
+    names = (*RECORDED, "data", "weights", "size", "crop", "batchnorm_momentum")
+    settings = {name: str(getattr(options, name)) for name in names}
+    file = options.output / "settings.json"
+    if not file.exists():
+        write_atomically(file, (json.dumps(settings, indent=2) + "\n").encode())
+        return
+    before = json.loads(file.read_text())
+    changed = [f"{name} was {before.get(name)}" for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        raise RunnerError(f"{options.output} is of other settings ({', '.join(changed)}): give another --output.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        run(parse(arguments))
+    except (RunnerError, OSError) as error:
+        print(f"image_classification: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("image_classification: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("data", type=Path, help="folder with train, test and perhaps val, each with one sub-folder a class")
+    add("--model", required=True, help="timm:NAME, torchvision:NAME or MODULE:FUNCTION")
+    add("--weights", type=Path, help="a state dict for the model, instead of the weights that it comes with")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--output", type=Path, default=Path("results"), help="for results, checkpoints and weights")
+    add("--sampling-rate", type=float, default=1.0, help="share of the training images of each class; the paper: "
+        "0.15, 0.3, 0.5, 1")  # fmt: skip
+    add("--temperature", type=float, default=1.0, help="of the classifier, see cotuning_kernels.fit_temperature")
+    add("--trade-off", type=float, default=2.3, help="weight of the source term")
+    add("--l2-sp", type=float, default=0.01, help="weight of the penalty of l2-sp")
+    add("--iterations", type=int, default=9000)
+    add("--batch-size", type=int, default=48)
+    add("--lr", type=float, default=1e-3, help="of all but the new head, which has ten times that")
+    add("--batchnorm-momentum", type=float, help="of every BatchNorm layer; by default the model's own")
+    add("--size", type=int, default=256, help="images are resized to it")
+    add("--crop", type=int, default=224, help="what the network sees")
+    add("--seed", type=int, default=0)
+    add("--checkpoint-every", type=int, default=500, metavar="N", help="iterations")
+    add("--workers", type=int, default=2, help="processes that load images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--tensorboard", type=Path, metavar="DIR", help="write the losses there")
+    options = parser.parse_args(arguments)
+    if not 0 < options.sampling_rate <= 1:
+        parser.error("--sampling-rate is a share: above 0, at most 1")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""The image runner on small pictures of this test's own: it learns, resumes to the same bits, says what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cotuning_kernels as ck
+
+pytest.importorskip("PIL", reason="Pillow is not installed: pip install '.[demo]'")
+from PIL import Image
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+CLASSES = ("blue", "green", "red", "striped")
+
+
+def picture(name: str, random: np.random.Generator) -> Image.Image:
+    """A noisy colour, or stripes of all of them."""
+    pixels = random.integers(0, 90, (24, 30, 3))
+    if name == "striped":
+        pixels[::4] += 150
+    else:
+        pixels[..., ("red", "green", "blue").index(name)] += 150
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(3)
+    for part, number in (("train", 10), ("val", 4), ("test", 6)):
+        for name in CLASSES:
+            (folder / part / name).mkdir(parents=True)
+            for i in range(number):
+                picture(name, random).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("image_classification")
+
+
+def small_classifier() -> nn.Module:
+    """With all that a resumed run could get wrong: BatchNorm statistics and dropout."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(),
+        nn.Dropout(0.2), nn.Linear(72, 7),
+    )  # fmt: skip
+
+
+def arguments(data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        str(data), "--model=test_image_classification:small_classifier", f"--output={output}", "--size=20", "--crop=16",
+        "--batch-size=8", "--workers=0", "--iterations=12", "--lr=0.01", "--trade-off=0.5", "--temperature=1.2",
+        "--device=cpu", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:the regression has no best temperature")
+def test_all_methods_side_by_side(runner: ModuleType, data: Path, tmp_path: Path) -> None:
+    assert runner.main(arguments(data, tmp_path, "--iterations=60")) == 0
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [row["method"] for row in rows] == list(runner.METHODS)
+    for row in rows:
+        result = json.loads((tmp_path / f"{row['method']}.json").read_text())
+        assert result["test_accuracy_ten_crops"] == float(row["test_accuracy_ten_crops"])
+        # Four classes that a colour tells apart; the probe has to do with random features.
+        assert result["test_accuracy_ten_crops"] >= (0.4 if row["method"] == "linear-probe" else 0.7)
+    found = {path.name: ck.Relationship.load(path) for path in tmp_path.glob("relationship-*")}
+    assert {name: (r.method, r.temperature) for name, r in found.items()} == {
+        "relationship-co-tuning.safetensors": ("direct", 1.2),
+        "relationship-co-tuning-reverse.safetensors": ("reverse", 1.2),
+        "relationship-co-tuning-uncalibrated.safetensors": ("direct", 1.0),
+    }
+    before = (tmp_path / "plain.json").stat().st_mtime_ns
+    assert runner.main(arguments(data, tmp_path, "--iterations=60", "--methods", "plain")) == 0
+    assert (tmp_path / "plain.json").stat().st_mtime_ns == before  # not trained again
+
+
+def test_methods_change_what_they_should(runner: ModuleType, data: Path, tmp_path: Path) -> None:
+    assert runner.main(arguments(data, tmp_path, "--l2-sp=30", "--methods", "plain", "linear-probe", "l2-sp")) == 0
+    pretrained = small_classifier().state_dict()
+    weights = {path.name.split(".")[0]: torch.load(path) for path in tmp_path.glob("*.weights.pt")}
+    distance = {
+        method: sum((state[name] - pretrained[name]).norm().item() for name in ("0.weight", "0.bias", "1.weight"))
+        for method, state in weights.items()
+    }
+    assert distance["linear-probe"] == 0
+    assert 0 < distance["l2-sp"] < distance["plain"] / 2
+    assert torch.equal(weights["linear-probe"]["1.running_mean"], pretrained["1.running_mean"])
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.mark.parametrize("method", ["plain", "l2-sp", "co-tuning"])
+@pytest.mark.parametrize("stop_after", [1, 5, 9])
+def test_resuming_gives_the_same_bits(
+    runner: ModuleType, data: Path, tmp_path: Path, method: str, stop_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--checkpoint-every=2", "--methods", method)
+    assert runner.main(arguments(data, tmp_path / "whole", *more)) == 0
+    steps = 0
+    step = torch.optim.SGD.step
+
+    def stopping(*args: object, **kwargs: object) -> object:
+        nonlocal steps
+        steps += 1
+        if steps > stop_after:
+            raise StoppedError
+        return step(*args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.SGD, "step", stopping)
+        with pytest.raises(StoppedError):
+            runner.main(arguments(data, tmp_path / "resumed", *more))
+    assert runner.main(arguments(data, tmp_path / "resumed", *more)) == 0
+    whole, resumed = (torch.load(tmp_path / name / f"{method}.weights.pt") for name in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not list((tmp_path / "resumed").glob("*.checkpoint.pt"))
+
+
+def test_the_comparison_of_bits_can_fail(
+    runner: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert runner.main(arguments(data, tmp_path / "whole", "--methods", "plain")) == 0
+    seeds = iter([0])
+    original = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: original(next(seeds, 5)))  # other dropout
+    assert runner.main(arguments(data, tmp_path / "other", "--methods", "plain")) == 0
+    whole, other = (torch.load(tmp_path / name / "plain.weights.pt") for name in ("whole", "other"))
+    assert not torch.equal(whole["6.weight"], other["6.weight"])
+
+
+def test_killed_while_it_saves(data: Path, runner: ModuleType, tmp_path: Path) -> None:
+    """A checkpoint after every iteration: most of the time is spent writing one when the kill comes."""
+    output, tests = tmp_path / "killed", Path(__file__).parent
+    package = Path(ck.__file__).parent.parent
+    path = os.pathsep.join([str(package), str(tests), os.environ.get("PYTHONPATH", "")])
+    more = ("--methods", "plain", "--checkpoint-every=1", "--iterations=400")
+    command = [sys.executable, str(EXAMPLES / "image_classification.py"), *arguments(data, output, *more)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 100
+    while not (output / "plain.checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = torch.load(output / "plain.checkpoint.pt", weights_only=True)
+    assert 1 <= state["iteration"] <= 400
+
+
+def test_ten_crops_and_the_parts(runner: ModuleType, data: Path) -> None:
+    image = Image.fromarray(np.arange(20 * 20 * 3, dtype=np.uint32).reshape(20, 20, 3).astype(np.uint8))
+    ten = runner.crops(image, 16, True)
+    whole = runner.as_tensor(image)
+    assert ten.shape == (10, 3, 16, 16)
+    assert torch.equal(ten[0], whole[:, 2:18, 2:18])
+    assert torch.equal(ten[4], whole[:, 4:, 4:])
+    assert torch.equal(ten[5:], ten[:5].flip(3))
+    assert torch.equal(runner.crops(image, 16, False), ten[:1])
+    small, large = runner.read_folder(data, 0.3, 7), runner.read_folder(data, 0.5, 7)
+    assert [small.train.labels.count(t) for t in range(4)] == [3] * 4
+    assert set(small.train.paths) <= set(large.train.paths)
+    assert runner.read_folder(data, 0.3, 8).train != small.train
+    assert len(small.test) == 24
+
+
+def test_batches_are_those_of_an_uninterrupted_run(runner: ModuleType) -> None:
+    whole = list(runner.Batches(10, 4, 0, 0, 10))
+    assert list(runner.Batches(10, 4, 0, 6, 10)) == whole[6:]
+    images = [image for batch in whole for image, _ in batch]
+    assert sorted(images[:10]) == sorted(images[10:20]) == list(range(10))
+    assert images[:10] != images[10:20]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model=no_such_package:f"], "the model no_such_package:f cannot be made"),
+        (["--model=test_image_classification:none"], "cannot be made (AttributeError"),
+        (["--output=plain", "--seed=1"], "is of other settings (seed was 0): give another --output"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    runner: ModuleType, data: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert runner.main(arguments(data, Path("plain"), "--methods", "plain", "--iterations=1")) == 0
+    assert runner.main(arguments(data, Path("other"), "--methods", "plain", "--iterations=1", *more)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_damaged_and_missing_images(
+    runner: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner.main(arguments(tmp_path, tmp_path / "out")) == 1
+    assert "has no folders train and test" in capsys.readouterr().err
+    for part in ("train", "test"):
+        (tmp_path / part / "red").mkdir(parents=True)
+    for name in "ab":  # every fifth is held out where there is no folder val: the first of them
+        (tmp_path / f"train/red/{name}.png").write_bytes(b"not an image")
+    assert runner.main(arguments(tmp_path, tmp_path / "out2")) == 1
+    assert f"{tmp_path / 'test'} has no image in its sub-folders" in capsys.readouterr().err
+    (tmp_path / "test/blue").mkdir()
+    assert runner.main(arguments(tmp_path, tmp_path / "out3")) == 1
+    assert "has a class blue that train has not" in capsys.readouterr().err
+    (tmp_path / "test/blue").rmdir()
+    picture("red", np.random.default_rng(1)).save(tmp_path / "test/red/good.png")
+    assert runner.main(arguments(tmp_path, tmp_path / "out4", "--methods", "plain")) == 1
+    assert "cannot be read as an image" in capsys.readouterr().err
