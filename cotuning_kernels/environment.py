@@ -61,8 +61,11 @@ def _backends() -> list[tuple[str, str]]:
             continue
         rows.append((f"{device} is served by", backends.select(device)))
         rows.append(("  also there", ", ".join(backends.available(device)[1:]) or "nothing"))
-    if reason := backends.missing_reason("cpp"):
-        rows.append(("cpp", f"missing: {reason}"))
+    for backend in ("cpp", "cuda"):
+        if reason := backends.missing_reason(backend):
+            rows.append((backend, f"missing: {reason}"))
+    if build := backends.cuda_build():
+        rows.append(("cuda was built with", build))
     return rows
 
 
