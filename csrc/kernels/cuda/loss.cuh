@@ -83,6 +83,11 @@ __device__ void source_row(const LossProblem& p, const Team& team, int64_t row, 
   RowResult<C> result{};
   if (target.rows[0] != nullptr || target.rows[1] != nullptr) {
     const T* logits = static_cast<const T*>(p.source_logits.row(row));
+    const auto* plain = static_cast<const float*>(target.rows[0]);
+    const bool one_row = target.rows[1] == nullptr && target.shares[0] == 1 && target.type == ScalarType::kFloat32;
+    if (one_row && starts_like(plain, logits) && (gradient == nullptr || same_cut(gradient, logits))) {
+      target.plain = plain;
+    }
     result = soft_cross_entropy(team, logits, columns, target, gradient, stage);
   } else if (gradient != nullptr) {
     zero_row(team, gradient, columns);

@@ -50,10 +50,46 @@ struct TranslatedTarget {
   C shares[2];
   ScalarType type;
   bool kl_divergence;
+  // The one row that there is, where it is float32, a whole part, and starts as the logits do: the ordinary case.
+  const float* plain = nullptr;
 
   // Sets q, and adds to sums[3], sums[4]: whether the rows of R differ from 0, and sums[5]: sum q log q.
   template <int kCount>
   __device__ __forceinline__ void load(int columns, int first, C (&q)[kCount], C (&sums)[kSums]) const {
+    if (plain != nullptr && first >= 0 && first + kCount <= columns) {
+      load_plain(first, q, sums);
+    } else {
+      load_any(columns, first, q, sums);
+    }
+    if (!kl_divergence) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (q[i] != 0) sums[5] += q[i] * logarithm(q[i]);
+    }
+  }
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ void load_plain(int first, C (&q)[kCount], C (&sums)[kSums]) const {
+    constexpr int kPiece = kCount < 4 ? kCount : 4;
+    bool any = false;
+#pragma unroll
+    for (int start = 0; start < kCount; start += kPiece) {
+      uint32_t words[kPiece];
+      load_aligned(reinterpret_cast<const char*>(plain + first + start), words);
+      Pack<float, kPiece> pack;
+      memcpy(&pack, words, sizeof pack);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) {
+        q[start + i] = pack.at[i];
+        any |= pack.at[i] != 0;
+      }
+    }
+    if (any) sums[3] = 1;
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void load_any(int columns, int first, C (&q)[kCount], C (&sums)[kSums]) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) q[i] = 0;
     // Not unrolled: the second row is rare, and half of the code.
@@ -65,13 +101,15 @@ struct TranslatedTarget {
       if (any && k == 0) sums[3] = 1;
       if (any && k == 1) sums[4] = 1;
     }
-    if (!kl_divergence) return;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (q[i] != 0) sums[5] += q[i] * logarithm(q[i]);
-    }
   }
 };
+
+// Whether vectors of the logits' cut are multiples of 16 bytes (or of a vector's floats) in the row of R too.
+template <class T>
+__device__ __forceinline__ bool starts_like(const float* row, const T* logits) {
+  constexpr int kBytes = kLanes<T> < 4 ? kLanes<T> * 4 : 16;
+  return is_aligned(row + columns_of(logits, 1).first, kBytes);
+}
 
 // The target head's: up to two classes, probabilities, smoothing, weights. q = w (base + scale P) + peaks.
 template <class C>
@@ -192,10 +230,10 @@ __device__ __forceinline__ ComputeType<T> row_maximum(const Team& team, const T*
   C top[1] = {-static_cast<C>(INFINITY)};
   for (int k = team.rank(); k < cut.vectors; k += team.threads()) {
     const int first = cut.first + k * kLanes<T>;
-    const auto pack = load_vector(logits, columns, first);
+    const auto pack = load_logits(logits, columns, first);
     if (stage != nullptr && stage->has_logits()) stage->put_logits(k, pack);
     C z[kLanes<T>];
-    widen_logits<T>(pack, columns, first, z);
+    widen_all<T>(pack, z);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) top[0] = Largest::of(z[i], top[0]);
   }
@@ -219,7 +257,7 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
   for (int k = team.rank(); k < cut.vectors; k += team.threads()) {
     const int first = cut.first + k * kCount;
     C z[kCount], q[kCount];
-    widen_logits<T>(stage.has_logits() ? stage.logits(k) : load_vector(logits, columns, first), columns, first, z);
+    widen_all<T>(stage.has_logits() ? stage.logits(k) : load_logits(logits, columns, first), z);
     target.load(columns, first, q, sums);
     if (stage.has_target()) stage.put_target(k, q);
 #pragma unroll
@@ -247,14 +285,15 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
   }
   const C factor = sums[2] / sums[0];
   const Columns written = columns_of(gradient, columns);
-  const bool same_cut = written.first == cut.first;  // else a thread takes other vectors than it has staged
+  const bool same = same_cut(gradient, logits);  // else a thread takes other vectors than it has staged
   C unused[Target::kSums];
   for (int k = team.rank(); k < written.vectors; k += team.threads()) {
     const int first = written.first + k * kCount;
     C z[kCount], q[kCount];
-    widen_logits<T>(stage.has_logits() && same_cut ? stage.logits(k) : load_columns<T, kCount>(logits, columns, first),
-                    columns, first, z);
-    if (stage.has_target() && same_cut) {
+    widen_all<T>(stage.has_logits() && same ? stage.logits(k)
+                                            : load_columns<T, kCount>(logits, columns, first, minus_infinity<T>()),
+                 z);
+    if (stage.has_target() && same) {
       stage.target(k, q);
     } else {
       target.load(columns, first, q, unused);

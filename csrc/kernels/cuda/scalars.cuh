@@ -105,6 +105,20 @@ __device__ __forceinline__ uint32_t joined_halves(uint32_t low, uint32_t high) {
 __device__ __forceinline__ void narrow(float x, float* out) { *out = x; }
 __device__ __forceinline__ void narrow(double x, double* out) { *out = x; }
 
+// -inf of a type: what stands where a row of logits has no column, since its exponential is 0.
+template <class T>
+__device__ __forceinline__ T minus_infinity() {
+  return -static_cast<T>(INFINITY);
+}
+template <>
+__device__ __forceinline__ BFloat16 minus_infinity<BFloat16>() {
+  return {0xff80};
+}
+template <>
+__device__ __forceinline__ Float16 minus_infinity<Float16>() {
+  return {0xfc00};
+}
+
 // One number of a type that is known only now: for the few that are not worth a loop of their own.
 __device__ __forceinline__ double number_at(const void* data, ScalarType type, int64_t i) {
   switch (type) {

@@ -42,13 +42,19 @@ __device__ __forceinline__ Columns columns_of(const T* row, int columns) {
   return {-beyond, (columns + beyond + kLanes<T> - 1) / kLanes<T>};
 }
 
+// Whether two rows are cut at the same columns.
+template <class T>
+__device__ __forceinline__ bool same_cut(const T* a, const T* b) {
+  return ((reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)) & 15) == 0;
+}
+
 template <class T, int kCount>
-__device__ __forceinline__ Pack<T, kCount> load_elements(const T* row, int columns, int first) {
+__device__ __forceinline__ Pack<T, kCount> load_elements(const T* row, int columns, int first, T elsewhere) {
   Pack<T, kCount> pack;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int column = first + i;
-    pack.at[i] = T{};
+    pack.at[i] = elsewhere;
     if (column < 0 || column >= columns) continue;
     COTUNING_COUNT_READ(sizeof(T));
     pack.at[i] = row[column];
@@ -95,9 +101,9 @@ __device__ __forceinline__ void load_aligned(const char* from, uint32_t (&out)[k
   }
 }
 
-// Columns [first, first + kCount) of a row that may start anywhere, 16 bytes at most; 0 where it has none.
+// Columns [first, first + kCount) of a row that may start anywhere, 16 bytes at most; `elsewhere` where it has none.
 template <class T, int kCount>
-__device__ __forceinline__ Pack<T, kCount> load_columns(const T* row, int columns, int first) {
+__device__ __forceinline__ Pack<T, kCount> load_columns(const T* row, int columns, int first, T elsewhere = T{}) {
   constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   const auto* from = reinterpret_cast<const char*>(row + first);
@@ -105,7 +111,7 @@ __device__ __forceinline__ Pack<T, kCount> load_columns(const T* row, int column
   const char* begin = from - (reinterpret_cast<uintptr_t>(from) & 15);
   const bool inside =
       begin >= reinterpret_cast<const char*>(row) && begin + 32 <= reinterpret_cast<const char*>(row + columns);
-  if (!whole || !(aligned || inside)) return load_elements<T, kCount>(row, columns, first);
+  if (!whole || !(aligned || inside)) return load_elements<T, kCount>(row, columns, first, elsewhere);
   uint32_t words[kBytes / 4];
   if (aligned) {
     load_aligned(from, words);
@@ -119,8 +125,8 @@ __device__ __forceinline__ Pack<T, kCount> load_columns(const T* row, int column
 
 // A vector of a row cut by columns_of.
 template <class T>
-__device__ __forceinline__ Pack<T, kLanes<T>> load_vector(const T* row, int columns, int first) {
-  if (first < 0 || first + kLanes<T> > columns) return load_elements<T, kLanes<T>>(row, columns, first);
+__device__ __forceinline__ Pack<T, kLanes<T>> load_vector(const T* row, int columns, int first, T elsewhere = T{}) {
+  if (first < 0 || first + kLanes<T> > columns) return load_elements<T, kLanes<T>>(row, columns, first, elsewhere);
   COTUNING_COUNT_READ(16);
   const Bytes16 vector = *reinterpret_cast<const Bytes16*>(row + first);
   Pack<T, kLanes<T>> pack;
@@ -145,14 +151,15 @@ __device__ __forceinline__ void store_vector(T* row, int columns, int first, con
   }
 }
 
-// Where the row has no column, a logit of -inf: its exponential is 0.
 template <class T>
-__device__ __forceinline__ void widen_logits(const Pack<T, kLanes<T>>& pack, int columns, int first,
-                                             ComputeType<T> (&z)[kLanes<T>]) {
+__device__ __forceinline__ Pack<T, kLanes<T>> load_logits(const T* row, int columns, int first) {
+  return load_vector(row, columns, first, minus_infinity<T>());
+}
+
+template <class T>
+__device__ __forceinline__ void widen_all(const Pack<T, kLanes<T>>& pack, ComputeType<T> (&z)[kLanes<T>]) {
 #pragma unroll
-  for (int i = 0; i < kLanes<T>; ++i) {
-    z[i] = first + i >= 0 && first + i < columns ? widen(pack.at[i]) : -static_cast<ComputeType<T>>(INFINITY);
-  }
+  for (int i = 0; i < kLanes<T>; ++i) z[i] = widen(pack.at[i]);
 }
 
 }  // namespace cotuning::cuda

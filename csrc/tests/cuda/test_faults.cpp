@@ -9,7 +9,7 @@ namespace {
 
 using emulator::Order;
 
-constexpr int kRows = 7, kBlocks = 3, kThreads = 128, kColumns = 301;
+constexpr int kRows = 16, kBlocks = 8, kThreads = 128, kColumns = 301;
 
 struct Outcome {
   float sums[kRows];
