@@ -17,6 +17,11 @@ EXTRAS_demo := demo
 EXTRAS_test := test,demo
 EXTRAS_bench := bench
 EXTRAS_lint := lint,plot
+# nvcc takes minutes for all the cards that there are: where there is none, only the tests have the CUDA kernels built.
+NO_CUDA := $(if $(shell command -v nvidia-smi),,COTUNING_KERNELS_CUDA=0)
+CUDA_demo := $(NO_CUDA)
+CUDA_bench := $(NO_CUDA)
+CUDA_lint := COTUNING_KERNELS_CUDA=0
 
 # The installed package instead of the source tree beside it, which has no compiled extension; and `benchmarks`, which is
 # not installed.
@@ -59,7 +64,7 @@ distclean: clean ## and those too
 # One stamp a set of extras; installed anew when the sources have changed.
 .venv/installed-%: $(SOURCES) | .venv/torch
 	@echo "Installing cotuning_kernels with its extras [$(EXTRAS_$*)] into .venv"
-	@$(PIP) install --quiet ".[$(EXTRAS_$*)]" || { echo "make: the installation failed (pip's words are above):\
+	@$(CUDA_$*) $(PIP) install --quiet ".[$(EXTRAS_$*)]" || { echo "make: the installation failed (pip's words are above):\
 	 check the network, then run make again." >&2; exit 1; }
 	@touch $@
 

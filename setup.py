@@ -4,6 +4,9 @@
 torch. ``cotuning_kernels._eager`` spares a small batch the way through Python's autograd; it needs torch's C++
 interface and serves only beside the torch it was built with; where it does not compile, the rest installs without it.
 
+``cotuning_kernels._cuda`` is built where nvcc is, for the cards that build_support/cuda.py chooses. It goes through the
+stable ABI too and links nothing of a CUDA torch, so it builds and loads beside a CPU torch as well.
+
 No C++ compiler, or ``COTUNING_KERNELS_PURE_PYTHON=1``: the package installs without the extension, the reference serves
 every call, and ``python -m cotuning_kernels`` says what is missing.
 """
@@ -23,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_support"))
 
+import cuda  # noqa: E402
 from backend import TORCH_REQUIREMENT, find_compiler, find_torch, pure_python  # noqa: E402
 
 CSRC = ROOT / "csrc"
@@ -35,7 +39,13 @@ COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-W
 LINKS = {
     "_C": (("kernels", "extension"), ("torch_cpu",)),
     "_eager": (("eager",), ("torch_cpu", "torch_python", "c10")),
+    "_cuda": (("cuda", "cuda_extension"), ("torch_cpu",)),
 }
+
+
+LONG = ("cuda", "eager")
+NVCC = None if pure_python() else cuda.find_nvcc()
+EXTENSIONS = [] if pure_python() else [name for name in LINKS if name != "_cuda" or NVCC is not None]
 
 
 class Source(NamedTuple):
@@ -83,6 +93,13 @@ class BuildWithNinja(build_ext):
                 "cotuning_kernels: the C++ extension did not compile (the compiler's words are above). To install "
                 "without it: COTUNING_KERNELS_PURE_PYTHON=1 pip install ."
             )
+        if "_cuda" in outputs and not self._ninja(build, outputs["_cuda"]):
+            raise SystemExit(
+                "cotuning_kernels: the CUDA kernels did not compile (nvcc's words are above). To install without them: "
+                "COTUNING_KERNELS_CUDA=0 pip install ."
+            )
+        if self._ninja(build):
+            return
         print(
             "cotuning_kernels: _eager did not compile (the compiler's words are above) and is left out: small batches "
             "on the CPU will take longer, nothing else changes",
@@ -111,6 +128,7 @@ class BuildWithNinja(build_ext):
                 f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f'-DCOTUNING_COMPILER="{version}"', *torch_flags
             ],
             "eager": torch_flags,
+            **self._cuda_flags(torch_flags),
         }  # fmt: skip
         with path.open("w") as file:
             writer = Writer(file, width=1_000_000)
@@ -123,27 +141,48 @@ class BuildWithNinja(build_ext):
             library_path = shell_words([f"-L{torch / 'lib'}"])
             # Linked by name and without a path to it: `import torch` has loaded the libraries by then.
             writer.rule("link", f"{compiler} -shared $in -o $out {library_path} $libraries")
+            if NVCC is not None:
+                nvcc = shell_words([str(NVCC)])
+                writer.rule(
+                    "compile_cuda",
+                    f"{nvcc} -MD -MF $out.d {' '.join(cuda.COMPILE_FLAGS)} $flags -c $in -o $out",
+                    depfile="$out.d",
+                    deps="gcc",
+                )
+                writer.rule("link_cuda", f"{nvcc} -shared -cudart static $in -o $out {library_path} $libraries")
             objects: dict[str, list[str]] = {group: [] for group in group_flags}
-            # The longest compilation first.
-            for source in sorted(read_sources(platform.machine()), key=lambda source: source.group != "eager"):
+            # The longest compilations first.
+            for source in sorted(read_sources(platform.machine()), key=lambda source: source.group not in LONG):
+                if source.group not in objects:
+                    continue
                 name = "_".join(source.path.relative_to(CSRC).with_suffix(".o").parts)
                 flags = shell_words(source.flags + group_flags[source.group])
+                rule = "compile_cuda" if source.path.suffix == ".cu" else "compile"
                 objects[source.group] += writer.build(
-                    escape_path(name), "compile", escape_path(str(source.path)), variables={"flags": flags}
+                    escape_path(name), rule, escape_path(str(source.path)), variables={"flags": flags}
                 )
             for extension, output in outputs.items():
                 groups, libraries = LINKS[extension]
                 inputs = [name for group in groups for name in objects[group]]
                 names = shell_words([f"-l{library}" for library in libraries])
-                writer.build(escape_path(str(output)), "link", inputs, variables={"libraries": names})
+                rule = "link_cuda" if extension == "_cuda" else "link"
+                writer.build(escape_path(str(output)), rule, inputs, variables={"libraries": names})
+
+    def _cuda_flags(self, torch_flags: list[str]) -> dict[str, list[str]]:
+        if NVCC is None:
+            return {}
+        names = cuda.architectures(NVCC)
+        built = f'-DCOTUNING_CUDA_BUILD="nvcc {cuda.version(NVCC)}: {" ".join(names)}"'
+        return {
+            "cuda": cuda.architecture_flags(names),
+            "cuda_extension": [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", built, *torch_flags],
+        }
 
 
 if pure_python():
     print("cotuning_kernels: no C++ compiler is used; installing the pure Python part", file=sys.stderr)
 
 setup(
-    ext_modules=[]
-    if pure_python()
-    else [Extension(f"cotuning_kernels.{name}", [], optional=name == "_eager") for name in LINKS],
+    ext_modules=[Extension(f"cotuning_kernels.{name}", [], optional=name == "_eager") for name in EXTENSIONS],
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -62,9 +62,11 @@ def _backends() -> list[tuple[str, str]]:
             continue
         rows.append((f"{device} is served by", backends.select(device)))
         rows.append(("  also there", ", ".join(backends.available(device)[1:]) or "nothing"))
-    for name in ("cpp", "triton"):
+    for name in ("cpp", "cuda", "triton"):
         if reason := backends.missing_reason(name):
             rows.append((name, f"missing: {reason}"))
+    if build := backends.cuda_build():
+        rows.append(("cuda was built with", build))
     return rows
 
 

@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import emulated_cuda
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -382,8 +383,45 @@ TRITON_ON_GPU = Backend(
 REFERENCE = Backend("reference", "reference", forms=("both heads", "source head"))
 # Plain labels take the eager path where it is there; the last row is what everybody else gets.
 _OPERATIONS = Backend("cpp-operations", "cpp", backends.without_eager, lambda: backends.missing_reason("cpp"))
-BACKENDS = (REFERENCE, _cpp("avx512"), _cpp("avx2"), _cpp("portable"), _OPERATIONS, _triton("triton-rows", loops=False))
-TABLE_BACKENDS = (*BACKENDS, _triton("triton-loops", loops=True), TRITON_ON_GPU)
+
+
+def _emulated_cuda(name: str, plan: emulated_cuda.Plan) -> Backend:
+    """The CUDA kernels on the CPU, by a plan of their own; every call runs warps and blocks in another order."""
+    calls = itertools.count()
+
+    def run(problem: Problem, form: str, argument: str) -> Outcome:
+        call = next(calls)
+        emulated_cuda.schedule(emulated_cuda.ORDERS[call % len(emulated_cuda.ORDERS)], seed=call)
+        return run_public(problem, form, argument)
+
+    return Backend(f"emulated-{name}", "cuda", emulated_cuda.using(plan), emulated_cuda.missing, run=run)
+
+
+def _missing_cuda() -> str | None:
+    if reason := backends.missing_reason("cuda"):
+        return reason
+    return None if torch.cuda.is_available() else "no CUDA device that this torch can use"
+
+
+# A warp a row where that is enough, and few blocks, so that each goes on to further rows.
+_WARPS = _emulated_cuda("warps", emulated_cuda.Plan(max_blocks=2))
+BACKENDS = (
+    REFERENCE,
+    _cpp("avx512"),
+    _cpp("avx2"),
+    _cpp("portable"),
+    _OPERATIONS,
+    _WARPS,
+    _triton("triton-rows", loops=False),
+)
+TABLE_BACKENDS = (
+    *BACKENDS,
+    _emulated_cuda("blocks", emulated_cuda.Plan(warp_vectors=0, max_blocks=3)),
+    _emulated_cuda("unstaged", emulated_cuda.Plan(shared_bytes=0, warp_vectors=16)),
+    _triton("triton-loops", loops=True),
+    Backend("cuda", "cuda", missing=_missing_cuda, device="cuda"),
+    TRITON_ON_GPU,
+)
 """The table runs on these; everything else that is asked of a backend, on ``BACKENDS``."""
 
 

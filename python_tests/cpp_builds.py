@@ -84,7 +84,7 @@ def launcher(sanitize: str) -> list[str]:
 
 @functools.cache
 def build(sanitize: str = "") -> Path:
-    """The build folder of CMakeLists.txt with ``COTUNING_SANITIZE=sanitize``; its program is ``kernel_tests``."""
+    """The build folder of CMakeLists.txt with ``COTUNING_SANITIZE=sanitize``: ``kernel_tests`` and ``cuda_tests``."""
     cmake, cxx = require("cmake"), compiler()
     launcher(sanitize)
     ninja = tool("ninja")
@@ -102,14 +102,13 @@ def build(sanitize: str = "") -> Path:
 
 
 def run_kernel_tests(
-    sanitize: str, *arguments: str, seed: int, isa: str | None = None
+    sanitize: str, *arguments: str, seed: int, isa: str | None = None, program: str = "kernel_tests"
 ) -> subprocess.CompletedProcess[str]:
-    """``kernel_tests`` of that build with these arguments, all or the named tests."""
-    program = build(sanitize) / "kernel_tests"
+    """``kernel_tests`` (or ``cuda_tests``) of that build with these arguments, all or the named tests."""
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "COTUNING_KERNELS_CPU_ISA"}
     if isa is not None:
         environment["COTUNING_KERNELS_CPU_ISA"] = isa
-    return run([*launcher(sanitize), program, "--seed", str(seed), *arguments], env=environment)
+    return run([*launcher(sanitize), build(sanitize) / program, "--seed", str(seed), *arguments], env=environment)
 
 
 def instruction_sets() -> list[str]:

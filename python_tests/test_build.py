@@ -46,8 +46,9 @@ def unlisted_and_missing(csrc: Path) -> tuple[set[str], set[str]]:
     listed = {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
     found = {
         str(path.relative_to(csrc))
-        for folder in ("kernels", "ops", "eager", "bindings")
-        for path in (csrc / folder).rglob("*.cpp")
+        for folder in ("kernels", "ops", "eager", "bindings", "emulator")
+        for path in (csrc / folder).rglob("*")
+        if path.suffix in (".cpp", ".cu")
     }
     return found - listed, listed - found
 
@@ -65,14 +66,15 @@ def test_a_forgotten_source_is_noticed(tmp_path: Path) -> None:
 
 
 def test_cmake_compiles_what_setup_py_compiles(setup_py: dict[str, Any]) -> None:
-    sources = [source for source in setup_py["read_sources"](platform.machine()) if source.group == "kernels"]
+    sources = [source for source in setup_py["read_sources"](platform.machine()) if source.group in ("kernels", "cuda")]
     compiled = {
         Path(entry["file"]): shlex.split(entry["command"])
         for entry in json.loads((build() / "compile_commands.json").read_text())
     }
     kernels = {path for path in compiled if CSRC / "kernels" in path.parents}
     assert kernels == {source.path for source in sources}
-    options_of_all = set.intersection(*(set(compiled[path]) for path in kernels))
+    sources = [source for source in sources if source.group == "kernels"]  # the others have nvcc's flags
+    options_of_all = set.intersection(*(set(compiled[source.path]) for source in sources))
     for source in sources:
         assert set(source.flags) <= set(compiled[source.path]), source.path
         own = {option for option in compiled[source.path] if option.startswith("-m")} - options_of_all

@@ -100,7 +100,7 @@ def test_every_run_and_every_thread_count_gives_the_same_bits(
     # Below and above the 100000 elements from which rows are shared between threads; 301 rows do not divide evenly.
     for batch in (5, 301):
         case = Case(f"{batch} rows, {kind}", "", (batch, 40, 401), kind, options={"reduction": reduction})
-        problem = case.build(dtype, seed)
+        problem = case.build(dtype, seed).map(lambda _, x: x.to(backend.device))
         outcomes: dict[str, Outcome] = {}
         for threads in (1, 1, 2, 3, 2):
             torch.set_num_threads(threads)
@@ -129,10 +129,11 @@ def test_translated_labels(backend: Backend, relationship_dtype: torch.dtype, ki
             f"translate {kind} {width}", "", (7, 5, width), kind, "unsupervised", relationship_dtype=relationship_dtype
         )
         problem = case.build(torch.float32, seed)
-        relationship = Placed(problem.relationship)
+        relationship = Placed(problem.relationship, device=backend.device)
+        target = problem.map(lambda _, x: x.to(backend.device)).target
         given = functional.translate_labels(
-            problem.target, relationship.view, ignore_index=problem.ignore_index, backend=backend.argument
-        )
+            target, relationship.view, ignore_index=problem.ignore_index, backend=backend.argument
+        ).cpu()
         relationship.assert_unchanged("relationship")
         exact = reference.translate_labels(problem.target, problem.relationship.double())
         in_float32 = backend.argument == "reference" or kind == "probabilities"
@@ -160,26 +161,34 @@ def _labelled(dtype: torch.dtype, width: int, seed: int) -> tuple[Tensor, Tensor
     return logits, labels
 
 
-def check_class_sums(add: AddClassSums, dtype: torch.dtype, width: int, inverse_temperature: float, seed: int) -> None:
+def check_class_sums(
+    add: AddClassSums, dtype: torch.dtype, width: int, inverse_temperature: float, seed: int, device: str = "cpu"
+) -> None:
     """Sums of softmax by class; ignored rows add nothing, nor do rows to other classes; nothing else is written."""
     logits, labels = _labelled(dtype, width, seed)
     softmax = torch.softmax(logits.double() * inverse_temperature, 1)
     exact = torch.stack([softmax[labels == t].sum(0) for t in range(6)])
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     for layout in (CONTIGUOUS, *(x for x in LAYOUTS if x.name == "odd columns")):
-        placed = Placed(logits, layout)
-        sums, counts = Placed(torch.ones(6, width, dtype=torch.float64)), torch.full((6,), 5)
-        add(sums.view, counts, placed.view, labels, inverse_temperature)
+        placed = Placed(logits, layout, device)
+        sums = Placed(torch.ones(6, width, dtype=torch.float64), device=device)
+        counts = torch.full((6,), 5, device=device)
+        add(sums.view, counts, placed.view, labels.to(device), inverse_temperature)
         placed.assert_unchanged("logits")
         sums.assert_margins_unchanged("sums")
         # exp(x) is off by x ulps where x itself was rounded, and the sums were 1 before.
         tolerance = eps * exact * (4 + 20 * inverse_temperature) + 4 * torch.finfo(torch.float64).eps
-        assert ((sums.view - 1 - exact).abs() <= tolerance).all()
+        assert ((sums.view.cpu() - 1 - exact).abs() <= tolerance).all()
         assert (counts - 5).tolist() == [int((labels == t).sum()) for t in range(6)]
 
 
 def check_temperature_terms(
-    terms_of: TemperatureTerms, dtype: torch.dtype, width: int, inverse_temperature: float, seed: int
+    terms_of: TemperatureTerms,
+    dtype: torch.dtype,
+    width: int,
+    inverse_temperature: float,
+    seed: int,
+    device: str = "cpu",
 ) -> None:
     """NLL and its derivatives in the inverse temperature, against autograd through ``F.cross_entropy`` in float64."""
     logits, labels = _labelled(dtype, width, seed)
@@ -193,8 +202,8 @@ def check_temperature_terms(
     moments = torch.stack([(largest * inverse_temperature).sum(), largest.sum(), largest.square().sum()])
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     for layout in (CONTIGUOUS, *(x for x in LAYOUTS if x.name == "odd columns")):
-        placed = Placed(logits, layout)
-        terms = terms_of(placed.view, labels, inverse_temperature)
+        placed = Placed(logits, layout, device)
+        terms = terms_of(placed.view, labels.to(device), inverse_temperature).cpu()
         placed.assert_unchanged("logits")
         assert ((terms[:3] - exact).abs() <= 8 * eps * (exact.abs() + moments)).all(), (terms, exact)
         assert terms[3] == (labels >= 0).sum()
@@ -212,7 +221,7 @@ def test_class_sums(backend: Backend, dtype: torch.dtype, width: int, inverse_te
         else:
             torch.ops.cotuning_kernels.add_class_sums_(sums, counts, logits, labels, b, -100)
 
-    check_class_sums(add, dtype, width, inverse_temperature, seed)
+    check_class_sums(add, dtype, width, inverse_temperature, seed, backend.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -227,7 +236,7 @@ def test_temperature_terms(
         terms: Tensor = torch.ops.cotuning_kernels.temperature_terms(logits, labels, b, -100)
         return terms
 
-    check_temperature_terms(terms_of, dtype, width, inverse_temperature, seed)
+    check_temperature_terms(terms_of, dtype, width, inverse_temperature, seed, backend.device)
 
 
 @pytest.mark.parametrize("name", ["temperature_terms", "class sums"])
@@ -239,15 +248,16 @@ def test_statistics_give_the_same_bits_on_every_thread_count(
         pytest.skip("reference: plain PyTorch promises no order of summation")
     if backend.device_code:
         pytest.skip(f"{backend.name}: no threads; test_triton.py changes the order of its programs instead")
-    logits = (3 * torch.randn(301, 401, generator=draw)).to(dtype)
-    labels = torch.randint(9, (301,), generator=draw)
+    logits = (3 * torch.randn(301, 401, generator=draw)).to(backend.device, dtype)
+    labels = torch.randint(9, (301,), generator=draw).to(backend.device)
     results = []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
         if name == "temperature_terms":
             results.append(torch.ops.cotuning_kernels.temperature_terms(logits, labels, 0.7, -100))
         else:
-            sums, counts = torch.zeros(9, 401, dtype=torch.float64), torch.zeros(9, dtype=torch.int64)
+            sums = torch.zeros(9, 401, dtype=torch.float64, device=backend.device)
+            counts = torch.zeros(9, dtype=torch.int64, device=backend.device)
             torch.ops.cotuning_kernels.add_class_sums_(sums, counts, logits, labels, 0.7, -100)
             results.append(sums)
     assert all(torch.equal(bits(results[0]), bits(other)) for other in results[1:])

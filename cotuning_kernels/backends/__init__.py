@@ -2,16 +2,21 @@
 
 ``cpp`` is the C++ extension ``cotuning_kernels._C``: importing it registers the CPU implementations of the operations
 in :mod:`cotuning_kernels.backends.schema`. Beside it, ``cotuning_kernels._eager`` serves the ordinary call of the loss
-with the same kernels but without the way through the dispatcher and Python's autograd. ``triton`` serves NVIDIA and AMD
-GPUs without a toolkit; triton is imported with the first call. ``reference`` is plain PyTorch and runs on every device.
+with the same kernels but without the way through the dispatcher and Python's autograd. ``cuda`` is
+``cotuning_kernels._cuda``, a library of operations for the CUDA dispatch key; it loads beside a CPU torch too, which
+then has no tensors for it. ``triton`` serves NVIDIA and AMD GPUs without a toolkit; triton is imported with the first
+call. ``reference`` is plain PyTorch and runs on every device.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import importlib.machinery
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +25,18 @@ import torch
 from cotuning_kernels.backends import schema as schema
 from cotuning_kernels.backends import triton_operations
 
-__all__ = ["available", "cpu_isa", "cpu_isas", "extension", "missing_reason", "select", "use_cpu_isa", "without_eager"]
+__all__ = [
+    "available",
+    "cpu_isa",
+    "cpu_isas",
+    "cuda_build",
+    "cuda_loss_plan",
+    "extension",
+    "missing_reason",
+    "select",
+    "use_cpu_isa",
+    "without_eager",
+]
 
 _REBUILD = (
     "install a C++17 compiler (Debian: apt install g++) and run `pip install --force-reinstall --no-deps .` in a "
@@ -58,9 +74,38 @@ if _extension is not None:
 # Serves the ordinary call of the loss, or returns NotImplemented; None where the eager path is missing.
 eager_loss: Callable[..., Any] | None = None if _eager is None else _eager.co_tuning_loss
 
+
+def _load_cuda() -> ctypes.CDLL | None:
+    """The CUDA operations; None, with the reason in ``_missing``, where they cannot serve."""
+    folder = Path(__file__).parents[1]
+    paths = [folder / f"_cuda{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((path for path in paths if path.is_file()), None)
+    again = "run `pip install --force-reinstall --no-deps .` in a checkout of cotuning_kernels"
+    if path is None:
+        _missing["cuda"] = f"the CUDA kernels were not built; install the CUDA toolkit (nvcc) and {again}"
+        return None
+    if torch.version.hip is not None:
+        _missing["cuda"] = "this torch is for ROCm, and the kernels are for NVIDIA's cards"
+        return None
+    try:
+        torch.ops.load_library(str(path))
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        _missing["cuda"] = f"the CUDA kernels do not load ({error}); {again}"
+        warnings.warn(f"cotuning_kernels runs without its CUDA kernels: {_missing['cuda']}", RuntimeWarning, 2)
+        return None
+    library.cotuning_kernels_cuda_build.restype = ctypes.c_char_p
+    return library
+
+
+_cuda = _load_cuda()
+
 # The kernels that serve each device, fastest first.
-_served_by: dict[str, list[str]] = {"cpu": ["cpp"] if _extension is not None else [], "cuda": []}
-_NAMES = ("auto", "cpp", "triton", "reference")
+_served_by: dict[str, list[str]] = {
+    "cpu": ["cpp"] if _extension is not None else [],
+    "cuda": ["cuda"] if _cuda is not None else [],
+}
+_NAMES = ("auto", "cpp", "cuda", "triton", "reference")
 
 if (_reason := triton_operations.missing_reason()) is None:
     triton_operations.register(as_default=not _served_by["cuda"])
@@ -112,6 +157,48 @@ def cpu_isas() -> list[str]:
 def cpu_isa() -> str | None:
     """The instruction set in use. ``COTUNING_KERNELS_CPU_ISA`` chooses another one at start."""
     return None if _extension is None else str(_extension.cpu_isa())
+
+
+def cuda_build() -> str | None:
+    """What the CUDA kernels were compiled with and for, ``"nvcc 13.0: 8.0 9.0+PTX"``; None where they are missing."""
+    return None if _cuda is None else _cuda.cotuning_kernels_cuda_build().decode()
+
+
+def cuda_loss_plan(
+    rows: int,
+    source_classes: int,
+    target_classes: int = 0,
+    *,
+    source_dtype: torch.dtype = torch.float32,
+    target_dtype: torch.dtype | None = None,
+    shared_memory: int = 227 << 10,
+) -> dict[str, Any]:
+    """What the CUDA backend launches for the loss of such a batch. Needs the C++ extension, but no device.
+
+    Args:
+        rows, source_classes, target_classes: ``B``, ``N_s`` and ``N_t`` (0: the source term alone).
+        source_dtype, target_dtype: of the logits; the target head's is the source head's where it is not given.
+        shared_memory: bytes that a block may ask for on the card: 64 KB on 7.5, 163 on 8.0, 99 on 8.6 and 12.0, 227 on
+            9.0 and 10.0.
+
+    Returns:
+        ``launches``, ``blocks``, ``threads`` a block, ``shared_bytes`` of dynamic shared memory a block; for each head
+        ``threads_per_row`` and ``staging``: what of a row is kept in shared memory, so that it is read once.
+
+    Raises:
+        RuntimeError: there is no C++ extension.
+        ValueError: a dtype that logits cannot have.
+    """
+    if _extension is None:
+        raise RuntimeError(f"the plans are part of backend 'cpp', which cannot be used: {_missing['cpp']}")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in the order of ScalarType
+    target_dtype = target_dtype or source_dtype
+    for name, dtype in (("source_dtype", source_dtype), ("target_dtype", target_dtype)):
+        if dtype not in dtypes:
+            raise ValueError(f"{name} is {dtype}, expected one of {', '.join(map(str, dtypes))}")
+    types = dtypes.index(source_dtype), dtypes.index(target_dtype)
+    plan: dict[str, Any] = _extension.cuda_loss_plan(rows, source_classes, target_classes, *types, shared_memory)
+    return plan
 
 
 @contextmanager

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../kernels/cpu/rows.h"
+#include "../kernels/cuda/plan.h"
 #include "../ops/kernel_table.h"
 
 #define COTUNING_TEXT_(x) #x
@@ -35,6 +36,31 @@ void set_cpu_isa(const std::string& name) {
   }
 }
 
+pybind11::dict describe(const cotuning::cuda::RowPlan& plan) {
+  constexpr const char* kStaging[] = {"nothing", "logits", "logits and target"};
+  pybind11::dict head;
+  head["threads_per_row"] = plan.threads_per_row;
+  head["staging"] = kStaging[static_cast<int>(plan.staging)];
+  return head;
+}
+
+pybind11::dict cuda_loss_plan(int64_t rows, int64_t source_columns, int64_t target_columns, int source_type,
+                              int target_type, int64_t shared_memory) {
+  using cotuning::cuda::ScalarType;
+  cotuning::cuda::PlanRules rules;
+  rules.shared_bytes = shared_memory - cotuning::cuda::kStaticSharedBytes;
+  const auto plan = cotuning::cuda::plan_loss(rows, source_columns, static_cast<ScalarType>(source_type),
+                                              target_columns, static_cast<ScalarType>(target_type), rules);
+  pybind11::dict described;
+  described["launches"] = plan.launches;
+  described["blocks"] = plan.blocks;
+  described["threads"] = plan.threads;
+  described["shared_bytes"] = plan.shared_bytes;
+  described["source"] = describe(plan.source);
+  if (target_columns > 0) described["target"] = describe(plan.target);
+  return described;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -44,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
         "What COTUNING_KERNELS_CPU_ISA asks for, where there is no such instruction set; else None.");
   m.def("set_cpu_isa", &set_cpu_isa, "Use another one, in the whole process.");
   m.attr("kernel_table") = pybind11::capsule(&cotuning::ops::kernel_table(), cotuning::ops::kKernelTableName);
+  m.def("cuda_loss_plan", &cuda_loss_plan, "What the CUDA backend launches for a batch of these shapes.");
   m.attr("compiler") = COTUNING_COMPILER;
   m.attr("built_with_torch") = TORCH_VERSION;
 }

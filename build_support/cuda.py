@@ -1,0 +1,76 @@
+"""Whether the CUDA kernels are compiled, with what, and for which cards."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+# Every generation from Turing on. A card runs what was compiled for an earlier member of its generation; one that is
+# newer than all of these compiles the PTX of the last when it first meets it.
+ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of ``$CUDA_HOME``, else the one on the path; None with ``COTUNING_KERNELS_CUDA=0``."""
+    if os.environ.get("COTUNING_KERNELS_CUDA") == "0":
+        return None
+    if home := os.environ.get("CUDA_HOME"):
+        nvcc = Path(home) / "bin" / "nvcc"
+        if not nvcc.is_file():
+            raise SystemExit(f"cotuning_kernels: CUDA_HOME is {home!r}, but there is no {nvcc}; unset it")
+        return nvcc
+    found = shutil.which("nvcc")
+    return Path(found) if found else None
+
+
+def architectures(nvcc: Path) -> list[str]:
+    """``TORCH_CUDA_ARCH_LIST``, else the cards of this machine, else all that this nvcc knows: ``8.0``, ``9.0+PTX``."""
+    if asked := re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()):
+        if wrong := [name for name in asked if name and not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name)]:
+            raise SystemExit(
+                f"cotuning_kernels: TORCH_CUDA_ARCH_LIST has {wrong[0]!r}, expected numbers as in '8.0;9.0+PTX'"
+            )
+        if asked := [name for name in asked if name]:
+            return asked
+    if cards := _cards():
+        return cards
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    chosen = [name for name in ARCHITECTURES if _number(name) in known]
+    # An older nvcc lacks the newest cards: the last that it knows is the one that they get PTX of.
+    return [*chosen[:-1], chosen[-1].removesuffix("+PTX") + "+PTX"]
+
+
+def architecture_flags(names: list[str]) -> list[str]:
+    """What nvcc is told for them."""
+    flags = []
+    for name in names:
+        number = _number(name)
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if name.endswith("+PTX"):
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def version(nvcc: Path) -> str:
+    """``13.0``"""
+    words = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", words)
+    return found[1] if found else "unknown"
+
+
+def _number(name: str) -> str:
+    return name.removesuffix("+PTX").replace(".", "")
+
+
+def _cards() -> list[str]:
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return sorted(set(re.findall(r"^\d+\.\d$", listed.stdout, re.MULTILINE))) if listed.returncode == 0 else []

@@ -1,0 +1,39 @@
+// What the Python tests set and read, through ctypes.
+#include "../kernels/cuda/launch.h"
+#include "emulator.h"
+
+namespace cotuning::cuda {
+
+PlanRules& emulated_plan_rules();
+
+}  // namespace cotuning::cuda
+
+extern "C" {
+
+__attribute__((visibility("default"))) void cotuning_emulator_schedule(int order, uint64_t seed) {
+  cotuning::emulator::settings().order = static_cast<cotuning::emulator::Order>(order);
+  cotuning::emulator::settings().seed = seed;
+}
+
+// The rules that the launches after this one go by; `shared_bytes` is what the plans may use.
+__attribute__((visibility("default"))) void cotuning_emulator_plan(int64_t shared_bytes, int64_t warp_vectors,
+                                                                   int64_t max_blocks) {
+  cotuning::cuda::PlanRules rules;
+  rules.shared_bytes = shared_bytes;
+  rules.warp_vectors = warp_vectors;
+  rules.max_blocks = max_blocks;
+  cotuning::cuda::emulated_plan_rules() = rules;
+}
+
+// Since the last call: bytes read by 16 and by less, bytes written by 16 and by less, launches.
+__attribute__((visibility("default"))) void cotuning_emulator_take_counts(uint64_t* counts) {
+  cotuning::emulator::Statistics& seen = cotuning::emulator::statistics();
+  counts[0] = seen.vector_bytes_read;
+  counts[1] = seen.other_bytes_read;
+  counts[2] = seen.vector_bytes_written;
+  counts[3] = seen.other_bytes_written;
+  counts[4] = seen.launches;
+  seen = {};
+}
+
+}  // extern "C"

@@ -1,0 +1,164 @@
+// CUDA on the CPU, for tests on machines without a GPU: g++ compiles the kernels of csrc/kernels/cuda with this header
+// in place of the CUDA runtime's, and every CUDA thread runs as a fiber.
+//
+// What is here is what a kernel may use; what is not here does not compile:
+//   threadIdx, blockIdx, blockDim, gridDim; __syncthreads; __syncwarp, __shfl_sync, __shfl_xor_sync, __ballot_sync with
+//   full or partial masks; __threadfence; atomicAdd on integers; COTUNING_SHARED, COTUNING_DYNAMIC_SHARED;
+//   COTUNING_LAUNCH, allow_dynamic_shared; device_assert.
+// Deliberately absent: atomics on floating-point numbers (their result depends on the order of blocks), textures,
+// cooperative groups, clusters, asynchronous copies, dynamic parallelism.
+//
+// What is checked in every build: a barrier that only a part of a block reaches, or reaches at two places; a warp
+// operation that a lane of its mask misses; a deadlock; sizes of blocks, grids and shared memory, and the 48 KB that a
+// kernel has until it asks for more. Shared memory starts as NaN. Under ThreadSanitizer only what orders memory on a
+// GPU orders it here: barriers within a block, fences with atomics across blocks. See docs/cuda.md for what cannot be
+// shown.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+
+namespace cotuning::emulator {
+
+struct Dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  Dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The order in which warps and blocks run. The highest warp runs until it waits; `kRandom` draws the order of warps
+// anew now and then, so that one warp may be whole phases ahead of another.
+enum class Order : int { kForward = 0, kReverse = 1, kRandom = 2 };
+
+struct Settings {
+  Order order = Order::kRandom;
+  uint64_t seed = 1;
+  size_t shared_memory = 227 << 10;  // that a block may ask for
+};
+Settings& settings();
+
+struct Statistics {
+  uint64_t launches = 0, blocks = 0, barriers = 0, warp_operations = 0, switches = 0;
+  // What kernels tell of their accesses to rows in global memory: by vectors of 16 bytes, and by less.
+  uint64_t vector_bytes_read = 0, other_bytes_read = 0, vector_bytes_written = 0, other_bytes_written = 0;
+};
+Statistics& statistics();
+void count_read(size_t bytes);
+void count_written(size_t bytes);
+
+// What a running kernel asks for.
+const Dim3& thread_index();
+const Dim3& block_index();
+const Dim3& block_size();
+const Dim3& grid_size();
+void block_barrier(const char* file, int line);
+void warp_barrier(unsigned mask);
+// Every lane of the mask gives a value; all see all of them.
+struct LaneValues {
+  const uint64_t* at;
+};
+LaneValues exchange(unsigned mask, uint64_t value, const char* operation);
+unsigned lane();
+void fence();
+void before_atomic(const void* address);
+void after_atomic(const void* address);
+void* static_shared(const void* declaration, size_t bytes);
+void* dynamic_shared();
+void fail_assertion(const char* condition, const char* file, int line);
+void fail(const char* message);
+
+void launch(const void* kernel, Dim3 grid, Dim3 block, size_t dynamic_bytes, const std::function<void()>& body);
+void allow_dynamic_shared(const void* kernel, size_t bytes);
+
+template <class T>
+uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= 8 && std::is_arithmetic_v<T>, "warp operations move numbers of up to 64 bits");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  return bits;
+}
+template <class T>
+T from_bits(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class T>
+T shuffle(unsigned mask, T value, unsigned source, const char* operation) {
+  const LaneValues values = exchange(mask, to_bits(value), operation);
+  if ((mask >> (source & 31) & 1) == 0) fail("a shuffle reads a lane outside its mask");
+  return from_bits<T>(values.at[source & 31]);
+}
+
+template <class... Parameters, class... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), Dim3 grid, Dim3 block, size_t dynamic_bytes, Arguments... arguments) {
+  launch(reinterpret_cast<const void*>(kernel), grid, block, dynamic_bytes, [=] { kernel(arguments...); });
+}
+
+}  // namespace cotuning::emulator
+
+using dim3 = ::cotuning::emulator::Dim3;
+
+#define threadIdx (::cotuning::emulator::thread_index())
+#define blockIdx (::cotuning::emulator::block_index())
+#define blockDim (::cotuning::emulator::block_size())
+#define gridDim (::cotuning::emulator::grid_size())
+#define __syncthreads() ::cotuning::emulator::block_barrier(__FILE__, __LINE__)
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) { ::cotuning::emulator::warp_barrier(mask); }
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source) {
+  return ::cotuning::emulator::shuffle(mask, value, static_cast<unsigned>(source), "__shfl_sync");
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int other) {
+  const unsigned source = ::cotuning::emulator::lane() ^ static_cast<unsigned>(other);
+  return ::cotuning::emulator::shuffle(mask, value, source, "__shfl_xor_sync");
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const auto values = ::cotuning::emulator::exchange(mask, predicate != 0, "__ballot_sync");
+  unsigned ballot = 0;
+  for (unsigned k = 0; k < 32; ++k) {
+    if (mask >> k & 1) ballot |= static_cast<unsigned>(values.at[k]) << k;
+  }
+  return ballot;
+}
+inline void __threadfence() { ::cotuning::emulator::fence(); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+template <class T>
+T atomicAdd(T* address, T value) {
+  static_assert(std::is_integral_v<T>, "an atomic sum of floating-point numbers depends on the order of blocks");
+  ::cotuning::emulator::before_atomic(address);
+  const T before = __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+  ::cotuning::emulator::after_atomic(address);
+  return before;
+}
+
+#define COTUNING_SHARED(type, name, count)   \
+  static const char name##_declaration_ = 0; \
+  type* const name =                         \
+      static_cast<type*>(::cotuning::emulator::static_shared(&name##_declaration_, sizeof(type) * (count)))
+#define COTUNING_DYNAMIC_SHARED(name) char* const name = static_cast<char*>(::cotuning::emulator::dynamic_shared())
+#define COTUNING_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...) \
+  ((void)(stream), ::cotuning::emulator::launch_kernel(kernel, grid, block, dynamic_bytes __VA_OPT__(, ) __VA_ARGS__))
+#define COTUNING_COUNT_READ(bytes) ::cotuning::emulator::count_read(bytes)
+#define COTUNING_COUNT_WRITTEN(bytes) ::cotuning::emulator::count_written(bytes)
+#define device_assert(condition) \
+  ((condition) ? void() : ::cotuning::emulator::fail_assertion(#condition, __FILE__, __LINE__))

@@ -1,0 +1,160 @@
+#include "fiber.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#ifdef COTUNING_FIBERS_WITH_UCONTEXT
+#include <ucontext.h>
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define COTUNING_ASAN 1
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void* __tsan_get_current_fiber(void);
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+}
+#define COTUNING_TSAN 1
+#endif
+
+// ThreadSanitizer keeps a call stack for each fiber: a function that is entered on one and left on another must not be
+// seen by it.
+#define COTUNING_UNSEEN __attribute__((no_sanitize("thread"), noinline))
+
+namespace cotuning::emulator {
+namespace {
+
+#ifdef COTUNING_ASAN
+// Of the context that adopted this thread, as the first fiber that it switched to was told.
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_bytes = 0;
+#endif
+
+#ifndef COTUNING_FIBERS_WITH_UCONTEXT
+// Saves the registers that a call keeps (System V), exchanges the stack pointer, restores the other side's.
+extern "C" void cotuning_emulator_switch(void** from, void* to);
+asm(R"(
+.text
+.hidden cotuning_emulator_switch
+.globl cotuning_emulator_switch
+.type cotuning_emulator_switch,@function
+cotuning_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cotuning_emulator_switch,.-cotuning_emulator_switch
+)");
+#endif
+
+}  // namespace
+
+char* stack_at(size_t index) {
+  static thread_local std::vector<char*> stacks;
+  const auto guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  while (stacks.size() <= index) {
+    void* map = mmap(nullptr, guard + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED || mprotect(map, guard, PROT_NONE) != 0) {
+      std::perror("emulator: no memory for the stack of a CUDA thread");
+      std::abort();
+    }
+    stacks.push_back(static_cast<char*>(map) + guard);
+  }
+  return stacks[index];
+}
+
+COTUNING_UNSEEN void prepare(Context* context, char* stack, void (*entry)()) {
+  context->stack = stack;
+#ifdef COTUNING_ASAN
+  ASAN_UNPOISON_MEMORY_REGION(stack, kStackBytes);  // of frames that a cut-short launch left there
+#endif
+#ifdef COTUNING_FIBERS_WITH_UCONTEXT
+  auto* ucontext = static_cast<ucontext_t*>(std::malloc(sizeof(ucontext_t)));
+  if (ucontext == nullptr || getcontext(ucontext) != 0) std::abort();
+  ucontext->uc_stack.ss_sp = stack;
+  ucontext->uc_stack.ss_size = kStackBytes;
+  ucontext->uc_link = nullptr;
+  makecontext(ucontext, entry, 0);
+  context->stack_pointer = ucontext;
+#else
+  // As if `entry` had been called and had switched away at once: six registers, then where to go.
+  void** top = reinterpret_cast<void**>(stack + kStackBytes);
+  *--top = nullptr;  // keeps the stack aligned as after a call
+  *--top = reinterpret_cast<void*>(entry);
+  for (int k = 0; k < 6; ++k) *--top = nullptr;
+  context->stack_pointer = top;
+#endif
+#ifdef COTUNING_TSAN
+  context->thread_sanitizer = __tsan_create_fiber(1);  // 1: nothing that happened before is ordered before it
+#endif
+}
+
+void adopt(Context* context) {
+#ifdef COTUNING_FIBERS_WITH_UCONTEXT
+  context->stack_pointer = std::malloc(sizeof(ucontext_t));
+#endif
+#ifdef COTUNING_TSAN
+  context->thread_sanitizer = __tsan_get_current_fiber();
+#endif
+  (void)context;
+}
+
+void release(Context* context) {
+#ifdef COTUNING_FIBERS_WITH_UCONTEXT
+  std::free(context->stack_pointer);
+#endif
+#ifdef COTUNING_TSAN
+  if (context->stack != nullptr) __tsan_destroy_fiber(context->thread_sanitizer);
+#endif
+  *context = {};
+}
+
+COTUNING_UNSEEN void switch_to(Context* from, Context* to, bool last) {
+#ifdef COTUNING_ASAN
+  const bool to_fiber = to->stack != nullptr;
+  __sanitizer_start_switch_fiber(last ? nullptr : &from->sanitizer_stack, to_fiber ? to->stack : scheduler_stack,
+                                 to_fiber ? kStackBytes : scheduler_stack_bytes);
+#endif
+#ifdef COTUNING_TSAN
+  __tsan_switch_to_fiber(to->thread_sanitizer, 1);  // 1: a switch orders nothing
+#endif
+#ifdef COTUNING_FIBERS_WITH_UCONTEXT
+  swapcontext(static_cast<ucontext_t*>(from->stack_pointer), static_cast<ucontext_t*>(to->stack_pointer));
+#else
+  cotuning_emulator_switch(&from->stack_pointer, to->stack_pointer);
+#endif
+#ifdef COTUNING_ASAN
+  __sanitizer_finish_switch_fiber(from->sanitizer_stack, nullptr, nullptr);
+#endif
+  (void)last;
+}
+
+COTUNING_UNSEEN void started() {
+#ifdef COTUNING_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+}
+
+}  // namespace cotuning::emulator

@@ -1,0 +1,223 @@
+// The Co-Tuning loss of a batch in one launch: both heads, both gradients, labels, options, and the reduction.
+//
+// A block does items: first rows of the source head, which are the longer ones, then rows of the target head; the rows
+// of its warps at a time, or one row (plan.h). Each warp adds what its rows contribute to the sums in `totals`; the
+// last block to finish turns the sums of all blocks into the loss, the terms and the factors.
+#pragma once
+
+#include "row.cuh"
+
+namespace cotuning::cuda {
+
+enum LossSum : int { kSourceLoss = 0, kTargetLoss, kSupervised, kWeight, kValid };
+
+// A row's target: up to two classes and how much of each. An ignored label has no part.
+struct Parts {
+  int64_t index[2];
+  double share[2];
+
+  __device__ bool any() const { return share[0] != 0 || share[1] != 0; }
+};
+
+__device__ __forceinline__ Parts read_labels(const Labels& labels, const Labels& labels_b, const double* mix,
+                                             int64_t mix_stride, int64_t ignore_index, int64_t classes, int64_t row) {
+  const bool mixed = labels_b.data != nullptr;
+  const double share = mixed ? mix[row * mix_stride] : 1.0;
+  Parts parts{{labels[row], mixed ? labels_b[row] : ignore_index}, {share, mixed ? 1.0 - share : 0.0}};
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const bool ignored = parts.index[k] == ignore_index;
+    device_assert(ignored || (parts.index[k] >= 0 && parts.index[k] < classes));
+    if (ignored) parts.share[k] = 0;
+  }
+  return parts;
+}
+
+__device__ __forceinline__ Parts read_labels(const LossProblem& p, int64_t row) {
+  return read_labels(p.labels, p.labels_b, p.mix, p.mix_stride, p.ignore_index, p.target_classes, row);
+}
+
+__device__ __forceinline__ void store_result(void* results, bool in_double, int64_t i, double value) {
+  if (in_double) {
+    static_cast<double*>(results)[i] = value;
+  } else {
+    static_cast<float*>(results)[i] = static_cast<float>(value);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T* row_of(const Matrix& matrix, int64_t row) {
+  return matrix.data == nullptr ? nullptr : static_cast<T*>(matrix.row(row));
+}
+
+// Whether a row of probabilities has any.
+__device__ __forceinline__ bool any_probability(const Team& team, const ConstMatrix& probabilities, int64_t row) {
+  float any[1] = {0};
+  for (int64_t j = team.rank(); j < probabilities.columns; j += team.threads()) {
+    if (number_at(probabilities.row(row), probabilities.type, j) != 0) any[0] = 1;
+  }
+  team.reduce<Largest>(any);
+  return any[0] != 0;
+}
+
+template <class T>
+__device__ void source_row(const LossProblem& p, const Team& team, int64_t row, const Stage<T>& stage, double* totals) {
+  using C = ComputeType<T>;
+  const int columns = static_cast<int>(p.source_logits.columns);
+  TranslatedTarget<C> target{{nullptr, nullptr}, {1, 0}, p.relationship.type, p.kl_divergence};
+  Parts parts{{0, 0}, {1.0, 0.0}};
+  bool valid;
+  if (p.probabilities.columns > 0) {
+    target.rows[0] = p.relationship.row(row);
+    valid = any_probability(team, p.probabilities, row);
+  } else {
+    parts = read_labels(p, row);
+    valid = parts.any();
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (parts.share[k] != 0) target.rows[k] = p.relationship.row(parts.index[k]);
+      target.shares[k] = static_cast<C>(parts.share[k]);
+    }
+  }
+  T* gradient = row_of<T>(p.source_gradient, row);
+  RowResult<C> result{};
+  if (target.rows[0] != nullptr || target.rows[1] != nullptr) {
+    const T* logits = static_cast<const T*>(p.source_logits.row(row));
+    const auto* plain = static_cast<const float*>(target.rows[0]);
+    const bool one_row = target.rows[1] == nullptr && target.shares[0] == 1 && target.type == ScalarType::kFloat32;
+    if (one_row && starts_like(plain, logits) && (gradient == nullptr || same_cut(gradient, logits))) {
+      target.plain = plain;
+    }
+    result = soft_cross_entropy(team, logits, columns, target, gradient, stage);
+  } else if (gradient != nullptr) {
+    zero_row(team, gradient, columns);
+  }
+  if (team.rank() != 0) return;
+  totals[kSourceLoss] += result.loss;
+  totals[kValid] += valid ? 1 : 0;
+  if (p.probabilities.columns > 0) {
+    totals[kSupervised] += p.mix[row * p.mix_stride];
+  } else {
+    totals[kSupervised] += (result.supervised[0] ? parts.share[0] : 0) + (result.supervised[1] ? parts.share[1] : 0);
+  }
+  if (p.reduction == Reduction::kNone) {
+    store_result(p.terms, p.results_in_double, p.source_logits.rows + row, result.loss);
+  }
+}
+
+template <class T>
+__device__ void target_row(const LossProblem& p, const Team& team, int64_t row, const Stage<T>& stage, double* totals) {
+  using C = ComputeType<T>;
+  const int columns = static_cast<int>(p.target_logits.columns);
+  const double smoothing = p.label_smoothing;
+  ClassTarget<C> target{{-1, -1}, {0, 0}, 0, nullptr, ScalarType::kFloat32, static_cast<C>(1 - smoothing), p.weight};
+  double weight = 1, share = 1;
+  if (p.probabilities.columns > 0) {
+    target.probabilities = p.probabilities.row(row);
+    target.type = p.probabilities.type;
+  } else {
+    const Parts parts = read_labels(p, row);
+    weight = 0;
+    share = parts.share[0] + parts.share[1];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (parts.share[k] == 0) continue;
+      const double of_class =
+          p.weight.data == nullptr ? 1 : number_at(p.weight.data, p.weight.type, parts.index[k] * p.weight.stride);
+      weight += parts.share[k] * of_class;
+      target.classes[k] = static_cast<int>(parts.index[k]);
+      target.peaks[k] = static_cast<C>((1 - smoothing) * parts.share[k] * of_class);
+    }
+  }
+  target.base = static_cast<C>(smoothing / static_cast<double>(columns) * share);
+  const T* logits = static_cast<const T*>(p.target_logits.row(row));
+  const auto result = soft_cross_entropy(team, logits, columns, target, row_of<T>(p.target_gradient, row), stage);
+  if (team.rank() != 0) return;
+  totals[kTargetLoss] += result.loss;
+  totals[kWeight] += weight;
+  if (p.reduction == Reduction::kNone) store_result(p.terms, p.results_in_double, row, result.loss);
+}
+
+// Scalars from the sums of all rows; without a reduction, the loss of every row from its terms.
+__device__ inline void finish_loss(const LossProblem& p, const double* sums) {
+  const bool both = p.target_logits.columns > 0, in_double = p.results_in_double;
+  const double trade_off = both ? *p.trade_off : 1.0;
+  if (p.reduction == Reduction::kNone) {
+    const int64_t rows = p.source_logits.rows;
+    for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) {
+      const auto term = [&](int64_t k) {
+        return in_double ? static_cast<double*>(p.terms)[k] : static_cast<float*>(p.terms)[k];
+      };
+      if (!both) store_result(p.terms, in_double, i, 0);
+      const double source = term(rows + i);
+      store_result(p.loss, in_double, i, both ? term(i) + trade_off * source : source);
+    }
+  }
+  if (threadIdx.x != 0) return;
+  const bool mean = p.reduction == Reduction::kMean, any_valid = sums[kValid] > 0;
+  // No supervised row is an ordinary batch, and its source term 0; no valid row at all has no mean.
+  const double source_divisor = !mean || (sums[kSupervised] == 0 && any_valid) ? 1 : sums[kSupervised];
+  const double target_divisor = mean ? sums[kWeight] : 1;
+  // Without a valid row every gradient is 0, and must stay 0 when it is multiplied by the factor.
+  store_result(p.factors, in_double, 0, source_divisor == 0 && !any_valid ? 0 : trade_off / source_divisor);
+  store_result(p.factors, in_double, 1, target_divisor == 0 && !any_valid ? 0 : 1 / target_divisor);
+  if (p.reduction == Reduction::kNone) return;
+  const double source = sums[kSourceLoss] / source_divisor;  // no valid row: 0 / 0, as F.cross_entropy
+  const double target = both ? sums[kTargetLoss] / target_divisor : 0;
+  store_result(p.terms, in_double, 0, target);
+  store_result(p.terms, in_double, 1, source);
+  store_result(p.loss, in_double, 0, both ? target + trade_off * source : source);
+}
+
+// The items of one launch among those of the plan. One launch does them all, unless the heads differ in type: then
+// there is one for each head, and the last block of both finishes.
+struct LossItems {
+  int64_t begin = 0, end = 0;
+};
+
+// What a thread has to do with an item: which row it is for it, and with whom.
+struct Place {
+  int index;  // of the row among those of the item
+  int64_t row;
+};
+
+__device__ __forceinline__ Place place_in(const RowPlan& plan, int64_t item) {
+  const int index = static_cast<int>(threadIdx.x) / plan.threads_per_row;
+  return {index, item * (static_cast<int>(blockDim.x) / plan.threads_per_row) + index};
+}
+
+template <class T>
+__device__ __forceinline__ Stage<T> stage_of(const RowPlan& plan, char* memory, int index, int64_t columns) {
+  return {memory + index * plan.staged_bytes, plan.staging,
+          static_cast<int>(ceil_div(columns * static_cast<int64_t>(sizeof(T)), 16)) + 1};
+}
+
+template <class T>
+__global__ void __launch_bounds__(kLargestBlock)
+    loss_kernel(LossProblem p, LossPlan plan, LossItems items, BlockSums sums) {
+  COTUNING_DYNAMIC_SHARED(staged);
+  COTUNING_SHARED(double, scratch, kMostWarps* kMostSums);
+  COTUNING_SHARED(double, all_totals, kMostWarps* kLossSums);
+  double* totals = all_totals + threadIdx.x / kWarpThreads * kLossSums;
+  if (threadIdx.x % kWarpThreads == 0) {
+    for (int k = 0; k < kLossSums; ++k) totals[k] = 0;
+  }
+  for (int64_t item = items.begin + blockIdx.x; item < items.end; item += gridDim.x) {
+    __syncthreads();  // before the shared memory of the rows before is written again, by other threads
+    // A warp may have no row in its last item; where a block does a row, there is one.
+    if (item < plan.source.items) {
+      const Place place = place_in(plan.source, item);
+      if (place.row >= p.source_logits.rows) continue;
+      source_row(p, Team(plan.source.threads_per_row, scratch), place.row,
+                 stage_of<T>(plan.source, staged, place.index, p.source_logits.columns), totals);
+    } else {
+      const Place place = place_in(plan.target, item - plan.source.items);
+      if (place.row >= p.target_logits.rows) continue;
+      target_row(p, Team(plan.target.threads_per_row, scratch), place.row,
+                 stage_of<T>(plan.target, staged, place.index, p.target_logits.columns), totals);
+    }
+  }
+  if (sum_over_blocks<kLossSums>(sums, all_totals)) finish_loss(p, all_totals);
+}
+
+}  // namespace cotuning::cuda

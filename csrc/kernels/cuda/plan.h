@@ -1,0 +1,143 @@
+// What is launched for a shape: plain functions of numbers, so that a plan can be asked for and tested without a
+// device, and a captured graph stays right while shapes stay.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "types.h"
+
+namespace cotuning::cuda {
+
+// The thresholds; those of a launch are these, with the shared memory of its device.
+struct PlanRules {
+  int64_t shared_bytes = 46 << 10;  // that a block may have beside kStaticSharedBytes, after asking
+  // Up to so many vectors of 16 bytes a row, a warp does a row: 4 a lane.
+  int64_t warp_vectors = 128;
+  // A thread of a block that does a row has about so many.
+  int64_t vectors_per_thread = 4;
+  // Blocks go on to further rows rather than there being more of them: the last block adds up one part for each.
+  int64_t max_blocks = 4096;
+};
+
+// Of the shared memory of a block, what the kernels use whatever the plan: for sums over warps and blocks.
+inline constexpr int64_t kStaticSharedBytes = 2 << 10;
+
+// What of a row is kept in shared memory between reading it for the sums and reading it for the gradient.
+enum class Staging : int { kNothing = 0, kLogits = 1, kLogitsAndTarget = 2 };
+
+inline constexpr int kWarpThreads = 32;
+inline constexpr int kSmallestBlock = 128;
+inline constexpr int kLargestBlock = 512;
+
+// How the rows of one matrix are shared out.
+struct RowPlan {
+  int threads_per_row = kWarpThreads;  // a warp's, or the whole block's
+  Staging staging = Staging::kNothing;
+  int64_t staged_bytes = 0;  // a row
+  int64_t items = 0;         // a block does an item at a time: the rows of its warps, or one
+};
+
+struct LossPlan {
+  int threads = kSmallestBlock;  // a block
+  int64_t blocks = 1;
+  int64_t shared_bytes = 0;  // a block
+  // Two where the heads differ in type: the source head's, and the other blocks'.
+  int launches = 1;
+  int64_t source_blocks = 0;
+  RowPlan source, target;
+};
+
+COTUNING_BOTH constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Vectors of 16 bytes that a row touches, wherever it starts.
+COTUNING_BOTH constexpr int64_t row_vectors(int64_t columns, ScalarType type) {
+  return ceil_div(columns * size_of(type), 16) + 1;
+}
+
+// A staged vector of logits, and the target distribution beside it in the type that is computed in.
+COTUNING_BOTH constexpr int64_t staged_vector_bytes(ScalarType type, Staging staging) {
+  return staging == Staging::kNothing  ? 0
+         : staging == Staging::kLogits ? 16
+                                       : 16 + 16 / size_of(type) * (type == ScalarType::kFloat64 ? 8 : 4);
+}
+
+inline bool fits_a_warp(int64_t columns, ScalarType type, const PlanRules& rules) {
+  return ceil_div(columns * size_of(type), 16) <= rules.warp_vectors;
+}
+
+// Threads of a block that does a row: a power of two.
+inline int block_threads(int64_t columns, ScalarType type, const PlanRules& rules) {
+  int threads = kSmallestBlock;
+  while (threads < kLargestBlock && threads * rules.vectors_per_thread < ceil_div(columns * size_of(type), 16)) {
+    threads *= 2;
+  }
+  return threads;
+}
+
+inline int64_t blocks_for(int64_t items, const PlanRules& rules) {
+  return items < 1 ? 1 : items < rules.max_blocks ? items : rules.max_blocks;
+}
+
+// `staged`: whether the kernel reads a row more than once and can keep it.
+inline RowPlan plan_rows(int64_t rows, int64_t columns, ScalarType type, int threads, bool staged,
+                         const PlanRules& rules) {
+  RowPlan plan;
+  const bool warp = fits_a_warp(columns, type, rules);
+  plan.threads_per_row = warp ? kWarpThreads : threads;
+  const int64_t rows_per_item = threads / plan.threads_per_row;
+  plan.items = ceil_div(rows, rows_per_item);
+  for (Staging staging : {Staging::kLogitsAndTarget, Staging::kLogits}) {
+    const int64_t bytes = row_vectors(columns, type) * staged_vector_bytes(type, staging);
+    if (!staged || bytes * rows_per_item > rules.shared_bytes) continue;
+    plan.staging = staging;
+    plan.staged_bytes = bytes;
+    break;
+  }
+  return plan;
+}
+
+// `target_columns` 0: the source term alone.
+inline LossPlan plan_loss(int64_t rows, int64_t source_columns, ScalarType source_type, int64_t target_columns,
+                          ScalarType target_type, const PlanRules& rules) {
+  LossPlan plan;
+  const bool both = target_columns > 0;
+  if (!fits_a_warp(source_columns, source_type, rules)) {
+    plan.threads = block_threads(source_columns, source_type, rules);
+  }
+  if (both && !fits_a_warp(target_columns, target_type, rules)) {
+    const int threads = block_threads(target_columns, target_type, rules);
+    if (threads > plan.threads) plan.threads = threads;
+  }
+  plan.source = plan_rows(rows, source_columns, source_type, plan.threads, true, rules);
+  if (both) plan.target = plan_rows(rows, target_columns, target_type, plan.threads, true, rules);
+  for (const RowPlan* head : {&plan.source, &plan.target}) {
+    const int64_t bytes = head->staged_bytes * (plan.threads / head->threads_per_row);
+    if (bytes > plan.shared_bytes) plan.shared_bytes = bytes;
+  }
+  plan.launches = both && source_type != target_type ? 2 : 1;
+  if (plan.launches == 1) {
+    plan.blocks = blocks_for(plan.source.items + plan.target.items, rules);
+  } else {
+    plan.source_blocks = blocks_for(plan.source.items, rules);
+    plan.blocks = plan.source_blocks + blocks_for(plan.target.items, rules);
+  }
+  return plan;
+}
+
+struct PassPlan {
+  int threads = kSmallestBlock;
+  int64_t blocks = 1;
+  RowPlan rows;
+};
+
+// One pass over the rows of a matrix that keeps nothing.
+inline PassPlan plan_pass(int64_t rows, int64_t columns, ScalarType type, const PlanRules& rules) {
+  PassPlan plan;
+  if (!fits_a_warp(columns, type, rules)) plan.threads = block_threads(columns, type, rules);
+  plan.rows = plan_rows(rows, columns, type, plan.threads, false, rules);
+  plan.blocks = blocks_for(plan.rows.items, rules);
+  return plan;
+}
+
+}  // namespace cotuning::cuda

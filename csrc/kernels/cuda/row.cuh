@@ -1,0 +1,309 @@
+// One row of one head: cross entropy against a distribution q that need not sum to 1, and its gradient.
+//
+//   Q = sum q    s = sum exp(z - max z)    loss = Q log s - sum q (z - max z)    dloss/dz = (Q / s) exp(z - max z) - q
+//
+// Three sweeps: the maximum; the sums; the gradient. Whatever is read is read once where the plan keeps the row in
+// shared memory. A thread takes the same vectors in every sweep, so what it keeps there is its own, and no barrier is
+// needed.
+#pragma once
+
+#include "team.cuh"
+#include "vectors.cuh"
+
+namespace cotuning::cuda {
+
+// A vector's part of a row of R, or of probabilities, of a type that is known only now: q += share * row. Returns
+// whether any element differs from 0 (a NaN does).
+template <class U, class C, int kCount>
+__device__ __forceinline__ bool add_columns(const void* row, int columns, int first, C share, C (&q)[kCount]) {
+  constexpr int kPiece = kCount < kLanes<U> ? kCount : kLanes<U>;
+  bool any = false;
+#pragma unroll
+  for (int start = 0; start < kCount; start += kPiece) {
+    const auto pack = load_columns<U, kPiece>(static_cast<const U*>(row), columns, first + start);
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) {
+      const auto value = widen(pack.at[i]);
+      any |= value != 0;
+      q[start + i] += share * static_cast<C>(value);
+    }
+  }
+  return any;
+}
+
+template <class C, int kCount>
+__device__ __forceinline__ bool add_row(const void* row, ScalarType type, int columns, int first, C share,
+                                        C (&q)[kCount]) {
+  switch (type) {
+    case ScalarType::kFloat32: return add_columns<float>(row, columns, first, share, q);
+    case ScalarType::kBFloat16: return add_columns<BFloat16>(row, columns, first, share, q);
+    case ScalarType::kFloat16: return add_columns<Float16>(row, columns, first, share, q);
+    default: return add_columns<double>(row, columns, first, share, q);
+  }
+}
+
+// The source head's distribution: a row of R, or a mixture of two.
+template <class C>
+struct TranslatedTarget {
+  static constexpr int kSums = 6;
+  const void* rows[2];  // null: no part
+  C shares[2];
+  ScalarType type;
+  bool kl_divergence;
+  // The one row that there is, where it is float32, a whole part, and starts as the logits do: the ordinary case.
+  const float* plain = nullptr;
+
+  // Sets q, and adds to sums[3], sums[4]: whether the rows of R differ from 0, and sums[5]: sum q log q.
+  template <int kCount>
+  __device__ __forceinline__ void load(int columns, int first, C (&q)[kCount], C (&sums)[kSums]) const {
+    if (plain != nullptr && first >= 0 && first + kCount <= columns) {
+      load_plain(first, q, sums);
+    } else {
+      load_any(columns, first, q, sums);
+    }
+    if (!kl_divergence) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (q[i] != 0) sums[5] += q[i] * logarithm(q[i]);
+    }
+  }
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ void load_plain(int first, C (&q)[kCount], C (&sums)[kSums]) const {
+    constexpr int kPiece = kCount < 4 ? kCount : 4;
+    bool any = false;
+#pragma unroll
+    for (int start = 0; start < kCount; start += kPiece) {
+      uint32_t words[kPiece];
+      load_aligned(reinterpret_cast<const char*>(plain + first + start), words);
+      Pack<float, kPiece> pack;
+      memcpy(&pack, words, sizeof pack);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) {
+        q[start + i] = pack.at[i];
+        any |= pack.at[i] != 0;
+      }
+    }
+    if (any) sums[3] = 1;
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void load_any(int columns, int first, C (&q)[kCount], C (&sums)[kSums]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) q[i] = 0;
+    // Not unrolled: the second row is rare, and half of the code.
+#pragma unroll 1
+    for (int k = 0; k < 2; ++k) {
+      const void* row = k == 0 ? rows[0] : rows[1];
+      if (row == nullptr) continue;
+      const bool any = add_row(row, type, columns, first, k == 0 ? shares[0] : shares[1], q);
+      if (any && k == 0) sums[3] = 1;
+      if (any && k == 1) sums[4] = 1;
+    }
+  }
+};
+
+// Whether vectors of the logits' cut are multiples of 16 bytes (or of a vector's floats) in the row of R too.
+template <class T>
+__device__ __forceinline__ bool starts_like(const float* row, const T* logits) {
+  constexpr int kBytes = kLanes<T> < 4 ? kLanes<T> * 4 : 16;
+  return is_aligned(row + columns_of(logits, 1).first, kBytes);
+}
+
+// The target head's: up to two classes, probabilities, smoothing, weights. q = w (base + scale P) + peaks.
+template <class C>
+struct ClassTarget {
+  static constexpr int kSums = 4;
+  int classes[2];  // -1: no part
+  C peaks[2];      // weighted
+  C base;
+  const void* probabilities;  // a row, or null
+  ScalarType type;
+  C scale;
+  ConstVector weight;  // null: 1
+
+  template <int kCount>
+  __device__ __forceinline__ void load(int columns, int first, C (&q)[kCount], C (&sums)[kSums]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) q[i] = base;
+    if (probabilities != nullptr) add_row(probabilities, type, columns, first, scale, q);
+    // Without a base or probabilities there is nothing to weigh but the peaks.
+    if (weight.data != nullptr && (base != 0 || probabilities != nullptr)) weigh(columns, first, q);
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (classes[0] == first + i) q[i] += peaks[0];
+      if (classes[1] == first + i) q[i] += peaks[1];
+      if (first + i < 0 || first + i >= columns) q[i] = 0;
+      any |= q[i] != 0;
+    }
+    if (any) sums[3] = 1;
+  }
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ void weigh(int columns, int first, C (&q)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int column = first + i;
+      if (column < 0 || column >= columns) continue;
+      q[i] *= static_cast<C>(number_at(weight.data, weight.type, column * weight.stride));
+    }
+  }
+};
+
+// A row's vectors in shared memory: the logits as they are, the target in the compute type, in planes of 16 bytes, so
+// that neighbouring threads touch neighbouring memory.
+template <class T>
+class Stage {
+ public:
+  using C = ComputeType<T>;
+  static constexpr int kPlanes = kLanes<T> * sizeof(C) / 16;
+
+  __device__ Stage(char* memory, Staging staging, int vectors)
+      : memory_(memory),
+        vectors_(vectors),
+        logits_(staging != Staging::kNothing),
+        target_(staging == Staging::kLogitsAndTarget) {}
+
+  __device__ bool has_logits() const { return logits_; }
+  __device__ bool has_target() const { return target_; }
+
+  __device__ __forceinline__ void put_logits(int vector, const Pack<T, kLanes<T>>& pack) const {
+    Bytes16 bytes;
+    memcpy(&bytes, &pack, sizeof bytes);
+    *at(0, vector) = bytes;
+  }
+  __device__ __forceinline__ Pack<T, kLanes<T>> logits(int vector) const {
+    const Bytes16 bytes = *at(0, vector);
+    Pack<T, kLanes<T>> pack;
+    memcpy(&pack, &bytes, sizeof pack);
+    return pack;
+  }
+  __device__ __forceinline__ void put_target(int vector, const C (&q)[kLanes<T>]) const {
+#pragma unroll
+    for (int k = 0; k < kPlanes; ++k) {
+      Bytes16 bytes;
+      memcpy(&bytes, q + k * kLanes<C>, sizeof bytes);
+      *at(1 + k, vector) = bytes;
+    }
+  }
+  __device__ __forceinline__ void target(int vector, C (&q)[kLanes<T>]) const {
+#pragma unroll
+    for (int k = 0; k < kPlanes; ++k) {
+      const Bytes16 bytes = *at(1 + k, vector);
+      memcpy(q + k * kLanes<C>, &bytes, sizeof bytes);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ Bytes16* at(int plane, int vector) const {
+    return reinterpret_cast<Bytes16*>(memory_) + plane * vectors_ + vector;
+  }
+
+  char* memory_;
+  int vectors_;
+  bool logits_, target_;
+};
+
+template <class C>
+struct RowResult {
+  C loss;
+  bool takes_part;
+  bool supervised[2];  // whether the rows of R have any entry
+};
+
+template <class T>
+__device__ __forceinline__ void zero_row(const Team& team, T* row, int columns) {
+  const Columns cut = columns_of(row, columns);
+  for (int k = team.rank(); k < cut.vectors; k += team.threads()) {
+    store_vector(row, columns, cut.first + k * kLanes<T>, Pack<T, kLanes<T>>{});
+  }
+}
+
+template <class T>
+__device__ __forceinline__ ComputeType<T> row_maximum(const Team& team, const T* logits, int columns,
+                                                      const Stage<T>* stage) {
+  using C = ComputeType<T>;
+  const Columns cut = columns_of(logits, columns);
+  C top[1] = {-static_cast<C>(INFINITY)};
+  for (int k = team.rank(); k < cut.vectors; k += team.threads()) {
+    const int first = cut.first + k * kLanes<T>;
+    const auto pack = load_logits(logits, columns, first);
+    if (stage != nullptr && stage->has_logits()) stage->put_logits(k, pack);
+    C z[kLanes<T>];
+    widen_all<T>(pack, z);
+#pragma unroll
+    for (int i = 0; i < kLanes<T>; ++i) top[0] = Largest::of(z[i], top[0]);
+  }
+  team.reduce<Largest>(top);
+  return top[0];
+}
+
+// `gradient` may be null, and may be the logits themselves.
+template <class T, class Target>
+__device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Team& team, const T* logits, int columns,
+                                                                        const Target& target, T* gradient,
+                                                                        const Stage<T>& stage) {
+  using C = ComputeType<T>;
+  constexpr int kCount = kLanes<T>;
+  const C top = row_maximum(team, logits, columns, &stage);
+
+  // sums: exponentials, q (z - max), q, and what the target adds. A number that is not finite spoils them as it should:
+  // all of the row is -inf, or one is +inf or NaN, then z - max is NaN.
+  C sums[Target::kSums] = {};
+  const Columns cut = columns_of(logits, columns);
+  for (int k = team.rank(); k < cut.vectors; k += team.threads()) {
+    const int first = cut.first + k * kCount;
+    C z[kCount], q[kCount];
+    widen_all<T>(stage.has_logits() ? stage.logits(k) : load_logits(logits, columns, first), z);
+    target.load(columns, first, q, sums);
+    if (stage.has_target()) stage.put_target(k, q);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const C below = z[i] - top;
+      sums[0] += exponential(below);
+      if (q[i] != 0) sums[1] += q[i] * below;  // 0 * -inf would be NaN
+      sums[2] += q[i];
+    }
+  }
+  team.reduce<Sum>(sums);
+
+  RowResult<C> result{};
+  result.supervised[0] = sums[3] != 0;
+  if constexpr (Target::kSums > 4) result.supervised[1] = sums[4] != 0;
+  result.takes_part = result.supervised[0] || result.supervised[1];
+  if (result.takes_part) {
+    result.loss = sums[2] * logarithm(sums[0]) - sums[1];
+    if constexpr (Target::kSums > 4) result.loss += sums[5];
+  }
+  if (gradient == nullptr) return result;
+  if (!result.takes_part) {
+    zero_row(team, gradient, columns);
+    return result;
+  }
+  const C factor = sums[2] / sums[0];
+  const Columns written = columns_of(gradient, columns);
+  const bool same = same_cut(gradient, logits);  // else a thread takes other vectors than it has staged
+  C unused[Target::kSums];
+  for (int k = team.rank(); k < written.vectors; k += team.threads()) {
+    const int first = written.first + k * kCount;
+    C z[kCount], q[kCount];
+    widen_all<T>(stage.has_logits() && same ? stage.logits(k)
+                                            : load_columns<T, kCount>(logits, columns, first, minus_infinity<T>()),
+                 z);
+    if (stage.has_target() && same) {
+      stage.target(k, q);
+    } else {
+      target.load(columns, first, q, unused);
+    }
+    Pack<T, kCount> pack;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) narrow(factor * exponential(z[i] - top) - q[i], &pack.at[i]);
+    store_vector(gradient, columns, first, pack);
+  }
+  return result;
+}
+
+}  // namespace cotuning::cuda

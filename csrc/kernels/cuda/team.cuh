@@ -1,0 +1,103 @@
+// The threads that do one row together: a warp, or the whole block.
+#pragma once
+
+#include "plan.h"
+#include "scalars.cuh"
+
+namespace cotuning::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+inline constexpr int kMostWarps = kLargestBlock / kWarpThreads;
+inline constexpr int kMostSums = 6;  // numbers that are reduced at once
+
+struct Largest {
+  template <class C>
+  static __device__ __forceinline__ C of(C a, C b) {
+    return a > b ? a : b;
+  }
+};
+struct Sum {
+  template <class C>
+  static __device__ __forceinline__ C of(C a, C b) {
+    return a + b;
+  }
+};
+
+class Team {
+ public:
+  // `scratch`: kMostWarps * kMostSums doubles of shared memory, of the block.
+  __device__ Team(int threads, double* scratch)
+      : threads_(threads), rank_(static_cast<int>(threadIdx.x) & (threads - 1)), scratch_(scratch) {}
+
+  __device__ int threads() const { return threads_; }
+  __device__ int rank() const { return rank_; }
+
+  // Every thread gets the same bits. In a block all threads must come here.
+  template <class Operation, class C, int kCount>
+  __device__ __forceinline__ void reduce(C (&values)[kCount]) const {
+    static_assert(kCount <= kMostSums);
+    over_lanes<Operation>(values, kWarpThreads);
+    if (threads_ == kWarpThreads) return;
+    const int warps = threads_ / kWarpThreads, lane = rank_ % kWarpThreads;
+    auto* shared = reinterpret_cast<C*>(scratch_);
+    if (lane == 0) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) shared[rank_ / kWarpThreads * kCount + k] = values[k];
+    }
+    __syncthreads();
+    // The number of warps is a power of two: lanes beyond it hold the same again.
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) values[k] = shared[(lane & (warps - 1)) * kCount + k];
+    over_lanes<Operation>(values, warps);
+    __syncthreads();  // before anybody writes to `shared` again
+  }
+
+ private:
+  template <class Operation, class C, int kCount>
+  static __device__ __forceinline__ void over_lanes(C (&values)[kCount], int lanes) {
+    for (int other = lanes / 2; other > 0; other /= 2) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        values[k] = Operation::of(values[k], __shfl_xor_sync(kAllLanes, values[k], other));
+      }
+    }
+  }
+
+  int threads_, rank_;
+  double* scratch_;
+};
+
+// Adds up what the warps of all blocks have in `totals` (shared memory, kCount numbers a warp), in an order that
+// depends on the shape of the launch alone. True in the last block to finish, which alone gets the sums, in `totals`.
+template <int kCount>
+__device__ __forceinline__ bool sum_over_blocks(const BlockSums& sums, double* totals) {
+  COTUNING_SHARED(unsigned, is_last, 1);
+  const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarpThreads;
+  __syncthreads();
+  if (thread < kCount) {
+    double sum = 0;
+    for (int w = 0; w < warps; ++w) sum += totals[w * kCount + thread];
+    sums.parts[(sums.first_block + blockIdx.x) * kCount + thread] = sum;
+  }
+  __syncthreads();
+  if (thread == 0) {
+    __threadfence();  // what this block wrote is seen before its number is
+    const auto blocks = static_cast<unsigned>(sums.blocks);
+    is_last[0] = atomicAdd(sums.finished, 1u) == blocks - 1;
+    if (is_last[0]) atomicAdd(sums.finished, 0u - blocks);  // 0 again, for the next launch
+    __threadfence();                                        // and what the others wrote is seen from here on
+  }
+  __syncthreads();
+  if (!is_last[0]) return false;
+  const int lane = thread % kWarpThreads;
+  for (int k = thread / kWarpThreads; k < kCount; k += warps) {
+    double sum = 0;
+    for (int64_t b = lane; b < sums.blocks; b += kWarpThreads) sum += sums.parts[b * kCount + k];
+    for (int other = kWarpThreads / 2; other > 0; other /= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
+    if (lane == 0) totals[k] = sum;
+  }
+  __syncthreads();
+  return true;
+}
+
+}  // namespace cotuning::cuda

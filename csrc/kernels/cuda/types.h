@@ -1,0 +1,136 @@
+// Views of device memory, and the operations' arguments as the kernels take them. No torch below csrc/kernels.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define COTUNING_BOTH __host__ __device__
+#else
+#define COTUNING_BOTH
+#endif
+
+namespace cotuning::cuda {
+
+enum class ScalarType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
+
+COTUNING_BOTH constexpr int64_t size_of(ScalarType type) {
+  return type == ScalarType::kFloat64 ? 8 : type == ScalarType::kFloat32 ? 4 : 2;
+}
+
+// A matrix with dense columns and rows at any distance (0: every row is the same one). No columns: no matrix.
+struct ConstMatrix {
+  const void* data = nullptr;
+  ScalarType type = ScalarType::kFloat32;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int64_t row_stride = 0;  // in elements
+
+  COTUNING_BOTH const void* row(int64_t i) const {
+    return static_cast<const char*>(data) + i * row_stride * size_of(type);
+  }
+};
+
+// No data: not wanted.
+struct Matrix {
+  void* data = nullptr;
+  ScalarType type = ScalarType::kFloat32;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int64_t row_stride = 0;
+
+  COTUNING_BOTH void* row(int64_t i) const { return static_cast<char*>(data) + i * row_stride * size_of(type); }
+};
+
+// A vector at any distance (0: one number for all).
+struct ConstVector {
+  const void* data = nullptr;
+  ScalarType type = ScalarType::kFloat32;
+  int64_t stride = 0;
+};
+
+// Class indices, int64 or int32, at any distance.
+struct Labels {
+  const void* data = nullptr;
+  bool is_int32 = false;
+  int64_t stride = 1;
+
+  COTUNING_BOTH int64_t operator[](int64_t i) const {
+    return is_int32 ? static_cast<const int32_t*>(data)[i * stride] : static_cast<const int64_t*>(data)[i * stride];
+  }
+};
+
+// Sums over blocks in a fixed order: every block leaves its part in `parts`, and the last one to finish, which it
+// learns from `finished`, adds them up. `finished` is 0 before the launch and 0 again after it.
+struct BlockSums {
+  double* parts = nullptr;
+  unsigned* finished = nullptr;
+  int64_t blocks = 1;       // of all launches that are added up together
+  int64_t first_block = 0;  // of this one
+};
+
+struct LossProblem {
+  ConstMatrix source_logits;  // (B, N_s)
+  ConstMatrix target_logits;  // (B, N_t); no matrix: the source term alone
+  int64_t target_classes = 0;
+
+  // Class indices (labels_b as well in a mixup pair), or probabilities (B, N_t).
+  Labels labels, labels_b;
+  ConstMatrix probabilities;
+  // Mixup: the share of `labels`. Probabilities: the supervised share of each row.
+  const double* mix = nullptr;
+  int64_t mix_stride = 0;
+
+  ConstMatrix relationship;  // (N_t, N_s); with probabilities (B, N_s), row i for row i
+  ConstVector weight;        // (N_t)
+
+  const double* trade_off = nullptr;
+  double label_smoothing = 0;
+  int64_t ignore_index = -100;
+  Reduction reduction = Reduction::kMean;
+  bool kl_divergence = false;
+
+  // May be the logits themselves. The gradient of the loss is factor * what is written.
+  Matrix source_gradient, target_gradient;
+  // () or (B); (2) or (2, B), the target's first; (2), the source's first. All float, or all double.
+  void *loss = nullptr, *terms = nullptr, *factors = nullptr;
+  bool results_in_double = false;
+
+  BlockSums sums;
+};
+inline constexpr int kLossSums = 5;
+
+struct ScaleProblem {
+  Matrix gradients[2];
+  ConstVector factors, upstream;
+};
+
+struct TranslateProblem {
+  Labels labels, labels_b;
+  const double* mix = nullptr;
+  int64_t mix_stride = 0;
+  ConstMatrix relationship;
+  int64_t ignore_index = -100;
+  Matrix out;
+};
+
+struct ClassSumsProblem {
+  ConstMatrix logits;
+  Labels labels;
+  int64_t ignore_index = -100;
+  double inverse_temperature = 1;
+  Matrix sums;  // float32 or float64, a row a class
+  int64_t* counts = nullptr;
+};
+
+struct TemperatureProblem {
+  ConstMatrix logits;
+  Labels labels;
+  int64_t ignore_index = -100;
+  double inverse_temperature = 1;
+  double* terms = nullptr;
+  BlockSums sums;
+};
+inline constexpr int kTemperatureSums = 4;
+
+}  // namespace cotuning::cuda

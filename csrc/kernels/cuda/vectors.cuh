@@ -1,0 +1,165 @@
+// Rows in memory: 128-bit loads and stores wherever a row starts, and never a byte outside it.
+//
+// A row of logits is cut into vectors of 16 bytes that lie on multiples of 16 bytes. Where the row starts in between,
+// the first vector is a part of one, and so is the last where it ends in between; these are read and written element by
+// element. Another row that is read along the same columns, a row of R say, may start elsewhere; of it two aligned
+// vectors are read for each, and shifted into place.
+#pragma once
+
+#include "plan.h"
+#include "scalars.cuh"
+
+namespace cotuning::cuda {
+
+// Elements of a vector of 16 bytes.
+template <class T>
+inline constexpr int kLanes = 16 / sizeof(T);
+
+template <class T, int kCount>
+struct Pack {
+  T at[kCount];
+};
+struct alignas(16) Bytes16 {
+  uint32_t words[4];
+};
+struct alignas(8) Bytes8 {
+  uint32_t words[2];
+};
+
+__device__ __forceinline__ bool is_aligned(const void* p, unsigned bytes) {
+  return (reinterpret_cast<uintptr_t>(p) & (bytes - 1)) == 0;
+}
+
+// The vectors of a row. Vector k covers columns first + k * kLanes and on, as far as the row has them.
+struct Columns {
+  int first = 0;  // 0, or below
+  int vectors = 0;
+};
+
+template <class T>
+__device__ __forceinline__ Columns columns_of(const T* row, int columns) {
+  const auto beyond = static_cast<int>((reinterpret_cast<uintptr_t>(row) & 15) / sizeof(T));
+  return {-beyond, (columns + beyond + kLanes<T> - 1) / kLanes<T>};
+}
+
+// Whether two rows are cut at the same columns.
+template <class T>
+__device__ __forceinline__ bool same_cut(const T* a, const T* b) {
+  return ((reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)) & 15) == 0;
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> load_elements(const T* row, int columns, int first, T elsewhere) {
+  Pack<T, kCount> pack;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int column = first + i;
+    pack.at[i] = elsewhere;
+    if (column < 0 || column >= columns) continue;
+    COTUNING_COUNT_READ(sizeof(T));
+    pack.at[i] = row[column];
+  }
+  return pack;
+}
+
+// Up to 16 bytes from an address that is no multiple of their number, out of the two aligned vectors around them. A
+// half may start in the middle of a word.
+template <int kWords>
+__device__ __forceinline__ void load_shifted(const char* from, uint32_t (&out)[kWords]) {
+  const auto offset = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) & 15);
+  const auto* vectors = reinterpret_cast<const Bytes16*>(from - offset);
+  uint32_t words[8];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    COTUNING_COUNT_READ(16);
+    const Bytes16 vector = vectors[k];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[4 * k + i] = vector.words[i];
+  }
+  // By 2 words, by 1, by half of one: selections, since registers have no index.
+#pragma unroll
+  for (int i = 0; i < 6; ++i) words[i] = offset & 8 ? words[i + 2] : words[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) words[i] = offset & 4 ? words[i + 1] : words[i];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) out[i] = offset & 2 ? joined_halves(words[i], words[i + 1]) : words[i];
+}
+
+template <int kWords>
+__device__ __forceinline__ void load_aligned(const char* from, uint32_t (&out)[kWords]) {
+  COTUNING_COUNT_READ(4 * kWords);
+  if constexpr (kWords == 1) {
+    out[0] = *reinterpret_cast<const uint32_t*>(from);
+  } else if constexpr (kWords == 2) {
+    const Bytes8 vector = *reinterpret_cast<const Bytes8*>(from);
+    out[0] = vector.words[0];
+    out[1] = vector.words[1];
+  } else {
+    const Bytes16 vector = *reinterpret_cast<const Bytes16*>(from);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = vector.words[i];
+  }
+}
+
+// Columns [first, first + kCount) of a row that may start anywhere, 16 bytes at most; `elsewhere` where it has none.
+template <class T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> load_columns(const T* row, int columns, int first, T elsewhere = T{}) {
+  constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  const auto* from = reinterpret_cast<const char*>(row + first);
+  const bool whole = first >= 0 && first + kCount <= columns, aligned = is_aligned(from, kBytes);
+  const char* begin = from - (reinterpret_cast<uintptr_t>(from) & 15);
+  const bool inside =
+      begin >= reinterpret_cast<const char*>(row) && begin + 32 <= reinterpret_cast<const char*>(row + columns);
+  if (!whole || !(aligned || inside)) return load_elements<T, kCount>(row, columns, first, elsewhere);
+  uint32_t words[kBytes / 4];
+  if (aligned) {
+    load_aligned(from, words);
+  } else {
+    load_shifted(from, words);
+  }
+  Pack<T, kCount> pack;
+  memcpy(&pack, words, sizeof pack);
+  return pack;
+}
+
+// A vector of a row cut by columns_of.
+template <class T>
+__device__ __forceinline__ Pack<T, kLanes<T>> load_vector(const T* row, int columns, int first, T elsewhere = T{}) {
+  if (first < 0 || first + kLanes<T> > columns) return load_elements<T, kLanes<T>>(row, columns, first, elsewhere);
+  COTUNING_COUNT_READ(16);
+  const Bytes16 vector = *reinterpret_cast<const Bytes16*>(row + first);
+  Pack<T, kLanes<T>> pack;
+  memcpy(&pack, &vector, sizeof pack);
+  return pack;
+}
+
+template <class T>
+__device__ __forceinline__ void store_vector(T* row, int columns, int first, const Pack<T, kLanes<T>>& pack) {
+  if (first >= 0 && first + kLanes<T> <= columns) {
+    Bytes16 vector;
+    memcpy(&vector, &pack, sizeof vector);
+    COTUNING_COUNT_WRITTEN(16);
+    *reinterpret_cast<Bytes16*>(row + first) = vector;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (first + i < 0 || first + i >= columns) continue;
+    COTUNING_COUNT_WRITTEN(sizeof(T));
+    row[first + i] = pack.at[i];
+  }
+}
+
+template <class T>
+__device__ __forceinline__ Pack<T, kLanes<T>> load_logits(const T* row, int columns, int first) {
+  return load_vector(row, columns, first, minus_infinity<T>());
+}
+
+template <class T>
+__device__ __forceinline__ void widen_all(const Pack<T, kLanes<T>>& pack, ComputeType<T> (&z)[kLanes<T>]) {
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) z[i] = widen(pack.at[i]);
+}
+
+}  // namespace cotuning::cuda

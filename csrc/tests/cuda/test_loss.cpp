@@ -1,0 +1,354 @@
+// The kernels of csrc/kernels/cuda in the emulator against long double: random problems, layouts, plans and schedules,
+// with every matrix at the end of its page. It is what the sanitizers look at.
+#include <cstdio>
+#include <string>
+
+#include "../../kernels/cuda/launch.h"
+#include "../../kernels/cuda/scalars.cuh"
+#include "../loss_case.h"
+
+namespace cotuning::test {
+namespace {
+
+using emulator::Order;
+
+cuda::ScalarType type_of(ScalarType type) { return static_cast<cuda::ScalarType>(type); }
+cuda::ConstMatrix view_of(const Grid* grid) {
+  if (grid == nullptr) return {};
+  const cpu::ConstMatrix view = grid->view();
+  return {view.data, type_of(view.type), view.rows, view.columns, view.row_stride};
+}
+cuda::Matrix writable(Grid* grid) {
+  if (grid == nullptr) return {};
+  const cpu::ConstMatrix view = grid->view();
+  return {grid->data(), type_of(view.type), view.rows, view.columns, view.row_stride};
+}
+cuda::Labels view_of(const LabelList* labels) {
+  if (labels == nullptr) return {};
+  const cpu::Labels view = labels->view();
+  return {view.data, view.is_int32, view.stride};
+}
+
+void draw_schedule() {
+  emulator::settings().order = static_cast<Order>(random_integer(0, 2));
+  emulator::settings().seed = static_cast<uint64_t>(random_integer(0, 1 << 30));
+}
+
+cuda::PlanRules draw_rules() {
+  cuda::PlanRules rules;
+  rules.shared_bytes = one_in(3) ? 0 : one_in(2) ? 2000 : 200 << 10;
+  rules.warp_vectors = one_in(2) ? 0 : 128;
+  rules.max_blocks = random_integer(1, 4);
+  return rules;
+}
+
+// Memory that a launch writes, of exactly the size that it needs.
+template <class T>
+class Results {
+ public:
+  explicit Results(int64_t count) : memory_(new T[static_cast<size_t>(count)]) {
+    std::memset(memory_.get(), 0xff, static_cast<size_t>(count) * sizeof(T));
+  }
+  T* data() { return memory_.get(); }
+  T operator[](int64_t i) const { return memory_[static_cast<size_t>(i)]; }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+};
+
+struct Run {
+  LossCase& c;
+  cuda::LossProblem problem;
+  Results<double> loss, terms, factors;
+  std::vector<double> parts;
+  unsigned finished = 0;
+  bool by_row;
+
+  explicit Run(LossCase& c)
+      : c(c),
+        loss(c.batch + 1),
+        terms(2 * c.batch + 2),
+        factors(2),
+        by_row(c.problem.reduction == cpu::Reduction::kNone) {
+    problem.source_logits = view_of(c.source_logits.get());
+    problem.target_logits = view_of(c.target_logits.get());
+    problem.target_classes = c.target_classes;
+    problem.labels = view_of(c.labels.get());
+    problem.labels_b = view_of(c.labels_b.get());
+    problem.probabilities = view_of(c.probabilities.get());
+    problem.mix = c.mix.empty() ? nullptr : c.mix.data();
+    problem.mix_stride = c.problem.mix_stride;
+    problem.relationship = view_of(c.translated != nullptr ? c.translated.get() : c.relationship.get());
+    if (!c.problem.weight.empty()) problem.weight = {c.problem.weight.data(), cuda::ScalarType::kFloat64, 1};
+    problem.trade_off = &c.problem.trade_off;
+    problem.label_smoothing = c.problem.label_smoothing;
+    problem.ignore_index = c.problem.ignore_index;
+    problem.reduction = static_cast<cuda::Reduction>(c.problem.reduction);
+    problem.kl_divergence = c.problem.kl_divergence;
+    problem.results_in_double = true;
+    problem.loss = loss.data();
+    problem.terms = terms.data();
+    problem.factors = factors.data();
+  }
+
+  void launch(const cuda::PlanRules& rules) {
+    const cuda::LossPlan plan = cuda::plan_loss(c.batch, c.source_classes, problem.source_logits.type,
+                                                problem.target_logits.columns, problem.target_logits.type, rules);
+    parts.assign(static_cast<size_t>(plan.blocks * cuda::kLossSums), std::nan(""));
+    problem.sums.parts = parts.data();
+    problem.sums.finished = &finished;
+    draw_schedule();
+    cuda::launch_loss(problem, plan, nullptr);
+    CHECK(finished == 0, "the counter is left at %u", finished);
+  }
+};
+
+std::string describe(const LossCase& c) {
+  char text[200];
+  std::snprintf(text, sizeof text, "source %s target %s R %s, %lld x (%lld, %lld), target kind %d reduction %d%s%s%s",
+                name_of(c.source_logits->type()), c.target_logits ? name_of(c.target_logits->type()) : "none",
+                name_of(c.relationship->type()), static_cast<long long>(c.batch),
+                static_cast<long long>(c.source_classes), static_cast<long long>(c.target_classes),
+                static_cast<int>(c.target), static_cast<int>(c.problem.reduction), c.problem.kl_divergence ? " KL" : "",
+                c.problem.weight.empty() ? "" : " weighted", c.problem.label_smoothing > 0 ? " smoothed" : "");
+  return text;
+}
+
+void check_term(const Run& run, int64_t offset, const ExpectedLoss::Head& head, const std::string& text) {
+  if (run.by_row) {
+    for (int64_t i = 0; i < run.c.batch; ++i) {
+      const double given = run.terms[offset * run.c.batch + i];
+      CHECK(close(given, head.rows[i], head.tolerance[i]), "%s: row %lld is %.9g, expected %.9Lg", text.c_str(),
+            static_cast<long long>(i), given, head.rows[i]);
+    }
+    return;
+  }
+  long double sum = 0, tolerance = 0;
+  for (size_t i = 0; i < head.rows.size(); ++i) {
+    sum += head.rows[i];
+    tolerance += head.tolerance[i];
+  }
+  const long double divisor = run.c.problem.reduction == cpu::Reduction::kMean ? head.divisor : 1;
+  const double given = run.terms[offset];
+  if (divisor == 0 && std::fabs(sum) <= tolerance) {  // 0 / 0, or a rounding error / 0
+    CHECK(!std::isfinite(given), "%s: %.9g", text.c_str(), given);
+    return;
+  }
+  CHECK(close(given, sum / divisor, tolerance / divisor), "%s: %.9g, expected %.9Lg", text.c_str(), given,
+        sum / divisor);
+}
+
+// What is stored is the gradient without its factor.
+void check_gradient(const Grid& gradient, const ExpectedLoss::Head& head, const std::string& text) {
+  CHECK(gradient.gaps_untouched(), "%s: written between rows", text.c_str());
+  for (int64_t i = 0; i < gradient.rows(); ++i) {
+    for (int64_t j = 0; j < gradient.columns(); ++j) {
+      const long double expected = head.gradient[i][j], given = gradient.at(i, j);
+      // An exponential is off by as many ulps as its argument is large, up to about 100 in float.
+      const long double tolerance = 4 * head.gradient_tolerance[i][j] + 0.51L * ulp(gradient.type(), expected);
+      CHECK(close(given, expected, tolerance), "%s: gradient [%lld, %lld] is %.9Lg, expected %.9Lg", text.c_str(),
+            static_cast<long long>(i), static_cast<long long>(j), given, expected);
+      if (head.gradient_tolerance[i][j] == 0)
+        CHECK(given == 0, "%s: a row without target got %Lg", text.c_str(), given);
+    }
+  }
+}
+
+void check_factors(const Run& run, const ExpectedLoss& expected, const std::string& text) {
+  const bool both = run.c.target_logits != nullptr, mean = run.c.problem.reduction == cpu::Reduction::kMean;
+  const long double trade_off = both ? run.c.problem.trade_off : 1;
+  const long double source = mean ? expected.source.divisor : 1, target = mean ? expected.target.divisor : 1;
+  if (source != 0) {
+    CHECK(close(run.factors[0], trade_off / source, 1e-12L * std::fabs(trade_off / source)), "%s: %g", text.c_str(),
+          run.factors[0]);
+  }
+  if (both && target != 0)
+    CHECK(close(run.factors[1], 1 / target, 1e-12L / target), "%s: %g", text.c_str(), run.factors[1]);
+}
+
+void check_loss(LossCase& c, bool in_place, const cuda::PlanRules& rules) {
+  const std::string text = describe(c) + (in_place ? " in place" : "");
+  const ExpectedLoss expected = expected_loss(c);
+  Grid* source_gradient = in_place ? c.source_logits.get() : c.source_gradient.get();
+  Grid* target_gradient = in_place ? c.target_logits.get() : c.target_gradient.get();
+  Run run(c);
+  run.problem.source_gradient = writable(source_gradient);
+  run.problem.target_gradient = writable(target_gradient);
+  run.launch(rules);
+  const bool both = c.target_logits != nullptr;
+  check_term(run, 1, expected.source, text + ", source term");
+  if (both) check_term(run, 0, expected.target, text + ", target term");
+  check_factors(run, expected, text);
+  check_gradient(*source_gradient, expected.source, text + ", source");
+  if (both) check_gradient(*target_gradient, expected.target, text + ", target");
+}
+
+TEST(cuda_loss) {
+  for (ScalarType source : kAllTypes) {
+    for (ScalarType relationship : kAllTypes) {
+      for (int repetition = 0; repetition < 3; ++repetition) {
+        const ScalarType target = one_in(3) ? kAllTypes[random_integer(0, 3)] : source;
+        LossCase c(source, target, relationship, random_integer(1, 5), random_integer(1, 300), random_integer(1, 40));
+        check_loss(c, one_in(3), draw_rules());
+      }
+    }
+  }
+}
+
+TEST(cuda_loss_same_bits) {
+  for (ScalarType type : kAllTypes) {
+    LossCase c(type, type, ScalarType::kFloat32, 5, 150, 11);
+    Run run(c);
+    run.problem.source_gradient = writable(c.source_gradient.get());
+    run.problem.target_gradient = writable(c.target_gradient.get());
+    const cuda::PlanRules rules = draw_rules();
+    std::vector<char> first;
+    for (int k = 0; k < 4; ++k) {
+      run.launch(rules);
+      std::vector<char> bytes = c.source_gradient->bytes();
+      const auto* results = reinterpret_cast<const char*>(run.terms.data());
+      bytes.insert(bytes.end(), results, results + (run.by_row ? 2 * c.batch : 2) * sizeof(double));
+      if (k == 0) first = bytes;
+      CHECK(bytes == first, "%s: another schedule, other bits", describe(c).c_str());
+    }
+  }
+}
+
+TEST(cuda_bad_label) {
+  LossCase c(ScalarType::kFloat32, ScalarType::kFloat32, ScalarType::kFloat32, 4, 40, 7);
+  LabelList labels(4, false, 1);
+  for (int64_t bad : {int64_t{7}, int64_t{-1}, int64_t{1} << 40}) {
+    for (int64_t i = 0; i < 4; ++i) labels.set(i, i == 2 ? bad : i);
+    Run run(c);
+    run.problem.labels = view_of(&labels);
+    run.problem.labels_b = {};
+    run.problem.probabilities = {};
+    run.problem.relationship = view_of(c.relationship.get());
+    run.problem.ignore_index = -100;
+    std::string error;
+    try {
+      run.launch(draw_rules());
+    } catch (const emulator::Error& caught) {
+      error = caught.what();
+    }
+    CHECK(error.find("device-side assertion failed: ignored || ") != std::string::npos, "%s", error.c_str());
+  }
+}
+
+TEST(cuda_scale) {
+  for (ScalarType type : kAllTypes) {
+    for (int repetition = 0; repetition < 4; ++repetition) {
+      const int64_t rows = random_integer(1, 5), columns = random_integer(1, 300);
+      auto first = random_grid(type, rows, columns, 1), second = random_grid(ScalarType::kFloat32, rows, 3, 1);
+      if (one_in(2)) first->set(0, 0, 0);
+      const bool infinite = one_in(4), by_row = one_in(2);
+      const float factors[2] = {infinite ? INFINITY : 1.5f, -0.25f};
+      double upstream[5];
+      for (double& x : upstream) x = by_row ? static_cast<double>(normal(1)) : 0.75;
+      std::vector<long double> before;
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) before.push_back(first->at(i, j));
+      }
+      cuda::ScaleProblem problem;
+      problem.gradients[0] = writable(first.get());
+      problem.gradients[1] = writable(second.get());
+      problem.factors = {factors, cuda::ScalarType::kFloat32, 1};
+      problem.upstream = {upstream, cuda::ScalarType::kFloat64, by_row ? 1 : 0};
+      draw_schedule();
+      cuda::launch_scale(problem, draw_rules(), nullptr);
+      CHECK(first->gaps_untouched() && second->gaps_untouched(), "written between rows");
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) {
+          const long double value = before[i * columns + j];
+          const long double expected = value == 0 ? 0 : value * (factors[0] * upstream[by_row ? i : 0]);
+          CHECK(close(first->at(i, j), expected, 2.01L * ulp(type, expected)), "%s [%lld, %lld]: %Lg, expected %Lg",
+                name_of(type), static_cast<long long>(i), static_cast<long long>(j), first->at(i, j), expected);
+        }
+      }
+    }
+  }
+}
+
+TEST(cuda_statistics) {
+  for (ScalarType type : kAllTypes) {
+    for (int repetition = 0; repetition < 2; ++repetition) {
+      const int64_t rows = random_integer(1, 40), columns = random_integer(3, 200), classes = random_integer(1, 3);
+      const double b = static_cast<double>(0.2L + 2 * uniform());
+      const auto logits = random_grid(type, rows, columns, 3);
+      const auto labels = random_labels(rows, classes, -100);
+      Grid sums(ScalarType::kFloat64, classes, columns);
+      std::vector<long double> expected(classes * columns, 0.5L);
+      std::vector<int64_t> counts(classes, 4), expected_counts(classes, 4);
+      long double terms[4] = {};
+      for (int64_t i = 0; i < classes * columns; ++i) sums.set(i / columns, i % columns, 0.5L);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t label = (*labels)[i];
+        if (label == -100) continue;
+        long double sum = 0, mean = 0, square = 0;
+        for (int64_t j = 0; j < columns; ++j) sum += std::exp(b * logits->at(i, j));
+        for (int64_t j = 0; j < columns; ++j) {
+          const long double p = std::exp(b * logits->at(i, j)) / sum, z = logits->at(i, j);
+          expected[label * columns + j] += p;
+          mean += p * z;
+          square += p * z * z;
+        }
+        ++expected_counts[label];
+        terms[0] += std::log(sum) - b * logits->at(i, label);
+        terms[1] += mean - logits->at(i, label);
+        terms[2] += square - mean * mean;
+        terms[3] += 1;
+      }
+      const cuda::PlanRules rules = draw_rules();
+      draw_schedule();
+      cuda::ClassSumsProblem problem{view_of(logits.get()), view_of(labels.get()), -100, b,
+                                     writable(&sums),       counts.data()};
+      cuda::launch_class_sums(problem, rules, nullptr);
+      for (int64_t i = 0; i < classes * columns; ++i) {
+        CHECK(close(sums.at(i / columns, i % columns), expected[i], 1e-5L * expected[i]), "%s: sum %Lg, expected %Lg",
+              name_of(type), sums.at(i / columns, i % columns), expected[i]);
+      }
+      CHECK(counts == expected_counts, "counts");
+
+      const cuda::PassPlan plan = cuda::plan_pass(rows, columns, type_of(type), rules);
+      Results<double> found(4);
+      std::vector<double> parts(plan.blocks * cuda::kTemperatureSums);
+      unsigned finished = 0;
+      cuda::TemperatureProblem temperature{view_of(logits.get()), view_of(labels.get()), -100, b, found.data(), {}};
+      temperature.sums.parts = parts.data();
+      temperature.sums.finished = &finished;
+      temperature.sums.blocks = plan.blocks;
+      cuda::launch_temperature(temperature, plan, nullptr);
+      for (int k = 0; k < 4; ++k) {
+        CHECK(close(found[k], terms[k], 1e-4L * (rows + std::fabs(terms[k]))), "%s: term %d is %g, expected %Lg",
+              name_of(type), k, found[k], terms[k]);
+      }
+    }
+  }
+}
+
+TEST(cuda_halves_round_to_even) {
+  const auto check = [](ScalarType type, float value, uint16_t bits) {
+    const uint16_t expected = encode_half(type, value);
+    const bool both_nan = std::isnan(decode_half(type, bits)) && std::isnan(value);
+    CHECK(both_nan || bits == expected, "%s of %.9g is %04x, expected %04x", name_of(type), value, bits, expected);
+  };
+  for (int i = 0; i < 200000; ++i) {
+    const float value = cuda::float_of(static_cast<uint32_t>(random_bits()()));
+    cuda::BFloat16 brain;
+    cuda::Float16 half;
+    cuda::narrow(value, &brain);
+    check(ScalarType::kBFloat16, value, brain.bits);
+    // Most floats are too large or too small for float16.
+    int exponent;
+    const float near = std::ldexp(std::frexp(value, &exponent), static_cast<int>(random_integer(-30, 18)));
+    cuda::narrow(near, &half);
+    check(ScalarType::kFloat16, near, half.bits);
+  }
+  for (int bits = 0; bits < 1 << 16; ++bits) {
+    const long double half = decode_half(ScalarType::kFloat16, static_cast<uint16_t>(bits));
+    CHECK(close(cuda::widen(cuda::Float16{static_cast<uint16_t>(bits)}), half, 0), "%04x", bits);
+  }
+}
+
+}  // namespace
+}  // namespace cotuning::test

@@ -1,0 +1,60 @@
+// Plans: plain functions of shapes.
+#include "../../kernels/cuda/plan.h"
+#include "../check.h"
+
+namespace cotuning::test {
+namespace {
+
+using namespace cuda;
+
+TEST(plans_fit_the_device) {
+  for (int i = 0; i < 3000; ++i) {
+    const auto type = [] { return static_cast<ScalarType>(random_integer(0, 3)); };
+    const ScalarType source_type = type(), target_type = type();
+    const int64_t rows = one_in(8) ? 0 : random_integer(1, one_in(2) ? 100 : 1 << 20);
+    const int64_t source = random_integer(1, one_in(2) ? 2000 : 300000);
+    const int64_t target = one_in(4) ? 0 : random_integer(1, one_in(2) ? 300 : 30000);
+    PlanRules rules;
+    constexpr int64_t kCards[] = {48 << 10, 64 << 10, 99 << 10, 163 << 10, 227 << 10};
+    rules.shared_bytes = kCards[random_integer(0, 4)] - kStaticSharedBytes;
+    const LossPlan plan = plan_loss(rows, source, source_type, target, target_type, rules);
+    CHECK(plan.shared_bytes <= rules.shared_bytes, "%lld bytes", static_cast<long long>(plan.shared_bytes));
+    CHECK(plan.threads >= 128 && plan.threads <= kLargestBlock && (plan.threads & (plan.threads - 1)) == 0,
+          "%d threads", plan.threads);
+    CHECK(plan.blocks >= plan.launches && plan.blocks <= plan.launches * rules.max_blocks, "%lld blocks",
+          static_cast<long long>(plan.blocks));
+    CHECK(plan.launches == (target > 0 && source_type != target_type ? 2 : 1), "%d launches", plan.launches);
+    for (const RowPlan* head : {&plan.source, &plan.target}) {
+      if (head == &plan.target && target == 0) continue;
+      const int64_t at_once = plan.threads / head->threads_per_row;
+      CHECK(head->threads_per_row == kWarpThreads || head->threads_per_row == plan.threads, "%d threads a row",
+            head->threads_per_row);
+      CHECK(head->items * at_once >= rows && (head->items - 1) * at_once < rows, "rows left out, or too many");
+      CHECK(head->staged_bytes * at_once <= plan.shared_bytes, "a row does not fit");
+    }
+  }
+}
+
+TEST(plans_of_known_heads) {
+  PlanRules hopper;
+  hopper.shared_bytes = (227 << 10) - kStaticSharedBytes;
+  const auto plan_of = [&](int64_t columns, ScalarType type) {
+    return plan_loss(256, columns, type, 200, type, hopper);
+  };
+  CHECK(plan_of(1000, ScalarType::kFloat32).source.threads_per_row == 128, "another plan");
+  CHECK(plan_of(1000, ScalarType::kBFloat16).source.threads_per_row == kWarpThreads, "another plan");
+  CHECK(plan_of(1000, ScalarType::kFloat32).target.threads_per_row == kWarpThreads, "another plan");
+  CHECK(plan_of(21841, ScalarType::kFloat32).source.staging == Staging::kLogitsAndTarget, "another plan");
+  CHECK(plan_of(30522, ScalarType::kFloat32).source.staging == Staging::kLogits, "another plan");
+  CHECK(plan_of(30522, ScalarType::kBFloat16).source.staging == Staging::kLogitsAndTarget, "another plan");
+  CHECK(plan_of(100000, ScalarType::kFloat32).source.staging == Staging::kNothing, "another plan");
+}
+
+TEST(a_plan_of_no_rows_launches_one_block) {
+  const LossPlan plan = plan_loss(0, 40, ScalarType::kFloat32, 7, ScalarType::kFloat32, {});
+  CHECK(plan.blocks == 1 && plan.source.items == 0 && plan.target.items == 0, "%lld blocks",
+        static_cast<long long>(plan.blocks));
+}
+
+}  // namespace
+}  // namespace cotuning::test

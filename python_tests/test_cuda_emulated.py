@@ -1,0 +1,234 @@
+"""The CUDA kernels and the emulator that runs them: the C++ tests plain and under sanitizers, faults that each layer
+must find, the bytes that kernels move, and what is launched. (The conformance table runs through the emulator with all
+other backends, in test_conformance.py.)"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+import emulated_cuda
+import pytest
+import torch
+from conformance import Case, Placed, run_public
+from cpp_builds import ROOT, build, compiler, run, run_kernel_tests
+from torch import Tensor
+
+from cotuning_kernels import backends, functional
+
+MEMORY = "address,undefined"
+# The tests that launch many threads; the others would show ThreadSanitizer nothing more.
+THREADS = (
+    "textbook",
+    "cuda_loss",
+    "cuda_loss_same_bits",
+    "cuda_scale",
+    "cuda_statistics",
+    "barriers_order_shared_memory",
+)
+
+
+def all_tests() -> list[str]:
+    sources = [path.read_text() for path in (ROOT / "csrc" / "tests" / "cuda").glob("*.cpp")]
+    return re.findall(r"^TEST\((\w+)\)", "\n".join(sources), re.MULTILINE)
+
+
+def run_cuda_tests(sanitize: str, *arguments: str, seed: int) -> tuple[int, str]:
+    finished = run_kernel_tests(sanitize, *arguments, seed=seed, program="cuda_tests")
+    return finished.returncode, finished.stdout
+
+
+@pytest.mark.parametrize(("sanitize", "tests"), [("", ()), (MEMORY, ()), ("thread", THREADS)])
+def test_kernels_pass_in_the_emulator_without_a_report(sanitize: str, tests: tuple[str, ...], seed: int) -> None:
+    code, words = run_cuda_tests(sanitize, *tests, seed=seed)
+    assert code == 0, words
+    assert not re.search("FAILED|Sanitizer|runtime error", words)
+    passed = re.findall(r"^(\w+) +passed$", words, re.MULTILINE)
+    assert sorted(passed) == sorted(tests or all_tests())
+
+
+def test_the_emulator_without_assembly(seed: int) -> None:
+    """As on other processors: the same tests of the emulator, switching with ucontext."""
+    built = run(["cmake", "--build", build(""), "--target", "ucontext_tests"])
+    assert built.returncode == 0, built.stdout
+    finished = run([build("") / "ucontext_tests", "--seed", str(seed)])
+    assert finished.returncode == 0, finished.stdout
+    assert re.search(r"^misuse_is_an_error +passed$", finished.stdout, re.MULTILINE)
+
+
+# The fault in the textbook kernel, the layer that must find it, and what it says.
+FAULTS = [
+    ("no-barrier-before-read", "", "wrong value"),
+    ("no-barrier-before-read", "thread", "ThreadSanitizer: data race .*faults.h"),
+    ("no-barrier-before-reuse", "", "wrong value|gives other bits"),
+    ("no-barrier-before-reuse", "thread", "ThreadSanitizer: data race .*faults.h"),
+    ("overread", MEMORY, "AddressSanitizer: heap-buffer-overflow .*faults.h"),
+    ("misaligned", MEMORY, "runtime error: .*misaligned address"),
+    ("careless-update", "thread", "ThreadSanitizer: data race .*faults.h"),
+    ("no-fence", "thread", "ThreadSanitizer: data race .*faults.h"),
+    ("unwritten", "", "wrong value: .* -?nan"),
+    ("order-of-arrival", "", "gives other bits"),
+    ("early-return", "", "the emulator reports: .* a barrier that some threads of the block have returned before"),
+    ("missing-lane", "", "the emulator reports: .* no thread can go on: thread 0 waits in __shfl_xor_sync"),
+    ("lane-returned", "", "the emulator reports: .*(returned while its warp waits|a lane of the mask has returned)"),
+    ("divergent-barrier", "", "the emulator reports: .* wait in different barriers: line"),
+    ("label", "", "the emulator reports: .* device-side assertion failed"),
+    ("much-shared-memory", "", "the emulator reports: .* 61440 bytes of dynamic shared memory, but 49152 were allowed"),
+]
+
+
+@pytest.mark.parametrize(("fault", "sanitize", "report"), FAULTS, ids=lambda value: str(value)[:24])
+def test_a_planted_fault_is_found(fault: str, sanitize: str, report: str, seed: int) -> None:
+    code, words = run_cuda_tests(sanitize, "--plant", fault, "textbook", seed=seed)
+    assert code == (99 if "Sanitizer" in report or "runtime error" in report else 1), words
+    assert re.search(report, words), words
+
+
+def test_every_fault_of_the_textbook_kernel_is_in_the_table() -> None:
+    planted = re.findall(r'planted\("([\w-]+)"\)', (ROOT / "csrc/tests/cuda/faults.h").read_text())
+    planted += re.findall(r'planted\("([\w-]+)"\)', (ROOT / "csrc/tests/cuda/test_faults.cpp").read_text())
+    assert set(planted) == {fault for fault, _, _ in FAULTS}
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("float sum = 0; atomicAdd(&sum, 1.0f);", "depends on the order of blocks"),
+        ("__shfl_down_sync(0xffffffffu, 1, 1);", "__shfl_down_sync"),
+        ("cudaMalloc(nullptr, 1);", "cudaMalloc"),
+        ("__nanosleep(1);", "__nanosleep"),
+    ],
+)
+def test_what_the_emulator_does_not_cover_does_not_compile(code: str, why: str, tmp_path: object) -> None:
+    source = f"{tmp_path}/uncovered.cpp"
+    with open(source, "w") as file:
+        file.write(f'#include "{ROOT}/csrc/emulator/emulator.h"\nvoid kernel() {{ {code} }}\n')
+    compiled = run([compiler(), "-std=c++17", "-fsyntax-only", source])
+    assert compiled.returncode != 0
+    assert why in compiled.stdout
+
+
+# ------------------------------------------------------------------------------------------------ through the library
+
+
+@pytest.fixture
+def emulated() -> None:
+    if reason := emulated_cuda.missing():
+        pytest.skip(reason)
+
+
+def _traffic(classes: int, dtype: torch.dtype, plan: emulated_cuda.Plan, rows: int = 2) -> emulated_cuda.Counts:
+    """Of the source term alone, with its gradient."""
+    draw = torch.Generator().manual_seed(classes)
+    logits = torch.randn(rows, classes, generator=draw).to(dtype).requires_grad_()
+    relationship = torch.softmax(torch.randn(3, classes, generator=draw), 1)
+    with emulated_cuda.emulated(plan):
+        emulated_cuda.take_counts()
+        functional.source_label_loss(logits, torch.arange(rows) % 3, relationship, backend="cuda")
+        return emulated_cuda.take_counts()
+
+
+HEADS = [
+    (classes, dtype) for classes in (1000, 21841, 30522) for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize(("classes", "dtype"), HEADS, ids=str)
+def test_a_row_is_read_and_written_once(emulated: None, classes: int, dtype: torch.dtype) -> None:
+    """Where a row is staged: logits, R and gradient once each, all but the ends of rows by 16 bytes. A row of R that
+    starts elsewhere than the logits is read by pairs of aligned vectors, each of which its neighbour reads again."""
+    counts = _traffic(classes, dtype, emulated_cuda.Plan())
+    # A row of R beside so many float32 logits is more than a block can have: it is read again for the gradient.
+    times = 2 if (classes, dtype) == (30522, torch.float32) else 1
+    element, vector = dtype.itemsize, 16 // dtype.itemsize
+    written = counts.vector_bytes_written + counts.other_bytes_written
+    assert written == 2 * classes * element
+    assert counts.other_bytes_written <= 2 * 2 * 16
+    once = 2 * classes * (element + 4 * times)
+    read = counts.vector_bytes_read + counts.other_bytes_read
+    aligned = classes * element % 16 == 0 and classes * 4 % 16 == 0
+    assert read == once if aligned else once <= read <= once + 2 * classes * 4 * times
+    # The first and the last vector of either row, and of R those whose aligned neighbours would lie outside the row.
+    assert counts.other_bytes_read <= 2 * (2 * 16 + 4 * vector * 4) * times
+
+
+def test_without_staging_a_row_is_read_again(emulated: None) -> None:
+    staged, logits_alone, unstaged = (
+        _traffic(1000, torch.float32, emulated_cuda.Plan(shared_bytes=shared))
+        for shared in (200 << 10, 1001 * 4 + 100, 0)
+    )
+    assert staged.vector_bytes_read == 2 * 1000 * (4 + 4)
+    assert logits_alone.vector_bytes_read == 2 * 1000 * (4 + 2 * 4)  # R for the sums and for the gradient
+    assert unstaged.vector_bytes_read == 2 * 1000 * (3 * 4 + 2 * 4)  # the logits for the maximum as well
+
+
+def test_launches_of_a_training_step(emulated: None) -> None:
+    """One for the loss with both gradients, one for the upstream gradient; nothing that depends on the numbers."""
+    problem = Case("step", "", (48, 200, 1000)).build(torch.float32, 1)
+    with emulated_cuda.emulated(emulated_cuda.Plan()):
+        source = problem.source_logits.requires_grad_()
+        target = problem.target_logits.requires_grad_()
+        emulated_cuda.take_counts()
+        loss = functional.co_tuning_loss(source, target, problem.target, problem.relationship, backend="cuda")
+        assert emulated_cuda.take_counts().launches == 1
+        (2.5 * loss).backward()
+        assert emulated_cuda.take_counts().launches == 1
+        functional.co_tuning_loss(source.bfloat16(), target, problem.target, problem.relationship, backend="cuda")
+        assert emulated_cuda.take_counts().launches == 2  # heads of two types
+
+
+def test_a_bad_label_is_a_device_side_assertion(emulated: None) -> None:
+    problem = Case("labels", "", (4, 7, 40)).build(torch.float32, 1)
+    assert isinstance(problem.target, Tensor)
+    problem.target[2] = 7
+    with (
+        emulated_cuda.emulated(emulated_cuda.Plan()),
+        pytest.raises(RuntimeError, match="device-side assertion failed: ignored"),
+    ):
+        run_public(problem, "both heads", "cuda")
+
+
+def test_rows_of_any_alignment(emulated: None) -> None:
+    """Logits, R and gradient that start anywhere in 16 bytes, each for itself."""
+    draw = torch.Generator().manual_seed(3)
+    for dtype in (torch.float32, torch.bfloat16):
+        for offset in range(9):
+            values, matrix = torch.randn(3, 53, generator=draw).to(dtype), torch.rand(4, 53, generator=draw)
+            wide = Placed(torch.zeros(3, 53 + offset, dtype=dtype))
+            logits = wide.view[:, offset:]
+            logits.copy_(values)
+            # Not clones, which would be aligned again.
+            relationship = torch.empty(4 * 53 + offset)[offset:].view(4, 53).copy_(matrix)
+            target = torch.tensor([0, 3, 1])
+            with emulated_cuda.emulated(emulated_cuda.Plan(warp_vectors=offset % 2 * 128)):
+                leaf = logits.detach().requires_grad_()
+                loss = functional.source_label_loss(leaf, target, relationship, backend="cuda")
+                (given,) = torch.autograd.grad(3.0 * loss, leaf)
+            leaf = values.double().requires_grad_()
+            loss = functional.source_label_loss(leaf, target, matrix.double(), backend="reference")
+            (expected,) = torch.autograd.grad(3.0 * loss, leaf)
+            assert torch.allclose(given.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------- the plans
+
+
+@pytest.fixture
+def extension() -> None:
+    if backends.extension() is None:
+        pytest.skip(f"no extension: {backends.missing_reason('cpp')}")
+
+
+def test_the_plan_can_be_asked_for(extension: None) -> None:
+    plan = backends.cuda_loss_plan(256, 1000, 200)
+    assert plan["launches"] == 1
+    assert plan["source"] == {"threads_per_row": 128, "staging": "logits and target"}
+    assert plan["target"] == {"threads_per_row": 32, "staging": "logits and target"}
+    assert "target" not in backends.cuda_loss_plan(256, 1000)
+    assert backends.cuda_loss_plan(8, 1000, 9, target_dtype=torch.float16)["launches"] == 2
+    small, large = (backends.cuda_loss_plan(8, 30522, shared_memory=size << 10) for size in (64, 227))
+    assert (small["source"]["staging"], large["source"]["staging"]) == ("nothing", "logits")
+    sizes = [backends.cuda_loss_plan(8, classes)["threads"] for classes in (100, 1000, 4000, 30522)]
+    assert all(a <= b for a, b in pairwise(sizes))
+    with pytest.raises(ValueError, match=r"source_dtype is torch\.int64, expected one of torch\.float32"):
+        backends.cuda_loss_plan(8, 100, source_dtype=torch.int64)
