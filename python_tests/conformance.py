@@ -403,19 +403,18 @@ def _missing_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device that this torch can use"
 
 
-# A warp a row where that is enough, and few blocks, so that each goes on to further rows.
-_WARPS = _emulated_cuda("warps", emulated_cuda.Plan(max_blocks=2))
 BACKENDS = (
     REFERENCE,
     _cpp("avx512"),
     _cpp("avx2"),
     _cpp("portable"),
     _OPERATIONS,
-    _WARPS,
     _triton("triton-rows", loops=False),
 )
 TABLE_BACKENDS = (
     *BACKENDS,
+    # A warp a row where that is enough, and few blocks, so that each goes on to further rows.
+    _emulated_cuda("warps", emulated_cuda.Plan(max_blocks=2)),
     _emulated_cuda("blocks", emulated_cuda.Plan(warp_vectors=0, max_blocks=3)),
     _emulated_cuda("unstaged", emulated_cuda.Plan(shared_bytes=0, warp_vectors=16)),
     _triton("triton-loops", loops=True),
