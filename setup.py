@@ -98,8 +98,6 @@ class BuildWithNinja(build_ext):
                 "cotuning_kernels: the CUDA kernels did not compile (nvcc's words are above). To install without them: "
                 "COTUNING_KERNELS_CUDA=0 pip install ."
             )
-        if self._ninja(build):
-            return
         print(
             "cotuning_kernels: _eager did not compile (the compiler's words are above) and is left out: small batches "
             "on the CPU will take longer, nothing else changes",

@@ -11,6 +11,7 @@
 #include "../kernels/cpu/statistics.h"
 #include "kernel_table.h"
 #include "loss_problem.h"
+#include "stable_empty.h"
 
 namespace cotuning::ops {
 namespace {
@@ -19,18 +20,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t k = sizes.size(); k-- > 0;) {
-    strides[k] = stride;
-    stride *= sizes.begin()[k];
-  }
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
-  return Tensor(handle);
+  return stable_empty(sizes, type, aoti_torch_device_type_cpu(), 0);
 }
 
 // torch's own threads: torch.set_num_threads holds here too.

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "../kernels/cuda/launch.h"
+#include "stable_empty.h"
 
 #ifdef COTUNING_EMULATE
 #define COTUNING_LIBRARY_IMPL(library) STABLE_TORCH_LIBRARY_IMPL(cotuning_kernels_emulated, CPU, library)
@@ -55,18 +56,7 @@ class Place {
   }
 
   Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) const {
-    std::vector<int64_t> strides(sizes.size());
-    int64_t stride = 1;
-    for (size_t k = sizes.size(); k-- > 0;) {
-      strides[k] = stride;
-      stride *= sizes.begin()[k];
-    }
-    const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                           strides.data(), dtype, device_type_, device_.index(),
-                                                           &handle));
-    Tensor tensor(handle);
+    Tensor tensor = stable_empty(sizes, type, device_type_, device_.index());
 #ifdef COTUNING_EMULATE
     std::memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * tensor.element_size());  // NaN, until it is written
 #endif

@@ -7,8 +7,6 @@
 
 namespace cotuning::cpu {
 
-enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
-
 struct LossProblem {
   ConstMatrix source_logits;  // (B, N_s)
   ConstMatrix target_logits;  // (B, N_t); no matrix: the source term alone

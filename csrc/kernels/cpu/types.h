@@ -1,35 +1,18 @@
-// Views of the memory that the CPU kernels work on. No torch below csrc/kernels.
+// Views of the memory that the CPU kernels work on.
 #pragma once
 
-#include <cstdint>
+#include "../types.h"
 
 namespace cotuning::cpu {
 
-enum class ScalarType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
-inline constexpr int kScalarTypes = 4;
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-// Arithmetic is float for every type but double: half-precision values are widened as they are loaded.
-template <class T>
-struct ComputeTypeOf {
-  using type = float;
-};
-template <>
-struct ComputeTypeOf<double> {
-  using type = double;
-};
-template <class T>
-using ComputeType = typename ComputeTypeOf<T>::type;
-
-constexpr int64_t size_of(ScalarType type) {
-  return type == ScalarType::kFloat64 ? 8 : type == ScalarType::kFloat32 ? 4 : 2;
-}
+using cotuning::BFloat16;
+using cotuning::ComputeType;
+using cotuning::Float16;
+using cotuning::kScalarTypes;
+using cotuning::Labels;
+using cotuning::Reduction;
+using cotuning::ScalarType;
+using cotuning::size_of;
 
 // A matrix with dense columns and rows at any distance (0: every row is the same one). No columns: no matrix. (A null
 // pointer would not say so: it is also what a matrix without rows has.)
@@ -51,17 +34,6 @@ struct Matrix {
   bool stream = false;  // worth writing around the cache
 
   void* row(int64_t i) const { return static_cast<char*>(data) + i * row_stride * size_of(type); }
-};
-
-// Class indices, int64 or int32, at any distance.
-struct Labels {
-  const void* data = nullptr;
-  bool is_int32 = false;
-  int64_t stride = 1;
-
-  int64_t operator[](int64_t i) const {
-    return is_int32 ? static_cast<const int32_t*>(data)[i * stride] : static_cast<const int64_t*>(data)[i * stride];
-  }
 };
 
 // The first label that is neither a class nor ignored, if there is one.

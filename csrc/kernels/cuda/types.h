@@ -1,22 +1,17 @@
-// Views of device memory, and the operations' arguments as the kernels take them. No torch below csrc/kernels.
+// Views of device memory, and the operations' arguments as the kernels take them.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define COTUNING_BOTH __host__ __device__
-#else
-#define COTUNING_BOTH
-#endif
+#include "../types.h"
 
 namespace cotuning::cuda {
 
-enum class ScalarType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
-enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
-
-COTUNING_BOTH constexpr int64_t size_of(ScalarType type) {
-  return type == ScalarType::kFloat64 ? 8 : type == ScalarType::kFloat32 ? 4 : 2;
-}
+using cotuning::BFloat16;
+using cotuning::ComputeType;
+using cotuning::Float16;
+using cotuning::Labels;
+using cotuning::Reduction;
+using cotuning::ScalarType;
+using cotuning::size_of;
 
 // A matrix with dense columns and rows at any distance (0: every row is the same one). No columns: no matrix.
 struct ConstMatrix {
@@ -47,17 +42,6 @@ struct ConstVector {
   const void* data = nullptr;
   ScalarType type = ScalarType::kFloat32;
   int64_t stride = 0;
-};
-
-// Class indices, int64 or int32, at any distance.
-struct Labels {
-  const void* data = nullptr;
-  bool is_int32 = false;
-  int64_t stride = 1;
-
-  COTUNING_BOTH int64_t operator[](int64_t i) const {
-    return is_int32 ? static_cast<const int32_t*>(data)[i * stride] : static_cast<const int64_t*>(data)[i * stride];
-  }
 };
 
 // Sums over blocks in a fixed order: every block leaves its part in `parts`, and the last one to finish, which it
