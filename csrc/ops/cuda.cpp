@@ -11,7 +11,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstring>
@@ -21,6 +20,7 @@
 #include <vector>
 
 #include "../kernels/cuda/launch.h"
+#include "dtypes.h"
 #include "stable_empty.h"
 
 #ifdef COTUNING_EMULATE
@@ -32,7 +32,6 @@
 namespace cotuning::ops {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
@@ -71,21 +70,6 @@ class Place {
   torch::stable::accelerator::Stream stream_;
 #endif
 };
-
-cuda::ScalarType kernel_type(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return cuda::ScalarType::kFloat32;
-    case ScalarType::BFloat16: return cuda::ScalarType::kBFloat16;
-    case ScalarType::Half: return cuda::ScalarType::kFloat16;
-    case ScalarType::Double: return cuda::ScalarType::kFloat64;
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
-  }
-}
-
-bool is_floating(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  return type != ScalarType::Long && type != ScalarType::Int;
-}
 
 void check_matrix(const Place& place, const Tensor& tensor, const char* name) {
   place.check(tensor, name);

@@ -2,25 +2,12 @@
 // ones (csrc/eager), which have these members in common.
 #pragma once
 
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include "../kernels/cpu/types.h"
+#include "dtypes.h"
 
 namespace cotuning::ops {
-
-using torch::headeronly::ScalarType;
-
-template <class Tensor>
-cpu::ScalarType kernel_type(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return cpu::ScalarType::kFloat32;
-    case ScalarType::BFloat16: return cpu::ScalarType::kBFloat16;
-    case ScalarType::Half: return cpu::ScalarType::kFloat16;
-    case ScalarType::Double: return cpu::ScalarType::kFloat64;
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
-  }
-}
 
 template <class Tensor>
 void check_matrix(const Tensor& tensor, const char* name) {
@@ -49,12 +36,6 @@ cpu::Labels labels(const Tensor& tensor, int64_t rows, const char* name) {
   const bool is_int32 = tensor.scalar_type() == ScalarType::Int;
   STD_TORCH_CHECK(is_int32 || tensor.scalar_type() == ScalarType::Long, name, " must be int64 or int32");
   return {tensor.const_data_ptr(), is_int32, tensor.stride(0)};
-}
-
-template <class Tensor>
-bool is_floating(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  return type != ScalarType::Long && type != ScalarType::Int;
 }
 
 }  // namespace cotuning::ops
