@@ -1068,6 +1068,16 @@ def _numbers() -> list[Case]:
             Case(f"late maximum {height:g} above", "about the height where one sweep no longer does, and exp overflows",
                  (3, 90, 300), edits=(scaled(0.5), source(1, 250, height), target(1, 80, height)))
         )  # fmt: skip
+    # The CPU keeps the exponentials of a long row in its gradient, which in place are the logits of the second sweep.
+    for kind, edits in (
+        ("labels", (source(1, 1500, 5e3),)),
+        ("pair", (source(1, 1500, _NAN),)),
+        ("probabilities", (source(1, 1500, -_INF), source(2, 1700, 200.0))),
+    ):
+        cases.append(
+            Case(f"long row swept twice, {kind}", "a row is long from 1639 floats or 820 doubles on", (3, 5, 1701),
+                 kind, options={"reduction": "none"}, edits=edits)
+        )  # fmt: skip
     starts = {"-inf": -_INF, "-1e4": -1e4, "-80": -80.0}
     cases += [
         Case(f"start of {name}", "the first elements say nothing about the maximum", (3, 90, 300),

@@ -44,6 +44,21 @@ double split_scale(ScalarType type, double scale, double* stored) {
   return std::ldexp(1.0, exponent - 1);
 }
 
+// Where the exponentials of a row wait for the second pass: in scratch, which stays in the first-level cache together
+// with the row, the next one, its distribution and its gradient; where these five do not fit, in the gradient's own
+// memory, which is a fifth less to go through the second-level cache. In place they cannot: a second sweep (rows.h)
+// would need the logits that the first one has overwritten.
+constexpr int64_t kFirstLevelBytes = 32 << 10;
+bool keeps_exponentials(const Matrix& gradient, const ConstMatrix& logits) {
+  const bool same_type = logits.type == ScalarType::kFloat32 || is_double(logits);
+  return same_type && gradient.data != nullptr && gradient.data != logits.data &&
+         5 * logits.columns * size_of(logits.type) > kFirstLevelBytes;
+}
+
+// Fetching the next row early helps while the relationship comes from a cache. Where it comes from memory too, its
+// rows arrive later for it.
+constexpr int64_t kCachedRelationshipBytes = 2 << 20;
+
 class Loss {
  public:
   explicit Loss(const LossProblem& problem)
@@ -112,8 +127,11 @@ class Loss {
     result->source_term.assign(batch_, 0.0);
     result->target_term.assign(p_.target_logits ? batch_ : 0, 0.0);
     source_gradient_ = p_.source_gradient;
-    source_gradient_.stream =
-        source_gradient_.data != nullptr && worth_streaming(source_gradient_.data, gradient_bytes());
+    source_gradient_.stream = source_gradient_.data != nullptr &&
+                              !keeps_exponentials(source_gradient_, p_.source_logits) &&
+                              worth_streaming(source_gradient_.data, gradient_bytes());
+    const int64_t relationship_bytes = p_.relationship.rows * p_.relationship.columns * size_of(p_.relationship.type);
+    fetch_next_source_row_ = relationship_bytes <= kCachedRelationshipBytes;
     source_rows_ = result->source_term.data();
     target_rows_ = result->target_term.data();
     parallel_for(
@@ -214,7 +232,9 @@ class Loss {
   }
 
   void run_rows(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) source_row(i, i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
+    for (int64_t i = begin; i < end; ++i) {
+      source_row(i, fetch_next_source_row_ && i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
+    }
     if (p_.target_logits) {
       for (int64_t i = begin; i < end; ++i) target_row(i, i + 1 < end ? p_.target_logits.row(i + 1) : nullptr);
     }
@@ -235,10 +255,11 @@ class Loss {
       zero_gradient(logits, row, gradient);
       return 0;
     }
-    void* exponentials = Scratch::get(0, logits.columns * (is_double(logits) ? 8 : 4));
     void* gradient_row = gradient.data != nullptr ? gradient.row(row) : nullptr;
+    const bool kept = keeps_exponentials(gradient, logits);
+    void* exponentials = kept ? gradient_row : Scratch::get(0, logits.columns * (is_double(logits) ? 8 : 4));
     const SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next,
-                                            gradient.stream ? nullptr : gradient_row);
+                                            kept || gradient.stream ? nullptr : gradient_row);
     if (gradient_row != nullptr) {
       rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, gradient.stream,
                            gradient_row);
@@ -396,6 +417,7 @@ class Loss {
   bool any_valid_ = false;
   double source_divisor_ = 1, target_divisor_ = 1, source_scale_ = 1, target_scale_ = 1;
   Matrix source_gradient_;
+  bool fetch_next_source_row_ = false;
   double* source_rows_ = nullptr;
   double* target_rows_ = nullptr;
   void* translated_ = nullptr;
