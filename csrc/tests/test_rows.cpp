@@ -24,7 +24,7 @@ SweepResult read_past_the_row(const void* z, const void* q, int64_t n, void* e, 
 }
 SweepResult write_past_the_row(const void* z, const void* q, int64_t n, void* e, const void* next,
                                const void* written) {
-  static_cast<float*>(e)[n] = 1;
+  if (e != nullptr) static_cast<float*>(e)[n] = 1;
   return right().sweep[0](z, q, n, e, next, written);
 }
 SweepResult miss_a_late_maximum(const void* z, const void* q, int64_t n, void* e, const void* next,
@@ -41,7 +41,7 @@ SweepResult hide_nan(const void* z, const void* q, int64_t n, void* e, const voi
 }
 SweepResult take_a_coarse_exp(const void* z, const void* q, int64_t n, void* e, const void* next, const void* written) {
   const SweepResult result = right().sweep[0](z, q, n, e, next, written);
-  static_cast<float*>(e)[n / 2] *= 1 + 4 * FLT_EPSILON;
+  if (e != nullptr) static_cast<float*>(e)[n / 2] *= 1 + 4 * FLT_EPSILON;
   return result;
 }
 void forget_the_last_element(const void* e, const void* q, int64_t n, double a, double b, bool stream, void* out) {
@@ -245,7 +245,9 @@ void check_sweep(const Case& c, Logits kind, bool with_target) {
   }
   CHECK(close(result.mass, mass, c.sum_epsilon() * mass), "%s: mass %.9g, expected %.9Lg", what, result.mass, mass);
 
-  // Fetching the next rows meanwhile changes nothing.
+  // Not storing the exponentials changes nothing, nor does fetching the next rows meanwhile.
+  const SweepResult unstored = c.kernels.sweep[c.index()](z.data(), target, c.n, nullptr, nullptr, nullptr);
+  CHECK(unstored.sum == result.sum && close(unstored.dot, result.dot, 0) && unstored.mass == result.mass, "%s", what);
   Row next(c.type, c.n, c.place), written(c.type, c.n, c.place);
   const SweepResult again = c.kernels.sweep[c.index()](z.data(), target, c.n, e.data(), next.data(), written.data());
   CHECK(written.surroundings_untouched() && std::isnan(written[0]), "%s", what);

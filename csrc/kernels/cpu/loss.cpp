@@ -257,7 +257,7 @@ class Loss {
     }
     void* gradient_row = gradient.data != nullptr ? gradient.row(row) : nullptr;
     const bool kept = keeps_exponentials(gradient, logits);
-    void* exponentials = kept ? gradient_row : Scratch::get(0, logits.columns * (is_double(logits) ? 8 : 4));
+    void* exponentials = kept || gradient_row == nullptr ? gradient_row : scratch_row(logits);
     const SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next,
                                             kept || gradient.stream ? nullptr : gradient_row);
     if (gradient_row != nullptr) {
@@ -265,6 +265,10 @@ class Loss {
                            gradient_row);
     }
     return s.mass * std::log(s.sum) - s.dot;
+  }
+
+  static void* scratch_row(const ConstMatrix& logits) {
+    return Scratch::get(0, logits.columns * (is_double(logits) ? 8 : 4));
   }
 
   void target_row(int64_t row, const void* next) {
@@ -328,8 +332,8 @@ class Loss {
     // In place, the gradient overwrites the logits: read what is needed of them first.
     double logit[2] = {};
     for (int k = 0; k < parts.count; ++k) logit[k] = element(logits, row, parts.index[k]);
-    void* exponentials = Scratch::get(0, logits.columns * (is_double(logits) ? 8 : 4));
     void* gradient_row = p_.target_gradient.data != nullptr ? p_.target_gradient.row(row) : nullptr;
+    void* exponentials = gradient_row != nullptr ? scratch_row(logits) : nullptr;
     const SweepResult s = rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, next, gradient_row);
     const double mass = parts.total();
     double loss = mass * std::log(s.sum);

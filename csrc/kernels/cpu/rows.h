@@ -28,9 +28,9 @@ struct MomentResult {
 struct RowKernels {
   const char* name;
 
-  // Writes exp(z - shift) to `exponentials`. `q` may be null: dot and mass are then 0. `next` may be null, or the row
-  // that will be swept next, and `written` null or the row that will be written next: they are fetched into the cache
-  // meanwhile.
+  // Writes exp(z - shift) to `exponentials` unless that is null. `q` may be null: dot and mass are then 0. `next` may
+  // be null, or the row that will be swept next, and `written` null or the row that will be written next: they are
+  // fetched into the cache meanwhile.
   SweepResult (*sweep[kScalarTypes])(const void* z, const void* q, int64_t n, void* exponentials, const void* next,
                                      const void* written);
   // gradient = softmax_factor * exponentials - target_factor * q; `q` may be null. `stream`: write around the cache

@@ -55,20 +55,21 @@ struct SweepSums {
   V mass = broadcast(typename V::Scalar(0));
 };
 
-template <bool kMasked, bool kTarget, class V, class C>
-static inline void sweep_vector(V x, V q, C* exponentials, SweepSums<V>& sums) {
+template <bool kMasked, bool kTarget, class V>
+static inline V sweep_vector(V x, V q, SweepSums<V>& sums) {
   const V e = kMasked ? exp(x) : exp_in_range(x);
-  store(exponentials, e);
   sums.sum = sums.sum + e;
   if constexpr (kTarget) {
     sums.dot = kMasked ? sums.dot + keep_where_nonzero(q, q * x) : fma(q, x, sums.dot);
     sums.mass = sums.mass + q;
   }
+  return e;
 }
 
 // kMasked: for rows with numbers that are not finite. exp(-inf) is 0, and a logit of -inf where q is 0 contributes 0 to
 // the dot product instead of 0 * -inf = NaN.
-template <bool kMasked, bool kTarget, class T>
+// kStore: whether the exponentials are wanted, which without a gradient they are not.
+template <bool kMasked, bool kTarget, bool kStore, class T>
 static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, int64_t n, ComputeType<T>* exponentials,
                                            const T* next, const T* written, ComputeType<T> shift_value) {
   using V = Vector<T>;
@@ -76,6 +77,10 @@ static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, 
   const V none = broadcast(ComputeType<T>(0));
   constexpr int kStep = 2 * V::kLanes;
   SweepSums<V> even, odd;
+  const auto sweep_at = [&](int64_t i, SweepSums<V>& sums) {
+    const V e = sweep_vector<kMasked, kTarget>(load(z + i) - shift, kTarget ? load(q + i) : none, sums);
+    if constexpr (kStore) store(exponentials + i, e);
+  };
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep) {
     if (next != nullptr) {
@@ -86,20 +91,15 @@ static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, 
       prefetch_to_write(written + i);
       if constexpr (kStep * sizeof(T) > 64) prefetch_to_write(written + i + V::kLanes);
     }
-    const V q0 = kTarget ? load(q + i) : none;
-    const V q1 = kTarget ? load(q + i + V::kLanes) : none;
-    sweep_vector<kMasked, kTarget>(load(z + i) - shift, q0, exponentials + i, even);
-    sweep_vector<kMasked, kTarget>(load(z + i + V::kLanes) - shift, q1, exponentials + i + V::kLanes, odd);
+    sweep_at(i, even);
+    sweep_at(i + V::kLanes, odd);
   }
-  for (; i + V::kLanes <= n; i += V::kLanes) {
-    sweep_vector<kMasked, kTarget>(load(z + i) - shift, kTarget ? load(q + i) : none, exponentials + i, even);
-  }
+  for (; i + V::kLanes <= n; i += V::kLanes) sweep_at(i, even);
   if (i < n) {
     const int tail = static_cast<int>(n - i);
     const V x = keep_first(load_partial(z + i, tail) - shift, tail, broadcast(static_cast<ComputeType<T>>(kTail)));
-    ComputeType<T> last[V::kLanes];
-    sweep_vector<kMasked, kTarget>(x, kTarget ? load_partial(q + i, tail) : none, last, odd);
-    store_partial(exponentials + i, load(last), tail);
+    const V e = sweep_vector<kMasked, kTarget>(x, kTarget ? load_partial(q + i, tail) : none, odd);
+    if constexpr (kStore) store_partial(exponentials + i, e, tail);
   }
   return {shift_value, reduce_add(even.sum + odd.sum), reduce_add(even.dot + odd.dot),
           reduce_add(even.mass + odd.mass)};
@@ -107,17 +107,17 @@ static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, 
 
 static inline bool finite(double x) { return x - x == 0; }
 
-template <bool kTarget, class T>
+template <bool kTarget, bool kStore, class T>
 static inline SweepResult sweep_row(const T* z, const ComputeType<T>* q, int64_t n, ComputeType<T>* exponentials,
                                     const T* next, const T* written) {
   const int64_t provisional = n < kProvisionalElements ? n : kProvisionalElements;
-  const SweepResult result =
-      sweep_with_shift<false, kTarget>(z, q, n, exponentials, next, written, reduce_max(max_over(z, provisional)));
+  const SweepResult result = sweep_with_shift<false, kTarget, kStore>(z, q, n, exponentials, next, written,
+                                                                      reduce_max(max_over(z, provisional)));
   if (result.sum > 0 && result.sum <= kLargestSum && finite(result.dot)) return result;  // a NaN is neither
   // A large logit late in the row, or one that is not finite: once more, with the true maximum. What is then still not
   // finite is what the formula gives: NaN for a row with a NaN, with +inf, or with nothing but -inf.
   const T* none = nullptr;
-  return sweep_with_shift<true, kTarget>(z, q, n, exponentials, none, none, reduce_max(max_over(z, n)));
+  return sweep_with_shift<true, kTarget, kStore>(z, q, n, exponentials, none, none, reduce_max(max_over(z, n)));
 }
 
 template <class T>
@@ -128,8 +128,9 @@ SweepResult sweep(const void* z, const void* q, int64_t n, void* exponentials, c
   const auto* next_logits = static_cast<const T*>(next);
   const auto* next_written = static_cast<const T*>(written);
   auto* e = static_cast<C*>(exponentials);
-  return q == nullptr ? sweep_row<false>(logits, distribution, n, e, next_logits, next_written)
-                      : sweep_row<true>(logits, distribution, n, e, next_logits, next_written);
+  const auto row = q == nullptr ? (e == nullptr ? sweep_row<false, false, T> : sweep_row<false, true, T>)
+                                : (e == nullptr ? sweep_row<true, false, T> : sweep_row<true, true, T>);
+  return row(logits, distribution, n, e, next_logits, next_written);
 }
 
 template <bool kTarget, class V, class C>
