@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cotuning_kernels as ck
-from benchmarks.memory import measure_here
+from benchmarks.memory import CHECKOUT, measure_here
 
-__all__ = ["WAYS", "Step"]
+__all__ = ["SIZES", "WAYS", "Step", "measure", "measure_apart"]
 
+SIZES = (1024, 768, 30522)  # tokens, hidden, vocabulary
 KINDS = 9
 ENTITY_SHARE = 0.17  # of the tokens of CoNLL-2003
 
@@ -102,11 +103,23 @@ def measure(way: str, tokens: int, hidden: int, vocabulary: int, rounds: int) ->
     return {"seconds": sorted(seconds[1:])[rounds // 2], "bytes": float(peak)}
 
 
+def measure_apart(way: str, tokens: int, hidden: int, vocabulary: int, rounds: int) -> dict[str, float]:
+    """:func:`measure` in a process of its own."""
+    sizes = {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary, "rounds": rounds}
+    flags = [f"--{name}={size}" for name, size in sizes.items()]
+    command = [sys.executable, "-m", "benchmarks.language_head", *flags, f"--way={way}"]
+    # Fresh pages from the system at each step would be most of the time, and are not what is compared.
+    environment = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+    done = subprocess.run(command, check=True, cwd=CHECKOUT, capture_output=True, text=True, env=environment)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--tokens", type=int, default=1024, help="of a batch, all words together")
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--vocabulary", type=int, default=30522)
+    parser.add_argument("--tokens", type=int, default=SIZES[0], help="of a batch, all words together")
+    parser.add_argument("--hidden", type=int, default=SIZES[1])
+    parser.add_argument("--vocabulary", type=int, default=SIZES[2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--way", choices=list(WAYS), help="measure this one, print JSON")
     options = parser.parse_args(arguments)
@@ -115,14 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(measure(options.way, *sizes)))
         return
     print(f"{options.tokens} tokens, {ENTITY_SHARE:.0%} of entities, {options.hidden} x {options.vocabulary}, 1 thread")
-    names = ("tokens", "hidden", "vocabulary", "rounds")
-    flags = [f"--{name}={size}" for name, size in zip(names, sizes, strict=True)]
     for way in WAYS:
-        command = [sys.executable, "-m", "benchmarks.language_head", *flags, f"--way={way}"]
-        # Fresh pages from the system at each step would be most of the time, and are not what is compared.
-        environment = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        found = json.loads(done.stdout)
+        found = measure_apart(way, *sizes)
         print(f"{way:26}{found['seconds'] * 1e3:9.1f} ms{found['bytes'] / 2**20:9.0f} MiB")
 
 

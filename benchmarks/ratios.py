@@ -1,6 +1,6 @@
 """One table: how many times faster and smaller cotuning_kernels is than the formulations people use today.
 
-    python -m benchmarks.ratios                     about three minutes: every shape, float32, one thread
+    python -m benchmarks.ratios                     about six minutes: every shape, float32, one thread
     python -m benchmarks.ratios --full              both dtypes, one and two threads, longer
     python -m benchmarks.ratios --shapes 48x200x1000 --parts loss --json result.json
 
@@ -11,6 +11,7 @@ are taken and what each one means.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import cotuning_kernels as ck
-from benchmarks import memory
+from benchmarks import language_head, memory, reverse_relationship
 from benchmarks.contestants import (
     LOSS_CONTESTANTS,
     OURS,
@@ -60,7 +61,7 @@ from benchmarks.timing import Timing, interleave, synchronizer
 
 __all__ = ["Row", "environment", "main", "missed_floors", "render_table", "restart_with_settled_malloc"]
 
-PARTS = ("loss", "memory", "relationship", "temperature")
+PARTS = ("loss", "memory", "relationship", "temperature", "reverse", "language_head")
 COMPILED = tuple(contestant.name for contestant in LOSS_CONTESTANTS if contestant.compiles)
 
 # What cotuning_kernels promises on a CPU, one thread: at least this many times faster than tllib's formulation ...
@@ -70,6 +71,9 @@ FLOOR_BFLOAT16 = 4.0
 FLOOR_COMPILED = 2.8
 FLOOR_RELATIONSHIP = 8.0
 FLOOR_TEMPERATURE = 25.0
+# Of the whole path of penalties, than scikit-learn in its two ways; of the wordpiece head, than the authors' way.
+FLOORS_REVERSE = {"same objectives": 5.0, "of 2020": 10.0}
+FLOOR_LANGUAGE_HEAD = 4.0
 
 MEMORY_SHAPE = Shape(32768, 200, 1000)
 
@@ -220,6 +224,10 @@ class Bench:
                 work.append((f"memory of the loss {dtype}", partial(self.loss_memory, dtype)))
             for threads in arguments.threads:
                 work.append(("memory of the relationship", partial(self.relationship_memory, threads)))
+        if "reverse" in arguments.parts:
+            work.append(("reverse relationship", self.reverse))
+        if "language_head" in arguments.parts:
+            work.append(("language head", self.language_head))
         with tqdm(work, unit="measurement") as progress:
             for description, measure in progress:
                 progress.set_description(description)
@@ -273,6 +281,38 @@ class Bench:
         floors = self._promised({"authors": FLOOR_TEMPERATURE}, threads)
         name = f"temperature {CALIBRATION_ROWS}x{CALIBRATION_CLASSES}, T near {temperature}"
         self.rows.append(Row.of_times(name, "float32", threads, times, floors))
+
+    def reverse(self) -> None:
+        """The regression along the authors' penalties, once: always processor time of one thread of the CPU."""
+        if importlib.util.find_spec("sklearn") is None:
+            self.notes.append("The reverse relationship is not measured: scikit-learn is not installed.")
+            return
+        rows, target_classes, source_classes = reverse_relationship.SIZES
+        probabilities, labels = reverse_relationship.make_problem(rows, target_classes, source_classes)
+        found, seconds = reverse_relationship.measure(list(FLOORS_REVERSE), probabilities, labels, target_classes)
+        objectives = reverse_relationship.check_objectives(found, probabilities, labels)
+        for way in FLOORS_REVERSE:
+            excess = max(value / objectives[OURS][c] - 1 for c, value in objectives[way].items())
+            self.notes.append(f"scikit-learn, {way}: objectives up to {excess:.1e} above ours.")
+        name = f"reverse relationship {rows}x{source_classes} into {target_classes}"
+        self._single(name, seconds, self._promised(FLOORS_REVERSE, 1))
+
+    def language_head(self) -> None:
+        """A training step of the wordpiece head, each way in a process of its own."""
+        tokens, hidden, vocabulary = language_head.SIZES
+        ways = {OURS: "fused, entities only", "all tokens": "all tokens"}
+        found = {
+            name: language_head.measure_apart(way, tokens, hidden, vocabulary, rounds=5) for name, way in ways.items()
+        }
+        name = f"head of {vocabulary} wordpieces, {tokens} tokens"
+        seconds = {contestant: values["seconds"] for contestant, values in found.items()}
+        self._single(name, seconds, self._promised({"all tokens": FLOOR_LANGUAGE_HEAD}, 1))
+        peaks = {contestant: int(values["bytes"]) for contestant, values in found.items()}
+        self.rows.append(Row.of_bytes(f"torch memory, {name}", "float32", 1, peaks))
+
+    def _single(self, name: str, seconds: dict[str, float], floors: dict[str, float]) -> None:
+        times = {contestant: Timing((value,)) for contestant, value in seconds.items()}
+        self.rows.append(Row.of_times(name, "float32", 1, times, floors))
 
     def with_system_malloc(self, parts: list[str]) -> None:
         """The same parts in a process whose malloc is left alone, as in a program that does them once."""

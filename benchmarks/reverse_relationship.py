@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.contestants import OURS, DisagreementError
 from cotuning_kernels.reverse_relationship import INVERSE_PENALTIES, regression_path
 
-__all__ = ["SCIKIT_LEARN", "make_problem", "objective", "ours", "scikit_learn"]
+__all__ = ["SCIKIT_LEARN", "SIZES", "check_objectives", "make_problem", "measure", "objective", "ours", "scikit_learn"]
+
+SIZES = (6000, 200, 1000)  # rows, target classes, source classes
 
 # name -> (dtype, tolerance for n rows, iterations at most)
 SCIKIT_LEARN = {
@@ -79,29 +83,56 @@ def scikit_learn(
     return found, time.process_time() - begun
 
 
+def measure(
+    ways: Sequence[str], probabilities: Tensor, labels: Tensor, target_classes: int
+) -> tuple[dict[str, dict[float, Tensor]], dict[str, float]]:
+    """By contestant, the coefficients for each ``C`` and the processor seconds of all."""
+    torch.set_num_threads(1)
+    list(regression_path(probabilities[:50], labels[:50], target_classes, [1.0]))  # loads what is loaded at first use
+    found, seconds = {}, {}
+    found[OURS], seconds[OURS] = ours(probabilities, labels, target_classes)
+    for way in ways:
+        found[way], seconds[way] = scikit_learn(way, probabilities.numpy(), labels.numpy())
+    return found, seconds
+
+
+def check_objectives(
+    found: dict[str, dict[float, Tensor]], probabilities: Tensor, labels: Tensor, tolerance: float = 1e-4
+) -> dict[str, dict[float, float]]:
+    """The objectives, for each contestant and ``C``.
+
+    Raises:
+        DisagreementError: ours is further above somebody's than its own tolerance allows.
+    """
+    objectives = {
+        name: {c: objective(coefficients, probabilities, labels, c) for c, coefficients in path.items()}
+        for name, path in found.items()
+    }
+    for c, value in objectives[OURS].items():
+        best = min(path[c] for path in objectives.values())
+        if not value <= best * (1 + tolerance):
+            raise DisagreementError(f"at C = {c:g} our objective is {value}, the best one {best}")
+    return objectives
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--rows", type=int, default=6000)
-    parser.add_argument("--target-classes", type=int, default=200)
-    parser.add_argument("--source-classes", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=SIZES[0])
+    parser.add_argument("--target-classes", type=int, default=SIZES[1])
+    parser.add_argument("--source-classes", type=int, default=SIZES[2])
     parser.add_argument("--ways", nargs="*", choices=list(SCIKIT_LEARN), default=list(SCIKIT_LEARN))
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     sizes = (options.rows, options.target_classes, options.source_classes)
     probabilities, labels = make_problem(*sizes)
-    list(regression_path(probabilities[:50], labels[:50], sizes[1], [1.0]))  # loads what torch loads when first used
-    columns = {"ours": ours(probabilities, labels, sizes[1])}
-    for way in options.ways:
-        columns[way] = scikit_learn(way, probabilities.numpy(), labels.numpy())
+    found, seconds = measure(options.ways, probabilities, labels, sizes[1])
+    objectives = check_objectives(found, probabilities, labels)
     print(f"{sizes[0]} x {sizes[2]} into {sizes[1]} classes, {len(INVERSE_PENALTIES)} penalties, one thread")
-    print("objective at C" + "".join(f"{name:>18}" for name in columns))
+    print("objective at C" + "".join(f"{name:>18}" for name in found))
     for inverse_penalty in INVERSE_PENALTIES:
-        values = (
-            objective(found[inverse_penalty], probabilities, labels, inverse_penalty) for found, _ in columns.values()
-        )
+        values = (path[inverse_penalty] for path in objectives.values())
         print(f"{inverse_penalty:14g}" + "".join(f"{value:18.3f}" for value in values))
-    print(f"{'seconds':14}" + "".join(f"{seconds:18.1f}" for _, seconds in columns.values()))
-    print(f"{'times ours':14}" + "".join(f"{seconds / columns['ours'][1]:18.1f}" for _, seconds in columns.values()))
+    print(f"{'seconds':14}" + "".join(f"{value:18.1f}" for value in seconds.values()))
+    print(f"{'times ours':14}" + "".join(f"{value / seconds[OURS]:18.1f}" for value in seconds.values()))
 
 
 if __name__ == "__main__":

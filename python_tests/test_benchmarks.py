@@ -24,7 +24,7 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 # Behind site-packages, so that an installed cotuning_kernels is the one that is tested.
 sys.path.append(str(_CHECKOUT))
 
-from benchmarks import baselines, contestants, memory, page, ratios  # noqa: E402
+from benchmarks import baselines, contestants, language_head, memory, page, ratios, reverse_relationship  # noqa: E402
 from benchmarks.contestants import LOSS_CONTESTANTS, OURS, DisagreementError, ExpectedLoss, LossContestant  # noqa: E402
 from benchmarks.problems import (  # noqa: E402
     DTYPES,
@@ -590,3 +590,48 @@ def test_the_page_covers_what_it_promises() -> None:
     assert {shape.source_classes for shape, _, _ in sweeps["source classes"]} >= {10, 1000, 262_144}
     assert {(dtype, threads) for _, dtype, threads in sweeps["shapes"]} == {(d, t) for d in DTYPES for t in (1, 2)}
     assert max(shape.batch for shape, _, _ in page.sweeps(largest_batch=100)["batch"]) == 100
+
+
+# The regression of the reverse relationship, and the wordpiece head
+
+
+def test_objectives_of_the_regression_are_checked() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    probabilities, labels = reverse_relationship.make_problem(120, 5, 20)
+    found, seconds = reverse_relationship.measure(["same objectives", "of 2020"], probabilities, labels, 5)
+    objectives = reverse_relationship.check_objectives(found, probabilities, labels)
+    for name, path in objectives.items():
+        assert seconds[name] > 0
+        for c, value in path.items():
+            # A tighter tolerance finds the minimum; sklearn's float32 ends where its line search sees no more progress.
+            assert value == pytest.approx(objectives[OURS][c], rel=1e-2), (name, c)
+    found[OURS] = {c: 0.9 * coefficients for c, coefficients in found[OURS].items()}
+    with pytest.raises(DisagreementError, match="our objective"):
+        reverse_relationship.check_objectives(found, probabilities, labels)
+
+
+def test_ways_of_the_language_head_compute_the_same() -> None:
+    step = language_head.Step(tokens=64, hidden=16, vocabulary=101)
+    assert step.entities.any()
+    losses, gradients = {}, {}
+    for name, way in language_head.WAYS.items():
+        step.features.grad = None
+        losses[name] = way(step)
+        losses[name].backward()
+        if not name.startswith("the loss alone"):  # it has no features
+            gradients[name] = step.features.grad
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, losses["unfused, entities only"], rtol=1e-4, atol=0, msg=name)
+    for gradient in gradients.values():
+        torch.testing.assert_close(gradient, gradients["unfused, entities only"], rtol=1e-3, atol=1e-6)
+
+
+def test_single_runs_are_rows_with_their_floors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([{"seconds": 1.0, "bytes": 10.0}, {"seconds": 3.0, "bytes": 20.0}])
+    monkeypatch.setattr(language_head, "measure_apart", lambda *sizes, rounds: next(times))
+    monkeypatch.setattr(ratios, "our_backend", lambda device: "cpu")
+    arguments = ["--parts", "language_head", "--allow-reference", "--check", "--system-malloc"]
+    assert ratios.main(arguments) == 1  # 3 times, 4 are promised
+    assert f"3.00 times all tokens, promised {ratios.FLOOR_LANGUAGE_HEAD:g}" in capsys.readouterr().out
