@@ -39,8 +39,9 @@ help: ## list the targets
 demo: .venv/installed-demo ## fine-tune real weights on real images, plainly and with Co-Tuning (about three minutes)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-test: .venv/installed-test ## run the whole test suite
-	@$(INSTALLED) $(BIN)/pytest $(ARGS)
+# Each worker gets a stretch of neighbouring tests, which share what is expensive to make.
+test: .venv/installed-test ## run the whole test suite, a worker a core
+	@$(INSTALLED) $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 bench: .venv/installed-bench ## run the benchmarks, print a table of ratios to today's formulations, write a page with pictures
 	@$(INSTALLED) $(BIN)/pytest --import-mode=append benchmarks --benchmark-only $(ARGS)

@@ -588,8 +588,13 @@ class Record:
             setattr(self, f"torch_{kind}", max(getattr(self, f"torch_{kind}"), torchs[name][1]))
         self.checks += 1
 
+    def merge(self, other: Record) -> None:
+        for kind in ("loss", "torch_loss", "gradient", "torch_gradient"):
+            setattr(self, kind, max(getattr(self, kind), getattr(other, kind)))
+        self.checks += other.checks
 
-RECORDS: dict[tuple[str, torch.dtype], Record] = {}
+
+RECORDS: dict[tuple[str, str], Record] = {}
 """By name of the backend and dtype of the logits; the summary of a test session prints them."""
 
 
@@ -623,7 +628,8 @@ def verify(
             tensor.assert_unchanged(name)
     expectation.check(outcome)
     if problem.source_logits.dtype == problem.target_logits.dtype:
-        record = RECORDS.setdefault((backend.name, problem.source_logits.dtype), Record())
+        dtype = str(problem.source_logits.dtype).removeprefix("torch.")
+        record = RECORDS.setdefault((backend.name, dtype), Record())
         record.add(expectation.errors(outcome), expectation.torch_errors)
     return outcome
 

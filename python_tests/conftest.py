@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from dataclasses import astuple
+from typing import Any
 
 import pytest
 import torch
-from conformance import BACKENDS, RECORDS, TABLE_BACKENDS, Backend
+from conformance import BACKENDS, RECORDS, TABLE_BACKENDS, Backend, Record
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,8 +19,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--seed") is None:
+    if hasattr(config, "workerinput"):
+        config.option.seed = config.workerinput["seed"]
+    elif config.getoption("--seed") is None:
         config.option.seed = secrets.randbelow(2**31)
+
+
+# The next hooks are called with pytest-xdist, whose workers run the tests: they get the session's seed, and give back
+# what they have found for the table.
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["seed"] = node.config.option.seed
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for name, dtype, *numbers in getattr(node, "workeroutput", {}).get("records", ()):
+        RECORDS.setdefault((name, dtype), Record()).merge(Record(*numbers))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["records"] = [(*key, *astuple(record)) for key, record in RECORDS.items()]
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -67,9 +89,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         f"{'backend':16}{'logits':16}{'checks':>8}{'loss':>12}{'torch':>12}{'gradient':>12}{'torch':>12}"
     )
     names = [backend.name for backend in TABLE_BACKENDS]  # and not the textbook kernels that faults are planted in
-    for (name, dtype), record in sorted(RECORDS.items(), key=lambda item: (item[0][0], str(item[0][1]))):
+    for (name, dtype), record in sorted(RECORDS.items(), key=lambda item: item[0]):
         if name not in names:
             continue
         errors = (record.loss, record.torch_loss, record.gradient, record.torch_gradient)
         numbers = "".join(f"{error:12.1e}" for error in errors)
-        terminalreporter.line(f"{name:16}{str(dtype).removeprefix('torch.'):16}{record.checks:8}{numbers}")
+        terminalreporter.line(f"{name:16}{dtype:16}{record.checks:8}{numbers}")
