@@ -476,12 +476,12 @@ class Expectation:
         )  # fmt: skip
 
         def loss_size(rows: Tensor, part: Tensor, factor: Tensor) -> Tensor:
-            rows = (rows.abs() + part.sum(1)) * factor.abs()
+            rows = (rows.abs() + part.abs().sum(1)) * factor.abs()
             return rows if exact.reduction == "none" else rows.sum()
 
         def gradient_size(gradient: Tensor, part: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
             constant = (factor * exact.upstream).reshape(-1, 1)
-            parts = (gradient + 2 * constant * part).abs()  # c (Q softmax - q) + 2 c q
+            parts = (gradient + 2 * constant * part.abs()).abs()  # c (Q softmax - q) + 2 c q
             tiny = torch.finfo(dtype).smallest_normal / torch.finfo(dtype).eps
             return parts + tiny * constant.abs().clamp(min=1)
 
@@ -860,6 +860,13 @@ def predicts_the_relationship(problem: Problem) -> None:
     problem.source_logits.copy_(torch.log(q) + 0.7)
 
 
+def rows_that_cancel(problem: Problem) -> None:
+    """Every second row of R has a sum of exactly 0, in whatever order, and entries that are not."""
+    signs = torch.tensor([0.25, -0.25]).repeat(problem.relationship.shape[1] // 2)
+    problem.relationship[::2] = 0
+    problem.relationship[::2, : len(signs)] = signs.to(problem.relationship.dtype)
+
+
 def garbage_where_unsupervised(value: float) -> Edit:
     """Source logits of rows without source supervision, which nobody may look at."""
 
@@ -981,6 +988,12 @@ def _options() -> list[Case]:
             for kind in ("labels", "pair", "probabilities") for loss in ("cross_entropy", "kl")
         ]  # fmt: skip
         forms.append(Case(f"target head in {dtype}", "an fp32 head beside a half one", target_logits_dtype=dtype))
+    forms += [
+        Case(f"rows of R that cancel, {kind}, {reduction}", "supervised rows with Q = 0: entries matter, not their sum",
+             (4, 7, 90), kind, edits=(rows_that_cancel,), options={"reduction": reduction})
+        for kind in ("labels", "pair, shares 0 and 1", "pair, scalar share", "one-hot probabilities")
+        for reduction in ("mean", "none")
+    ]  # fmt: skip
     upstreams = {
         "zero": "the loss is multiplied by 0",
         "gradient scaler": "65536, as a GradScaler starts: fp16 gradients of a mean survive, others become inf",

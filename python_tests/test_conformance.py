@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -83,6 +84,29 @@ def test_layouts(backend: Backend, layout: Layout, case: Case, dtype: torch.dtyp
     verify(backend, problem, other_layout=layout)
     if layout.in_place and "in place" in backend.forms:
         verify(backend, problem, "in place", logits_layout=layout, other_layout=layout)
+
+
+@pytest.mark.parametrize("backend", TABLE_BACKENDS, ids=lambda backend: backend.name, indirect=True)
+@pytest.mark.parametrize("kind", ["labels", "pair"])
+def test_a_row_of_R_with_a_nan_is_supervised_and_stays_alone(backend: Backend, kind: str, seed: int) -> None:
+    """In the reference, which multiplies matrices, 0 * NaN reaches every row of the batch; in no kernel."""
+    if backend.argument == "reference":
+        pytest.skip("reference: a matrix product spreads NaN")
+    problem = Case("NaN in R", "", (4, 7, 90), kind).build(torch.float32, seed)
+    problem.target = torch.arange(4) if kind == "labels" else (torch.arange(4), torch.arange(4), 0.3)
+    for entry in (0.2, math.nan):
+        problem.relationship[1] = 0
+        problem.relationship[1, 5] = entry
+        with backend.using():
+            given = problem.map(lambda _, x: x.to(backend.device))
+            outcome = backend.run(given, "both heads", backend.argument)
+        gradient = outcome.source_grad.cpu()
+        if entry == 0.2:
+            sound = gradient
+    assert outcome.loss.isnan()
+    assert gradient[1].isnan().all()
+    others = [0, 2, 3]  # divided by the same number of supervised rows
+    torch.testing.assert_close(gradient[others], sound[others])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

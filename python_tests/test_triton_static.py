@@ -21,7 +21,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conformance import CONTIGUOUS, LAYOUTS, Backend, Case, source, verify
+from conformance import CONTIGUOUS, LAYOUTS, Backend, Case, rows_that_cancel, source, verify
 
 from cotuning_kernels import backends
 
@@ -95,6 +95,13 @@ def test_heads_of_1000_and_200_are_moved_128_bits_at_a_time(name: str, target: s
     assert accesses.keys() - {"load 16", "store 16"} <= once_a_row, accesses
 
 
+@pytest.mark.parametrize("name", [name for name in static.KERNELS if "head of 32000" in name])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_long_row_is_moved_128_bits_at_a_time(name: str, target: str) -> None:
+    accesses = static.measure(_launches(name, target)[0])["accesses"]
+    assert accesses.keys() - {"load 16", "store 16"} <= {"load 8", "store 4"}, accesses
+
+
 def test_rows_of_odd_pairs_are_moved_64_bits_at_a_time() -> None:
     accesses = static.measure(_launches("loss, 200 x 1002, float32", "sm_90")[0])["accesses"]
     assert not {"load 4", "load 2"} & accesses.keys(), accesses
@@ -162,6 +169,7 @@ _CASES = (
     (Case("planted labels", "", (5, 9, 67), "ignoring", weight="random"), CONTIGUOUS),
     (Case("planted pair", "", (5, 9, 67), "pair", "unsupervised", options={"source_loss": "kl"}), CONTIGUOUS),
     (Case("planted rows", "", (5, 90, 300), "labels", options={"reduction": "none"}), LAYOUTS[1]),
+    (Case("planted cancelling", "", (5, 9, 90), edits=(rows_that_cancel,)), CONTIGUOUS),
     (Case("planted late maximum", "", (3, 90, 300), edits=(source(slice(None), 250, 90.0),)), CONTIGUOUS),
 )
 
@@ -216,23 +224,26 @@ def _serving(planted: tuple[ModuleType, ModuleType]) -> Any:
 _BUGS: dict[str, tuple[ModuleType, dict[str, str], tuple[str, ...]]] = {
     "a mask off by one": (loss, {"(columns < columns_count)": "(columns <= columns_count)"}, ("rows", "loops")),
     "no cast to float32": (
-        loss, {"x = z - tl.max(z, 1)[:, None]": "x = (z.to(logits.dtype.element_ty) - tl.max(z, 1)[:, None].to("
-               "logits.dtype.element_ty)).to(DTYPE)"}, ("rows", "rules"),
+        loss, {"x = z - tl.max(z, 1, keep_dims=True)": "half = logits.dtype.element_ty\n    x = (z.to(half) - tl.max("
+               "z, 1, keep_dims=True).to(half)).to(DTYPE)"}, ("rows", "rules"),
     ),
     "a wrong stride": (
-        loss, {"logits + rows[:, None] * logits_stride": "logits + rows[:, None] * columns_count"}, ("rows", "loops"),
+        loss, {"logits + rows * logits_stride": "logits + rows * columns_count"}, ("rows", "loops"),
     ),
     "an offset that overflows int32": (loss, {"tl.int64": "tl.int32"}, ("rules",)),
     "no mask for ignored labels": (targets, {" & (label != ignore_index)": ""}, ("rows", "loops")),
     "a pair's second label ignored": (targets, {"is_bad_b, float(\"nan\"), tl.where(counts_b, 1.0 - share, 0.0)":
                                                 "is_bad_b, 0.0, tl.where(counts_b, 0.0, 0.0)"}, ("rows", "loops")),
-    "no maximum subtracted": (loss, {"x = z - tl.max(z, 1)[:, None]": "x = z"}, ("rows",)),
-    "sums that do not shrink with a new maximum": (loss, {"totals * shrink[:, None]": "totals"}, ("loops",)),
+    "no maximum subtracted": (loss, {"x = z - tl.max(z, 1, keep_dims=True)": "x = z"}, ("rows",)),
+    "sums that do not shrink with a new maximum": (loss, {"total * exp(fall) + ": "total + "}, ("loops",)),
     "a dot product that does not follow the maximum": (
-        loss, {"before * (base - new_base)[:, None] + ": ""}, ("loops",),
+        loss, {"tl.where(mass != 0, mass * fall, 0.0) + _lanes": "_lanes"}, ("loops",),
     ),
+    "lanes that keep their own maximum": (loss, {"tl.sum(total * exp(fall), 0)": "tl.sum(total, 0)"}, ("loops",)),
+    "the end of a long row left out": (loss, {"if full < count:": "if full > count:"}, ("loops",)),
+    "entries that cancel taken for none": (loss, {"tl.abs(q)": "q"}, ("rows", "loops")),
     "an unsupervised row that counts": (
-        loss, {"supervised = tl.where(mass != 0, share, 0.0)": "supervised = share"}, ("rows", "loops"),
+        loss, {"supervised = tl.where(size != 0, share, 0.0)": "supervised = share"}, ("rows", "loops"),
     ),
     "the factor of the mean missing": (loss, {"factor / count": "factor"}, ("rows",)),
     "accesses element by element": (
@@ -243,9 +254,9 @@ _BUGS: dict[str, tuple[ModuleType, dict[str, str], tuple[str, ...]]] = {
         loss, {"tl.store(out + batch, loss, mask=in_batch)": "tl.atomic_add(out + batch, loss, mask=in_batch)"},
         ("static",),
     ),
-    "logits read twice": (loss, {"tl.sum(tl.where(q != 0, q * x, 0.0), 1)\n    if KL": (
-        "tl.sum(tl.where(q != 0, q * (tl.load(logits + rows[:, None] * logits_stride + columns[None, :], mask=mask, "
-        "other=0.0, volatile=True).to(DTYPE) - tl.max(z, 1)[:, None]), 0.0), 1)\n    if KL")}, ("static",)),
+    "logits read twice": (loss, {"tl.where(q != 0, x, 0.0), 1, keep_dims=True)": (
+        "tl.where(q != 0, tl.load(logits + rows * logits_stride + columns, mask=read, other=0.0, volatile=True)"
+        ".to(DTYPE) - tl.max(z, 1, keep_dims=True), 0.0), 1, keep_dims=True)")}, ("static",)),
 }  # fmt: skip
 """By name: the file, what is changed in it, and the layers of checks that must find it. ``rows`` and ``loops`` are the
 conformance table in the interpreter, ``rules`` those for the intermediate code, ``static`` the static table."""

@@ -7,6 +7,7 @@ put back afterwards, so that the same process can compile them before and after.
 The interpreter is NumPy, one program after another. What it does not do as a GPU does is put right here:
 
 * float32 to bfloat16 rounds to nearest even, as the hardware's conversion (the interpreter cuts off);
+* a scalar that is compared and then broadcast stays a truth value (the interpreter makes it a number);
 * a parameter has the type of its annotation (the interpreter takes a Python float for a float32 constant);
 * assertions of the device are checked, and so is every address before it is used: an access that leaves the tensors of
   the launch is an error and not made;
@@ -102,6 +103,7 @@ def interpreted(*modules: types.ModuleType) -> Iterator[None]:
                     stack.enter_context(mock.patch.object(module, name, _stand_in(function)))
         builder = ti.interpreter_builder
         stack.enter_context(mock.patch.object(builder, "cast_impl", _cast, create=True))
+        stack.enter_context(mock.patch.object(builder, "create_splat", _splat, create=True))
         stack.enter_context(mock.patch.object(builder, "create_masked_load", _memory.load, create=True))
         stack.enter_context(mock.patch.object(builder, "create_masked_store", _memory.store, create=True))
         stack.enter_context(mock.patch.object(builder, "options", _options(builder.options)))
@@ -137,6 +139,11 @@ def _cast(source: ti.TensorHandle, target: tl.dtype) -> ti.TensorHandle:
         rounded = (data + 0x7FFF + ((data >> 16) & 1)) >> 16
         return ti.TensorHandle(np.where(np.isnan(exact), 0x7FC0, rounded).astype(np.uint16), wanted)
     return ti.TensorHandle(source.data.astype(ti._get_np_dtype(wanted)), wanted)
+
+
+def _splat(block_type: tl.block_type, scalar: ti.TensorHandle) -> ti.TensorHandle:
+    """A scalar in every element of a block."""
+    return ti.TensorHandle(np.full(block_type.shape, scalar.data), block_type.scalar)
 
 
 class _Memory:

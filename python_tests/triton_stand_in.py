@@ -13,6 +13,7 @@ from triton_interpreter import interpreted
 from cotuning_kernels.backends.triton import (
     IMPLEMENTATIONS,
     class_sums,
+    exponential,
     launch,
     loss,
     scale,
@@ -23,7 +24,7 @@ from cotuning_kernels.backends.triton import (
 
 __all__ = ["MODULES", "triton_interpreted"]
 
-MODULES: tuple[ModuleType, ...] = (class_sums, loss, scale, targets, temperature, translate)
+MODULES: tuple[ModuleType, ...] = (class_sums, exponential, loss, scale, targets, temperature, translate)
 """Where the kernels are, and the functions that they call."""
 
 _active: list[bool] = []

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cotuning_kernels.backends.triton.checks import check_labels, check_matrix, check_writable, require
+from cotuning_kernels.backends.triton.exponential import exp
 from cotuning_kernels.backends.triton.launch import Launch, blocks, compute_type, plan_rows, threads_for, vector
 from cotuning_kernels.backends.triton.targets import read_label
 
@@ -50,14 +51,14 @@ def row_sums_kernel(
             z = tl.load(row + columns[None, :], mask=mask, other=-float("inf")).to(DTYPE)
             new_top = tl.maximum(top, tl.max(z, 1))
             base = tl.where(new_top == -float("inf"), 0.0, new_top)
-            shrink = tl.where(top == -float("inf"), 0.0, tl.exp(b * (top - base)))
-            sums = sums * shrink[:, None] + tl.exp(b * (z - base[:, None]))
+            shrink = tl.where(top == -float("inf"), 0.0, exp(b * (top - base)))
+            sums = sums * shrink[:, None] + exp(b * (z - base[:, None]))
             top = new_top
     else:
         mask = counts[:, None] & (lanes < end)[None, :]
         z = tl.load(row + lanes[None, :], mask=mask, other=-float("inf")).to(DTYPE)
         top = tl.max(z, 1)
-        sums = tl.exp(b * (z - top[:, None]))
+        sums = exp(b * (z - top[:, None]))
     tl.store(by_row + rows, top, mask=in_batch)
     tl.store(by_row + batch + rows, 1.0 / tl.sum(sums, 1), mask=in_batch)
 
@@ -87,7 +88,7 @@ def class_sums_kernel(
             logits + rows[:, None] * (stride * VEC) + columns[None, :], mask=taken[:, None] & inside[None, :],
             other=-float("inf"), eviction_policy="evict_first",
         ).to(DTYPE)  # fmt: skip
-        p = tl.exp(b * (z - top[:, None])) * share[:, None]
+        p = exp(b * (z - top[:, None])) * share[:, None]
         total += tl.sum(p, 0).to(sums.dtype.element_ty)
     tl.store(address, total, mask=inside)
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
+    "COLUMNS_A_LANE",
     "LOOP_COLUMNS",
     "MAX_WHOLE_ROW_BYTES",
     "Launch",
@@ -34,7 +35,8 @@ __all__ = [
 # A whole row lies in registers up to here (16384 float32; half of that with two rows of R beside it, which would
 # spill); above, its columns are looped over.
 MAX_WHOLE_ROW_BYTES = 65536
-LOOP_COLUMNS = 1024
+LOOP_COLUMNS = 2048
+COLUMNS_A_LANE = 16  # of those, in the registers of a thread
 _LEAST_COLUMNS = 16
 _LOOP_THREADS = 128
 _TILE = 1024
@@ -83,6 +85,10 @@ class RowPlan:
 
     def programs(self, batch: int) -> int:
         return blocks(batch, self.rows)
+
+    def access(self, vec: int, dtype: torch.dtype) -> int:
+        """Neighbours that a thread reads at a time of a long row, 16 bytes at most; 0 where rows are not long."""
+        return min(vec, 16 // dtype.itemsize) if self.loops else 0
 
 
 def threads_for(columns: int, dtype: torch.dtype, *, pair: bool = False) -> int:

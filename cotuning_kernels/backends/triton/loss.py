@@ -10,7 +10,8 @@ A row without any ``q != 0`` takes no part: loss 0 and gradient 0, whatever its 
 
 Traffic. A row that fits in the registers of a program reads each logit once, each entry of its row of R once (mostly
 from L2, where R stays) and writes each gradient once: ``2 * itemsize`` bytes a logit. A longer row is read twice, the
-second time from L2 if it is still there. The means need counts that are known only when every row has been looked at,
+second time from L2 if it is still there. Of a row without a label nothing is read, of a long one without supervision
+nothing a second time. The means need counts that are known only when every row has been looked at,
 so gradients are stored without the factor of the mean, and ``factors`` hold it for the backward pass. Sums over rows
 are taken in a fixed order by one program of the second launch, which reads 20 bytes a row: no atomics, and the same
 bits in every run.
@@ -27,7 +28,16 @@ from torch import Tensor
 
 from cotuning_kernels.backends.schema import REDUCTIONS
 from cotuning_kernels.backends.triton.checks import check_loss, check_writable
-from cotuning_kernels.backends.triton.launch import Launch, blocks, compute_type, plan_rows, threads_for, vector
+from cotuning_kernels.backends.triton.exponential import exp
+from cotuning_kernels.backends.triton.launch import (
+    COLUMNS_A_LANE,
+    Launch,
+    blocks,
+    compute_type,
+    plan_rows,
+    threads_for,
+    vector,
+)
 from cotuning_kernels.backends.triton.targets import read_target
 
 __all__ = ["co_tuning_loss", "co_tuning_loss_", "plan"]
@@ -36,7 +46,25 @@ __all__ = ["co_tuning_loss", "co_tuning_loss_", "plan"]
 _LABELS, _PAIR, _PROBABILITIES = 0, 1, 2
 _FINISH_ROWS = 4096
 
+_COLUMNS_A_LANE = tl.constexpr(COLUMNS_A_LANE)
+_LEAST_FLOAT32 = tl.constexpr(torch.finfo(torch.float32).min)
+_LEAST_FLOAT64 = tl.constexpr(torch.finfo(torch.float64).min)
+
 # ------------------------------------------------------------------------------------------------------------ kernels
+
+
+# In what follows, what there is one of a row (`rows`, labels, shares) has the shape (ROWS, 1), or is a scalar where a
+# program takes one long row; `columns` and `mask` have that of a block: (1, BLOCK) and (ROWS, BLOCK), or a long row's.
+
+
+@triton.jit
+def _has_share(share, share_b, FORM: tl.constexpr):
+    """Whether a row's labels count at all: of one that is ignored nothing is read."""
+    if FORM == 2:
+        return True
+    if FORM == 1:
+        return (share != 0) | (share_b != 0)
+    return share != 0
 
 
 @triton.jit
@@ -45,20 +73,18 @@ def _source_distribution(
 ):
     """``q`` of some columns as two parts, whose sum it is: each side of a pair has, or has no, source supervision."""
     if FORM == 2:  # one row of P R a row of the batch
-        q = tl.load(relationship + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(DTYPE)
+        q = tl.load(relationship + rows * stride + columns, mask=mask, other=0.0).to(DTYPE)
         return q, q
-    first = mask & (share != 0)[:, None]
-    q = tl.load(
-        relationship + label[:, None] * stride + columns[None, :], mask=first, other=0.0, eviction_policy="evict_last"
-    ).to(DTYPE)
     if FORM == 0:
-        return q, q
-    second = mask & (share_b != 0)[:, None]
+        q = tl.load(relationship + label * stride + columns, mask=mask, other=0.0, eviction_policy="evict_last")
+        return q.to(DTYPE), q.to(DTYPE)
+    q = tl.load(
+        relationship + label * stride + columns, mask=mask & (share != 0), other=0.0, eviction_policy="evict_last"
+    ).to(DTYPE)
     q_b = tl.load(
-        relationship + label_b[:, None] * stride + columns[None, :], mask=second, other=0.0,
-        eviction_policy="evict_last",
-    ).to(DTYPE)  # fmt: skip
-    return q * share[:, None], q_b * share_b[:, None]
+        relationship + label_b * stride + columns, mask=mask & (share_b != 0), other=0.0, eviction_policy="evict_last"
+    ).to(DTYPE)
+    return q * share, q_b * share_b
 
 
 @triton.jit
@@ -68,20 +94,20 @@ def _target_distribution(
 ):  # fmt: skip
     """``q = weight * ((1 - smoothing) * target + smoothing / N_t)`` of some columns."""
     if FORM == 2:
-        q = tl.load(probabilities + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(DTYPE)
+        q = tl.load(probabilities + rows * stride + columns, mask=mask, other=0.0).to(DTYPE)
         whole = tl.where(mask, 1.0, 0.0).to(DTYPE)
     else:
-        q = tl.where(columns[None, :] == label[:, None], share[:, None], 0.0)
-        whole = share[:, None]
+        q = tl.where(columns == label, share, 0.0)
+        whole = share
         if FORM == 1:
-            q += tl.where(columns[None, :] == label_b[:, None], share_b[:, None], 0.0)
-            whole += share_b[:, None]
+            q += tl.where(columns == label_b, share_b, 0.0)
+            whole += share_b
     if SMOOTHS:
         smoothing = smoothing.to(DTYPE)
         q = (1 - smoothing) * q + smoothing / classes * whole
         q = tl.where(mask, q, 0.0)
     if HAS_WEIGHT:
-        q *= tl.load(weight + columns, mask=columns < classes, other=0.0).to(DTYPE)[None, :]
+        q *= tl.load(weight + columns, mask=columns < classes, other=0.0).to(DTYPE)
     return q
 
 
@@ -109,120 +135,185 @@ def _whole_rows(
     SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Rows in registers. ``(loss, mass of the first part, mass of the second)``."""
+    """Rows in registers. ``(loss, size of the first part, size of the second)``: 0 where no entry differs from 0."""
     PARTS: tl.constexpr = SOURCE and FORM == 1
-    columns = tl.arange(0, BLOCK)
-    mask = in_batch[:, None] & (columns < columns_count)[None, :]
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = in_batch & (columns < columns_count)
+    read = mask & _has_share(share, share_b, FORM)
     z = tl.load(
-        logits + rows[:, None] * logits_stride + columns[None, :], mask=mask, other=-float("inf"),
-        eviction_policy="evict_first",
+        logits + rows * logits_stride + columns, mask=read, other=-float("inf"), eviction_policy="evict_first"
     ).to(DTYPE)  # fmt: skip
     q, q_b = _distribution(
-        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
+        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, read,
         SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
     )  # fmt: skip
-    mass = tl.sum(q, 1)
-    mass_b = mass
-    whole = mass
+    # Entries may cancel, so that their sum says nothing of whether there are any.
+    size = tl.sum(tl.abs(q), 1, keep_dims=True)
+    size_b = size
+    whole_size = size
     if PARTS:
-        mass_b = tl.sum(q_b, 1)
-        whole = mass + mass_b
+        size_b = tl.sum(tl.abs(q_b), 1, keep_dims=True)
         q += q_b
-    x = z - tl.max(z, 1)[:, None]
-    e = tl.exp(x)
-    total = tl.sum(e, 1)
+        whole_size = tl.sum(tl.abs(q), 1, keep_dims=True)
+    takes_part = whole_size != 0
+    mass = tl.sum(q, 1, keep_dims=True)
+    x = z - tl.max(z, 1, keep_dims=True)
+    e = exp(x)
+    total = tl.sum(e, 1, keep_dims=True)
     # A logit of -inf where q = 0 contributes nothing; the product alone would be NaN.
-    loss = whole * tl.log(total) - tl.sum(tl.where(q != 0, q * x, 0.0), 1)
+    loss = mass * tl.log(total) - tl.sum(q * tl.where(q != 0, x, 0.0), 1, keep_dims=True)
     if KL:
-        loss += tl.sum(tl.where(q != 0, q * tl.log(q), 0.0), 1)
+        loss += tl.sum(tl.where(q != 0, q * tl.log(q), 0.0), 1, keep_dims=True)
     if GRADIENT:
-        g = tl.where((whole != 0)[:, None], e * (whole / total)[:, None] - q, 0.0)
+        g = tl.where(takes_part, e * (mass / total) - q, 0.0)
         tl.store(
-            grad + rows[:, None] * grad_stride + columns[None, :], g.to(grad.dtype.element_ty), mask=mask,
-            eviction_policy="evict_first",
+            grad + rows * grad_stride + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first"
         )  # fmt: skip
-    return tl.where(whole != 0, loss, 0.0), mass, mass_b
+    return tl.where(takes_part, loss, 0.0), size, size_b
 
 
 @triton.jit
-def _long_rows(
-    logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
-    label, share, label_b, share_b, rows, in_batch,
-    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
-    GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Rows longer than the registers, a block of columns at a time: a sweep for the sums, one for the gradient.
+def _lanes(x, function: tl.constexpr):
+    """Sums or maxima of a block of a long row by lane; a thread has both other axes in its registers."""
+    if function == "max":
+        return tl.max(tl.max(x, 2), 0)
+    return tl.sum(tl.sum(x, 2), 0)
 
-    ``top`` is the maximum so far and every sum is relative to it. Where a block raises it by ``d``, the sum of
-    exponentials shrinks by ``exp(-d)`` and ``sum q x`` by ``d sum q``: what was added before really lies that much
-    deeper, so nothing cancels.
+
+@triton.jit
+def _block(
+    logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
+    columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
+    FULL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """``(mask, z, both parts of q)`` of some columns of a long row. A FULL block has a mask that costs nothing."""
+    mask = (columns < columns_count) | FULL
+    z = tl.load(logits + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(DTYPE)
+    q, q_b = _distribution(
+        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, row, columns, mask,
+        SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
+    )  # fmt: skip
+    return mask, z, q, q_b
+
+
+@triton.jit
+def _add_block(
+    top, total, dot, mass, size, size_b, whole_size, entropy,
+    logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
+    columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
+    KL: tl.constexpr, FULL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The sums of a long row with those of some more of its columns."""
+    _, z, q, q_b = _block(
+        logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
+        columns, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, FULL, DTYPE,
+    )  # fmt: skip
+    new_top = tl.maximum(top, _lanes(z, "max"))
+    fall = top - new_top
+    x = z - new_top[None, :, None]
+    total = total * exp(fall) + _lanes(exp(x), "sum")
+    size += _lanes(tl.abs(q), "sum")
+    if SOURCE and FORM == 1:
+        size_b += _lanes(tl.abs(q_b), "sum")
+        q += q_b
+        whole_size += _lanes(tl.abs(q), "sum")
+    # A fall from the least number may be infinite, as a logit of -inf is where q = 0: neither contributes.
+    dot += tl.where(mass != 0, mass * fall, 0.0) + _lanes(q * tl.where(q != 0, x, 0.0), "sum")
+    mass += _lanes(q, "sum")
+    if KL:
+        entropy += _lanes(tl.where(q != 0, q * tl.log(q), 0.0), "sum")
+    return new_top, total, dot, mass, size, size_b, whole_size, entropy
+
+
+@triton.jit
+def _write_block(
+    grad, top, scale,
+    logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
+    columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
+    FULL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of some columns of a long row."""
+    mask, z, q, q_b = _block(
+        logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
+        columns, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, FULL, DTYPE,
+    )  # fmt: skip
+    if SOURCE and FORM == 1:
+        q += q_b
+    g = exp(z - top) * scale - q
+    tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def _long_row(
+    logits, grad, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
+    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ACCESS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A row longer than the registers, a block of columns at a time: a sweep for the sums, one for the gradient.
+
+    A block is ``(steps, lanes, ACCESS)``: a lane (a thread) reads ACCESS neighbours at a time. Each has a maximum of
+    its own, ``top``, and sums relative to it, so that threads meet once, at the end. Where ``top`` rises by ``d``, the
+    sum of exponentials shrinks by ``exp(-d)`` and ``sum q x`` by ``d sum q``: what was added before really lies that
+    much deeper, so nothing cancels.
     """
     PARTS: tl.constexpr = SOURCE and FORM == 1
-    lanes = tl.arange(0, BLOCK)
-    top = tl.full([ROWS], -float("inf"), DTYPE)
-    base = tl.zeros([ROWS], DTYPE)  # `top`, or 0 as long as that is -inf
-    totals = tl.zeros([ROWS, BLOCK], DTYPE)
-    dots = tl.zeros([ROWS, BLOCK], DTYPE)
-    masses = tl.zeros([ROWS, BLOCK], DTYPE)
-    masses_b = tl.zeros([ROWS, BLOCK], DTYPE)
-    entropies = tl.zeros([ROWS, BLOCK], DTYPE)
-    for start in range(0, columns_count, BLOCK):
-        columns = start + lanes
-        mask = in_batch[:, None] & (columns < columns_count)[None, :]
-        z = tl.load(
-            logits + rows[:, None] * logits_stride + columns[None, :], mask=mask, other=-float("inf")
-        ).to(DTYPE)  # fmt: skip
-        q, q_b = _distribution(
-            table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
-            SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
+    STEPS: tl.constexpr = _COLUMNS_A_LANE // ACCESS
+    LANES: tl.constexpr = BLOCK // _COLUMNS_A_LANE
+    first = (
+        tl.arange(0, STEPS)[:, None, None] * (LANES * ACCESS) + tl.arange(0, LANES)[None, :, None] * ACCESS
+        + tl.arange(0, ACCESS)[None, None, :]
+    )  # fmt: skip
+    # The least number, and not -inf: differences to it are numbers.
+    top = tl.full([LANES], _LEAST_FLOAT64 if tl.float64 == DTYPE else _LEAST_FLOAT32, DTYPE)
+    zero = tl.zeros([LANES], DTYPE)
+    total, dot, mass, size, size_b, whole_size, entropy = zero, zero, zero, zero, zero, zero, zero
+    count = tl.where(_has_share(share, share_b, FORM), columns_count, 0)
+    full = count // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        top, total, dot, mass, size, size_b, whole_size, entropy = _add_block(
+            top, total, dot, mass, size, size_b, whole_size, entropy, logits, table, table_stride, weight, smoothing,
+            classes, count, label, share, label_b, share_b, row, start + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL,
+            True, DTYPE,
         )  # fmt: skip
-        new_top = tl.maximum(top, tl.max(z, 1))
-        new_base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        shrink = tl.where(top == -float("inf"), 0.0, tl.exp(top - new_base))
-        totals = totals * shrink[:, None] + tl.exp(z - new_base[:, None])
-        before = masses
-        if PARTS:
-            before = masses + masses_b
-            masses_b += q_b
-        masses += q
-        if PARTS:
-            q += q_b
-        dots += before * (base - new_base)[:, None] + tl.where(q != 0, q * (z - new_base[:, None]), 0.0)
-        if KL:
-            entropies += tl.where(q != 0, q * tl.log(q), 0.0)
-        top = new_top
-        base = new_base
-    total = tl.sum(totals, 1)
-    mass = tl.sum(masses, 1)
-    mass_b = mass
-    whole = mass
+    if full < count:
+        top, total, dot, mass, size, size_b, whole_size, entropy = _add_block(
+            top, total, dot, mass, size, size_b, whole_size, entropy, logits, table, table_stride, weight, smoothing,
+            classes, count, label, share, label_b, share_b, row, full + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL,
+            False, DTYPE,
+        )  # fmt: skip
+    row_top = tl.max(top, 0)
+    fall = top - row_top
+    row_total = tl.sum(total * exp(fall), 0)
+    row_dot = tl.sum(dot + tl.where(mass != 0, mass * fall, 0.0), 0)
+    row_mass = tl.sum(mass, 0)
+    row_size = tl.sum(size, 0)
+    row_size_b = row_size
+    takes_part = row_size != 0
     if PARTS:
-        mass_b = tl.sum(masses_b, 1)
-        whole = mass + mass_b
-    loss = whole * tl.log(total) - tl.sum(dots, 1)
+        row_size_b = tl.sum(size_b, 0)
+        takes_part = tl.sum(whole_size, 0) != 0
+    loss = row_mass * tl.log(row_total) - row_dot
     if KL:
-        loss += tl.sum(entropies, 1)
+        loss += tl.sum(entropy, 0)
     if GRADIENT:
-        for start in range(0, columns_count, BLOCK):
-            columns = start + lanes
-            mask = in_batch[:, None] & (columns < columns_count)[None, :]
-            z = tl.load(
-                logits + rows[:, None] * logits_stride + columns[None, :], mask=mask, other=-float("inf"),
-                eviction_policy="evict_first",
-            ).to(DTYPE)  # fmt: skip
-            q, q_b = _distribution(
-                table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
-                SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
-            )  # fmt: skip
-            if PARTS:
-                q += q_b
-            g = tl.exp(z - base[:, None]) * (whole / total)[:, None] - q
-            g = tl.where((whole != 0)[:, None], g, 0.0)
-            tl.store(
-                grad + rows[:, None] * grad_stride + columns[None, :], g.to(grad.dtype.element_ty), mask=mask,
-                eviction_policy="evict_first",
-            )  # fmt: skip
-    return tl.where(whole != 0, loss, 0.0), mass, mass_b
+        full = columns_count // BLOCK * BLOCK
+        if takes_part:
+            scale = row_mass / row_total
+            for start in range(0, full, BLOCK):
+                _write_block(
+                    grad, row_top, scale, logits, table, table_stride, weight, smoothing, classes, columns_count,
+                    label, share, label_b, share_b, row, start + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, True, DTYPE,
+                )  # fmt: skip
+            if full < columns_count:
+                _write_block(
+                    grad, row_top, scale, logits, table, table_stride, weight, smoothing, classes, columns_count,
+                    label, share, label_b, share_b, row, full + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, False, DTYPE,
+                )  # fmt: skip
+        else:
+            zeros = tl.zeros([STEPS, LANES, ACCESS], grad.dtype.element_ty)
+            for start in range(0, columns_count, BLOCK):
+                tl.store(grad + (start + first), zeros, mask=start + first < columns_count)
+    return tl.where(takes_part, loss, 0.0), row_size, row_size_b
 
 
 @triton.jit
@@ -230,33 +321,36 @@ def _head(
     program, logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, columns_count,
     labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, batch,
     SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
-    GRADIENT: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr,
+    GRADIENT: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACCESS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one head: their gradients, and their losses and counts to ``by_row``."""
-    rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = program.to(tl.int64)
+    if ACCESS == 0:
+        rows = rows * ROWS + tl.arange(0, ROWS)[:, None]
     in_batch = rows < batch
-    if FORM == 2:
-        label, share, label_b, share_b = rows, tl.zeros([ROWS], DTYPE), rows, tl.zeros([ROWS], DTYPE)
-    else:
+    label, share, label_b, share_b = rows, 0.0, rows, 0.0
+    if FORM != 2:
         label, share, label_b, share_b = read_target(
             labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, rows, in_batch, classes, ignore_index,
             FORM == 1, DTYPE,
         )  # fmt: skip
-    if LOOPS:
-        loss, mass, mass_b = _long_rows(
-            logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
-            label, share, label_b, share_b, rows, in_batch, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT, ROWS,
-            BLOCK, DTYPE,
+    if ACCESS > 0:
+        if GRADIENT:
+            grad += rows * grad_stride
+        loss, size, size_b = _long_row(
+            logits + rows * logits_stride, grad, table, table_stride, weight, smoothing, classes, columns_count, label,
+            share, label_b, share_b, rows, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT, BLOCK, ACCESS, DTYPE,
         )  # fmt: skip
     else:
-        loss, mass, mass_b = _whole_rows(
+        loss, size, size_b = _whole_rows(
             logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
             label, share, label_b, share_b, rows, in_batch, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT, BLOCK,
             DTYPE,
         )  # fmt: skip
-    # A label that names no class, where the device does not stop there (see targets.py): NaN, and not a wrong number.
-    loss = tl.where(share + share_b != share + share_b, float("nan"), loss)
+    if FORM != 2:
+        # A label that names no class, where the device does not stop there (see targets.py): NaN, not a wrong number.
+        loss = tl.where(share + share_b != share + share_b, float("nan"), loss)
     out = by_row + rows
     if SOURCE:
         tl.store(out + batch, loss, mask=in_batch)
@@ -264,10 +358,10 @@ def _head(
             if FORM == 2:  # the share of the row's classes that have source supervision, from the matrix product
                 supervised = tl.load(mix + rows * mix_stride, mask=in_batch, other=0.0).to(DTYPE)
             else:
-                supervised = tl.where(mass != 0, share, 0.0)
+                supervised = tl.where(size != 0, share, 0.0)
                 valid = share
                 if FORM == 1:
-                    supervised += tl.where(mass_b != 0, share_b, 0.0)
+                    supervised += tl.where(size_b != 0, share_b, 0.0)
                     valid += share_b
                 tl.store(out + 4 * batch, valid, mask=in_batch)
             tl.store(out + 3 * batch, supervised, mask=in_batch)
@@ -299,8 +393,8 @@ def co_tuning_loss_kernel(
     FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr, COUNTS: tl.constexpr,
     BOTH_HEADS: tl.constexpr, SOURCE_GRADIENT: tl.constexpr, TARGET_GRADIENT: tl.constexpr,
     SOURCE_VEC: tl.constexpr, TARGET_VEC: tl.constexpr,
-    SOURCE_ROWS: tl.constexpr, SOURCE_BLOCK: tl.constexpr, SOURCE_LOOPS: tl.constexpr, SOURCE_DTYPE: tl.constexpr,
-    TARGET_ROWS: tl.constexpr, TARGET_BLOCK: tl.constexpr, TARGET_LOOPS: tl.constexpr, TARGET_DTYPE: tl.constexpr,
+    SOURCE_ROWS: tl.constexpr, SOURCE_BLOCK: tl.constexpr, SOURCE_ACCESS: tl.constexpr, SOURCE_DTYPE: tl.constexpr,
+    TARGET_ROWS: tl.constexpr, TARGET_BLOCK: tl.constexpr, TARGET_ACCESS: tl.constexpr, TARGET_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The first ``source_programs`` programs take rows of the source head, the others rows of the target head.
 
@@ -314,7 +408,7 @@ def co_tuning_loss_kernel(
             program, source_logits, source_stride * SOURCE_VEC, source_grad, source_grad_stride * SOURCE_VEC,
             relationship, relationship_stride * SOURCE_VEC, weight, label_smoothing, source_width * SOURCE_VEC,
             labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, batch,
-            True, FORM, False, False, KL, SOURCE_GRADIENT, COUNTS, SOURCE_ROWS, SOURCE_BLOCK, SOURCE_LOOPS,
+            True, FORM, False, False, KL, SOURCE_GRADIENT, COUNTS, SOURCE_ROWS, SOURCE_BLOCK, SOURCE_ACCESS,
             SOURCE_DTYPE,
         )  # fmt: skip
     elif BOTH_HEADS:
@@ -323,7 +417,7 @@ def co_tuning_loss_kernel(
             target_grad_stride * TARGET_VEC, probabilities, probabilities_stride * TARGET_VEC, weight, label_smoothing,
             target_width * TARGET_VEC, labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes,
             ignore_index, by_row, batch, False, FORM, HAS_WEIGHT, SMOOTHS, False, TARGET_GRADIENT, COUNTS, TARGET_ROWS,
-            TARGET_BLOCK, TARGET_LOOPS, TARGET_DTYPE,
+            TARGET_BLOCK, TARGET_ACCESS, TARGET_DTYPE,
         )  # fmt: skip
 
 
@@ -567,11 +661,11 @@ def plan(
             "TARGET_VEC": target_vec,
             "SOURCE_ROWS": source.rows,
             "SOURCE_BLOCK": source.block,
-            "SOURCE_LOOPS": source.loops,
+            "SOURCE_ACCESS": source.access(source_vec, source_logits.dtype),
             "SOURCE_DTYPE": compute_type(source_logits.dtype),
             "TARGET_ROWS": target_plan.rows,
             "TARGET_BLOCK": target_plan.block,
-            "TARGET_LOOPS": target_plan.loops,
+            "TARGET_ACCESS": 0 if target_logits is None else target_plan.access(target_vec, target_logits.dtype),
             "TARGET_DTYPE": tl.float32 if target_logits is None else compute_type(target_logits.dtype),
         },
         threads,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cotuning_kernels.backends.triton.checks import check_labels, check_matrix
+from cotuning_kernels.backends.triton.exponential import exp
 from cotuning_kernels.backends.triton.launch import Launch, compute_type, plan_rows, threads_for, vector
 from cotuning_kernels.backends.triton.targets import read_label
 
@@ -34,7 +35,7 @@ def _whole_rows(logits, stride, width, b, rows, in_batch, BLOCK: tl.constexpr, D
     ).to(DTYPE)  # fmt: skip
     top = tl.max(z, 1)
     x = z - top[:, None]
-    e = tl.exp(b * x)
+    e = exp(b * x)
     x = tl.where(e > 0, x, 0.0)  # a logit of -inf has no share; the product alone would be NaN
     first = e * x
     return top, tl.sum(e, 1), tl.sum(first, 1), tl.sum(first * x, 1)
@@ -58,9 +59,9 @@ def _long_rows(logits, stride, width, b, rows, in_batch, ROWS: tl.constexpr, BLO
         ).to(DTYPE)  # fmt: skip
         new_top = tl.maximum(top, tl.max(z, 1))
         rise = tl.where(top == -float("inf"), 0.0, new_top - top)[:, None]
-        shrink = tl.where((top == -float("inf"))[:, None], 0.0, tl.exp(-b * rise))
+        shrink = tl.where((top == -float("inf"))[:, None], 0.0, exp(-b * rise))
         x = z - tl.where(new_top == -float("inf"), 0.0, new_top)[:, None]
-        e = tl.exp(b * x)
+        e = exp(b * x)
         x = tl.where(e > 0, x, 0.0)
         seconds = shrink * (seconds - 2 * rise * firsts + rise * rise * sums) + e * x * x
         firsts = shrink * (firsts - rise * sums) + e * x
