@@ -182,7 +182,7 @@ def cuda_loss_plan(
             9.0 and 10.0.
 
     Returns:
-        ``launches``, ``blocks``, ``threads`` a block, ``shared_bytes`` of dynamic shared memory a block; for each head
+        ``blocks``, ``threads`` a block, ``shared_bytes`` of dynamic shared memory a block; for each head
         ``threads_per_row`` and ``staging``: what of a row is kept in shared memory, so that it is read once.
 
     Raises:

@@ -52,7 +52,6 @@ pybind11::dict cuda_loss_plan(int64_t rows, int64_t source_columns, int64_t targ
   const auto plan = cotuning::cuda::plan_loss(rows, source_columns, static_cast<ScalarType>(source_type),
                                               target_columns, static_cast<ScalarType>(target_type), rules);
   pybind11::dict described;
-  described["launches"] = plan.launches;
   described["blocks"] = plan.blocks;
   described["threads"] = plan.threads;
   described["shared_bytes"] = plan.shared_bytes;

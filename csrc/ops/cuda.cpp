@@ -177,7 +177,6 @@ class SumsMemory {
     void* own = cuda::is_capturing(place.stream()) ? parts + blocks * sums : nullptr;
     sums_.parts = parts;
     sums_.finished = cuda::finished_counter(static_cast<unsigned*>(own), place.stream());
-    sums_.blocks = blocks;
   }
   const cuda::BlockSums& sums() const { return sums_; }
 

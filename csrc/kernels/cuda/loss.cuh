@@ -5,6 +5,8 @@
 // last block to finish turns the sums of all blocks into the loss, the terms and the factors.
 #pragma once
 
+#include <type_traits>
+
 #include "row.cuh"
 
 namespace cotuning::cuda {
@@ -169,12 +171,6 @@ __device__ inline void finish_loss(const LossProblem& p, const double* sums) {
   store_result(p.loss, in_double, 0, both ? target + trade_off * source : source);
 }
 
-// The items of one launch among those of the plan. One launch does them all, unless the heads differ in type: then
-// there is one for each head, and the last block of both finishes.
-struct LossItems {
-  int64_t begin = 0, end = 0;
-};
-
 // What a thread has to do with an item: which row it is for it, and with whom.
 struct Place {
   int index;  // of the row among those of the item
@@ -192,9 +188,20 @@ __device__ __forceinline__ Stage<T> stage_of(const RowPlan& plan, char* memory, 
           static_cast<int>(ceil_div(columns * static_cast<int64_t>(sizeof(T)), 16)) + 1};
 }
 
+// body(T{}); where `T` is void, with the type that is known only now.
+template <class T, class Body>
+__device__ __forceinline__ void with_logits(ScalarType type, const Body& body) {
+  if constexpr (std::is_void_v<T>) {
+    with_type(type, body);
+  } else {
+    body(T{});
+  }
+}
+
+// `T`: the type of both heads' logits; void: they differ, and each row looks its own up. The 1 keeps nvcc from saving
+// registers for a second block by spilling.
 template <class T>
-__global__ void __launch_bounds__(kLargestBlock)
-    loss_kernel(LossProblem p, LossPlan plan, LossItems items, BlockSums sums) {
+__global__ void __launch_bounds__(kLargestBlock, 1) loss_kernel(LossProblem p, LossPlan plan) {
   COTUNING_DYNAMIC_SHARED(staged);
   COTUNING_SHARED(double, scratch, kMostWarps* kMostSums);
   COTUNING_SHARED(double, all_totals, kMostWarps* kLossSums);
@@ -202,22 +209,36 @@ __global__ void __launch_bounds__(kLargestBlock)
   if (threadIdx.x % kWarpThreads == 0) {
     for (int k = 0; k < kLossSums; ++k) totals[k] = 0;
   }
-  for (int64_t item = items.begin + blockIdx.x; item < items.end; item += gridDim.x) {
+  const int64_t items = plan.source.items + plan.target.items;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     __syncthreads();  // before the shared memory of the rows before is written again, by other threads
     // A warp may have no row in its last item; where a block does a row, there is one.
     if (item < plan.source.items) {
       const Place place = place_in(plan.source, item);
       if (place.row >= p.source_logits.rows) continue;
-      source_row(p, Team(plan.source.threads_per_row, scratch), place.row,
-                 stage_of<T>(plan.source, staged, place.index, p.source_logits.columns), totals);
+      with_logits<T>(p.source_logits.type, [&](auto element) {
+        source_row(p, Team(plan.source.threads_per_row, scratch), place.row,
+                   stage_of<decltype(element)>(plan.source, staged, place.index, p.source_logits.columns), totals);
+      });
     } else {
       const Place place = place_in(plan.target, item - plan.source.items);
       if (place.row >= p.target_logits.rows) continue;
-      target_row(p, Team(plan.target.threads_per_row, scratch), place.row,
-                 stage_of<T>(plan.target, staged, place.index, p.target_logits.columns), totals);
+      with_logits<T>(p.target_logits.type, [&](auto element) {
+        target_row(p, Team(plan.target.threads_per_row, scratch), place.row,
+                   stage_of<decltype(element)>(plan.target, staged, place.index, p.target_logits.columns), totals);
+      });
     }
   }
-  if (sum_over_blocks<kLossSums>(sums, all_totals)) finish_loss(p, all_totals);
+  if (sum_over_blocks<kLossSums>(p.sums, all_totals)) finish_loss(p, all_totals);
 }
+
+template <class T>
+void launch_loss_kernel(const LossProblem& problem, const LossPlan& plan, void* stream) {
+  allow_dynamic_shared(loss_kernel<T>, plan.shared_bytes);
+  COTUNING_LAUNCH(loss_kernel<T>, dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)),
+                  static_cast<size_t>(plan.shared_bytes), static_cast<Stream>(stream), problem, plan);
+  check_launch();
+}
+void launch_mixed_loss(const LossProblem& problem, const LossPlan& plan, void* stream);  // loss_mixed.cu
 
 }  // namespace cotuning::cuda

@@ -5,17 +5,6 @@
 
 namespace cotuning::cuda {
 
-// For kernels that do so little with a row that its type is looked up there.
-template <class Body>
-__device__ __forceinline__ void with_type(ScalarType type, const Body& body) {
-  switch (type) {
-    case ScalarType::kFloat32: return body(float{});
-    case ScalarType::kBFloat16: return body(BFloat16{});
-    case ScalarType::kFloat16: return body(Float16{});
-    default: return body(double{});
-  }
-}
-
 // grad *= factor * upstream, in place. What is 0 stays 0, whatever it is multiplied by: a row that takes no part has no
 // gradient, though the divisor of a mean over no row is 0.
 template <class T>

@@ -42,9 +42,6 @@ struct LossPlan {
   int threads = kSmallestBlock;  // a block
   int64_t blocks = 1;
   int64_t shared_bytes = 0;  // a block
-  // Two where the heads differ in type: the source head's, and the other blocks'.
-  int launches = 1;
-  int64_t source_blocks = 0;
   RowPlan source, target;
 };
 
@@ -115,13 +112,7 @@ inline LossPlan plan_loss(int64_t rows, int64_t source_columns, ScalarType sourc
     const int64_t bytes = head->staged_bytes * (plan.threads / head->threads_per_row);
     if (bytes > plan.shared_bytes) plan.shared_bytes = bytes;
   }
-  plan.launches = both && source_type != target_type ? 2 : 1;
-  if (plan.launches == 1) {
-    plan.blocks = blocks_for(plan.source.items + plan.target.items, rules);
-  } else {
-    plan.source_blocks = blocks_for(plan.source.items, rules);
-    plan.blocks = plan.source_blocks + blocks_for(plan.target.items, rules);
-  }
+  plan.blocks = blocks_for(plan.source.items + plan.target.items, rules);
   return plan;
 }
 

@@ -56,7 +56,7 @@ struct TranslatedTarget {
   // Sets q, and adds to sums[3], sums[4]: whether the rows of R differ from 0, and sums[5]: sum q log q.
   template <int kCount>
   __device__ __forceinline__ void load(int columns, int first, C (&q)[kCount], C (&sums)[kSums]) const {
-    if (plain != nullptr && first >= 0 && first + kCount <= columns) {
+    if (plain != nullptr && has_columns(columns, first, kCount)) {
       load_plain(first, q, sums);
     } else {
       load_any(columns, first, q, sums);
@@ -72,7 +72,7 @@ struct TranslatedTarget {
   template <int kCount>
   __device__ __forceinline__ void load_plain(int first, C (&q)[kCount], C (&sums)[kSums]) const {
     constexpr int kPiece = kCount < 4 ? kCount : 4;
-    bool any = false;
+    uint32_t bits = 0;
 #pragma unroll
     for (int start = 0; start < kCount; start += kPiece) {
       uint32_t words[kPiece];
@@ -82,10 +82,10 @@ struct TranslatedTarget {
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) {
         q[start + i] = pack.at[i];
-        any |= pack.at[i] != 0;
+        bits |= words[i];
       }
     }
-    if (any) sums[3] = 1;
+    if ((bits & 0x7fffffffu) != 0) sums[3] = 1;  // but for its sign, a 0 is no bits
   }
 
   template <int kCount>
@@ -181,6 +181,12 @@ class Stage {
     memcpy(&pack, &bytes, sizeof pack);
     return pack;
   }
+  // Over the logits, as wide as they are.
+  __device__ __forceinline__ void put_exponentials(int vector, const C (&e)[kLanes<T>]) const {
+    Bytes16 bytes;
+    memcpy(&bytes, e, sizeof bytes);
+    *at(0, vector) = bytes;
+  }
   __device__ __forceinline__ void put_target(int vector, const C (&q)[kLanes<T>]) const {
 #pragma unroll
     for (int k = 0; k < kPlanes; ++k) {
@@ -248,6 +254,8 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
                                                                         const Stage<T>& stage) {
   using C = ComputeType<T>;
   constexpr int kCount = kLanes<T>;
+  // In the place of the logits that are staged, which the gradient needs for nothing else, where they are as wide.
+  constexpr bool kKeepsExponentials = sizeof(T) == sizeof(C);
   const C top = row_maximum(team, logits, columns, &stage);
 
   // sums: exponentials, q (z - max), q, and what the target adds. A number that is not finite spoils them as it should:
@@ -256,17 +264,19 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
   const Columns cut = columns_of(logits, columns);
   for (int k = team.rank(); k < cut.vectors; k += team.threads()) {
     const int first = cut.first + k * kCount;
-    C z[kCount], q[kCount];
+    C z[kCount], q[kCount], e[kCount];
     widen_all<T>(stage.has_logits() ? stage.logits(k) : load_logits(logits, columns, first), z);
     target.load(columns, first, q, sums);
     if (stage.has_target()) stage.put_target(k, q);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const C below = z[i] - top;
-      sums[0] += exponential(below);
+      e[i] = exponential(below);
+      sums[0] += e[i];
       if (q[i] != 0) sums[1] += q[i] * below;  // 0 * -inf would be NaN
       sums[2] += q[i];
     }
+    if (kKeepsExponentials && stage.has_logits()) stage.put_exponentials(k, e);
   }
   team.reduce<Sum>(sums);
 
@@ -289,10 +299,13 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
   C unused[Target::kSums];
   for (int k = team.rank(); k < written.vectors; k += team.threads()) {
     const int first = written.first + k * kCount;
-    C z[kCount], q[kCount];
-    widen_all<T>(stage.has_logits() && same ? stage.logits(k)
-                                            : load_columns<T, kCount>(logits, columns, first, minus_infinity<T>()),
-                 z);
+    C e[kCount], q[kCount];
+    const bool kept = stage.has_logits() && same;
+    widen_all<T>(kept ? stage.logits(k) : load_columns<T, kCount>(logits, columns, first, minus_infinity<T>()), e);
+    if (!(kKeepsExponentials && kept)) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) e[i] = exponential(e[i] - top);
+    }
     if (stage.has_target() && same) {
       stage.target(k, q);
     } else {
@@ -300,7 +313,7 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
     }
     Pack<T, kCount> pack;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) narrow(factor * exponential(z[i] - top) - q[i], &pack.at[i]);
+    for (int i = 0; i < kCount; ++i) narrow(factor * e[i] - q[i], &pack.at[i]);
     store_vector(gradient, columns, first, pack);
   }
   return result;

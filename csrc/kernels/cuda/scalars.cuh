@@ -100,6 +100,17 @@ __device__ __forceinline__ Float16 minus_infinity<Float16>() {
   return {0xfc00};
 }
 
+// body(T{}) with a type that is known only now.
+template <class Body>
+__device__ __forceinline__ void with_type(ScalarType type, const Body& body) {
+  switch (type) {
+    case ScalarType::kFloat32: return body(float{});
+    case ScalarType::kBFloat16: return body(BFloat16{});
+    case ScalarType::kFloat16: return body(Float16{});
+    default: return body(double{});
+  }
+}
+
 // One number of a type that is known only now: for the few that are not worth a loop of their own.
 __device__ __forceinline__ double number_at(const void* data, ScalarType type, int64_t i) {
   switch (type) {

@@ -10,11 +10,10 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kMostWarps = kLargestBlock / kWarpThreads;
 inline constexpr int kMostSums = 6;  // numbers that are reduced at once
 
+// Of a NaN and a number, the number.
 struct Largest {
-  template <class C>
-  static __device__ __forceinline__ C of(C a, C b) {
-    return a > b ? a : b;
-  }
+  static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
+  static __device__ __forceinline__ double of(double a, double b) { return fmax(a, b); }
 };
 struct Sum {
   template <class C>
@@ -77,12 +76,12 @@ __device__ __forceinline__ bool sum_over_blocks(const BlockSums& sums, double* t
   if (thread < kCount) {
     double sum = 0;
     for (int w = 0; w < warps; ++w) sum += totals[w * kCount + thread];
-    sums.parts[(sums.first_block + blockIdx.x) * kCount + thread] = sum;
+    sums.parts[blockIdx.x * kCount + thread] = sum;
   }
   __syncthreads();
   if (thread == 0) {
     __threadfence();  // what this block wrote is seen before its number is
-    const auto blocks = static_cast<unsigned>(sums.blocks);
+    const unsigned blocks = gridDim.x;
     is_last[0] = atomicAdd(sums.finished, 1u) == blocks - 1;
     if (is_last[0]) atomicAdd(sums.finished, 0u - blocks);  // 0 again, for the next launch
     __threadfence();                                        // and what the others wrote is seen from here on
@@ -92,7 +91,7 @@ __device__ __forceinline__ bool sum_over_blocks(const BlockSums& sums, double* t
   const int lane = thread % kWarpThreads;
   for (int k = thread / kWarpThreads; k < kCount; k += warps) {
     double sum = 0;
-    for (int64_t b = lane; b < sums.blocks; b += kWarpThreads) sum += sums.parts[b * kCount + k];
+    for (unsigned b = lane; b < gridDim.x; b += kWarpThreads) sum += sums.parts[b * kCount + k];
     for (int other = kWarpThreads / 2; other > 0; other /= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
     if (lane == 0) totals[k] = sum;
   }

@@ -49,8 +49,6 @@ struct ConstVector {
 struct BlockSums {
   double* parts = nullptr;
   unsigned* finished = nullptr;
-  int64_t blocks = 1;       // of all launches that are added up together
-  int64_t first_block = 0;  // of this one
 };
 
 struct LossProblem {

@@ -48,6 +48,12 @@ __device__ __forceinline__ bool same_cut(const T* a, const T* b) {
   return ((reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)) & 15) == 0;
 }
 
+// Whether a row has all of the columns [first, first + count): one comparison with a limit that loops need once.
+__device__ __forceinline__ bool has_columns(int columns, int first, int count) {
+  const int firsts = columns - count + 1;
+  return static_cast<unsigned>(first) < static_cast<unsigned>(firsts > 0 ? firsts : 0);
+}
+
 template <class T, int kCount>
 __device__ __forceinline__ Pack<T, kCount> load_elements(const T* row, int columns, int first, T elsewhere) {
   Pack<T, kCount> pack;
@@ -107,7 +113,7 @@ __device__ __forceinline__ Pack<T, kCount> load_columns(const T* row, int column
   constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   const auto* from = reinterpret_cast<const char*>(row + first);
-  const bool whole = first >= 0 && first + kCount <= columns, aligned = is_aligned(from, kBytes);
+  const bool whole = has_columns(columns, first, kCount), aligned = is_aligned(from, kBytes);
   const char* begin = from - (reinterpret_cast<uintptr_t>(from) & 15);
   const bool inside =
       begin >= reinterpret_cast<const char*>(row) && begin + 32 <= reinterpret_cast<const char*>(row + columns);
@@ -126,7 +132,7 @@ __device__ __forceinline__ Pack<T, kCount> load_columns(const T* row, int column
 // A vector of a row cut by columns_of.
 template <class T>
 __device__ __forceinline__ Pack<T, kLanes<T>> load_vector(const T* row, int columns, int first, T elsewhere = T{}) {
-  if (first < 0 || first + kLanes<T> > columns) return load_elements<T, kLanes<T>>(row, columns, first, elsewhere);
+  if (!has_columns(columns, first, kLanes<T>)) return load_elements<T, kLanes<T>>(row, columns, first, elsewhere);
   COTUNING_COUNT_READ(16);
   const Bytes16 vector = *reinterpret_cast<const Bytes16*>(row + first);
   Pack<T, kLanes<T>> pack;
@@ -136,7 +142,7 @@ __device__ __forceinline__ Pack<T, kLanes<T>> load_vector(const T* row, int colu
 
 template <class T>
 __device__ __forceinline__ void store_vector(T* row, int columns, int first, const Pack<T, kLanes<T>>& pack) {
-  if (first >= 0 && first + kLanes<T> <= columns) {
+  if (has_columns(columns, first, kLanes<T>)) {
     Bytes16 vector;
     memcpy(&vector, &pack, sizeof vector);
     COTUNING_COUNT_WRITTEN(16);

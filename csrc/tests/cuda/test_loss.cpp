@@ -316,7 +316,6 @@ TEST(cuda_statistics) {
       cuda::TemperatureProblem temperature{view_of(logits.get()), view_of(labels.get()), -100, b, found.data(), {}};
       temperature.sums.parts = parts.data();
       temperature.sums.finished = &finished;
-      temperature.sums.blocks = plan.blocks;
       cuda::launch_temperature(temperature, plan, nullptr);
       for (int k = 0; k < 4; ++k) {
         CHECK(close(found[k], terms[k], 1e-4L * (rows + std::fabs(terms[k]))), "%s: term %d is %g, expected %Lg",
