@@ -13,7 +13,8 @@ from benchmarks.contestants import our_backend
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cotuning_kernels benchmarks")
     group.addoption("--bench-threads", type=int, default=1, help="threads of torch (default 1)")
-    group.addoption("--bench-device", default="cpu", help="cpu (default) or cuda")
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    group.addoption("--bench-device", default=there, help="cpu or cuda (default: cuda where there is one)")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 # Every generation from Turing on. A card runs what was compiled for an earlier member of its generation; one that is
@@ -56,6 +57,11 @@ def architecture_flags(names: list[str]) -> list[str]:
     return flags
 
 
+def cmake_architectures(names: list[str]) -> str:
+    """The same in CMake's words: ``80-real;90`` for 8.0, and 9.0 with PTX."""
+    return ";".join(_number(name) + ("" if name.endswith("+PTX") else "-real") for name in names)
+
+
 def version(nvcc: Path) -> str:
     """``13.0``"""
     words = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -74,3 +80,7 @@ def _cards() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return sorted(set(re.findall(r"^\d+\.\d$", listed.stdout, re.MULTILINE))) if listed.returncode == 0 else []
+
+
+if __name__ == "__main__":  # for csrc/kernels/cuda/CMakeLists.txt
+    print(cmake_architectures(architectures(Path(sys.argv[1]))))

@@ -94,6 +94,7 @@ def build(sanitize: str = "") -> Path:
     folder = workspace() / f"build_{sanitize or 'plain'}"
     configured = run([
         cmake, "-S", ROOT, "-B", folder, *generator, f"-DCMAKE_CXX_COMPILER={cxx}", f"-DCOTUNING_SANITIZE={sanitize}",
+        "-DCOTUNING_CUDA=OFF",
     ])  # fmt: skip
     assert configured.returncode == 0, configured.stdout
     built = run([cmake, "--build", folder, "--parallel", str(min(4, os.cpu_count() or 1))])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpp_builds import ROOT, require, run, tool
+from cpp_builds import ENVIRONMENT, ROOT, require, run, tool
 from test_build import needed_libraries, symbols, unstable_symbols
 
 import cotuning_kernels
@@ -156,6 +156,23 @@ def test_local_memory_and_narrow_access_are_noticed(tmp_path: Path) -> None:
     assert "LDG.E.128" not in listed
 
 
+def test_cmake_builds_the_same(tmp_path: Path) -> None:
+    """All kernels, for what TORCH_CUDA_ARCH_LIST asks for; here for one card alone, to be quick."""
+    cmake, nvcc, ninja = require("cmake"), require("nvcc"), require("ninja")
+    configured = run(
+        [cmake, "-S", ROOT, "-B", tmp_path, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+         f"-DCMAKE_CUDA_COMPILER={nvcc}"],
+        env={**ENVIRONMENT, "TORCH_CUDA_ARCH_LIST": "8.0"},
+    )  # fmt: skip
+    assert configured.returncode == 0, configured.stdout
+    built = run([cmake, "--build", tmp_path, "--target", "cotuning_kernels_cuda"])
+    assert built.returncode == 0, built.stdout
+    (library,) = tmp_path.rglob("libcotuning_kernels_cuda.a")
+    used = resources(library)
+    assert {architecture for architecture, _, _ in used} == {"sm_80"}
+    assert len(used) == KERNELS
+
+
 # ------------------------------------------------------------------------------------------------- what is compiled for
 
 
@@ -177,6 +194,7 @@ def test_the_architectures_asked_for(choice: dict[str, Any], monkeypatch: pytest
     assert flags[1::2] == [
         "arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"
     ]  # fmt: skip
+    assert choice["cmake_architectures"](["8.0", "9.0+PTX"]) == "80-real;90"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere")
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST has 'Ampere', expected numbers as in '8\.0;9"):
         choice["architectures"]("nvcc")
