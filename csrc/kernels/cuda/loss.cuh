@@ -5,8 +5,6 @@
 // last block to finish turns the sums of all blocks into the loss, the terms and the factors.
 #pragma once
 
-#include <type_traits>
-
 #include "row.cuh"
 
 namespace cotuning::cuda {
@@ -188,19 +186,8 @@ __device__ __forceinline__ Stage<T> stage_of(const RowPlan& plan, char* memory, 
           static_cast<int>(ceil_div(columns * static_cast<int64_t>(sizeof(T)), 16)) + 1};
 }
 
-// body(T{}); where `T` is void, with the type that is known only now.
-template <class T, class Body>
-__device__ __forceinline__ void with_logits(ScalarType type, const Body& body) {
-  if constexpr (std::is_void_v<T>) {
-    with_type(type, body);
-  } else {
-    body(T{});
-  }
-}
-
-// `T`: the type of both heads' logits; void: they differ, and each row looks its own up. The 1 keeps nvcc from saving
-// registers for a second block by spilling.
-template <class T>
+// Of the types of the heads' logits. The 1 keeps nvcc from saving registers for a second block by spilling.
+template <class Source, class Target>
 __global__ void __launch_bounds__(kLargestBlock, 1) loss_kernel(LossProblem p, LossPlan plan) {
   COTUNING_DYNAMIC_SHARED(staged);
   COTUNING_SHARED(double, scratch, kMostWarps* kMostSums);
@@ -216,26 +203,23 @@ __global__ void __launch_bounds__(kLargestBlock, 1) loss_kernel(LossProblem p, L
     if (item < plan.source.items) {
       const Place place = place_in(plan.source, item);
       if (place.row >= p.source_logits.rows) continue;
-      with_logits<T>(p.source_logits.type, [&](auto element) {
-        source_row(p, Team(plan.source.threads_per_row, scratch), place.row,
-                   stage_of<decltype(element)>(plan.source, staged, place.index, p.source_logits.columns), totals);
-      });
+      source_row(p, Team(plan.source.threads_per_row, scratch), place.row,
+                 stage_of<Source>(plan.source, staged, place.index, p.source_logits.columns), totals);
     } else {
       const Place place = place_in(plan.target, item - plan.source.items);
       if (place.row >= p.target_logits.rows) continue;
-      with_logits<T>(p.target_logits.type, [&](auto element) {
-        target_row(p, Team(plan.target.threads_per_row, scratch), place.row,
-                   stage_of<decltype(element)>(plan.target, staged, place.index, p.target_logits.columns), totals);
-      });
+      target_row(p, Team(plan.target.threads_per_row, scratch), place.row,
+                 stage_of<Target>(plan.target, staged, place.index, p.target_logits.columns), totals);
     }
   }
   if (sum_over_blocks<kLossSums>(p.sums, all_totals)) finish_loss(p, all_totals);
 }
 
-template <class T>
+template <class Source, class Target>
 void launch_loss_kernel(const LossProblem& problem, const LossPlan& plan, void* stream) {
-  allow_dynamic_shared(loss_kernel<T>, plan.shared_bytes);
-  COTUNING_LAUNCH(loss_kernel<T>, dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)),
+  const auto kernel = loss_kernel<Source, Target>;
+  allow_dynamic_shared(kernel, plan.shared_bytes);
+  COTUNING_LAUNCH(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)),
                   static_cast<size_t>(plan.shared_bytes), static_cast<Stream>(stream), problem, plan);
   check_launch();
 }
