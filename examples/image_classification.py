@@ -260,13 +260,28 @@ def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: a
 
 
 def objective_of(
-    method: str, model: ck.CoTuningModel, classifier: nn.Module, parts: Parts, options: argparse.Namespace
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """``(images, labels) -> loss`` of a method; also freezes what the method does not train."""
+    method: str,
+    model: ck.CoTuningModel,
+    relationship: ck.Relationship | None,
+    *,
+    trade_off: float = 2.3,
+    warm_up: int = 0,
+    l2_sp: float = 0.01,
+) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """``(images, labels, iteration) -> loss`` of a method; also freezes what the method does not train.
+
+    ``trade_off`` grows from 0 to its value over the first ``warm_up`` iterations.
+    """
     if method.startswith("co-tuning"):
-        relationship = relationship_of(method, classifier, parts, options)
-        criterion = ck.FusedCoTuningLoss(relationship, options.trade_off).to(options.device)
-        return lambda images, labels: criterion(*model(images), labels)
+        assert relationship is not None
+        criterion = ck.FusedCoTuningLoss(relationship, trade_off).to(next(model.parameters()).device)
+
+        def co_tuning(images: Tensor, labels: Tensor, iteration: int) -> Tensor:
+            criterion.trade_off = trade_off * min(1.0, (iteration + 1) / max(1, warm_up))
+            loss: Tensor = criterion(*model(images), labels)
+            return loss
+
+        return co_tuning
     if method == "linear-probe":
         model.requires_grad_(False)
         model.target_head.requires_grad_(True)
@@ -275,14 +290,23 @@ def objective_of(
         new = {id(p) for p in model.target_head.parameters()}
         anchors = [(p, p.detach().clone()) for p in model.parameters() if id(p) not in new]
 
-    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+    def target_head_only(images: Tensor, labels: Tensor, iteration: int) -> Tensor:
         loss = F.cross_entropy(model(images).target_logits, labels)
         if anchors:
             distance = torch.stack([(p - anchor).square().sum() for p, anchor in anchors]).sum()
-            loss = loss + options.l2_sp / 2 * distance
+            loss = loss + l2_sp / 2 * distance
         return loss
 
-    return loss_of
+    return target_head_only
+
+
+def optimizer_of(method: str, model: ck.CoTuningModel, lr: float) -> torch.optim.Optimizer:
+    """SGD as the paper: the new head at ten times the rate, weight decay on all but what L2-SP holds otherwise."""
+    optimizer = torch.optim.SGD(model.param_groups(lr, weight_decay=5e-4), lr=lr, momentum=0.9, nesterov=True)
+    for group in optimizer.param_groups:
+        if method == "l2-sp" and group["name"] != "target_head":
+            group["weight_decay"] = 0.0
+    return optimizer
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -299,13 +323,11 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     model = ck.CoTuningModel.from_classifier(classifier, len(parts.classes)).to(options.device)
     if options.batchnorm_momentum is not None:
         model.set_batchnorm_momentum(options.batchnorm_momentum)
-    loss_of = objective_of(method, model, classifier, parts, options)
-    optimizer = torch.optim.SGD(
-        model.param_groups(options.lr, weight_decay=5e-4), lr=options.lr, momentum=0.9, nesterov=True
+    relationship = relationship_of(method, classifier, parts, options) if method.startswith("co-tuning") else None
+    loss_of = objective_of(
+        method, model, relationship, trade_off=options.trade_off, warm_up=options.warm_up, l2_sp=options.l2_sp
     )
-    for group in optimizer.param_groups:
-        if method == "l2-sp" and group["name"] != "target_head":
-            group["weight_decay"] = 0.0
+    optimizer = optimizer_of(method, model, options.lr)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [options.iterations * 2 // 3], gamma=0.1)
     torch.manual_seed(options.seed)  # the same dropout for every method
     progress = Progress(options.output / f"{method}.checkpoint.pt", model, optimizer, schedule)
@@ -321,7 +343,7 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
         generator=torch.Generator(),
     )  # fmt: skip
     for images, labels in tqdm(loader, desc=f"{method:<24}", initial=first, total=options.iterations, leave=False):
-        loss = loss_of(images.to(options.device), labels.to(options.device))
+        loss = loss_of(images.to(options.device), labels.to(options.device), progress.iteration)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -349,7 +371,8 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     return result
 
 
-RECORDED = ("model", "sampling_rate", "seed", "iterations", "batch_size", "lr", "trade_off", "temperature", "l2_sp")
+RECORDED = ("model", "sampling_rate", "seed", "iterations", "batch_size", "lr", "trade_off", "warm_up",
+            "temperature", "l2_sp")  # fmt: skip
 
 
 class Progress:
@@ -477,6 +500,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "0.15, 0.3, 0.5, 1")  # fmt: skip
     add("--temperature", type=float, default=1.0, help="of the classifier, see cotuning_kernels.fit_temperature")
     add("--trade-off", type=float, default=2.3, help="weight of the source term")
+    add("--warm-up", type=int, default=0, metavar="N", help="iterations over which the trade-off grows from 0")
     add("--l2-sp", type=float, default=0.01, help="weight of the penalty of l2-sp")
     add("--iterations", type=int, default=9000)
     add("--batch-size", type=int, default=48)
