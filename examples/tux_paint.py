@@ -59,7 +59,8 @@ def tux_paint(cache: Path, *, images_per_class: int, seed: int, say: Callable[[s
         test += [(path, label) for i in rest[len(rest) // 4 :] for path in groups[i]]
 
     def image_set(chosen: list[tuple[Path, int]]) -> ImageSet:
-        return ImageSet(torch.stack([picture(path) for path, _ in chosen]), torch.tensor([label for _, label in chosen]))
+        pictures = torch.stack([picture(path) for path, _ in chosen])
+        return ImageSet(pictures, torch.tensor([label for _, label in chosen]))
 
     return Images(list(CLASSES), image_set(train), image_set(validation), image_set(test))
 
