@@ -3,9 +3,10 @@
     python examples/image_classification.py DATA --model timm:resnet50 --temperature 1.13 --output results/cub
 
 ``DATA`` has ``train``, ``val`` and ``test`` (without ``val``, every fifth training image), each with a sub-folder a
-class. The protocol is that of the authors' script: images resized to 256 x 256; random crops and flips to train, the
-centre to validate, ten crops to test; SGD with Nesterov's momentum 0.9 and weight decay 5e-4, the new head at ten times
-the rate, the rate divided by ten after two thirds.
+class; the ``paper_*.py`` beside this file read four data sets of the paper as they are published. The protocol is that
+of the authors' script: images resized to 256 x 256; random crops and flips to train, the centre to validate, ten crops
+to test; SGD with Nesterov's momentum 0.9 and weight decay 5e-4, the new head at ten times the rate, the rate divided by
+ten after two thirds.
 
 Methods: ``plain`` fine-tuning; ``linear-probe`` (only the new head is trained); ``l2-sp`` (the distance to the
 pretrained weights is penalised instead of their size, Li et al. 2018); ``co-tuning`` (direct relationship);
@@ -26,7 +27,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ except ImportError as missing:
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 METHODS = ("plain", "linear-probe", "l2-sp", "co-tuning", "co-tuning-reverse", "co-tuning-uncalibrated")
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the authors
 
 
 class RunnerError(Exception):
@@ -69,17 +69,15 @@ class ImageList:
 
 @dataclass(frozen=True)
 class Parts:
+    """Where there is no ``validation``, what needs one takes a fifth of the training images."""
+
     classes: tuple[str, ...]
     train: ImageList
-    validation: ImageList
+    validation: ImageList | None
     test: ImageList
 
 
-def read_folder(folder: Path, sampling_rate: float, seed: int) -> Parts:
-    """The three parts; of each training class ``sampling_rate`` of the images, at least one, the same for every method.
-
-    A smaller rate takes a subset of what a larger one takes.
-    """
+def read_folder(folder: Path) -> Parts:
     if not (folder / "train").is_dir() or not (folder / "test").is_dir():
         raise RunnerError(f"{folder} has no folders train and test, each with one sub-folder a class: make them.")
     classes = tuple(sorted(path.name for path in (folder / "train").iterdir() if path.is_dir()))
@@ -87,17 +85,8 @@ def read_folder(folder: Path, sampling_rate: float, seed: int) -> Parts:
     if (folder / "val").is_dir():
         validation = list_images(folder / "val", classes)
     else:
-        held_out = range(0, len(train), 5)
-        validation = chosen(train, held_out)
-        train = chosen(train, sorted(set(range(len(train))) - set(held_out)))
-    random, kept = np.random.default_rng(seed), []
-    for label in range(len(classes)):
-        members = [i for i, own in enumerate(train.labels) if own == label]
-        if not members:
-            raise RunnerError(f"the class {classes[label]} has no training image: add some, or remove its folder.")
-        number = max(1, round(sampling_rate * len(members)))
-        kept += random.permutation(members)[:number].tolist()
-    return Parts(classes, chosen(train, sorted(kept)), validation, list_images(folder / "test", classes))
+        train, validation = split_off_a_fifth(train)
+    return Parts(classes, train, validation, list_images(folder / "test", classes))
 
 
 def list_images(folder: Path, classes: Sequence[str]) -> ImageList:
@@ -116,14 +105,39 @@ def list_images(folder: Path, classes: Sequence[str]) -> ImageList:
     return ImageList(tuple(path for path, _ in found), tuple(label for _, label in found))
 
 
+def sample(parts: Parts, sampling_rate: float, images_per_class: int | None, seed: int) -> Parts:
+    """Of each training class a share of the images, at least one, and no more than ``images_per_class``.
+
+    A smaller sample is a part of a larger one of the same seed; every method has the same.
+    """
+    random, kept = np.random.default_rng(seed), []
+    for label, name in enumerate(parts.classes):
+        members = [i for i, own in enumerate(parts.train.labels) if own == label]
+        if not members:
+            raise RunnerError(f"the class {name} has no training image: add some, or remove its folder.")
+        number = max(1, round(sampling_rate * len(members)))
+        kept += random.permutation(members)[:number][:images_per_class].tolist()
+    return replace(parts, train=chosen(parts.train, sorted(kept)))
+
+
+def split_off_a_fifth(images: ImageList) -> tuple[ImageList, ImageList]:
+    """What remains, and every fifth."""
+    fifth = range(0, len(images), 5)
+    return chosen(images, sorted(set(range(len(images))) - set(fifth))), chosen(images, fifth)
+
+
 def chosen(images: ImageList, indices: Sequence[int]) -> ImageList:
     return ImageList(tuple(images.paths[i] for i in indices), tuple(images.labels[i] for i in indices))
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Pixels:
+    """What the network sees: sizes, and each channel's mean and standard deviation, on a scale from 0 to 1."""
+
     full: int
     crop: int
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
 
 
 def load(path: Path, size: int) -> Image.Image:
@@ -134,13 +148,13 @@ def load(path: Path, size: int) -> Image.Image:
         raise RunnerError(f"{path} cannot be read as an image ({error}): remove or replace it.") from None
 
 
-def as_tensor(image: Image.Image) -> Tensor:
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+def as_tensor(image: Image.Image, pixels: Pixels) -> Tensor:
+    values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return (values - torch.tensor(pixels.mean)[:, None, None]) / torch.tensor(pixels.deviation)[:, None, None]
 
 
-def random_crop(image: Image.Image, crop: int, random: np.random.Generator) -> Tensor:
-    """8% to 100% of the area at an aspect between 3/4 and 4/3, scaled to ``crop``, flipped half of the time."""
+def random_crop(image: Image.Image, pixels: Pixels, random: np.random.Generator) -> Tensor:
+    """8% to 100% of the area at an aspect between 3/4 and 4/3, scaled to the crop, flipped half of the time."""
     size = image.size[0]
     for _ in range(10):
         area, aspect = size**2 * random.uniform(0.08, 1.0), np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -150,33 +164,35 @@ def random_crop(image: Image.Image, crop: int, random: np.random.Generator) -> T
     else:
         width = height = size
     left, top = int(random.integers(size - width + 1)), int(random.integers(size - height + 1))
-    image = image.resize((crop, crop), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+    box = (left, top, left + width, top + height)
+    image = image.resize((pixels.crop, pixels.crop), Image.Resampling.BILINEAR, box=box)
     if random.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return as_tensor(image)
+    return as_tensor(image, pixels)
 
 
-def crops(image: Image.Image, crop: int, ten: bool) -> Tensor:
+def crops(image: Image.Image, pixels: Pixels, ten: bool) -> Tensor:
     """``(1, 3, crop, crop)``, the centre; or ``(10, ...)``, the corners and the centre, each also flipped."""
+    crop = pixels.crop
     margin = image.size[0] - crop
     places = [(margin // 2, margin // 2)]
     if ten:
         places += [(0, 0), (margin, 0), (0, margin), (margin, margin)]
-    pixels = as_tensor(image)
-    cut = torch.stack([pixels[:, top : top + crop, left : left + crop] for left, top in places])
+    values = as_tensor(image, pixels)
+    cut = torch.stack([values[:, top : top + crop, left : left + crop] for left, top in places])
     return torch.cat([cut, cut.flip(3)]) if ten else cut
 
 
 class TrainingImages(Dataset[tuple[Tensor, int]]):
     """Indexed by ``(image, draw)``: what is random depends on the two and the seed, not on who loads it or when."""
 
-    def __init__(self, images: ImageList, sizes: Sizes, seed: int) -> None:
-        self.images, self.sizes, self.seed = images, sizes, seed
+    def __init__(self, images: ImageList, pixels: Pixels, seed: int) -> None:
+        self.images, self.pixels, self.seed = images, pixels, seed
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, int]:
         i, draw = index
         random = np.random.default_rng([self.seed, draw])
-        return random_crop(load(self.images.paths[i], self.sizes.full), self.sizes.crop, random), self.images.labels[i]
+        return random_crop(load(self.images.paths[i], self.pixels.full), self.pixels, random), self.images.labels[i]
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
@@ -203,32 +219,38 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
 
 class StillImages(Dataset[tuple[Tensor, int]]):
-    def __init__(self, images: ImageList, sizes: Sizes, *, ten: bool = False) -> None:
-        self.images, self.sizes, self.ten = images, sizes, ten
+    def __init__(self, images: ImageList, pixels: Pixels, *, ten: bool = False) -> None:
+        self.images, self.pixels, self.ten = images, pixels, ten
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        cut = crops(load(self.images.paths[i], self.sizes.full), self.sizes.crop, self.ten)
+        cut = crops(load(self.images.paths[i], self.pixels.full), self.pixels, self.ten)
         return cut if self.ten else cut[0], self.images.labels[i]
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
-def make_classifier(name: str, weights: Path | None) -> nn.Module:
+def make_classifier(name: str, weights: Path | None) -> tuple[nn.Module, Normalisation]:
     """``timm:NAME`` and ``torchvision:NAME`` with their pretrained weights, or ``MODULE:FUNCTION``, which is called.
 
-    ``weights`` is a state dict to load instead.
+    ``weights`` is a state dict to load instead. With the model comes what its images are to be normalised with.
     """
     source, _, entry = name.partition(":")
+    normalisation = IMAGENET
     try:
         module = importlib.import_module("torchvision.models" if source == "torchvision" else source)
         if source == "timm":
             model = module.create_model(entry, pretrained=weights is None)
+            config = importlib.import_module("timm.data").resolve_model_data_config(model)
+            normalisation = tuple(config["mean"]), tuple(config["std"])
         elif source == "torchvision":
-            model = module.get_model(entry, weights=None if weights else "DEFAULT")
+            published = module.get_model_weights(entry).DEFAULT
+            model = module.get_model(entry, weights=None if weights else published)
+            transforms = published.transforms()
+            normalisation = tuple(transforms.mean), tuple(transforms.std)
         else:
             model = getattr(module, entry)()
         if weights is not None:
@@ -236,7 +258,11 @@ def make_classifier(name: str, weights: Path | None) -> nn.Module:
     except (ImportError, AttributeError, ValueError, RuntimeError, OSError) as error:
         raise RunnerError(f"the model {name} cannot be made ({type(error).__name__}: {error!s:.300}).") from None
     classifier: nn.Module = model.eval()
-    return classifier
+    return classifier, normalisation
+
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
+IMAGENET: Normalisation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: argparse.Namespace) -> ck.Relationship:
@@ -246,13 +272,18 @@ def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: a
         return ck.Relationship.load(file)
 
     def loader(images: ImageList) -> DataLoader[Any]:
-        return DataLoader(StillImages(images, options.sizes), options.batch_size, num_workers=options.workers)
+        return DataLoader(StillImages(images, options.pixels), options.batch_size, num_workers=options.workers)
 
-    reverse = method == "co-tuning-reverse"
+    train, validation = parts.train, None
+    if method == "co-tuning-reverse":
+        validation = parts.validation
+        if validation is None:  # the network is still trained on all
+            train, validation = split_off_a_fifth(train)
     learnt = ck.learn_relationship(
-        classifier, loader(parts.train), target_classes=parts.classes, device=options.device,
+        classifier, loader(train), target_classes=parts.classes, device=options.device,
         temperature=1.0 if method == "co-tuning-uncalibrated" else options.temperature,
-        method="reverse" if reverse else "direct", validation_loader=loader(parts.validation) if reverse else None,
+        method="direct" if validation is None else "reverse",
+        validation_loader=None if validation is None else loader(validation),
         checkpoint=options.output / f"statistics-{method}.pt",
     )  # fmt: skip
     learnt.save(file)
@@ -339,7 +370,7 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     sampler = Batches(len(parts.train), options.batch_size, options.seed, first, options.iterations)
     # A generator of its own: a DataLoader that starts would otherwise draw from the one that dropout draws from.
     loader = DataLoader(
-        TrainingImages(parts.train, options.sizes, options.seed), batch_sampler=sampler, num_workers=options.workers,
+        TrainingImages(parts.train, options.pixels, options.seed), batch_sampler=sampler, num_workers=options.workers,
         generator=torch.Generator(),
     )  # fmt: skip
     for images, labels in tqdm(loader, desc=f"{method:<24}", initial=first, total=options.iterations, leave=False):
@@ -359,7 +390,7 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     head = model.target_model()
     result = {
         "method": method,
-        "validation_accuracy": accuracy(head, parts.validation, options, ten=False),
+        "validation_accuracy": parts.validation and accuracy(head, parts.validation, options, ten=False),
         "test_accuracy_ten_crops": accuracy(head, parts.test, options, ten=True),
         "training_seconds": round(progress.seconds, 1),
         "training_images": len(parts.train),
@@ -371,8 +402,10 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     return result
 
 
-RECORDED = ("model", "sampling_rate", "seed", "iterations", "batch_size", "lr", "trade_off", "warm_up",
-            "temperature", "l2_sp")  # fmt: skip
+RECORDED = (
+    "model", "sampling_rate", "images_per_class", "seed", "iterations", "batch_size", "lr", "trade_off", "warm_up",
+    "temperature", "l2_sp",
+)  # fmt: skip
 
 
 class Progress:
@@ -417,7 +450,7 @@ def torch_save(path: Path, content: Any) -> None:
 @torch.no_grad()
 def accuracy(model: nn.Module, images: ImageList, options: argparse.Namespace, *, ten: bool) -> float:
     """Of the mean probability over the crops of an image."""
-    data = StillImages(images, options.sizes, ten=ten)
+    data = StillImages(images, options.pixels, ten=ten)
     right, batch_size = 0, max(1, options.batch_size // (10 if ten else 1))
     for inputs, labels in DataLoader(data, batch_size, num_workers=options.workers):
         number = inputs.shape[1] if ten else 1
@@ -441,13 +474,17 @@ def tensorboard(options: argparse.Namespace, method: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------- the program
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    options.sizes = Sizes(options.size, options.crop)
+def run(options: argparse.Namespace, parts: Parts) -> list[dict[str, Any]]:
+    """All methods on one sample of the training images."""
+    classifier, (mean, deviation) = make_classifier(options.model, options.weights)
+    options.pixels = Pixels(
+        options.size, options.crop, tuple(options.mean or mean), tuple(options.deviation or deviation)
+    )
     options.output.mkdir(parents=True, exist_ok=True)
     check_same_settings(options)
-    parts = read_folder(options.data, options.sampling_rate, options.seed)
+    parts = sample(parts, options.sampling_rate, options.images_per_class, options.seed)
     print(f"{len(parts.classes)} classes, {len(parts.train)} training images, {len(parts.test)} test images")
-    classifier = make_classifier(options.model, options.weights).to(options.device)
+    classifier.to(options.device)
     results = [run_method(method, copy.deepcopy(classifier), parts, options) for method in options.methods]
     table = io.StringIO()
     writer = csv.DictWriter(table, list(results[0]))
@@ -456,13 +493,14 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     write_atomically(options.output / "results.csv", table.getvalue().encode())
     print(f"{'method':24}{'validation':>12}{'ten crops':>12}")
     for result in results:
-        print(f"{result['method']:24}{result['validation_accuracy']:12.1%}{result['test_accuracy_ten_crops']:12.1%}")
+        validation = "" if result["validation_accuracy"] is None else f"{result['validation_accuracy']:.1%}"
+        print(f"{result['method']:24}{validation:>12}{result['test_accuracy_ten_crops']:12.1%}")
     return results
 
 
 def check_same_settings(options: argparse.Namespace) -> None:
     """A folder of results is of one protocol."""
-    names = (*RECORDED, "data", "weights", "size", "crop", "batchnorm_momentum")
+    names = (*RECORDED, "data", "weights", "pixels", "batchnorm_momentum")
     settings = {name: str(getattr(options, name)) for name in names}
     file = options.output / "settings.json"
     if not file.exists():
@@ -475,8 +513,13 @@ def check_same_settings(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return exit_code(lambda: run_on_folder(arguments))
+
+
+def exit_code(program: Callable[[], Any]) -> int:
+    """0, or 1 with one sentence on standard error."""
     try:
-        run(parse(arguments))
+        program()
     except (RunnerError, OSError) as error:
         print(f"image_classification: {error}", file=sys.stderr)
         return 1
@@ -486,18 +529,30 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def run_on_folder(arguments: list[str] | None) -> None:
+    parser = parser_of((__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--sampling-rate", type=share, default=1.0, help="of the training images of each class; the "
+        "paper: 0.15, 0.3, 0.5, 1")  # fmt: skip
+    options = parser.parse_args(arguments)
+    run(options, read_folder(options.data))
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """What this program and those of the paper's data sets share."""
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("data", type=Path, help="folder with train, test and perhaps val, each with one sub-folder a class")
+    add("data", type=Path, help="folder of the images, see above")
     add("--model", required=True, help="timm:NAME, torchvision:NAME or MODULE:FUNCTION")
     add("--weights", type=Path, help="a state dict for the model, instead of the weights that it comes with")
+    for name in ("mean", "deviation"):
+        add(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help="to normalise images with, on a scale from "
+            "0 to 1; by default the model's own, or ImageNet's")  # fmt: skip
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--output", type=Path, default=Path("results"), help="for results, checkpoints and weights")
-    add("--sampling-rate", type=float, default=1.0, help="share of the training images of each class; the paper: "
-        "0.15, 0.3, 0.5, 1")  # fmt: skip
+    add("--images-per-class", type=int, metavar="N", help="at most so many training images of each class; the paper "
+        "at the large end: 1000")  # fmt: skip
     add("--temperature", type=float, default=1.0, help="of the classifier, see cotuning_kernels.fit_temperature")
     add("--trade-off", type=float, default=2.3, help="weight of the source term")
     add("--warm-up", type=int, default=0, metavar="N", help="iterations over which the trade-off grows from 0")
@@ -513,11 +568,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=2, help="processes that load images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--tensorboard", type=Path, metavar="DIR", help="write the losses there")
-    options = parser.parse_args(arguments)
-    if not 0 < options.sampling_rate <= 1:
-        parser.error("--sampling-rate is a share: above 0, at most 1")
-    return options
+    return parser
 
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError
+    return value
+
+
+share.__name__ = "share, above 0 and at most 1"  # argparse: "invalid <name> value"
 
 if __name__ == "__main__":
     sys.exit(main())

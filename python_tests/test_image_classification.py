@@ -169,17 +169,22 @@ def test_killed_while_it_saves(data: Path, runner: ModuleType, tmp_path: Path) -
 
 def test_ten_crops_and_the_parts(runner: ModuleType, data: Path) -> None:
     image = Image.fromarray(np.arange(20 * 20 * 3, dtype=np.uint32).reshape(20, 20, 3).astype(np.uint8))
-    ten = runner.crops(image, 16, True)
-    whole = runner.as_tensor(image)
+    pixels = runner.Pixels(20, 16, (0.5, 0.4, 0.3), (0.25, 0.5, 0.2))
+    ten = runner.crops(image, pixels, True)
+    whole = runner.as_tensor(image, pixels)
+    assert whole[1, 3, 5].item() == pytest.approx((image.getpixel((5, 3))[1] / 255 - 0.4) / 0.5)
     assert ten.shape == (10, 3, 16, 16)
     assert torch.equal(ten[0], whole[:, 2:18, 2:18])
     assert torch.equal(ten[4], whole[:, 4:, 4:])
     assert torch.equal(ten[5:], ten[:5].flip(3))
-    assert torch.equal(runner.crops(image, 16, False), ten[:1])
-    small, large = runner.read_folder(data, 0.3, 7), runner.read_folder(data, 0.5, 7)
+    assert torch.equal(runner.crops(image, pixels, False), ten[:1])
+    parts = runner.read_folder(data)
+    small, large = (runner.sample(parts, rate, None, 7) for rate in (0.3, 0.5))
     assert [small.train.labels.count(t) for t in range(4)] == [3] * 4
     assert set(small.train.paths) <= set(large.train.paths)
-    assert runner.read_folder(data, 0.3, 8).train != small.train
+    assert runner.sample(parts, 0.3, None, 8).train != small.train
+    assert runner.sample(parts, 1.0, 3, 7).train == small.train
+    assert runner.sample(parts, 0.3, 1000, 7).train == small.train
     assert len(small.test) == 24
 
 
