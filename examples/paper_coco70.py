@@ -1,0 +1,42 @@
+"""The paper's protocol at the large end: COCO-70, 70 classes of objects with up to a thousand images each.
+
+    python examples/paper_coco70.py COCO70 --model torchvision:resnet50
+
+The folder has ``classes.txt``, and for each of ``train``, ``dev`` and ``test`` a folder of images and a list (``.txt``)
+of lines ``FILE CLASS``. There are 800 images of each class to train on, 100 to validate and 100 to test.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from image_classification import ImageList, Parts
+from paper_protocol import DataSet, image_list, lines_of, main
+
+
+def read(folder: Path) -> Parts:
+    def part(name: str) -> ImageList:
+        rows = (line.replace(",", " ").rsplit(maxsplit=1) for line in lines_of(folder / f"{name}.txt"))
+        return image_list([(locate(folder, name, file.strip()), int(label)) for file, label in rows])
+
+    return Parts(tuple(lines_of(folder / "classes.txt")), part("train"), part("dev"), part("test"))
+
+
+def locate(folder: Path, part: str, file: str) -> Path:
+    """A list's files are named from the data set's folder, or from that of the part."""
+    return folder / file if (folder / file).exists() else folder / part / file
+
+
+COCO_70 = DataSet(
+    name="COCO-70",
+    source="https://github.com/thuml/CoTuning (its README says how the pieces are put together)",
+    read=read,
+    classes=70,
+    train=56000,
+    validation=7000,
+    test=7000,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(COCO_70, __doc__))
