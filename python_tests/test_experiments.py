@@ -127,7 +127,7 @@ def test_killed_runs_are_run_again_and_finished_ones_are_not(
 
 
 def test_methods_differ_in_the_method_alone(experiments: ModuleType) -> None:
-    setting = experiments.Setting("made", "tiny", 2, 20, 0.1, "plain", 0.0, 0.0, 1.0, 5)
+    setting = experiments.Setting("made", "tiny", 2, 20, 0.003, "plain", 0.0, 0.0, 1.0, 5)
     measures = ("validation_accuracy", "validation_nll", "test_accuracy", "test_nll")
 
     def measured(**changes: Any) -> np.ndarray:
@@ -135,12 +135,12 @@ def test_methods_differ_in_the_method_alone(experiments: ModuleType) -> None:
         return np.array([result[name] for name in measures])
 
     plain = measured()
-    np.testing.assert_allclose(measured(method="co-tuning", trade_off=0.0), plain, atol=2e-5)
+    np.testing.assert_allclose(measured(method="co-tuning", trade_off=0.0), plain, rtol=1e-4)
     co_tuned = measured(method="co-tuning", trade_off=2.3)
-    assert np.abs(co_tuned - plain).max() > 1e-3
-    assert np.abs(measured(method="co-tuning", trade_off=2.3, warm_up=1.0) - co_tuned).max() > 1e-4
-    assert np.abs(measured(method="co-tuning", trade_off=2.3, temperature=0.3) - co_tuned).max() > 1e-4
-    assert np.abs(measured(seed=6) - plain).max() > 1e-3
+    assert np.abs(co_tuned - plain).max() > 1e-2
+    assert np.abs(measured(method="co-tuning", trade_off=2.3, warm_up=1.0) - co_tuned).max() > 1e-2
+    assert np.abs(measured(method="co-tuning", trade_off=2.3, temperature=0.3) - co_tuned).max() > 1e-2
+    assert np.abs(measured(seed=6) - plain).max() > 1e-2
 
 
 def test_the_trade_off_warms_up(experiments: ModuleType) -> None:
@@ -154,7 +154,7 @@ def test_the_trade_off_warms_up(experiments: ModuleType) -> None:
     torch.testing.assert_close(losses / losses[-1], torch.tensor([0.25, 0.5, 0.75, 1.0, 1.0, 1.0]))
 
 
-# ---------------------------------------------------------------------------------------------------- Tux Paint's stamps
+# --------------------------------------------------------------------------------------------------- Tux Paint's stamps
 
 
 def test_families_of_stamps() -> None:
