@@ -24,7 +24,8 @@ from pathlib import Path
 try:
     import matplotlib  # noqa: F401  (the pictures come last: better to miss it now)
     import torch
-    from demo_data import Batch, DemoError, Images, ImageSet, fashion_mnist, image_folder
+    from command_line import UserError, exit_code
+    from demo_data import Batch, Images, ImageSet, fashion_mnist, image_folder
     from demo_pictures import plot_training
     from demo_weights import imagenet_class_names, pretrained_classifier
     from torch import Tensor, nn
@@ -53,16 +54,7 @@ class Arm:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 1 with one sentence on standard error."""
-    try:
-        demo(parse(arguments))
-    except (DemoError, OSError) as error:  # OSError: a picture cannot be written, the disk is full
-        print(f"demo: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("demo: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("demo", lambda: demo(parse(arguments)))
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -215,7 +207,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoError(f"The folder {folder} cannot be made ({error.strerror}): give another with --output.") from None
+        raise UserError(f"The folder {folder} cannot be made ({error.strerror}): give another with --output.") from None
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

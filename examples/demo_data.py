@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from command_line import UserError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,10 +26,6 @@ INSTALLED_AT = Path("/usr/share/datasets/fashion-mnist")  # where apt-get instal
 FASHION_CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 ]  # fmt: skip
-
-
-class DemoError(Exception):
-    """Something outside the program is missing or wrong. The message is one sentence with the mend."""
 
 
 class Batch(NamedTuple):
@@ -130,7 +127,7 @@ def fetch_debian_package(package: str, size: str, inside: str, unpacked: Path, s
     """Put the folder ``inside`` of a Debian package at ``unpacked``, without root."""
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
-            raise DemoError(
+            raise UserError(
                 f"These images come from the Debian or Ubuntu package {package} and {program} is not here: "
                 "use your own images with --data DIR (one sub-folder a class)."
             )
@@ -148,13 +145,13 @@ def fetch_debian_package(package: str, size: str, inside: str, unpacked: Path, s
         answer = run(["apt-get", "-q", *own_lists, "download", package], download)
     packages = list(download.glob("*.deb"))
     if answer or not packages:
-        raise DemoError(
+        raise UserError(
             f"Debian's package {package} could not be downloaded ({answer or 'no file came'}): check the network and "
             f"the apt sources (on Ubuntu, 'universe'), or use your own images with --data DIR."
         )
     answer = run(["dpkg-deb", "-x", str(packages[0].resolve()), "."], download)
     if answer:
-        raise DemoError(f"{packages[0].name} could not be unpacked ({answer}): run the demo again to download it anew.")
+        raise UserError(f"{packages[0].name} could not be unpacked ({answer}): run the demo again to download it anew.")
     # Moved only when whole: a folder of that name is complete, unless somebody took files out.
     shutil.rmtree(unpacked, ignore_errors=True)
     (download / inside).rename(unpacked)
@@ -176,18 +173,18 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         with gzip.open(path) as file:
             content = file.read()
     except FileNotFoundError:
-        raise DemoError(f"{path} is missing: remove {path.parent} and run the demo again.") from None
+        raise UserError(f"{path} is missing: remove {path.parent} and run the demo again.") from None
     except (OSError, EOFError) as error:
-        raise DemoError(f"{path} is damaged ({error}): remove {path.parent} and run the demo again.") from None
+        raise UserError(f"{path} is damaged ({error}): remove {path.parent} and run the demo again.") from None
     header = 4 + 4 * dimensions
     # Two zero bytes, the type (8: unsigned byte) and the number of dimensions; then each dimension as a 32-bit integer.
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < header:
-        raise DemoError(
+        raise UserError(
             f"{path} is no IDX file of bytes in {dimensions} dimensions: remove {path.parent} and run the demo again."
         )
     shape = np.frombuffer(content, ">u4", count=dimensions, offset=4)
     if len(content) != header + np.prod(shape, dtype=np.int64):
-        raise DemoError(f"{path} is cut short: remove {path.parent} and run the demo again.")
+        raise UserError(f"{path} is cut short: remove {path.parent} and run the demo again.")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -206,7 +203,7 @@ def fashion_pictures(images: np.ndarray) -> Tensor:
 def image_folder(root: Path, *, images_per_class: int, validation: int, test: int, seed: int) -> Images:
     """One class a sub-folder of ``root``; training images, validation and test are cut from what is there."""
     if not root.is_dir():
-        raise DemoError(f"--data {root} is not a folder: give one that has a sub-folder of images for each class.")
+        raise UserError(f"--data {root} is not a folder: give one that has a sub-folder of images for each class.")
     files = {
         folder.name: sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS and f.is_file())
         for folder in sorted(root.iterdir())
@@ -214,13 +211,13 @@ def image_folder(root: Path, *, images_per_class: int, validation: int, test: in
     }
     files = {name: found for name, found in files.items() if found}
     if len(files) < 2:
-        raise DemoError(
+        raise UserError(
             f"--data {root} has {len(files)} sub-folders with images: two or more are needed, one for each class."
         )
     needed = images_per_class + 2
     for name, found in files.items():
         if len(found) < needed:
-            raise DemoError(
+            raise UserError(
                 f"{root / name} has {len(found)} images, expected {needed} or more ({images_per_class} to train on, "
                 "the rest to measure with): add images, or lower --images-per-class."
             )
@@ -245,12 +242,12 @@ def read_picture(path: Path) -> Tensor:
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise DemoError("Pillow is not installed: pip install pillow.") from None
+        raise UserError("Pillow is not installed: pip install pillow.") from None
     try:
         with Image.open(path) as image:
             square = ImageOps.fit(image.convert("RGB"), (FULL, FULL), Image.Resampling.BICUBIC)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DemoError(f"{path} cannot be read as an image ({error}): remove or replace it.") from None
+        raise UserError(f"{path} cannot be read as an image ({error}): remove or replace it.") from None
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 

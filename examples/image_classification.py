@@ -34,6 +34,7 @@ from typing import Any
 try:
     import numpy as np
     import torch
+    from command_line import UserError, exit_code
     from PIL import Image, UnidentifiedImageError
     from torch import Tensor, nn
     from torch.nn import functional as F
@@ -46,11 +47,8 @@ except ImportError as missing:
     sys.exit(f"image_classification: {missing}: pip install '.[demo]' in the project's folder.")
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+STOPPED = "stopped; the same command goes on"
 METHODS = ("plain", "linear-probe", "l2-sp", "co-tuning", "co-tuning-reverse", "co-tuning-uncalibrated")
-
-
-class RunnerError(Exception):
-    """Something outside the program is missing or wrong. The message is one sentence with the mend."""
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -79,7 +77,7 @@ class Parts:
 
 def read_folder(folder: Path) -> Parts:
     if not (folder / "train").is_dir() or not (folder / "test").is_dir():
-        raise RunnerError(f"{folder} has no folders train and test, each with one sub-folder a class: make them.")
+        raise UserError(f"{folder} has no folders train and test, each with one sub-folder a class: make them.")
     classes = tuple(sorted(path.name for path in (folder / "train").iterdir() if path.is_dir()))
     train = list_images(folder / "train", classes)
     if (folder / "val").is_dir():
@@ -92,7 +90,7 @@ def read_folder(folder: Path) -> Parts:
 def list_images(folder: Path, classes: Sequence[str]) -> ImageList:
     others = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in classes)
     if others:
-        raise RunnerError(f"{folder} has a class {others[0]} that train has not: the parts must have the same classes.")
+        raise UserError(f"{folder} has a class {others[0]} that train has not: the parts must have the same classes.")
     found = [
         (path, label)
         for label, name in enumerate(classes)
@@ -101,7 +99,7 @@ def list_images(folder: Path, classes: Sequence[str]) -> ImageList:
         if path.suffix.lower() in ENDINGS
     ]
     if not found:
-        raise RunnerError(f"{folder} has no image in its sub-folders ({', '.join(sorted(ENDINGS))}).")
+        raise UserError(f"{folder} has no image in its sub-folders ({', '.join(sorted(ENDINGS))}).")
     return ImageList(tuple(path for path, _ in found), tuple(label for _, label in found))
 
 
@@ -114,7 +112,7 @@ def sample(parts: Parts, sampling_rate: float, images_per_class: int | None, see
     for label, name in enumerate(parts.classes):
         members = [i for i, own in enumerate(parts.train.labels) if own == label]
         if not members:
-            raise RunnerError(f"the class {name} has no training image: add some, or remove its folder.")
+            raise UserError(f"the class {name} has no training image: add some, or remove its folder.")
         number = max(1, round(sampling_rate * len(members)))
         kept += random.permutation(members)[:number][:images_per_class].tolist()
     return replace(parts, train=chosen(parts.train, sorted(kept)))
@@ -145,7 +143,7 @@ def load(path: Path, size: int) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except (UnidentifiedImageError, OSError) as error:
-        raise RunnerError(f"{path} cannot be read as an image ({error}): remove or replace it.") from None
+        raise UserError(f"{path} cannot be read as an image ({error}): remove or replace it.") from None
 
 
 def as_tensor(image: Image.Image, pixels: Pixels) -> Tensor:
@@ -256,7 +254,7 @@ def make_classifier(name: str, weights: Path | None) -> tuple[nn.Module, Normali
         if weights is not None:
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except (ImportError, AttributeError, ValueError, RuntimeError, OSError) as error:
-        raise RunnerError(f"the model {name} cannot be made ({type(error).__name__}: {error!s:.300}).") from None
+        raise UserError(f"the model {name} cannot be made ({type(error).__name__}: {error!s:.300}).") from None
     classifier: nn.Module = model.eval()
     return classifier, normalisation
 
@@ -362,8 +360,8 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [options.iterations * 2 // 3], gamma=0.1)
     torch.manual_seed(options.seed)  # the same dropout for every method
     progress = Progress(options.output / f"{method}.checkpoint.pt", model, optimizer, schedule)
-    writer = tensorboard(options, method)
     progress.load()
+    writer = tensorboard(options, method, progress.iteration)
     first, begun = progress.iteration, time.perf_counter()
     # A linear probe's features are those of the pretrained model, whose BatchNorm statistics stay.
     model.train(method != "linear-probe")
@@ -387,6 +385,8 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
             progress.save()
             begun = time.perf_counter()
     progress.seconds += time.perf_counter() - begun
+    if writer is not None:
+        writer.close()
     head = model.target_model()
     result = {
         "method": method,
@@ -461,14 +461,15 @@ def accuracy(model: nn.Module, images: ImageList, options: argparse.Namespace, *
     return right / len(images)
 
 
-def tensorboard(options: argparse.Namespace, method: str) -> Any:
+def tensorboard(options: argparse.Namespace, method: str, iteration: int) -> Any:
+    """A writer that forgets what an interrupted run wrote after its last checkpoint."""
     if options.tensorboard is None:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise RunnerError("--tensorboard needs the package tensorboard: pip install tensorboard.") from None
-    return SummaryWriter(str(options.tensorboard / method))
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard.") from None
+    return SummaryWriter(str(options.tensorboard / method), purge_step=iteration + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- the program
@@ -509,24 +510,11 @@ def check_same_settings(options: argparse.Namespace) -> None:
     before = json.loads(file.read_text())
     changed = [f"{name} was {before.get(name)}" for name, value in settings.items() if before.get(name) != value]
     if changed:
-        raise RunnerError(f"{options.output} is of other settings ({', '.join(changed)}): give another --output.")
+        raise UserError(f"{options.output} is of other settings ({', '.join(changed)}): give another --output.")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(lambda: run_on_folder(arguments))
-
-
-def exit_code(program: Callable[[], Any]) -> int:
-    """0, or 1 with one sentence on standard error."""
-    try:
-        program()
-    except (RunnerError, OSError) as error:
-        print(f"image_classification: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("image_classification: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("image_classification", lambda: run_on_folder(arguments), STOPPED)
 
 
 def run_on_folder(arguments: list[str] | None) -> None:

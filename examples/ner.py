@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 try:
     import torch
+    from command_line import UserError, exit_code
     from seqeval.metrics import classification_report, f1_score
     from torch import Tensor, nn
     from torch.nn import functional as F
@@ -35,10 +36,6 @@ except ImportError as missing:
     sys.exit(f"ner: {missing}: pip install '.[ner]' in the project's folder.")
 
 IGNORED = -100  # not the first piece of a word, or no word at all
-
-
-class NerError(Exception):
-    """Something outside the program is missing or wrong. The message is one sentence with the mend."""
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -55,7 +52,7 @@ def read_conll(path: Path) -> list[Sentence]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise NerError(f"{path} cannot be read ({error}): give a CoNLL-2003 column file.") from None
+        raise UserError(f"{path} cannot be read ({error}): give a CoNLL-2003 column file.") from None
     for number, line in enumerate([*lines, ""], start=1):
         columns = line.split()
         if columns and columns[0] == "-DOCSTART-":
@@ -64,12 +61,12 @@ def read_conll(path: Path) -> list[Sentence]:
             sentences.append(Sentence(words, tags))
             words, tags = [], []
         elif len(columns) == 1:
-            raise NerError(f"{path}:{number} has one column, {line!r}: expected a word, ..., and its tag.")
+            raise UserError(f"{path}:{number} has one column, {line!r}: expected a word, ..., and its tag.")
         elif columns:
             words.append(columns[0])
             tags.append(columns[-1])
     if not sentences:
-        raise NerError(f"{path} has no sentence: give a CoNLL-2003 column file.")
+        raise UserError(f"{path} has no sentence: give a CoNLL-2003 column file.")
     return sentences
 
 
@@ -187,11 +184,11 @@ def ner(options: argparse.Namespace) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         language_model = BertForMaskedLM.from_pretrained(options.model)
     except (OSError, ValueError) as error:
-        raise NerError(f"{options.model} holds no BERT with its tokenizer ({error!s:.200}).") from None
+        raise UserError(f"{options.model} holds no BERT with its tokenizer ({error!s:.200}).") from None
     sets = {name: read_conll(getattr(options, name)) for name in ("train", "validation", "test")}
     tags = Tags.of(sets["train"])
     if not tags.kinds:
-        raise NerError(f"{options.train} has no entity: every tag is O.")
+        raise UserError(f"{options.train} has no entity: every tag is O.")
 
     def loader(name: str, labels: list[list[int]], **more: Any) -> DataLoader[Any]:
         data = Tokens(sets[name], labels, tokenizer, options.max_length)
@@ -247,15 +244,7 @@ def ner(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        ner(parse(arguments))
-    except (NerError, OSError) as error:
-        print(f"ner: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("ner: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("ner", lambda: ner(parse(arguments)))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from image_classification import ImageList, Parts, RunnerError
+from command_line import UserError
+from image_classification import ImageList, Parts
 from paper_protocol import DataSet, image_list, main
 
 
@@ -43,7 +44,7 @@ def load(path: Path, name: str) -> Any:
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise RunnerError("the lists of Stanford Cars are MATLAB files: pip install scipy.") from None
+        raise UserError("the lists of Stanford Cars are MATLAB files: pip install scipy.") from None
     if not path.exists():
         raise FileNotFoundError(2, "missing", str(path))
     return loadmat(path, squeeze_me=True)[name]

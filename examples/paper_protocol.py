@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from image_classification import METHODS, ImageList, Parts, RunnerError, exit_code, parser_of, run, share
+from command_line import UserError, exit_code
+from image_classification import METHODS, STOPPED, ImageList, Parts, parser_of, run, share
 
 RATES = (0.15, 0.3, 0.5, 1.0)
 # Accuracy in per cent by method and sampling rate.
@@ -38,7 +39,7 @@ class DataSet:
 
 
 def main(data_set: DataSet, description: str | None, arguments: Sequence[str] | None = None) -> int:
-    return exit_code(lambda: run_rates(data_set, options_of(description, arguments)))
+    return exit_code(data_set.name, lambda: run_rates(data_set, options_of(description, arguments)), STOPPED)
 
 
 def options_of(description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,7 +66,7 @@ def read_checked(data_set: DataSet, folder: Path, *, incomplete: bool = False) -
     try:
         parts = data_set.read(folder)
     except FileNotFoundError as error:
-        raise RunnerError(
+        raise UserError(
             f"{error.filename} is missing: {data_set.name} comes from {data_set.source}; unpack it and give its folder."
         ) from None
     counted = {"classes": len(parts.classes), "training images": len(parts.train), "test images": len(parts.test)}
@@ -78,14 +79,14 @@ def read_checked(data_set: DataSet, folder: Path, *, incomplete: bool = False) -
         if counted[what] != expected[what]
     ]
     if wrong and not incomplete:
-        raise RunnerError(
+        raise UserError(
             f"{folder} has {'; '.join(wrong)}: is it another version? --incomplete goes on all the same, but the "
             "numbers are then not those of the paper's data."
         )
     images = parts.train.paths + parts.test.paths + (parts.validation.paths if parts.validation else ())
     absent = [path for path in images if not path.is_file()]
     if absent:
-        raise RunnerError(
+        raise UserError(
             f"{absent[0]} is missing, and {len(absent) - 1} more that the lists of {data_set.name} name: unpack it "
             f"again; it comes from {data_set.source}."
         )

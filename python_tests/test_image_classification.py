@@ -232,3 +232,68 @@ def test_damaged_and_missing_images(
     picture("red", np.random.default_rng(1)).save(tmp_path / "test/red/good.png")
     assert runner.main(arguments(tmp_path, tmp_path / "out4", "--methods", "plain")) == 1
     assert "cannot be read as an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "normalisation"),
+    [
+        ("timm:mobilenetv3_small_050", ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+        ("timm:vit_tiny_patch16_224", ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
+        ("torchvision:squeezenet1_1", ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+    ],
+)
+def test_models_of_timm_and_torchvision(
+    runner: ModuleType, data: Path, tmp_path: Path, name: str, normalisation: tuple[tuple[float, ...], ...]
+) -> None:
+    """With random weights: the published ones would be downloaded."""
+    source, entry = name.split(":")
+    module = pytest.importorskip(source, reason=f"{source} is not installed: pip install {source}")
+    model = module.create_model(entry) if source == "timm" else module.models.get_model(entry)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    made, found = runner.make_classifier(name, tmp_path / "weights.pt")
+    assert found == normalisation
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), model.parameters(), strict=True))
+    if "vit" not in name:  # whose images must be 224 x 224: slow
+        more = (f"--model={name}", f"--weights={tmp_path / 'weights.pt'}", "--size=72", "--crop=64", "--iterations=2")
+        assert runner.main(arguments(data, tmp_path / "out", *more, "--methods", "co-tuning-uncalibrated")) == 0
+        settings = json.loads((tmp_path / "out/settings.json").read_text())
+        assert settings["pixels"] == str(runner.Pixels(72, 64, *normalisation))
+
+
+@pytest.mark.parametrize("more", [(), ("--mean", "0.1", "0.2", "0.3", "--deviation", "2", "4", "5")])
+def test_images_are_normalised_as_asked(
+    runner: ModuleType, data: Path, tmp_path: Path, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        runner, "objective_of",
+        lambda method, model, *rest, **more: lambda images, labels, i: seen.append(images) or model(images)[1].sum(),
+    )  # fmt: skip
+    assert runner.main(arguments(data, tmp_path, "--methods", "plain", "--iterations=1", *more)) == 0
+    mean, deviation = ((0.1, 0.2, 0.3), (2.0, 4.0, 5.0)) if more else runner.IMAGENET
+    back = seen[0] * torch.tensor(deviation)[:, None, None] + torch.tensor(mean)[:, None, None]
+    assert back.min() >= -1e-6
+    assert back.max() <= 1 + 1e-6
+    bytes_again = back * 255
+    torch.testing.assert_close(bytes_again, bytes_again.round(), atol=1e-3, rtol=0)
+
+
+def test_tensorboard_has_the_losses(runner: ModuleType, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = ("--methods", "plain", "co-tuning", f"--tensorboard={tmp_path / 'board'}")
+    assert runner.main(arguments(data, tmp_path / "out", *more)) == 0
+    for method in ("plain", "co-tuning"):
+        events = EventAccumulator(str(tmp_path / "board" / method)).Reload()
+        losses = events.Scalars("loss")
+        assert [event.step for event in losses] == list(range(1, 13))
+        assert all(0 < event.value < 20 for event in losses)
+
+
+def test_without_tensorboard_it_is_said(
+    runner: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert runner.main(arguments(data, tmp_path / "out", "--methods", "plain", f"--tensorboard={tmp_path}")) == 1
+    assert "pip install tensorboard" in capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_what_is_wrong_is_said(
     assert published.source in said
     gone = protocol.read_checked(small, folder).test.paths[1]
     gone.unlink()
-    with pytest.raises(importlib.import_module("image_classification").RunnerError, match="is missing, and 0 more"):
+    with pytest.raises(importlib.import_module("command_line").UserError, match="is missing, and 0 more"):
         protocol.read_checked(small, folder)
 
 

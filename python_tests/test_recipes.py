@@ -26,13 +26,14 @@ def examples_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fashion_mnist() -> Iterator[None]:
     """The images, downloaded once a checkout (31 MB)."""
-    from demo_data import DemoError, fetch_fashion_mnist
+    from command_line import UserError
+    from demo_data import fetch_fashion_mnist
     from recipe_fashion import CACHE
 
     CACHE.mkdir(exist_ok=True)
     try:
         fetch_fashion_mnist(CACHE)
-    except DemoError as error:
+    except UserError as error:
         pytest.skip(f"no Fashion-MNIST: {error}")
     return
 
