@@ -1,5 +1,6 @@
 """When does Co-Tuning help, and when not? Many short runs on real weights and real images, one line of JSON a run.
 
+    pip install '.[experiments]'
     python examples/experiments.py                      # what docs/results/plan.toml lists and is not there yet
     python examples/experiment_tables.py                # docs/results.md and its figures, from the lines
 

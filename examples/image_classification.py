@@ -518,20 +518,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_on_folder(arguments: list[str] | None) -> None:
-    parser = parser_of((__doc__ or "").split("\n\n")[0])
+    parser = parser_of(
+        (__doc__ or "").split("\n\n")[0], "folder with train, test and perhaps val, each with one sub-folder a class"
+    )
     parser.add_argument("--sampling-rate", type=share, default=1.0, help="of the training images of each class; the "
         "paper: 0.15, 0.3, 0.5, 1")  # fmt: skip
     options = parser.parse_args(arguments)
     run(options, read_folder(options.data))
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
+def parser_of(description: str, data: str) -> argparse.ArgumentParser:
     """What this program and those of the paper's data sets share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("data", type=Path, help="folder of the images, see above")
+    add("data", type=Path, help=data)
     add("--model", required=True, help="timm:NAME, torchvision:NAME or MODULE:FUNCTION")
     add("--weights", type=Path, help="a state dict for the model, instead of the weights that it comes with")
     for name in ("mean", "deviation"):

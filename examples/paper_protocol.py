@@ -39,11 +39,11 @@ class DataSet:
 
 
 def main(data_set: DataSet, description: str | None, arguments: Sequence[str] | None = None) -> int:
-    return exit_code(data_set.name, lambda: run_rates(data_set, options_of(description, arguments)), STOPPED)
+    return exit_code(data_set.name, lambda: run_rates(data_set, options_of(data_set, description, arguments)), STOPPED)
 
 
-def options_of(description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = parser_of((description or "").split("\n\n")[0])
+def options_of(data_set: DataSet, description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = parser_of((description or "").split("\n\n")[0], f"the folder of {data_set.name}, unpacked")
     parser.add_argument("--sampling-rates", type=share, nargs="+", default=list(RATES), help="of the training images "
         "of each class")  # fmt: skip
     parser.add_argument("--incomplete", action="store_true", help="go on where classes or images are missing")
@@ -52,10 +52,11 @@ def options_of(description: str | None, arguments: Sequence[str] | None) -> argp
 
 def run_rates(data_set: DataSet, options: argparse.Namespace) -> dict[float, list[dict[str, Any]]]:
     parts = read_checked(data_set, options.data, incomplete=options.incomplete)
-    folder, found = options.output, {}
+    folder, board, found = options.output, options.tensorboard, {}
     for rate in options.sampling_rates:
         print(f"\n{data_set.name}, {rate:.0%} of the training images")
-        options.sampling_rate, options.output = rate, folder / f"rate-{round(100 * rate)}"
+        name = f"rate-{round(100 * rate)}"
+        options.sampling_rate, options.output, options.tensorboard = rate, folder / name, board and board / name
         found[rate] = run(options, parts)
     print(f"\n{comparison(data_set, found)}")
     return found
@@ -115,4 +116,6 @@ def comparison(data_set: DataSet, found: Mapping[float, Sequence[Mapping[str, An
         rows += [(method, own)] if own else []
         rows += [("  tllib, ResNet-50", theirs)] if own and theirs else []
     lines = [f"{name:<24}" + "".join(f"{cells.get(rate, ''):>9}" for rate in found) for name, cells in rows]
+    if data_set.tllib:
+        lines.append("tllib's are from its documentation: another batch size, rates and iterations than the paper's.")
     return "\n".join([f"{data_set.name}, test accuracy", *lines])
