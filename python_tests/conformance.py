@@ -434,7 +434,8 @@ class Expectation:
     0: its unit is ``eps * (sum of terms + Q)``. A gradient is ``c (Q softmax(z) - q)`` with a constant ``c`` a row: an
     ulp of either part where they nearly cancel, an ulp of the argument of ``exp``, and one rounding to the logits'
     dtype. So its unit is ``eps(compute) * parts * (1 + max(z) - z) + eps(logits) * |x|``, where
-    ``parts = c (Q softmax(z) + q)``; among subnormal numbers, the distance of two.
+    ``parts = c (Q softmax(z) + q)``; among subnormal numbers, the distance of two. Where entries of R cancel, their
+    errors do not: sizes are those of ``|R|``.
     """
 
     def __init__(self, problem: Problem, form: str) -> None:
@@ -458,6 +459,7 @@ class Expectation:
 
         p = exact.distribution()
         q = p @ exact.relationship
+        q_size = p @ exact.relationship.abs()
         probabilities = isinstance(exact.target, Tensor) and exact.target.is_floating_point()
         smooth = exact.label_smoothing / p.shape[1] * (1.0 if probabilities else p.sum(1, keepdim=True))
         weight = torch.ones(p.shape[1], dtype=torch.float64) if exact.weight is None else exact.weight
@@ -471,17 +473,18 @@ class Expectation:
         target_factor = 1.0 / torch.where(target_count > 0, target_count, 1.0)
 
         _, target_rows, source_rows = reference.co_tuning_loss(
-            exact.source_logits, exact.target_logits, exact.target, exact.relationship,
+            exact.source_logits, exact.target_logits, exact.target, exact.relationship.abs(),
             **exact.options | {"reduction": "none", "source_loss": "cross_entropy"},
         )  # fmt: skip
 
         def loss_size(rows: Tensor, part: Tensor, factor: Tensor) -> Tensor:
-            rows = (rows.abs() + part.abs().sum(1)) * factor.abs()
+            rows = (rows.abs() + part.sum(1)) * factor.abs()
             return rows if exact.reduction == "none" else rows.sum()
 
-        def gradient_size(gradient: Tensor, part: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        def gradient_size(logits: Tensor, part: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
             constant = (factor * exact.upstream).reshape(-1, 1)
-            parts = (gradient + 2 * constant * part.abs()).abs()  # c (Q softmax - q) + 2 c q
+            # A row without a softmax has no finite truth, or no part.
+            parts = constant.abs() * (part.sum(1, keepdim=True) * torch.softmax(logits, 1).nan_to_num(0.0) + part)
             tiny = torch.finfo(dtype).smallest_normal / torch.finfo(dtype).eps
             return parts + tiny * constant.abs().clamp(min=1)
 
@@ -498,19 +501,18 @@ class Expectation:
         }
         # A sum of exponentials in a few partial sums, each of which rounds once an element.
         self._sum_units = max(x.shape[1] for x in heads) / 2048
-        source_size = gradient_size(self.truth.source_grad, q, source_factor, source_dtype)
+        source_size = gradient_size(exact.source_logits, q_size, source_factor, source_dtype)
         if alone:
-            self.size = Outcome(loss_size(source_rows, q, source_factor), source_size)
+            self.size = Outcome(loss_size(source_rows, q_size, source_factor), source_size)
         else:
-            assert self.truth.target_grad is not None
             target_term_size = loss_size(target_rows, target_part, target_factor)
-            loss = target_term_size + loss_size(source_rows, q, source_factor)
+            loss = target_term_size + loss_size(source_rows, q_size, source_factor)
             self.size = Outcome(
                 loss,
                 source_size,
-                gradient_size(self.truth.target_grad, target_part, target_factor, target_dtype),
+                gradient_size(exact.target_logits, target_part, target_factor, target_dtype),
                 target_term_size,
-                loss_size(source_rows, q, 1.0 / torch.where(source_count > 0, source_count, 1.0)),
+                loss_size(source_rows, q_size, 1.0 / torch.where(source_count > 0, source_count, 1.0)),
             )
         factor = torch.maximum(source_factor.abs(), target_factor) * exact.upstream.abs()
         # A half-precision gradient is stored before it is multiplied by this.

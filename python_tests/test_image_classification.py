@@ -153,7 +153,7 @@ def test_killed_while_it_saves(data: Path, runner: ModuleType, tmp_path: Path) -
     """A checkpoint after every iteration: most of the time is spent writing one when the kill comes."""
     output, tests = tmp_path / "killed", Path(__file__).parent
     package = Path(ck.__file__).parent.parent
-    path = os.pathsep.join([str(package), str(tests), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(package), str(tests), str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
     more = ("--methods", "plain", "--checkpoint-every=1", "--iterations=400")
     command = [sys.executable, str(EXAMPLES / "image_classification.py"), *arguments(data, output, *more)]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
