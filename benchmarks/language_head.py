@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cotuning_kernels as ck
-from benchmarks.memory import CHECKOUT, measure_here
+from benchmarks.memory import CHECKOUT, SETTLED_MALLOC, measure_here
 
 __all__ = ["SIZES", "WAYS", "Step", "measure", "measure_apart"]
 
@@ -108,9 +108,9 @@ def measure_apart(way: str, tokens: int, hidden: int, vocabulary: int, rounds: i
     sizes = {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary, "rounds": rounds}
     flags = [f"--{name}={size}" for name, size in sizes.items()]
     command = [sys.executable, "-m", "benchmarks.language_head", *flags, f"--way={way}"]
-    # Fresh pages from the system at each step would be most of the time, and are not what is compared.
-    environment = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
-    done = subprocess.run(command, check=True, cwd=CHECKOUT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        command, check=True, cwd=CHECKOUT, capture_output=True, text=True, env=os.environ | SETTLED_MALLOC
+    )
     found: dict[str, float] = json.loads(done.stdout)
     return found
 

@@ -22,10 +22,14 @@ import torch
 from benchmarks.contestants import LOSS_CONTESTANTS, RELATIONSHIP_CONTESTANTS, prepare
 from benchmarks.problems import DTYPES, LossProblem, RelationshipProblem, Shape, parse_shape
 
-__all__ = ["CHECKOUT", "Peak", "measure_here", "measure_loss", "measure_relationship"]
+__all__ = ["CHECKOUT", "SETTLED_MALLOC", "Peak", "measure_here", "measure_loss", "measure_relationship"]
 
 # Where `python -m benchmarks...` finds this package.
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+# glibc gives large blocks back to the system when they are freed, and the next step pays for zeroed pages anew; at
+# 100 MB these page faults are most of everybody's time and hide what is compared.
+SETTLED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 # Every block of 64 KiB or more is mapped by itself and goes back to the system when it is freed: the peak is then what
 # is in use, not what the allocator keeps.

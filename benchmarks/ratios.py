@@ -77,10 +77,6 @@ FLOOR_LANGUAGE_HEAD = 4.0
 
 MEMORY_SHAPE = Shape(32768, 200, 1000)
 
-# glibc gives large blocks back to the system when they are freed, and the next step pays for zeroed pages anew; at
-# 100 MB these page faults are most of everybody's time and hide what is compared.
-_SETTLED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-
 
 @dataclass
 class Row:
@@ -459,7 +455,7 @@ def restart_with_settled_malloc(arguments: Sequence[str], module: str) -> None:
     """glibc reads these variables when a process starts, so start ``module`` again with them."""
     if "--system-malloc" not in arguments and "MALLOC_MMAP_MAX_" not in os.environ:
         command = [sys.executable, "-m", module, *arguments]
-        os.execve(sys.executable, command, os.environ | _SETTLED_MALLOC)
+        os.execve(sys.executable, command, os.environ | memory.SETTLED_MALLOC)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conformance import Case, Expectation, Outcome, Problem, _missing_cuda, bits, run_public
+from cuda_graph import capture
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -151,14 +152,7 @@ def _record(step: Callable[[], Tensor], device: str) -> tuple[Tensor, Callable[[
     if device == "cpu":
         kept = step().detach()
         return kept, lambda: kept.copy_(step().detach())
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
+    loss, graph = capture(step)
     return loss.detach(), graph.replay
 
 

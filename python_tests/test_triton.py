@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conformance import BACKENDS, DTYPES, Case, Placed, Problem, assert_same_bits, run_public, verify
+from cuda_graph import capture
 from test_conformance import check_class_sums, check_temperature_terms
 from torch import Tensor
 
@@ -336,14 +337,7 @@ def test_a_step_is_captured_in_a_graph_on_a_gpu(seed: int) -> None:
         assert isinstance(loss, Tensor)
         return (loss, *torch.autograd.grad(loss, (source, target)))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    captured, graph = capture(step)
     with torch.no_grad():
         source.neg_()
         target.mul_(0.5)
