@@ -25,6 +25,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.seed = secrets.randbelow(2**31)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Names of tests without a file's content: it may hold the time, and then two workers disagree on the names."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 # The next hooks are called with pytest-xdist, whose workers run the tests: they get the session's seed, and give back
 # what they have found for the table.
 @pytest.hookimpl(optionalhook=True)

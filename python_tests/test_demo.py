@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,13 @@ def one_sentence(message: str) -> None:
 # --- Fashion-MNIST ----------------------------------------------------------------------------------------------------
 
 
+def idx_bytes(kind: int, shape: Sequence[int]) -> bytes:
+    """An IDX file's header; kind 8 is unsigned bytes."""
+    return bytes([0, 0, kind, len(shape)]) + np.array(shape, ">u4").tobytes()
+
+
 def write_idx(path: Path, values: np.ndarray) -> None:
-    header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
-    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
+    path.write_bytes(gzip.compress(idx_bytes(8, values.shape) + values.astype(np.uint8).tobytes()))
 
 
 def write_fashion_mnist(folder: Path, random: np.random.Generator, per_class: int = 6) -> None:
@@ -66,14 +71,14 @@ def test_idx_files(tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "is missing"),
-        (b"no gzip at all", "is damaged"),
-        (gzip.compress(bytes(100))[:-9], "is damaged"),
-        (gzip.compress(b""), "is no IDX file"),
-        (gzip.compress(bytes([0, 0, 8, 1, 0, 0])), "is no IDX file"),
-        (gzip.compress(bytes([0, 0, 13, 1]) + np.array([2], ">u4").tobytes() + bytes(2)), "is no IDX file"),
-        (gzip.compress(bytes([0, 0, 8, 2]) + np.array([1, 2], ">u4").tobytes() + bytes(2)), "is no IDX file"),
-        (gzip.compress(bytes([0, 0, 8, 1]) + np.array([9], ">u4").tobytes() + bytes(8)), "is cut short"),
+        pytest.param(None, "is missing", id="no file"),
+        pytest.param(b"no gzip at all", "is damaged", id="not compressed"),
+        pytest.param(gzip.compress(bytes(100))[:-9], "is damaged", id="cut while compressed"),
+        pytest.param(gzip.compress(b""), "is no IDX file", id="empty"),
+        pytest.param(gzip.compress(bytes([0, 0, 8, 1, 0, 0])), "is no IDX file", id="half a header"),
+        pytest.param(gzip.compress(idx_bytes(13, [2]) + bytes(2)), "is no IDX file", id="not of bytes"),
+        pytest.param(gzip.compress(idx_bytes(8, [1, 2]) + bytes(2)), "is no IDX file", id="two dimensions"),
+        pytest.param(gzip.compress(idx_bytes(8, [9]) + bytes(8)), "is cut short", id="a label too few"),
     ],
 )
 def test_bad_idx_files(tmp_path: Path, content: bytes | None, words: str) -> None:
