@@ -20,7 +20,7 @@ ENVIRONMENT = {
     **os.environ,
     "ASAN_OPTIONS": "exitcode=99",
     "UBSAN_OPTIONS": "exitcode=99:print_stacktrace=1",
-    "TSAN_OPTIONS": "exitcode=99:halt_on_error=1",
+    "TSAN_OPTIONS": "exitcode=99:halt_on_error=1:atexit_sleep_ms=0",
 }
 
 

@@ -17,6 +17,7 @@ struct Context {
   void* sanitizer_stack = nullptr;
   void* thread_sanitizer = nullptr;
   char* stack = nullptr;
+  bool done = false;  // left for the last time
 };
 
 inline constexpr size_t kStackBytes = 64 << 10;
