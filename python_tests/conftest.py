@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import astuple
 from typing import Any
 
+import cpp_builds
 import pytest
 import torch
 from conformance import BACKENDS, RECORDS, TABLE_BACKENDS, Backend, Record
@@ -21,8 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         config.option.seed = config.workerinput["seed"]
-    elif config.getoption("--seed") is None:
-        config.option.seed = secrets.randbelow(2**31)
+    else:
+        cpp_builds.workspace()  # before there are workers, who share it
+        if config.getoption("--seed") is None:
+            config.option.seed = secrets.randbelow(2**31)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -50,6 +53,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"cotuning_kernels: repeat this session's numbers with --seed {config.option.seed}"
+
+
+# Files with tests that take seconds each. They go first, so that the many short ones fill up what time workers have left.
+LONG = ("test_sanitizers.py", "test_cuda_emulated.py", "test_cuda_build.py", "test_triton_static.py", "test_build.py",
+        "test_instruction_counts.py", "test_distributed.py", "test_benchmarks.py", "test_torch_integration.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture

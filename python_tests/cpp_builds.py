@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import fcntl
 import functools
 import os
 import platform
@@ -9,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,13 +46,26 @@ def compiler() -> str:
     return require(os.environ.get("CXX") or "g++", "clang++", "c++")
 
 
+# Where the session's builds are, told to pytest-xdist's workers in their environment: each is built once for all.
+_WORKSPACE = "COTUNING_KERNELS_TEST_BUILDS"
+
+
 @functools.cache
-def _workspace() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="cotuning_kernels_cpp_")  # removed when Python exits
-
-
 def workspace() -> Path:
-    return Path(_workspace().name)
+    if _WORKSPACE in os.environ:
+        return Path(os.environ[_WORKSPACE])
+    folder = tempfile.mkdtemp(prefix="cotuning_kernels_cpp_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[_WORKSPACE] = folder
+    return Path(folder)
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Of all workers, one at a time gets to ``name``; what it made there is the others' too."""
+    with (workspace() / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
@@ -66,9 +83,10 @@ def launcher(sanitize: str) -> list[str]:
     kernel's address randomisation. Skips the test where the sanitizer does not work at all."""
     if not sanitize:
         return []
-    source, program = workspace() / "probe.cpp", workspace() / f"probe_{sanitize}"
-    source.write_text("int main() { return 0; }\n")
-    compiled = run([compiler(), f"-fsanitize={sanitize}", source, "-o", program])
+    source, program = workspace() / f"probe_{sanitize}.cpp", workspace() / f"probe_{sanitize}"
+    with alone(f"probe_{sanitize}"):
+        source.write_text("int main() { return 0; }\n")
+        compiled = run([compiler(), f"-fsanitize={sanitize}", source, "-o", program])
     if compiled.returncode:
         pytest.skip(f"{compiler()} has no -fsanitize={sanitize}: {compiled.stdout.strip()}")
     words = ""
@@ -92,13 +110,14 @@ def build(sanitize: str = "") -> Path:
     if ninja is None:
         require("make")
     folder = workspace() / f"build_{sanitize or 'plain'}"
-    configured = run([
-        cmake, "-S", ROOT, "-B", folder, *generator, f"-DCMAKE_CXX_COMPILER={cxx}", f"-DCOTUNING_SANITIZE={sanitize}",
-        "-DCOTUNING_CUDA=OFF",
-    ])  # fmt: skip
-    assert configured.returncode == 0, configured.stdout
-    built = run([cmake, "--build", folder, "--parallel", str(min(4, os.cpu_count() or 1))])
-    assert built.returncode == 0, built.stdout
+    with alone(folder.name):
+        configured = run([
+            cmake, "-S", ROOT, "-B", folder, *generator, f"-DCMAKE_CXX_COMPILER={cxx}",
+            f"-DCOTUNING_SANITIZE={sanitize}", "-DCOTUNING_CUDA=OFF",
+        ])  # fmt: skip
+        assert configured.returncode == 0, configured.stdout
+        built = run([cmake, "--build", folder, "--parallel", str(min(4, os.cpu_count() or 1))])  # at once, the 2nd time
+        assert built.returncode == 0, built.stdout
     return folder
 
 

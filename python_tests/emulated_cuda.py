@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cpp_builds import ROOT, compiler, run, tool, workspace
+from cpp_builds import ROOT, alone, compiler, run, tool, workspace
 from stand_in import cpu_served_by
 
 from cotuning_kernels.backends import schema
@@ -40,22 +42,32 @@ def missing() -> str | None:
     return None if tool("g++", "c++") else "there is no g++ that could compile the kernels for the CPU"
 
 
+def _compile(source: Path) -> Path:
+    compiled = workspace() / "emulated" / f"{source.stem}_{source.suffix[1:]}.o"
+    finished = run([
+        compiler(), *FLAGS, "-DCOTUNING_EMULATE", "-DTORCH_TARGET_VERSION=0x020d000000000000",
+        "-isystem", TORCH / "include", "-x", "c++", "-c", source, "-o", compiled,
+    ])  # fmt: skip
+    assert finished.returncode == 0, finished.stdout
+    return compiled
+
+
+def _build() -> Path:
+    path = workspace() / "emulated" / "emulated_cuda.so"
+    with alone("emulated"):
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(_compile, sources()))
+            linked = run([compiler(), "-shared", *objects, "-o", path, f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
+            assert linked.returncode == 0, linked.stdout
+    return path
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compiled and loaded: its operations are ``torch.ops.cotuning_kernels_emulated``."""
-    folder = workspace() / "emulated"
-    folder.mkdir()
-    objects: list[str | Path] = []
-    for source in sources():
-        objects.append(folder / f"{source.stem}_{source.suffix[1:]}.o")
-        compiled = run([
-            compiler(), *FLAGS, "-DCOTUNING_EMULATE", "-DTORCH_TARGET_VERSION=0x020d000000000000",
-            "-isystem", TORCH / "include", "-x", "c++", "-c", source, "-o", objects[-1],
-        ])  # fmt: skip
-        assert compiled.returncode == 0, compiled.stdout
-    path = folder / "emulated_cuda.so"
-    linked = run([compiler(), "-shared", *objects, "-o", path, f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
-    assert linked.returncode == 0, linked.stdout
+    path = _build()
     definitions = torch.library.Library(NAMESPACE, "DEF")
     for name, signature in schema._SCHEMAS.items():
         definitions.define(name + signature)

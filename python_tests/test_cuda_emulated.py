@@ -11,7 +11,7 @@ import emulated_cuda
 import pytest
 import torch
 from conformance import Case, Placed, run_public
-from cpp_builds import ROOT, build, compiler, run, run_kernel_tests
+from cpp_builds import ROOT, build, compiler, require, run, run_kernel_tests
 from torch import Tensor
 
 from cotuning_kernels import backends, functional
@@ -49,7 +49,7 @@ def test_kernels_pass_in_the_emulator_without_a_report(sanitize: str, tests: tup
 
 def test_the_emulator_without_assembly(seed: int) -> None:
     """As on other processors: the same tests of the emulator, switching with ucontext."""
-    built = run(["cmake", "--build", build(""), "--target", "ucontext_tests"])
+    built = run([require("cmake"), "--build", build(""), "--target", "ucontext_tests"])
     assert built.returncode == 0, built.stdout
     finished = run([build("") / "ucontext_tests", "--seed", str(seed)])
     assert finished.returncode == 0, finished.stdout
