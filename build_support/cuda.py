@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Every generation from Turing on. A card runs what was compiled for an earlier member of its generation (8.6 and 8.9 what
-# 8.0 runs: the kernels use nothing that is newer, and each more costs a sixth of the build); one that is newer than all
-# of these compiles the PTX of the last when it first meets it.
+# Every generation from Turing on. A card runs what was compiled for an earlier member of its generation (8.6 and 8.9
+# what 8.0 runs: the kernels use nothing newer, and each more costs a sixth of the build); one that is newer than all of
+# these compiles the PTX of the last when it first meets it.
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 

@@ -47,7 +47,8 @@ class RegressionFit:
         gap: a bound on how far the objective is above its minimum, relative to the smaller of the objective and what
             was gained over ``W = 0``; see :func:`regression_path`.
         iterations, evaluations: of L-BFGS, and of the objective with its gradient.
-        converged: whether ``gap`` came below the tolerance.
+        converged: whether ``gap`` came below the tolerance, or the objective below what rounding lets it fall to (in
+            float32, under a weak penalty, the rounding of the gradient alone keeps the bound above the tolerance).
     """
 
     inverse_penalty: float

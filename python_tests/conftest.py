@@ -55,9 +55,11 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"cotuning_kernels: repeat this session's numbers with --seed {config.option.seed}"
 
 
-# Files with tests that take seconds each. They go first, so that the many short ones fill up what time workers have left.
-LONG = ("test_sanitizers.py", "test_cuda_emulated.py", "test_cuda_build.py", "test_triton_static.py", "test_build.py",
-        "test_instruction_counts.py", "test_distributed.py", "test_benchmarks.py", "test_torch_integration.py")  # fmt: skip
+# Files with tests that take seconds each. They go first: the many short ones then fill up what time the workers have.
+LONG = (
+    "test_sanitizers.py", "test_cuda_emulated.py", "test_cuda_build.py", "test_triton_static.py", "test_build.py",
+    "test_instruction_counts.py", "test_distributed.py", "test_benchmarks.py", "test_torch_integration.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -82,7 +82,8 @@ def test_every_fit_is_the_minimum(backend: Backend, dtype: torch.dtype, draw: to
         above = above_the_minimum(fit.coefficients, probabilities, labels, fit.inverse_penalty)
         gained = min(exact, len(labels) * math.log(N_T) - exact)
         assert above <= fit.gap * gained * (1 + 1e-3) + rounding * exact
-        assert fit.gap <= tolerance
+        # Where rounding keeps the bound above the tolerance, what it bounds is not.
+        assert fit.gap <= tolerance or (dtype == torch.float32 and above <= tolerance * gained)
 
 
 def test_the_objective_falls_as_the_penalty_gets_weaker(draw: torch.Generator) -> None:
