@@ -1,6 +1,6 @@
 """One page about this machine: how the time of the loss grows, what it is compared with, and how far it is from a copy.
 
-    python -m benchmarks.page --output benchmark_page     about five minutes; writes page.md, pictures and page.json
+    python -m benchmarks.page --output benchmark_page     about seven minutes; writes page.md, pictures and page.json
 
 A *copy* reads the logits of both heads and writes as many bytes: what any forward and backward pass has to do at least
 when nothing stays in the caches. The *share of the copy* is its time over ours.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from benchmarks import ratios
+from benchmarks import memory, ratios
 from benchmarks.contestants import (
     LOSS_CONTESTANTS,
     OURS,
@@ -37,7 +37,7 @@ from benchmarks.timing import interleave, synchronizer
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Point", "measure", "sweeps", "write_page"]
+__all__ = ["Memory", "Point", "measure", "measure_memory", "sweeps", "write_page"]
 
 COPY = "copy of the logits"
 # Beside ours: what people move from, and PyTorch's best single call.
@@ -71,6 +71,22 @@ class Point:
 
     def share_of_copy(self) -> float:
         return self.seconds[COPY] / self.seconds[OURS]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of one forward and backward pass, beyond the logits; the two gradients are part of it.
+
+    Attributes:
+        shape: ``[B, N_t, N_s]``.
+        peaks: by name.
+        gradient_bytes: of both heads, as large as the logits.
+    """
+
+    shape: list[int]
+    dtype: str
+    peaks: dict[str, int]
+    gradient_bytes: int
 
 
 def sweeps(largest_batch: int = 131_072, largest_head: int = 262_144) -> dict[str, list[tuple[Shape, str, int]]]:
@@ -108,6 +124,16 @@ def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, 
     )
     size = sum(each.numel() * each.element_size() for each in logits)
     return Point(sweep, list(shape), dtype, threads, {name: time.median for name, time in times.items()}, size)
+
+
+def measure_memory(shape: Shape, dtype: str, *, device: str) -> Memory:
+    """Resident bytes where the system tells them (Linux, on a CPU), else those that torch allocates."""
+    peaks = {}
+    for name in (OURS, *BESIDE):
+        peak = memory.measure_loss(name, shape, dtype, device=device)
+        peaks[name] = peak.torch if peak.resident is None else peak.resident
+    elements = shape.batch * (shape.target_classes + shape.source_classes)
+    return Memory(list(shape), dtype, peaks, elements * DTYPES[dtype].itemsize)
 
 
 def _check(
@@ -148,6 +174,19 @@ def _threads_table(points: Sequence[Point]) -> str:
     return "\n".join(lines)
 
 
+def _memory_table(memories: Sequence[Memory]) -> str:
+    lines = [
+        f"| B x N_t x N_s | dtype | the gradients | ours | {' | '.join(BESIDE)} |",
+        "|---" * (4 + len(BESIDE)) + "|",
+    ]
+    for each in memories:
+        ours = each.peaks[OURS]
+        others = " | ".join(f"{each.peaks[name] / ours:.2f}x" for name in BESIDE)
+        sizes = f"{each.gradient_bytes / 1e6:.1f} MB | {ours / 1e6:.1f} MB"
+        lines.append(f"| {'x'.join(map(str, each.shape))} | {each.dtype} | {sizes} | {others} |")
+    return "\n".join(lines)
+
+
 def _plot_growth(axes: Axes, points: Sequence[Point], index: int, label: str) -> None:
     for name in (OURS, *BESIDE, COPY):
         style = "--" if name == COPY else "-"
@@ -169,7 +208,7 @@ def _plot_bars(axes: Axes, points: Sequence[Point], value: Callable[[Point], flo
     axes.grid(axis="x", alpha=0.3)
 
 
-def write_page(points: Sequence[Point], environment: dict[str, str], output: Path) -> Path:
+def write_page(points: Sequence[Point], memories: Sequence[Memory], environment: dict[str, str], output: Path) -> Path:
     """``page.md`` with its pictures, and ``page.json`` with everything that was measured."""
     from matplotlib.figure import Figure
 
@@ -192,13 +231,17 @@ def write_page(points: Sequence[Point], environment: dict[str, str], output: Pat
         figure = Figure(figsize=(6.5, 3.6), layout="constrained")
         draw(figure.subplots())
         figure.savefig(output / f"{name}.png", dpi=120)
-    (output / "page.json").write_text(
-        json.dumps({"environment": environment, "points": [asdict(point) for point in points]}, indent=1) + "\n"
-    )
+    measured = {
+        "environment": environment,
+        "points": [asdict(point) for point in points],
+        "memory": [asdict(each) for each in memories],
+    }
+    (output / "page.json").write_text(json.dumps(measured, indent=1) + "\n")
     page = output / "page.md"
     page.write_text(_PAGE.format(
         machine=", ".join(f"{name}: {value}" for name, value in environment.items()),
         shapes=_table(of["shapes"]), threads=_threads_table(of["shapes"]), ours=OURS,
+        memory=_memory_table(memories),
     ))  # fmt: skip
     return page
 
@@ -223,6 +266,13 @@ the logits and writes a gradient cannot do better when nothing stays in the cach
 ## Two threads
 
 {threads}
+
+## Memory
+
+The peak of one forward and backward pass beyond the logits, each measured in a process of its own; the gradients are
+part of it. Others as multiples of ours.
+
+{memory}
 """
 
 
@@ -245,7 +295,11 @@ def main(arguments: Sequence[str]) -> int:
         for case in cases
     ]
     points = [each() for each in tqdm(work, unit="measurement")]
-    page = write_page(points, ratios.environment(parsed.device, "time passed"), parsed.output)
+    memories = [
+        measure_memory(shape, dtype, device=parsed.device)
+        for shape, dtype in tqdm([(shape, dtype) for dtype in DTYPES for shape in SHAPES], unit="memory")
+    ]
+    page = write_page(points, memories, ratios.environment(parsed.device, "time passed"), parsed.output)
     print(f"Written to {page}.")
     return 0
 

@@ -559,7 +559,7 @@ def test_an_installed_package_is_measured_rather_than_the_checkout(tmp_path: Pat
 # The page
 
 
-def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
+def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = {"shapes": [1, 2], "batch": [1], "source classes": [1]}
     points = [
         page.measure(sweep, _SMALL, "float32", threads, device="cpu", seconds=0.01)
@@ -573,9 +573,18 @@ def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
     ]
     assert all(min(point.seconds.values()) > 0 for point in points)
     assert points[0].loss_bytes == 4 * points[0].elements == 4 * 13 * 100
-    text = page.write_page(fixed, {"processor": "planted"}, tmp_path / "page").read_text()
+    peaks = {
+        OURS: memory.Peak(2_000_000, 1),
+        "tllib": memory.Peak(9_000_000, 1),
+        "F.cross_entropy": memory.Peak(None, 5_000_000),
+    }
+    monkeypatch.setattr(memory, "measure_loss", lambda name, shape, dtype, device: peaks[name])
+    remembered = page.measure_memory(_SMALL, "float32", device="cpu")
+    assert remembered.gradient_bytes == 4 * 13 * 100
+    text = page.write_page(fixed, [remembered], {"processor": "planted"}, tmp_path / "page").read_text()
     assert "| 13x7x93 | float32 | 1 | 2.00 ms | 4.50x | 4.00x | 50 % |" in text
     assert "| 13x7x93 | float32 | 2.00x |" in text
+    assert "| 13x7x93 | float32 | 0.0 MB | 2.0 MB | 4.50x | 2.50x |" in text
     assert "processor: planted" in text
     pictures = {path.name for path in (tmp_path / "page").glob("*.png")}
     assert pictures == {f"{name}.png" for name in ("batch", "source_classes", "ratios", "copy")}
