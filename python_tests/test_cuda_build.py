@@ -137,6 +137,13 @@ def test_rows_are_accessed_by_16_bytes(library: Path) -> None:
                 assert words["STS", True] > 0, (name, kernel)
 
 
+def test_the_library_carries_ptx_for_later_cards(library: Path) -> None:
+    """Where the list says +PTX, and for no other."""
+    listed = run([cuobjdump(), "-lptx", library])
+    carried = {f"sm_{name.replace('.', '')}" for name in re.findall(r"(\d+\.\d)\+PTX", backends.cuda_build() or "")}
+    assert set(re.findall(r"\.(sm_\d+)[a-z]?\.ptx", listed.stdout)) == carried, listed.stdout
+
+
 def test_local_memory_and_narrow_access_are_noticed(tmp_path: Path) -> None:
     """The two readers above, on a kernel with an array that is indexed by a variable and reads of one float."""
     nvcc = require("nvcc")

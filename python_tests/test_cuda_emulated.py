@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from typing import Any
 
 import emulated_cuda
 import pytest
 import torch
-from conformance import Case, Placed, run_public
+from conformance import Case, Expectation, Placed, assert_same_bits, run_public
 from cpp_builds import ROOT, build, compiler, require, run, run_kernel_tests
 from torch import Tensor
 
@@ -175,6 +176,87 @@ def test_launches_of_a_training_step(emulated: None) -> None:
         assert emulated_cuda.take_counts().launches == 1
         functional.co_tuning_loss(source.bfloat16(), target, problem.target, problem.relationship, backend="cuda")
         assert emulated_cuda.take_counts().launches == 1  # heads of two types
+
+
+def test_forward_only_writes_no_gradient(emulated: None) -> None:
+    """The logits and R are read once as before, and the loss has the same bits."""
+    rows, classes = 2, 1000
+    draw = torch.Generator().manual_seed(1)
+    logits = torch.randn(rows, classes, generator=draw)
+    relationship = torch.softmax(torch.randn(3, classes, generator=draw), 1)
+    losses = []
+    with emulated_cuda.emulated(emulated_cuda.Plan()):
+        for leaf in (logits, logits.clone().requires_grad_()):
+            emulated_cuda.take_counts()
+            loss = functional.source_label_loss(leaf, torch.arange(rows), relationship, backend="cuda")
+            losses.append(loss.detach())
+            counts = emulated_cuda.take_counts()
+            written = counts.vector_bytes_written + counts.other_bytes_written
+            assert written == (rows * classes * 4 if leaf.requires_grad else 0)
+            assert counts.vector_bytes_read == rows * classes * (4 + 4)
+            assert counts.launches == 1
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("int32 pair", {"label_smoothing": 0.1, "source_loss": "kl"}),
+        ("pair ignoring", {"label_smoothing": 0.1, "source_loss": "kl", "reduction": "none"}),
+        ("ignoring", {"label_smoothing": 0.1}),
+        ("probabilities", {"label_smoothing": 0.1, "source_loss": "kl"}),
+    ],
+)
+def test_every_option_at_once_is_one_launch(emulated: None, kind: str, options: dict[str, Any], seed: int) -> None:
+    """Rows without supervision and class weights as well; the numbers are held to the conformance rule."""
+    case = Case("all at once", "", (7, 9, 131), kind, "unsupervised", weight="random", options=options)
+    problem = case.build(torch.float32, seed)
+    leaves = [x.clone().requires_grad_() for x in (problem.source_logits, problem.target_logits)]
+    with emulated_cuda.emulated(emulated_cuda.Plan()):
+        emulated_cuda.take_counts()
+        loss = functional.co_tuning_loss(
+            *leaves, problem.target, problem.relationship, backend="cuda", **problem.options
+        )
+        assert emulated_cuda.take_counts().launches == 1
+        loss.backward(problem.upstream)
+        assert emulated_cuda.take_counts().launches == 1
+        Expectation(problem, "both heads").check(run_public(problem, "both heads", "cuda"))
+
+
+def _far_apart(x: Tensor) -> Tensor:
+    """Its rows (or entries) 2**31 elements apart: addresses, of which few are ever touched."""
+    step = 2**31
+    try:
+        memory = torch.empty((x.shape[0] - 1) * step + x[0].numel(), dtype=x.dtype)
+    except RuntimeError as error:
+        pytest.skip(f"no {(x.shape[0] - 1) * step * x.element_size() >> 30} GiB of addresses to be had: {error}")
+    return memory.as_strided(x.shape, (step, 1) if x.dim() == 2 else (step,)).copy_(x)
+
+
+@pytest.mark.parametrize("name", ["source_logits", "target_logits", "relationship", "target", "weight"])
+@pytest.mark.parametrize("form", ["both heads", "in place"])
+def test_rows_that_lie_further_apart_than_int32_counts(emulated: None, name: str, form: str, seed: int) -> None:
+    """In place, the gradients and what scales them lie as far apart."""
+    case = Case("far", "", (2, 2, 67), "int32", weight="random", relationship_dtype=torch.bfloat16)
+    problem = case.build(torch.bfloat16, seed)
+    with emulated_cuda.emulated(emulated_cuda.Plan()):
+        expected = run_public(problem.map(lambda _, x: x.clone()), form, "cuda")
+        far = problem.map(lambda which, x: _far_apart(x) if which == name else x.clone())
+        assert_same_bits(expected, run_public(far, form, "cuda"), f"{name} far apart")
+
+
+def test_the_other_passes_take_rows_far_apart(emulated: None) -> None:
+    logits, labels = torch.randn(2, 67).bfloat16(), torch.tensor([1, 0])
+    far, matrix = _far_apart(logits), torch.rand(2, 67).bfloat16()
+    operations = emulated_cuda.operations()
+    sums = []
+    for given, target in ((logits, torch.zeros(2, 67)), (far, _far_apart(torch.zeros(2, 67)))):
+        operations["add_class_sums_"](target, torch.zeros(2, dtype=torch.int64), given, labels, 0.5, -100)
+        sums.append(target.clone())
+    assert torch.equal(*sums)
+    assert torch.equal(*(operations["temperature_terms"](given, labels, 0.5, -100) for given in (logits, far)))
+    translated = operations["translate_labels"](labels, None, None, _far_apart(matrix), -100)
+    assert torch.equal(translated, matrix[labels])
 
 
 def test_a_bad_label_is_a_device_side_assertion(emulated: None) -> None:
