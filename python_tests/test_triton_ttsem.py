@@ -33,6 +33,18 @@ from cotuning_kernels.backends.triton import IMPLEMENTATIONS, loss  # noqa: E402
 
 
 @contextlib.contextmanager
+def _torch_cuda_put_back() -> Iterator[None]:
+    """ttsem answers for a GPU in torch.cuda, and goes on doing so: later tests would believe that there is one."""
+    before = dict(vars(torch.cuda))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if vars(torch.cuda)[name] is not value:
+                setattr(torch.cuda, name, value)
+
+
+@contextlib.contextmanager
 def _run_by_ttsem(planted: ModuleType | None = None) -> Iterator[None]:
     """CPU tensors are served by the compiled kernels, which ttsem runs."""
     functions = dict(IMPLEMENTATIONS)
@@ -41,6 +53,7 @@ def _run_by_ttsem(planted: ModuleType | None = None) -> Iterator[None]:
     both_overloads = {f"{name}{overload}": f for name, f in functions.items() for overload in ("", ".triton")}
     driver = triton.runtime.driver
     with (
+        _torch_cuda_put_back(),
         mock.patch.object(driver, "_active", driver._active),
         cpu_served_by("triton", both_overloads),
         sanitize.session(cuda_is_cpu=False),
@@ -94,3 +107,10 @@ def test_a_planted_bug_is_found(bug: dict[str, str], says: str, tmp_path: Path, 
     problem = Case("ttsem planted", "", (3, 9, 1000)).build(torch.float32, seed)
     with pytest.raises(sanitize.KernelFault, match=says):
         verify(Backend("planted", "triton", lambda: _run_by_ttsem(planted)), problem)
+
+
+def test_no_gpu_is_left_behind() -> None:
+    before = torch.cuda.is_available()
+    with _run_by_ttsem():
+        torch.cuda.is_available = lambda: not before  # as ttsem does at its first launch
+    assert torch.cuda.is_available() is before
