@@ -66,8 +66,7 @@ class Point:
 
     @property
     def elements(self) -> int:
-        batch, target_classes, source_classes = self.shape
-        return batch * (target_classes + source_classes)
+        return Shape(*self.shape).logits
 
     def share_of_copy(self) -> float:
         return self.seconds[COPY] / self.seconds[OURS]
@@ -132,8 +131,7 @@ def measure_memory(shape: Shape, dtype: str, *, device: str) -> Memory:
     for name in (OURS, *BESIDE):
         peak = memory.measure_loss(name, shape, dtype, device=device)
         peaks[name] = peak.torch if peak.resident is None else peak.resident
-    elements = shape.batch * (shape.target_classes + shape.source_classes)
-    return Memory(list(shape), dtype, peaks, elements * DTYPES[dtype].itemsize)
+    return Memory(list(shape), dtype, peaks, shape.logits * DTYPES[dtype].itemsize)
 
 
 def _check(

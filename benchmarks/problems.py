@@ -40,6 +40,11 @@ class Shape(NamedTuple):
     target_classes: int
     source_classes: int
 
+    @property
+    def logits(self) -> int:
+        """How many, of both heads; a forward and backward pass has as many gradients."""
+        return self.batch * (self.target_classes + self.source_classes)
+
     def __str__(self) -> str:
         return "x".join(map(str, self))
 

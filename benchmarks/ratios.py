@@ -333,8 +333,7 @@ class Bench:
         names = [contestant.name for contestant in self.contestants if self.arguments.full or not contestant.compiles]
         peaks = {name: memory.measure_loss(name, MEMORY_SHAPE, dtype, device=self.device) for name in names}
         self._memory_rows(f"loss {MEMORY_SHAPE}", dtype, 1, peaks)
-        columns = MEMORY_SHAPE.source_classes + MEMORY_SHAPE.target_classes
-        gradients = MEMORY_SHAPE.batch * columns * DTYPES[dtype].itemsize
+        gradients = MEMORY_SHAPE.logits * DTYPES[dtype].itemsize
         self.notes.append(f"The gradients of the loss {MEMORY_SHAPE} in {dtype}, alone: {gradients / 1e6:.1f} MB.")
 
     def relationship_memory(self, threads: int) -> None:
