@@ -183,7 +183,9 @@ def cuda_loss_plan(
 
     Returns:
         ``blocks``, ``threads`` a block, ``shared_bytes`` of dynamic shared memory a block; for each head
-        ``threads_per_row`` and ``staging``: what of a row is kept in shared memory, so that it is read once.
+        ``threads_per_row``; ``vectors`` of 16 bytes that a row of logits touches at most; ``staged_logits`` and
+        ``staged_target``, for how many of them the logits and the target distribution are kept in shared memory, so
+        that they are read once.
 
     Raises:
         RuntimeError: there is no C++ extension.

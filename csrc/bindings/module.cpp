@@ -36,11 +36,12 @@ void set_cpu_isa(const std::string& name) {
   }
 }
 
-pybind11::dict describe(const cotuning::cuda::RowPlan& plan) {
-  constexpr const char* kStaging[] = {"nothing", "logits", "logits and target"};
+pybind11::dict describe(const cotuning::cuda::RowPlan& plan, int64_t columns, cotuning::cuda::ScalarType type) {
   pybind11::dict head;
   head["threads_per_row"] = plan.threads_per_row;
-  head["staging"] = kStaging[static_cast<int>(plan.staging)];
+  head["vectors"] = cotuning::cuda::row_vectors(columns, type);
+  head["staged_logits"] = plan.staged_logits;
+  head["staged_target"] = plan.staged_target;
   return head;
 }
 
@@ -49,14 +50,14 @@ pybind11::dict cuda_loss_plan(int64_t rows, int64_t source_columns, int64_t targ
   using cotuning::cuda::ScalarType;
   cotuning::cuda::PlanRules rules;
   rules.shared_bytes = shared_memory - cotuning::cuda::kStaticSharedBytes;
-  const auto plan = cotuning::cuda::plan_loss(rows, source_columns, static_cast<ScalarType>(source_type),
-                                              target_columns, static_cast<ScalarType>(target_type), rules);
+  const auto source = static_cast<ScalarType>(source_type), target = static_cast<ScalarType>(target_type);
+  const auto plan = cotuning::cuda::plan_loss(rows, source_columns, source, target_columns, target, rules);
   pybind11::dict described;
   described["blocks"] = plan.blocks;
   described["threads"] = plan.threads;
   described["shared_bytes"] = plan.shared_bytes;
-  described["source"] = describe(plan.source);
-  if (target_columns > 0) described["target"] = describe(plan.target);
+  described["source"] = describe(plan.source, source_columns, source);
+  if (target_columns > 0) described["target"] = describe(plan.target, target_columns, target);
   return described;
 }
 

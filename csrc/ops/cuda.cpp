@@ -202,8 +202,9 @@ std::tuple<Tensor, Tensor, Tensor> solve(const Place& place, cuda::LossProblem p
   const cuda::LossPlan plan =
       cuda::plan_loss(rows, problem.source_logits.columns, problem.source_logits.type, problem.target_logits.columns,
                       problem.target_logits.type, cuda::plan_rules());
-  const SumsMemory memory(place, plan.blocks, cuda::kLossSums);
+  const SumsMemory memory(place, plan.blocks + 1, cuda::kLossSums);
   problem.sums = memory.sums();
+  problem.first_sums = problem.sums.parts + plan.blocks * cuda::kLossSums;
   cuda::launch_loss(problem, plan, place.stream());
   return {loss, terms, factors};
 }

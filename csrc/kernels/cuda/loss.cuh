@@ -1,4 +1,6 @@
-// The Co-Tuning loss of a batch in one launch: both heads, both gradients, labels, options, and the reduction.
+// The Co-Tuning loss of a batch in one launch: both heads, both gradients, labels, options, and the reduction. (Heads
+// of two types have a launch each, the second of which goes on with the first one's sums: kernels for every pair of
+// types would be 16 instead of 4, and three times the time of nvcc.)
 //
 // A block does items: first rows of the source head, which are the longer ones, then rows of the target head; the rows
 // of its warps at a time, or one row (plan.h). Each warp adds what its rows contribute to the sums in `totals`; the
@@ -83,11 +85,7 @@ __device__ void source_row(const LossProblem& p, const Team& team, int64_t row, 
   RowResult<C> result{};
   if (target.rows[0] != nullptr || target.rows[1] != nullptr) {
     const T* logits = static_cast<const T*>(p.source_logits.row(row));
-    const auto* plain = static_cast<const float*>(target.rows[0]);
-    const bool one_row = target.rows[1] == nullptr && target.shares[0] == 1 && target.type == ScalarType::kFloat32;
-    if (one_row && starts_like(plain, logits) && (gradient == nullptr || same_cut(gradient, logits))) {
-      target.plain = plain;
-    }
+    if (gradient == nullptr || same_cut(gradient, logits)) target.find_plain(logits, columns);
     result = soft_cross_entropy(team, logits, columns, target, gradient, stage);
   } else if (gradient != nullptr) {
     zero_row(team, gradient, columns);
@@ -181,13 +179,12 @@ __device__ __forceinline__ Place place_in(const RowPlan& plan, int64_t item) {
 }
 
 template <class T>
-__device__ __forceinline__ Stage<T> stage_of(const RowPlan& plan, char* memory, int index, int64_t columns) {
-  return {memory + index * plan.staged_bytes, plan.staging,
-          static_cast<int>(ceil_div(columns * static_cast<int64_t>(sizeof(T)), 16)) + 1};
+__device__ __forceinline__ Stage<T> stage_of(const RowPlan& plan, char* memory, int index) {
+  return {memory + index * plan.staged_bytes, plan};
 }
 
-// Of the types of the heads' logits. The 1 keeps nvcc from saving registers for a second block by spilling.
-template <class Source, class Target>
+// The rows of logits of type T. The 1 keeps nvcc from saving registers for a second block by spilling.
+template <class T>
 __global__ void __launch_bounds__(kLargestBlock, 1) loss_kernel(LossProblem p, LossPlan plan) {
   COTUNING_DYNAMIC_SHARED(staged);
   COTUNING_SHARED(double, scratch, kMostWarps* kMostSums);
@@ -204,25 +201,20 @@ __global__ void __launch_bounds__(kLargestBlock, 1) loss_kernel(LossProblem p, L
       const Place place = place_in(plan.source, item);
       if (place.row >= p.source_logits.rows) continue;
       source_row(p, Team(plan.source.threads_per_row, scratch), place.row,
-                 stage_of<Source>(plan.source, staged, place.index, p.source_logits.columns), totals);
+                 stage_of<T>(plan.source, staged, place.index), totals);
     } else {
       const Place place = place_in(plan.target, item - plan.source.items);
       if (place.row >= p.target_logits.rows) continue;
       target_row(p, Team(plan.target.threads_per_row, scratch), place.row,
-                 stage_of<Target>(plan.target, staged, place.index, p.target_logits.columns), totals);
+                 stage_of<T>(plan.target, staged, place.index), totals);
     }
   }
-  if (sum_over_blocks<kLossSums>(p.sums, all_totals)) finish_loss(p, all_totals);
+  if (!sum_over_blocks<kLossSums>(p.sums, all_totals)) return;
+  if (threadIdx.x < kLossSums && plan.part == LossPart::kFirst) p.first_sums[threadIdx.x] = all_totals[threadIdx.x];
+  if (plan.part == LossPart::kFirst) return;
+  if (threadIdx.x < kLossSums && plan.part == LossPart::kLast) all_totals[threadIdx.x] += p.first_sums[threadIdx.x];
+  __syncthreads();
+  finish_loss(p, all_totals);
 }
-
-template <class Source, class Target>
-void launch_loss_kernel(const LossProblem& problem, const LossPlan& plan, void* stream) {
-  const auto kernel = loss_kernel<Source, Target>;
-  allow_dynamic_shared(kernel, plan.shared_bytes);
-  COTUNING_LAUNCH(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)),
-                  static_cast<size_t>(plan.shared_bytes), static_cast<Stream>(stream), problem, plan);
-  check_launch();
-}
-void launch_mixed_loss(const LossProblem& problem, const LossPlan& plan, void* stream);  // loss_mixed.cu
 
 }  // namespace cotuning::cuda

@@ -23,9 +23,6 @@ struct PlanRules {
 // Of the shared memory of a block, what the kernels use whatever the plan: for sums over warps and blocks.
 inline constexpr int64_t kStaticSharedBytes = 2 << 10;
 
-// What of a row is kept in shared memory between reading it for the sums and reading it for the gradient.
-enum class Staging : int { kNothing = 0, kLogits = 1, kLogitsAndTarget = 2 };
-
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kSmallestBlock = 128;
 inline constexpr int kLargestBlock = 512;
@@ -33,12 +30,18 @@ inline constexpr int kLargestBlock = 512;
 // How the rows of one matrix are shared out.
 struct RowPlan {
   int threads_per_row = kWarpThreads;  // a warp's, or the whole block's
-  Staging staging = Staging::kNothing;
+  // Of a row's vectors of 16 bytes of logits, the first so many are kept in shared memory from sweep to sweep: of the
+  // logits all or none, of the target distribution as many as there is room for beside them.
+  int staged_logits = 0, staged_target = 0;
   int64_t staged_bytes = 0;  // a row
   int64_t items = 0;         // a block does an item at a time: the rows of its warps, or one
 };
 
+// Of the loss, what a launch does: all of it, or the rows of one head.
+enum class LossPart : int { kWhole, kFirst, kLast };
+
 struct LossPlan {
+  LossPart part = LossPart::kWhole;
   int threads = kSmallestBlock;  // a block
   int64_t blocks = 1;
   int64_t shared_bytes = 0;  // a block
@@ -52,11 +55,9 @@ COTUNING_BOTH constexpr int64_t row_vectors(int64_t columns, ScalarType type) {
   return ceil_div(columns * size_of(type), 16) + 1;
 }
 
-// A staged vector of logits, and the target distribution beside it in the type that is computed in.
-COTUNING_BOTH constexpr int64_t staged_vector_bytes(ScalarType type, Staging staging) {
-  return staging == Staging::kNothing  ? 0
-         : staging == Staging::kLogits ? 16
-                                       : 16 + 16 / size_of(type) * (type == ScalarType::kFloat64 ? 8 : 4);
+// Of the target distribution beside a vector of logits, in the type that is computed in.
+COTUNING_BOTH constexpr int64_t target_vector_bytes(ScalarType type) {
+  return 16 / size_of(type) * (type == ScalarType::kFloat64 ? 8 : 4);
 }
 
 inline bool fits_a_warp(int64_t columns, ScalarType type, const PlanRules& rules) {
@@ -84,13 +85,15 @@ inline RowPlan plan_rows(int64_t rows, int64_t columns, ScalarType type, int thr
   plan.threads_per_row = warp ? kWarpThreads : threads;
   const int64_t rows_per_item = threads / plan.threads_per_row;
   plan.items = ceil_div(rows, rows_per_item);
-  for (Staging staging : {Staging::kLogitsAndTarget, Staging::kLogits}) {
-    const int64_t bytes = row_vectors(columns, type) * staged_vector_bytes(type, staging);
-    if (!staged || bytes * rows_per_item > rules.shared_bytes) continue;
-    plan.staging = staging;
-    plan.staged_bytes = bytes;
-    break;
-  }
+  const int64_t vectors = row_vectors(columns, type), room = rules.shared_bytes / rows_per_item;
+  if (!staged || vectors * 16 > room) return plan;
+  int64_t of_target = (room - vectors * 16) / target_vector_bytes(type);
+  if (of_target > vectors) of_target = vectors;
+  // A part of the target is not worth a second block that would have fitted beside the first.
+  if (of_target < vectors && 2 * vectors * 16 <= room) of_target = 0;
+  plan.staged_logits = static_cast<int>(vectors);
+  plan.staged_target = static_cast<int>(of_target);
+  plan.staged_bytes = vectors * 16 + of_target * target_vector_bytes(type);
   return plan;
 }
 

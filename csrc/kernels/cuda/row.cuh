@@ -2,9 +2,8 @@
 //
 //   Q = sum q    s = sum exp(z - max z)    loss = Q log s - sum q (z - max z)    dloss/dz = (Q / s) exp(z - max z) - q
 //
-// Three sweeps: the maximum; the sums; the gradient. Whatever is read is read once where the plan keeps the row in
-// shared memory. A thread takes the same vectors in every sweep, so what it keeps there is its own, and no barrier is
-// needed.
+// Three sweeps: the maximum; the sums; the gradient. What the plan keeps in shared memory is read from memory once. A
+// thread takes the same vectors in every sweep, so what it keeps there is its own, and no barrier is needed.
 #pragma once
 
 #include "team.cuh"
@@ -50,13 +49,30 @@ struct TranslatedTarget {
   C shares[2];
   ScalarType type;
   bool kl_divergence;
-  // The one row that there is, where it is float32, a whole part, and starts as the logits do: the ordinary case.
+  // The one row that there is, where it is float32 and a whole part: the ordinary case. Its vectors start `offset`
+  // bytes beyond multiples of 16 (in double, of 8), all of them alike. Those at `plain_count` columns from
+  // `plain_first` on are read whole, with the aligned vectors around them where there is an offset.
   const float* plain = nullptr;
+  int offset = 0, plain_first = 0;
+  unsigned plain_count = 0;
+
+  // Looks for it, along the columns of a row of logits.
+  template <class T>
+  __device__ __forceinline__ void find_plain(const T* logits, int columns) {
+    if (rows[0] == nullptr || rows[1] != nullptr || shares[0] != 1 || type != ScalarType::kFloat32) return;
+    constexpr int kBytes = kLanes<T> < 4 ? kLanes<T> * 4 : 16;
+    plain = static_cast<const float*>(rows[0]);
+    offset = static_cast<int>(reinterpret_cast<uintptr_t>(plain + columns_of(logits, 1).first) & (kBytes - 1));
+    if (offset != 0 && kBytes != 16) return;
+    plain_first = offset / 4;
+    const int count = columns + 1 - kLanes<T> - (offset == 0 ? 0 : 4);
+    plain_count = count > 0 ? static_cast<unsigned>(count) : 0;
+  }
 
   // Sets q, and adds to sums[3], sums[4]: whether the rows of R differ from 0, and sums[5]: sum q log q.
   template <int kCount>
   __device__ __forceinline__ void load(int columns, int first, C (&q)[kCount], C (&sums)[kSums]) const {
-    if (plain != nullptr && has_columns(columns, first, kCount)) {
+    if (static_cast<unsigned>(first - plain_first) < plain_count) {
       load_plain(first, q, sums);
     } else {
       load_any(columns, first, q, sums);
@@ -71,19 +87,20 @@ struct TranslatedTarget {
  private:
   template <int kCount>
   __device__ __forceinline__ void load_plain(int first, C (&q)[kCount], C (&sums)[kSums]) const {
-    constexpr int kPiece = kCount < 4 ? kCount : 4;
+    const auto* from = reinterpret_cast<const char*>(plain + first);
+    uint32_t words[kCount];
+    if (offset == 0) {
+      load_aligned(from, words);
+    } else {
+      load_shifted<false>(from, static_cast<unsigned>(offset), words);
+    }
+    Pack<float, kCount> pack;
+    memcpy(&pack, words, sizeof pack);
     uint32_t bits = 0;
 #pragma unroll
-    for (int start = 0; start < kCount; start += kPiece) {
-      uint32_t words[kPiece];
-      load_aligned(reinterpret_cast<const char*>(plain + first + start), words);
-      Pack<float, kPiece> pack;
-      memcpy(&pack, words, sizeof pack);
-#pragma unroll
-      for (int i = 0; i < kPiece; ++i) {
-        q[start + i] = pack.at[i];
-        bits |= words[i];
-      }
+    for (int i = 0; i < kCount; ++i) {
+      q[i] = pack.at[i];
+      bits |= words[i];
     }
     if ((bits & 0x7fffffffu) != 0) sums[3] = 1;  // but for its sign, a 0 is no bits
   }
@@ -103,13 +120,6 @@ struct TranslatedTarget {
     }
   }
 };
-
-// Whether vectors of the logits' cut are multiples of 16 bytes (or of a vector's floats) in the row of R too.
-template <class T>
-__device__ __forceinline__ bool starts_like(const float* row, const T* logits) {
-  constexpr int kBytes = kLanes<T> < 4 ? kLanes<T> * 4 : 16;
-  return is_aligned(row + columns_of(logits, 1).first, kBytes);
-}
 
 // The target head's: up to two classes, probabilities, smoothing, weights. q = w (base + scale P) + peaks.
 template <class C>
@@ -153,30 +163,27 @@ struct ClassTarget {
   }
 };
 
-// A row's vectors in shared memory: the logits as they are, the target in the compute type, in planes of 16 bytes, so
-// that neighbouring threads touch neighbouring memory.
+// A row's vectors in shared memory, the first ones (plan.h): the logits as they are, the target in the compute type, in
+// planes of 16 bytes, so that neighbouring threads touch neighbouring memory.
 template <class T>
 class Stage {
  public:
   using C = ComputeType<T>;
   static constexpr int kPlanes = kLanes<T> * sizeof(C) / 16;
 
-  __device__ Stage(char* memory, Staging staging, int vectors)
-      : memory_(memory),
-        vectors_(vectors),
-        logits_(staging != Staging::kNothing),
-        target_(staging == Staging::kLogitsAndTarget) {}
+  __device__ Stage(char* memory, const RowPlan& plan)
+      : memory_(memory), logits_(plan.staged_logits), target_(plan.staged_target) {}
 
-  __device__ bool has_logits() const { return logits_; }
-  __device__ bool has_target() const { return target_; }
+  __device__ bool has_logits() const { return logits_ != 0; }  // all or none
+  __device__ bool has_target(int vector) const { return vector < target_; }
 
   __device__ __forceinline__ void put_logits(int vector, const Pack<T, kLanes<T>>& pack) const {
     Bytes16 bytes;
     memcpy(&bytes, &pack, sizeof bytes);
-    *at(0, vector) = bytes;
+    *logits_at(vector) = bytes;
   }
   __device__ __forceinline__ Pack<T, kLanes<T>> logits(int vector) const {
-    const Bytes16 bytes = *at(0, vector);
+    const Bytes16 bytes = *logits_at(vector);
     Pack<T, kLanes<T>> pack;
     memcpy(&pack, &bytes, sizeof pack);
     return pack;
@@ -185,32 +192,34 @@ class Stage {
   __device__ __forceinline__ void put_exponentials(int vector, const C (&e)[kLanes<T>]) const {
     Bytes16 bytes;
     memcpy(&bytes, e, sizeof bytes);
-    *at(0, vector) = bytes;
+    *logits_at(vector) = bytes;
   }
   __device__ __forceinline__ void put_target(int vector, const C (&q)[kLanes<T>]) const {
 #pragma unroll
     for (int k = 0; k < kPlanes; ++k) {
       Bytes16 bytes;
       memcpy(&bytes, q + k * kLanes<C>, sizeof bytes);
-      *at(1 + k, vector) = bytes;
+      *target_at(k, vector) = bytes;
     }
   }
   __device__ __forceinline__ void target(int vector, C (&q)[kLanes<T>]) const {
 #pragma unroll
     for (int k = 0; k < kPlanes; ++k) {
-      const Bytes16 bytes = *at(1 + k, vector);
+      const Bytes16 bytes = *target_at(k, vector);
       memcpy(q + k * kLanes<C>, &bytes, sizeof bytes);
     }
   }
 
  private:
-  __device__ __forceinline__ Bytes16* at(int plane, int vector) const {
-    return reinterpret_cast<Bytes16*>(memory_) + plane * vectors_ + vector;
+  __device__ __forceinline__ Bytes16* logits_at(int vector) const {
+    return reinterpret_cast<Bytes16*>(memory_) + vector;
+  }
+  __device__ __forceinline__ Bytes16* target_at(int plane, int vector) const {
+    return logits_at(logits_ + plane * target_ + vector);
   }
 
   char* memory_;
-  int vectors_;
-  bool logits_, target_;
+  int logits_, target_;  // vectors
 };
 
 template <class C>
@@ -267,7 +276,7 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
     C z[kCount], q[kCount], e[kCount];
     widen_all<T>(stage.has_logits() ? stage.logits(k) : load_logits(logits, columns, first), z);
     target.load(columns, first, q, sums);
-    if (stage.has_target()) stage.put_target(k, q);
+    if (stage.has_target(k)) stage.put_target(k, q);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const C below = z[i] - top;
@@ -306,7 +315,7 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
 #pragma unroll
       for (int i = 0; i < kCount; ++i) e[i] = exponential(e[i] - top);
     }
-    if (stage.has_target() && same) {
+    if (stage.has_target(k) && same) {
       stage.target(k, q);
     } else {
       target.load(columns, first, q, unused);

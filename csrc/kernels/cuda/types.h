@@ -79,6 +79,7 @@ struct LossProblem {
   bool results_in_double = false;
 
   BlockSums sums;
+  double* first_sums = nullptr;  // kLossSums numbers: of the first of two launches
 };
 inline constexpr int kLossSums = 5;
 

@@ -2,8 +2,8 @@
 //
 // A row of logits is cut into vectors of 16 bytes that lie on multiples of 16 bytes. Where the row starts in between,
 // the first vector is a part of one, and so is the last where it ends in between; these are read and written element by
-// element. Another row that is read along the same columns, a row of R say, may start elsewhere; of it two aligned
-// vectors are read for each, and shifted into place.
+// element. Another row that is read along the same columns, a row of R say, may start elsewhere; of it the aligned
+// vectors around each are read, one more, and shifted into place.
 #pragma once
 
 #include "plan.h"
@@ -68,15 +68,15 @@ __device__ __forceinline__ Pack<T, kCount> load_elements(const T* row, int colum
   return pack;
 }
 
-// Up to 16 bytes from an address that is no multiple of their number, out of the two aligned vectors around them. A
-// half may start in the middle of a word.
-template <int kWords>
-__device__ __forceinline__ void load_shifted(const char* from, uint32_t (&out)[kWords]) {
-  const auto offset = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) & 15);
+// Words from an address that is `offset` bytes beyond a multiple of 16, out of the aligned vectors around them: one
+// more than the words fill. Halves may start in the middle of a word.
+template <bool kHalves, int kWords>
+__device__ __forceinline__ void load_shifted(const char* from, unsigned offset, uint32_t (&out)[kWords]) {
+  constexpr int kVectors = (kWords + 3) / 4 + 1, kMore = kHalves ? 2 : 1;
   const auto* vectors = reinterpret_cast<const Bytes16*>(from - offset);
-  uint32_t words[8];
+  uint32_t words[4 * kVectors];
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
+  for (int k = 0; k < kVectors; ++k) {
     COTUNING_COUNT_READ(16);
     const Bytes16 vector = vectors[k];
 #pragma unroll
@@ -84,16 +84,20 @@ __device__ __forceinline__ void load_shifted(const char* from, uint32_t (&out)[k
   }
   // By 2 words, by 1, by half of one: selections, since registers have no index.
 #pragma unroll
-  for (int i = 0; i < 6; ++i) words[i] = offset & 8 ? words[i + 2] : words[i];
+  for (int i = 0; i < kWords + kMore; ++i) words[i] = offset & 8 ? words[i + 2] : words[i];
 #pragma unroll
-  for (int i = 0; i < 5; ++i) words[i] = offset & 4 ? words[i + 1] : words[i];
+  for (int i = 0; i < kWords + kMore - 1; ++i) words[i] = offset & 4 ? words[i + 1] : words[i];
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) out[i] = offset & 2 ? joined_halves(words[i], words[i + 1]) : words[i];
+  for (int i = 0; i < kWords; ++i) {
+    out[i] = kHalves && (offset & 2) != 0 ? joined_halves(words[i], words[i + 1]) : words[i];
+  }
 }
 
+// Words from an address that is a multiple of 16 bytes, or of their number where that is less.
 template <int kWords>
 __device__ __forceinline__ void load_aligned(const char* from, uint32_t (&out)[kWords]) {
-  COTUNING_COUNT_READ(4 * kWords);
+  static_assert(kWords <= 2 || kWords % 4 == 0);
+  if constexpr (kWords < 4) COTUNING_COUNT_READ(4 * kWords);
   if constexpr (kWords == 1) {
     out[0] = *reinterpret_cast<const uint32_t*>(from);
   } else if constexpr (kWords == 2) {
@@ -101,9 +105,13 @@ __device__ __forceinline__ void load_aligned(const char* from, uint32_t (&out)[k
     out[0] = vector.words[0];
     out[1] = vector.words[1];
   } else {
-    const Bytes16 vector = *reinterpret_cast<const Bytes16*>(from);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = vector.words[i];
+    for (int k = 0; k < kWords / 4; ++k) {
+      COTUNING_COUNT_READ(16);
+      const Bytes16 vector = reinterpret_cast<const Bytes16*>(from)[k];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[4 * k + i] = vector.words[i];
+    }
   }
 }
 
@@ -122,7 +130,7 @@ __device__ __forceinline__ Pack<T, kCount> load_columns(const T* row, int column
   if (aligned) {
     load_aligned(from, words);
   } else {
-    load_shifted(from, words);
+    load_shifted<sizeof(T) == 2>(from, static_cast<unsigned>(from - begin), words);
   }
   Pack<T, kCount> pack;
   memcpy(&pack, words, sizeof pack);

@@ -94,8 +94,9 @@ struct Run {
   void launch(const cuda::PlanRules& rules) {
     const cuda::LossPlan plan = cuda::plan_loss(c.batch, c.source_classes, problem.source_logits.type,
                                                 problem.target_logits.columns, problem.target_logits.type, rules);
-    parts.assign(static_cast<size_t>(plan.blocks * cuda::kLossSums), std::nan(""));
+    parts.assign(static_cast<size_t>((plan.blocks + 1) * cuda::kLossSums), std::nan(""));
     problem.sums.parts = parts.data();
+    problem.first_sums = parts.data() + plan.blocks * cuda::kLossSums;
     problem.sums.finished = &finished;
     draw_schedule();
     cuda::launch_loss(problem, plan, nullptr);

@@ -29,6 +29,7 @@ TEST(plans_fit_the_device) {
             head->threads_per_row);
       CHECK(head->items * at_once >= rows && (head->items - 1) * at_once < rows, "rows left out, or too many");
       CHECK(head->staged_bytes * at_once <= plan.shared_bytes, "a row does not fit");
+      CHECK(head->staged_target <= head->staged_logits, "%d vectors of the target", head->staged_target);
     }
   }
 }
@@ -42,10 +43,14 @@ TEST(plans_of_known_heads) {
   CHECK(plan_of(1000, ScalarType::kFloat32).source.threads_per_row == 128, "another plan");
   CHECK(plan_of(1000, ScalarType::kBFloat16).source.threads_per_row == kWarpThreads, "another plan");
   CHECK(plan_of(1000, ScalarType::kFloat32).target.threads_per_row == kWarpThreads, "another plan");
-  CHECK(plan_of(21841, ScalarType::kFloat32).source.staging == Staging::kLogitsAndTarget, "another plan");
-  CHECK(plan_of(30522, ScalarType::kFloat32).source.staging == Staging::kLogits, "another plan");
-  CHECK(plan_of(30522, ScalarType::kBFloat16).source.staging == Staging::kLogitsAndTarget, "another plan");
-  CHECK(plan_of(100000, ScalarType::kFloat32).source.staging == Staging::kNothing, "another plan");
+  const auto staged = [&](int64_t columns, ScalarType type) { return plan_of(columns, type).source; };
+  CHECK(staged(21841, ScalarType::kFloat32).staged_target == row_vectors(21841, ScalarType::kFloat32), "not all of R");
+  CHECK(staged(30522, ScalarType::kBFloat16).staged_target == row_vectors(30522, ScalarType::kBFloat16),
+        "not all of R");
+  const RowPlan most = staged(30522, ScalarType::kFloat32);
+  CHECK(most.staged_logits == row_vectors(30522, ScalarType::kFloat32), "not all logits");
+  CHECK(most.staged_target > most.staged_logits * 85 / 100, "%d vectors of R", most.staged_target);
+  CHECK(staged(100000, ScalarType::kFloat32).staged_logits == 0, "more than there is room for");
 }
 
 TEST(a_plan_of_no_rows_launches_one_block) {
