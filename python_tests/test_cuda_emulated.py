@@ -141,7 +141,8 @@ def test_a_row_is_read_and_written_once(emulated: None, classes: int, dtype: tor
     starts elsewhere than the logits is read by pairs of aligned vectors, each of which its neighbour reads again."""
     counts = _traffic(classes, dtype, PLAN)
     # Beside so many float32 logits a block has no room for all of R: the last of it is read again for the gradient.
-    plan = backends.cuda_loss_plan(2, classes, source_dtype=dtype, shared_memory=PLAN.shared_bytes + (2 << 10))["source"]
+    card = PLAN.shared_bytes + (2 << 10)
+    plan = backends.cuda_loss_plan(2, classes, source_dtype=dtype, shared_memory=card)["source"]
     assert plan["staged_logits"] == plan["vectors"]
     element, vector = dtype.itemsize, 16 // dtype.itemsize
     again = max(0, classes - plan["staged_target"] * vector)
@@ -153,7 +154,7 @@ def test_a_row_is_read_and_written_once(emulated: None, classes: int, dtype: tor
     assert counts.other_bytes_written <= 2 * 2 * 16
     once = 2 * classes * (element + 4 * times)
     read = counts.vector_bytes_read + counts.other_bytes_read
-    # Of a row of R that starts elsewhere, one vector more than the 1 (of 16 bits: 2) that lie along those of the logits.
+    # Of a row of R that starts elsewhere, one vector more than the 1 (of 16 bits: 2) that a vector of logits needs.
     aligned = classes * element % 16 == 0 and classes * 4 % 16 == 0
     more = 0 if aligned else 4 / vector
     assert once - 64 <= read <= once + 2 * classes * 4 * times * more + 64
