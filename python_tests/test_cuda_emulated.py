@@ -164,8 +164,7 @@ def test_a_row_is_read_and_written_once(emulated: None, classes: int, dtype: tor
 
 def test_without_staging_a_row_is_read_again(emulated: None) -> None:
     staged, logits_alone, unstaged = (
-        _traffic(1000, torch.float32, emulated_cuda.Plan(shared_bytes=shared))
-        for shared in (200 << 10, 1004 * 4, 0)
+        _traffic(1000, torch.float32, emulated_cuda.Plan(shared_bytes=shared)) for shared in (200 << 10, 1004 * 4, 0)
     )
     assert staged.vector_bytes_read == 2 * 1000 * (4 + 4)
     assert logits_alone.vector_bytes_read == 2 * 1000 * (4 + 2 * 4)  # R for the sums and for the gradient
