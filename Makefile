@@ -7,7 +7,8 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles a module when it is first imported: most of what torch brings along never is.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 SOURCES := setup.py pyproject.toml $(shell find build_support cotuning_kernels csrc -name __pycache__ -prune -o \
 	-type f \( -name '*.py' -o -name '*.typed' -o -name '*.txt' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*' \) -print)
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -65,13 +66,13 @@ distclean: clean ## and those too
 # One stamp a set of extras; installed anew when the sources have changed.
 .venv/installed-%: $(SOURCES) | .venv/torch
 	@echo "Installing cotuning_kernels with its extras [$(EXTRAS_$*)] into .venv"
-	@$(CUDA_$*) $(PIP) install --quiet ".[$(EXTRAS_$*)]" || { echo "make: the installation failed (pip's words are above):\
+	@$(CUDA_$*) $(PIP_INSTALL) --quiet ".[$(EXTRAS_$*)]" || { echo "make: the installation failed (pip's words are above):\
 	 check the network, then run make again." >&2; exit 1; }
 	@touch $@
 
 .venv/torch: | .venv/python
 	@echo "Installing $(TORCH) into .venv"
-	@$(PIP) install $(TORCH) || { echo "make: torch could not be installed (pip's words are above): check the network,\
+	@$(PIP_INSTALL) $(TORCH) || { echo "make: torch could not be installed (pip's words are above): check the network,\
 	 or name another one, for instance make TORCH=torch." >&2; exit 1; }
 	@touch $@
 
