@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cotuning_kernels import validation
 from cotuning_kernels.backends import schema
@@ -64,6 +65,7 @@ def co_tuning_loss(
     source_gradient = source_logits.requires_grad
     target_gradient = target_logits is not None and target_logits.requires_grad
     wants_gradient = torch.is_grad_enabled() and (source_gradient or target_gradient)
+    _refuse_tangents(source_logits, target_logits)
     if inplace and wants_gradient:
         validation.check_inplace("source_logits", source_logits)
         if target_logits is not None:
@@ -89,33 +91,30 @@ def translate_labels(target: Target, relationship: Tensor, ignore_index: int, ba
     return translated
 
 
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Forward-mode differentiation would pass the operations by and leave a derivative of 0."""
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "the fused Co-Tuning loss has no forward-mode derivative (jvp, jacfwd, dual tensors); use "
+            'backend="reference"'
+        )
+
+
 def _compute_dtype(source_logits: Tensor) -> torch.dtype:
     return torch.float64 if source_logits.dtype == torch.float64 else torch.float32
 
 
 def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not torch.is_grad_enabled():
-        return _scaled_gradients(ctx, upstream)
-    # create_graph=True. torch's once_differentiable guards only what depends on `upstream`; the gradients depend on the
-    # logits whatever upstream is, and to take them for constants would be a wrong number without a word.
-    with torch.no_grad():
-        gradients = _scaled_gradients(ctx, upstream)
-    return tuple(None if g is None else _OnceDifferentiable.apply(g.requires_grad_()) for g in gradients)
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """A gradient that raises when it is differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+    # Refused here and not in a node for the gradient: autograd leaves out nodes from which no wanted tensor is reached,
+    # and a penalty on the gradient would drop out of its sum without a word. (A compiler refuses for its graphs.)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "the fused Co-Tuning loss can be differentiated only once (it is once_differentiable); for second "
-            'derivatives use backend="reference"'
+            "create_graph=True asks for a gradient that can be differentiated, but the fused Co-Tuning loss can be "
+            'differentiated only once; for second derivatives use backend="reference"'
         )
+    return _scaled_gradients(ctx, upstream)
 
 
 def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -222,9 +222,8 @@ def test_backward_again(seed: int) -> None:
 def test_a_second_derivative_raises(seed: int) -> None:
     given = arguments(seed)
     assert served_by_eager(given)
-    (gradient,) = torch.autograd.grad(loss_of(given), given["source_logits"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once.*reference"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match=r"create_graph=True .* once.*reference"):
+        torch.autograd.grad(loss_of(given), given["source_logits"], create_graph=True)
 
 
 def test_batched_upstream_gradients_are_not_read_as_plain_memory(seed: int) -> None:
@@ -340,7 +339,7 @@ def test_nothing_is_leaked(seed: int) -> None:
         functional.co_tuning_loss(**given, return_terms=True)
         with pytest.raises(IndexError):
             loss_of({**given, "target": given["target"] + 5})
-    assert tensors() == before
+    assert tensors() <= before  # fewer where what an earlier test left is freed meanwhile
     assert [sys.getrefcount(x) for x in given.values()] == references
 
 

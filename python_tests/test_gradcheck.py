@@ -132,15 +132,50 @@ def test_double_backward_is_refused(backend: Backend, seed: int) -> None:
     if backend.argument == "reference":
         assert torch.autograd.gradgradcheck(lambda s, t: _loss(problem, s, t, backend), (source, target))
         return
-    for wanted in (source, target):
-        loss = _loss(problem, source, target, backend)
-        (gradient,) = torch.autograd.grad(loss, wanted, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiated only once"):
-            torch.autograd.backward(loss + gradient.square().sum())
-    # And the first derivative is still the right one.
-    (plain,) = torch.autograd.grad(_loss(problem, source, target, backend), source)
-    (with_graph,) = torch.autograd.grad(_loss(problem, source, target, backend), source, create_graph=True)
-    assert torch.equal(plain, with_graph.detach())
+    ways = {
+        "grad": lambda f, x: torch.autograd.grad(f(x), x, create_graph=True),
+        "backward": lambda f, x: f(x).backward(create_graph=True),
+        "hessian": lambda f, x: torch.autograd.functional.hessian(f, x.detach()),
+        "hvp": lambda f, x: torch.autograd.functional.hvp(f, x.detach(), torch.ones_like(x)),
+    }
+    for way in ways.values():
+        for f, wanted in (
+            (lambda x: _loss(problem, x, target, backend), source),
+            (lambda x: _loss(problem, source, x, backend), target),
+        ):
+            with pytest.raises(RuntimeError, match=r"create_graph=True .* differentiated only once"):
+                way(f, wanted)
+
+
+def test_forward_mode_is_refused(backend: Backend, seed: int) -> None:
+    """It would pass the operation by: a derivative of 0."""
+    problem = Case("forward mode", "", (3, 4, 5)).build(torch.float64, seed)
+    source, target = problem.source_logits, problem.target_logits
+    tangent = torch.randn(3, 5, dtype=torch.float64)
+
+    def of_source(x: Tensor) -> Tensor:
+        return _loss(problem, x, target, backend)
+
+    def dual_tangent() -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            return torch.autograd.forward_ad.unpack_dual(
+                of_source(torch.autograd.forward_ad.make_dual(source, tangent))
+            ).tangent
+
+    if backend.argument == "reference":
+        leaf = source.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(of_source(leaf), leaf)
+        expected = (gradient * tangent).sum()
+        torch.testing.assert_close(dual_tangent(), expected)
+        torch.testing.assert_close(torch.func.jvp(of_source, (source,), (tangent,))[1], expected)
+        return
+    for way in (
+        dual_tangent,
+        lambda: torch.func.jvp(of_source, (source,), (tangent,)),
+        lambda: torch.func.jacfwd(of_source)(source),
+    ):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            way()
 
 
 _KERNELS = [backend for backend in BACKENDS if "in place" in backend.forms]

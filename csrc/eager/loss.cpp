@@ -101,9 +101,10 @@ autograd::variable_list scaled_gradients(SavedGradients saved, const Tensor& ups
   return {saved.source.defined() ? source : Tensor(), saved.target.defined() ? target : Tensor()};
 }
 
-constexpr const char* kOnceDifferentiable =
-    "the fused Co-Tuning loss can be differentiated only once (it is once_differentiable); for second derivatives use "
-    "backend=\"reference\"";
+// As autograd.py says it, and for its reasons.
+constexpr const char* kOnlyOnce =
+    "create_graph=True asks for a gradient that can be differentiated, but the fused Co-Tuning loss can be "
+    "differentiated only once; for second derivatives use backend=\"reference\"";
 
 struct CoTuningLossBackward : autograd::Node {
   autograd::SavedVariable source_gradient, target_gradient;
@@ -112,6 +113,7 @@ struct CoTuningLossBackward : autograd::Node {
   std::string name() const override { return "CoTuningLossBackward"; }
 
   autograd::variable_list apply(autograd::variable_list&& upstreams) override {
+    TORCH_CHECK(!at::GradMode::is_enabled(), kOnlyOnce);
     const std::lock_guard<std::mutex> lock(mutex_);
     const Tensor& upstream = upstreams[0];
     if (!upstream.defined()) return {Tensor(), Tensor()};
@@ -120,17 +122,6 @@ struct CoTuningLossBackward : autograd::Node {
                          autograd::get_current_graph_task_keep_graph());
     for (size_t k = 0; k < gradients.size(); ++k) {
       if (!task_should_compute_output(k)) gradients[k] = Tensor();
-    }
-    return at::GradMode::is_enabled() ? raising_when_differentiated(std::move(gradients)) : gradients;
-  }
-
-  // create_graph=True. The gradients depend on the logits, whatever upstream is, and to take them for constants would
-  // be a wrong number without a word.
-  static autograd::variable_list raising_when_differentiated(autograd::variable_list gradients) {
-    for (Tensor& gradient : gradients) {
-      if (!gradient.defined()) continue;
-      gradient = gradient.detach().requires_grad_();
-      gradient = autograd::DelayedError(kOnceDifferentiable, 1).apply(autograd::variable_list{gradient})[0];
     }
     return gradients;
   }
