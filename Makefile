@@ -45,7 +45,7 @@ test: .venv/installed-test ## run the whole test suite, a worker a core
 	@$(INSTALLED) $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 bench: .venv/installed-bench ## run the benchmarks, print a table of ratios to today's formulations, write a page with pictures
-	@$(INSTALLED) $(BIN)/pytest --import-mode=append benchmarks --benchmark-only $(ARGS)
+	@$(INSTALLED) MALLOC_MMAP_MAX_=0 $(BIN)/pytest --import-mode=append benchmarks --benchmark-only $(ARGS)
 	@$(INSTALLED) $(BIN)/python -m benchmarks.ratios
 	@$(INSTALLED) $(BIN)/python -m benchmarks.page --output benchmark_page
 

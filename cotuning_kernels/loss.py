@@ -73,6 +73,9 @@ class FusedCoTuningLoss(nn.Module):
                 "class without training images has no mean: see the `empty` argument of RelationshipEstimator.compute"
             )
         validation.check_weight(weight, matrix.shape[0], matrix.device)
+        if weight is not None and not torch.isfinite(weight).all():
+            raise ValueError(f"weight is {weight!r:.120}, expected finite numbers")
+        validation.check_ignore_index(ignore_index)
         validation.check_options(label_smoothing, reduction, source_loss)
         validation.check_trade_off(trade_off, matrix.device)
         backends.select(matrix.device.type, backend)

@@ -16,6 +16,7 @@ from cotuning_kernels.backends.schema import KL_DIVERGENCE, REDUCTIONS
 from cotuning_kernels.targets import Target
 
 __all__ = [
+    "check_ignore_index",
     "check_inplace",
     "check_inplace_memory",
     "check_is_tensor",
@@ -64,7 +65,8 @@ def check_loss(
 
 def check_is_tensor(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}, expected a Tensor")
+        mend = "; torch.from_numpy makes one of an array" if hasattr(value, "__array__") else ""
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a Tensor{mend}")
 
 
 def _check_logits(name: str, logits: Tensor) -> None:
@@ -81,7 +83,7 @@ def _check_logits(name: str, logits: Tensor) -> None:
 
 
 def check_target(target: Target, batch: int, num_target_classes: int, device: torch.device, ignore_index: int) -> None:
-    _check_ignore_index(ignore_index)
+    check_ignore_index(ignore_index)
     if isinstance(target, tuple):
         if len(target) != 3:
             raise ValueError(
@@ -199,7 +201,7 @@ def check_inplace(name: str, logits: Tensor) -> None:
         )
 
 
-def _check_ignore_index(ignore_index: int) -> None:
+def check_ignore_index(ignore_index: int) -> None:
     if not isinstance(ignore_index, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"ignore_index is {ignore_index!r:.80}, expected an integer")
     if not -(2**63) <= ignore_index < 2**63:

@@ -225,6 +225,20 @@ def test_a_relationship_that_is_no_probability_is_refused_by_the_module(row: int
         ck.FusedCoTuningLoss(relationship)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"ignore_index": 1.5}, TypeError, r"ignore_index is 1\.5, expected an integer"),
+        ({"weight": torch.tensor([1.0, math.nan, 1.0])}, ValueError, r"weight is tensor.*nan.*expected finite numbers"),
+        ({"relationship": _R.numpy()}, TypeError, r"relationship is a ndarray, expected a Tensor; torch\.from_numpy"),
+    ],
+    ids=["ignore_index", "weight", "array"],
+)
+def test_the_module_refuses_what_no_step_could_use(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        ck.FusedCoTuningLoss(**{"relationship": _R} | change)
+
+
 @pytest.mark.parametrize("where", ["labels", "first of a pair", "second of a pair"])
 @pytest.mark.parametrize("bad", [_T, -1, -99, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("inplace", [False, True])

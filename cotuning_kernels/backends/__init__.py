@@ -68,6 +68,8 @@ if _extension is not None:
     else:
         try:
             _eager = importlib.import_module("cotuning_kernels._eager")
+        except ModuleNotFoundError:
+            _missing["eager"] = "it did not compile when the package was installed; `pip install -v .` shows why"
         except ImportError as error:
             _missing["eager"] = str(error)
 
