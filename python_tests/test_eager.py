@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -303,26 +304,28 @@ def _operations(work: Callable[[], object]) -> list[str]:
     return [event.name for event in profile.events() if event.name.partition("::")[0] in ("aten", "cotuning_kernels")]
 
 
+# Torch makes a gradient of 1 with three and fills it; detach, once a head: the saved gradient becomes .grad, uncopied.
+BACKWARD = {"aten::ones_like": 1, "aten::empty_like": 1, "aten::empty_strided": 1, "aten::fill_": 1, "aten::detach": 2}
+
+
 def test_a_training_step_runs_one_operation_of_ours(seed: int) -> None:
     """Counts, which hold on a busy machine: what backward() adds is torch's own gradient of 1 for the loss."""
     given = arguments(seed)
     assert _operations(lambda: loss_of(given)) == ["cotuning_kernels::co_tuning_loss"]
-    loss = loss_of(given)
-    backward = _operations(loss.backward)
-    # detach: the saved gradient itself becomes .grad, and is not copied.
-    assert set(backward) == {
-        "aten::ones_like",
-        "aten::empty_like",
-        "aten::empty_strided",
-        "aten::fill_",
-        "aten::detach",
-    }
+    assert Counter(_operations(loss_of(given).backward)) == BACKWARD
     loss = loss_of(given)
     scaled = _operations(lambda: loss.backward(torch.tensor(0.5)))
     assert not [name for name in scaled if name.startswith("cotuning_kernels")]
     with backends.without_eager():  # the count would notice: here is one more for the half
         loss = loss_of(given)
         assert "cotuning_kernels::scale_gradients_" in _operations(lambda: loss.backward(torch.tensor(0.5)))
+
+
+def test_one_more_operation_is_noticed(seed: int) -> None:
+    """Also where it is one that a backward pass runs anyway."""
+    given = arguments(seed)
+    given["source_logits"].register_hook(lambda gradient: gradient.detach())
+    assert Counter(_operations(loss_of(given).backward)) == {**BACKWARD, "aten::detach": 3}
 
 
 def test_nothing_is_leaked(seed: int) -> None:
