@@ -82,6 +82,7 @@ def co_tuning_loss(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
         IndexError: a label is out of range (CPU); on an accelerator an assertion of the device, as ``F.cross_entropy``.
+        RuntimeError: the backend asked for does not serve the logits' device; says how to get it.
     """
     return evaluate(
         source_logits, target_logits, target, matrix_of(relationship), trade_off, weight, label_smoothing, ignore_index,

@@ -114,6 +114,16 @@ class FusedCoTuningLoss(nn.Module):
             target: class indices ``(B,)``, class probabilities ``(B, N_t)`` or a mixup pair
                 ``(labels_a, labels_b, share of labels_a)``.
             return_terms: return :class:`cotuning_kernels.CoTuningTerms`.
+
+        Returns:
+            The loss, shape ``()``, or ``(B,)`` with ``reduction="none"``: float64 where any logits are float64, else
+            float32 whatever the logits. It can be differentiated once. With ``return_terms`` the loss and its two
+            parts, detached.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+            IndexError: a label is out of range (CPU); on an accelerator an assertion of the device.
+            RuntimeError: the backend asked for does not serve the logits' device; says how to get it.
         """
         # nn.Module finds a buffer as an attribute only after it has looked elsewhere, which costs 1 us for two.
         buffers: dict[str, Any] = self._buffers
