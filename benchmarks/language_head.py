@@ -1,11 +1,14 @@
 """Time and memory of the 30 000-wordpiece head in a training step of named-entity recognition: fused against unfused.
 
 ``python -m benchmarks.language_head`` prints a table: forward and backward of the source head (BERT's: a dense layer, a
-normalisation and the decoder) and its loss, for the tokens of a batch. Three ways:
+normalisation and the decoder) and its loss, for the tokens of a batch:
 
 * *fused, entities only*: what ``examples/ner.py`` does;
 * *unfused, entities only*: the same tokens, ``F.cross_entropy`` with class probabilities;
-* *all tokens*: the authors' way, the head and a softmax on every token, of which those of entities are then picked.
+* *linear_cross_entropy*: the same tokens, torch's decoder and loss in one function; with class probabilities it is the
+  two one after the other, its chunks are for class indices only;
+* *all tokens*: the authors' way, the head and a softmax on every token, of which those of entities are then picked;
+* *the loss alone*, on logits that are there: what fusing changes, without the matrix products.
 
 Each way is measured in a process of its own, so that the largest memory in use is its own.
 """
@@ -59,6 +62,13 @@ def unfused(step: Step) -> Tensor:
     return F.cross_entropy(logits, step.relationship[step.labels[step.entities]])
 
 
+def linear_cross_entropy(step: Step) -> Tensor:
+    decoder = step.head[-1]
+    hidden = step.head[:-1](step.features[step.entities])
+    target = step.relationship[step.labels[step.entities]]
+    return F.linear_cross_entropy(hidden, decoder.weight, target, linear_bias=decoder.bias)
+
+
 def all_tokens(step: Step) -> Tensor:
     """As the authors' ``nlp/modifier.py``, which also adds 1e-10 to each probability."""
     probabilities = step.head(step.features).softmax(dim=-1)[step.entities]
@@ -82,6 +92,7 @@ def loss_alone(of_logits: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callabl
 WAYS: dict[str, Callable[[Step], Tensor]] = {
     "fused, entities only": fused,
     "unfused, entities only": unfused,
+    "linear_cross_entropy": linear_cross_entropy,
     "all tokens": all_tokens,
     "the loss alone, fused": loss_alone(lambda z, y, r: ck.functional.source_label_loss(z, y, r)),
     "the loss alone, unfused": loss_alone(lambda z, y, r: F.cross_entropy(z, r[y])),

@@ -364,7 +364,7 @@ def environment(device: str, clock: str) -> dict[str, str]:
     """What a number belongs to."""
     return {
         "backend": our_backend(device),
-        "package": str(Path(ck.__file__).parent),
+        "package": "a checkout" if Path(ck.__file__).parents[1] == memory.CHECKOUT else "installed",
         "processor": _processor() if device == "cpu" else torch.cuda.get_device_name(device),
         "cores": str(os.cpu_count()),
         "torch": torch.__version__,

@@ -451,6 +451,8 @@ def test_main_measures_checks_and_writes(
     assert row["ratios"]["tllib"] == pytest.approx(row["values"]["tllib"] / row["values"][OURS])
     assert row["rounds"] >= 5
     assert written["environment"]["backend"] == "cpp"
+    assert written["environment"]["package"] in ("a checkout", "installed")
+    assert str(_CHECKOUT) not in result.read_text()
     assert "Below the promise: loss 13x7x93" in capsys.readouterr().out
 
 
