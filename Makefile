@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 SOURCES := setup.py pyproject.toml $(shell find build_support cotuning_kernels csrc -name __pycache__ -prune -o \
 	-type f \( -name '*.py' -o -name '*.typed' -o -name '*.txt' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*' \) -print)
-CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP = $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # The extras of pyproject.toml that a target needs.
 EXTRAS_demo := demo
@@ -47,6 +47,7 @@ test: .venv/installed-test ## run the whole test suite, a worker a core
 bench: .venv/installed-bench ## run the benchmarks, print a table of ratios to today's formulations, write a page with pictures
 	@$(INSTALLED) MALLOC_MMAP_MAX_=0 $(BIN)/pytest --import-mode=append benchmarks --benchmark-only $(ARGS)
 	@$(INSTALLED) $(BIN)/python -m benchmarks.ratios
+	@$(INSTALLED) $(BIN)/python -m benchmarks.limits
 	@$(INSTALLED) $(BIN)/python -m benchmarks.page --output benchmark_page
 
 lint: .venv/installed-lint ## ruff, mypy, clang-format

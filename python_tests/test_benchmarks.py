@@ -24,7 +24,16 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 # Behind site-packages, so that an installed cotuning_kernels is the one that is tested.
 sys.path.append(str(_CHECKOUT))
 
-from benchmarks import baselines, contestants, language_head, memory, page, ratios, reverse_relationship  # noqa: E402
+from benchmarks import (  # noqa: E402
+    baselines,
+    contestants,
+    language_head,
+    limits,
+    memory,
+    page,
+    ratios,
+    reverse_relationship,
+)
 from benchmarks.contestants import LOSS_CONTESTANTS, OURS, DisagreementError, ExpectedLoss, LossContestant  # noqa: E402
 from benchmarks.problems import (  # noqa: E402
     DTYPES,
@@ -601,6 +610,53 @@ def test_the_page_covers_what_it_promises() -> None:
     assert {shape.source_classes for shape, _, _ in sweeps["source classes"]} >= {10, 1000, 262_144}
     assert {(dtype, threads) for _, dtype, threads in sweeps["shapes"]} == {(d, t) for d in DTYPES for t in (1, 2)}
     assert max(shape.batch for shape, _, _ in page.sweeps(largest_batch=100)["batch"]) == 100
+
+
+# The bounds
+
+
+def _needs_the_bounds() -> None:
+    if reason := limits.compiler_missing():
+        pytest.skip(reason)
+    if not contestants.our_backend("cpu").startswith("cpp "):
+        pytest.skip("no CPU kernel was built")
+
+
+@pytest.mark.parametrize("size", [1, 15, 64, 1000])
+def test_the_bounds_do_the_work_that_they_say(size: int, seed: int) -> None:
+    _needs_the_bounds()
+    logits = 3 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    total = limits.bounds().sum_of_exponentials(logits.data_ptr(), size)
+    assert total == pytest.approx(float(logits.double().exp().sum()), rel=1e-6)
+    copy = torch.full((size + 1,), -7.0)
+    limits.bounds().streaming_copy(logits.data_ptr(), size, copy.data_ptr())
+    assert torch.equal(copy[:size], logits)
+    assert copy[size] == -7
+
+
+def test_the_parts_of_a_call_are_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {"whole call": 9e-5, "forward": 5e-5, "operation": 4e-5, "operation on one row": 1e-5}
+    found = limits.Limits(_SMALL, {**seconds, "exponentials": 1.5e-5, "streaming copy": 2.7e-5}, page_faults=3.0)
+    text = limits.render([found])
+    assert "| 13x7x93 | 90 µs | 30 µs | 20 µs | 40 µs | 3 |" in text
+    assert "| 13x7x93 | 30 µs | 15 µs | 50 % | 27 µs | 90 % |" in text
+    _needs_the_bounds()
+    arguments = ["--shapes", str(_SMALL), "--in-place-shape", str(_SMALL), "--seconds", "0.01"]
+    assert limits.main(arguments) == 0
+    assert capsys.readouterr().out.count("| 13x7x93 |") == 3
+
+
+def test_a_wrong_gradient_in_place_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = limits.ck.FusedCoTuningLoss
+
+    def halved_in_place(*given: Tensor, **options: float) -> Callable[..., Tensor]:
+        criterion = make(*given, **options)
+        return lambda *heads: criterion(*heads) * (0.5 if options["inplace"] else 1.0)
+
+    monkeypatch.setattr(limits.ck, "FusedCoTuningLoss", halved_in_place)
+    monkeypatch.setattr(limits, "interleave", lambda *_, **__: pytest.fail("timed a wrong contestant"))
+    with pytest.raises(DisagreementError, match="the loss is"):
+        limits.measure_in_place(_SMALL, seconds=0.01, clock=time.perf_counter)
 
 
 # The regression of the reverse relationship, and the wordpiece head
