@@ -1,6 +1,6 @@
 """One page about this machine: how the time of the loss grows, what it is compared with, and how far it is from a copy.
 
-    python -m benchmarks.page --output benchmark_page     about seven minutes; writes page.md, pictures and page.json
+    python -m benchmarks.page --output benchmark_page     about ten minutes; writes page.md, pictures and page.json
 
 A *copy* reads the logits of both heads and writes as many bytes: what any forward and backward pass has to do at least
 when nothing stays in the caches. The *share of the copy* is its time over ours.
@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 __all__ = ["Memory", "Point", "measure", "measure_memory", "sweeps", "write_page"]
 
 COPY = "copy of the logits"
-# Beside ours: what people move from, and PyTorch's best single call.
+# Beside ours: what people move from, and PyTorch's best single call ...
 BESIDE = ("tllib", "F.cross_entropy")
+# ... and at the shapes that the project is held to, everybody (compiled for each, which takes a while).
+EVERYBODY = tuple(contestant.name for contestant in LOSS_CONTESTANTS if contestant.name != OURS)
 # Elements of a step when the classes grow: below a cache of 32 MB with its gradient, and enough for two threads.
 SWEEP_ELEMENTS = 2**21
 
@@ -101,10 +103,15 @@ def sweeps(largest_batch: int = 131_072, largest_head: int = 262_144) -> dict[st
 
 
 def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, seconds: float) -> Point:
-    """Time ours, two others and the copy in turns, after the three have been held against the reference."""
+    """Time ours, the others and the copy in turns, after all have been held against the reference."""
     torch.set_num_threads(threads)
     problem = LossProblem.make(shape, DTYPES[dtype], device=device)
-    contestants = [contestant for contestant in LOSS_CONTESTANTS if contestant.name in (OURS, *BESIDE)]
+    names = (OURS, *(EVERYBODY if sweep == "shapes" else BESIDE))
+    contestants = [
+        each
+        for each in LOSS_CONTESTANTS
+        if each.name == OURS or (each.name in names and unavailable(each, device) is None)
+    ]
     steps = prepare(contestants, problem)
     _check(contestants, steps, problem)
     logits = (problem.source_logits.detach(), problem.target_logits.detach())
@@ -146,15 +153,14 @@ def _check(
 
 
 def _table(points: Sequence[Point]) -> str:
+    names = [name for name in EVERYBODY if all(name in point.seconds for point in points)]
     lines = [
-        "| B x N_t x N_s | dtype | threads | ours | "
-        + " | ".join(f"{name}" for name in BESIDE)
-        + " | share of a copy |"
+        f"| B x N_t x N_s | dtype | threads | ours | {' | '.join(names)} | share of a copy |",
+        "|---" * (5 + len(names)) + "|",
     ]
-    lines.append("|---" * (5 + len(BESIDE)) + "|")
     for point in points:
         ours = point.seconds[OURS]
-        others = " | ".join(f"{point.seconds[name] / ours:.2f}x" for name in BESIDE)
+        others = " | ".join(f"{point.seconds[name] / ours:.2f}x" for name in names)
         time = f"{ours * 1e6:.0f} µs" if ours < 1e-3 else f"{ours * 1e3:.2f} ms"
         shape = "x".join(map(str, point.shape))
         lines.append(
@@ -198,12 +204,22 @@ def _plot_growth(axes: Axes, points: Sequence[Point], index: int, label: str) ->
     axes.legend(fontsize=8)
 
 
-def _plot_bars(axes: Axes, points: Sequence[Point], value: Callable[[Point], float], label: str) -> None:
-    names = ["x".join(map(str, point.shape)) for point in points]
-    axes.barh(names, [value(point) for point in points])
+def _plot_bars(axes: Axes, points: Sequence[Point], values: dict[str, Callable[[Point], float]], label: str) -> None:
+    """A group of bars for each point, one for each of the named values."""
+    height = 0.8 / len(values)
+    for bar, (name, value) in enumerate(values.items()):
+        middles = [row + (bar - (len(values) - 1) / 2) * height for row in range(len(points))]
+        axes.barh(middles, [value(point) for point in points], height, label=name)
+    axes.set_yticks(range(len(points)), ["x".join(map(str, point.shape)) for point in points])
     axes.invert_yaxis()
     axes.set(xlabel=label)
     axes.grid(axis="x", alpha=0.3)
+    if len(values) > 1:
+        axes.legend(fontsize=7)
+
+
+def _ratio_to_ours(name: str, point: Point) -> float:
+    return point.seconds[name] / point.seconds[OURS]
 
 
 def write_page(points: Sequence[Point], memories: Sequence[Memory], environment: dict[str, str], output: Path) -> Path:
@@ -213,16 +229,17 @@ def write_page(points: Sequence[Point], memories: Sequence[Memory], environment:
     output.mkdir(parents=True, exist_ok=True)
     of = {sweep: [point for point in points if point.sweep == sweep] for sweep in ("shapes", "batch", "source classes")}
     plain = [point for point in of["shapes"] if point.dtype == "float32" and point.threads == 1]
+    others = [name for name in EVERYBODY if all(name in point.seconds for point in plain)]
     pictures: dict[str, Callable[[Axes], None]] = {
         "batch": lambda axes: _plot_growth(axes, of["batch"], 0, "rows of a batch (200 target, 1000 source classes)"),
         "source_classes": lambda axes: _plot_growth(
             axes, of["source classes"], 2, f"source classes (about {SWEEP_ELEMENTS} logits a step)"
         ),
         "ratios": lambda axes: _plot_bars(
-            axes, plain, lambda point: point.seconds["tllib"] / point.seconds[OURS], "times tllib (float32, one thread)"
+            axes, plain, {name: partial(_ratio_to_ours, name) for name in others}, "times ours (float32, one thread)"
         ),
         "copy": lambda axes: _plot_bars(
-            axes, plain, lambda point: 100 * point.share_of_copy(), "% of a copy of the logits (float32, one thread)"
+            axes, plain, {COPY: lambda point: 100 * point.share_of_copy()}, "% of a copy (float32, one thread)"
         ),
     }
     for name, draw in pictures.items():
@@ -255,7 +272,7 @@ the logits and writes a gradient cannot do better when nothing stays in the cach
 
 {shapes}
 
-![ratio to tllib](ratios.png) ![share of a copy](copy.png)
+![ratios of the others to ours](ratios.png) ![share of a copy](copy.png)
 
 ## How it grows
 
