@@ -215,7 +215,7 @@ def _plot_bars(axes: Axes, points: Sequence[Point], values: dict[str, Callable[[
     axes.set(xlabel=label)
     axes.grid(axis="x", alpha=0.3)
     if len(values) > 1:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1.0))
 
 
 def _ratio_to_ours(name: str, point: Point) -> float:
