@@ -127,7 +127,8 @@ class Loss {
     result->source_term.assign(batch_, 0.0);
     result->target_term.assign(p_.target_logits ? batch_ : 0, 0.0);
     source_gradient_ = p_.source_gradient;
-    source_gradient_.stream = source_gradient_.data != nullptr &&
+    // In place the lines have just been read: in the cache, stores to them cost least.
+    source_gradient_.stream = source_gradient_.data != nullptr && source_gradient_.data != p_.source_logits.data &&
                               !keeps_exponentials(source_gradient_, p_.source_logits) &&
                               worth_streaming(source_gradient_.data, gradient_bytes());
     const int64_t relationship_bytes = p_.relationship.rows * p_.relationship.columns * size_of(p_.relationship.type);
