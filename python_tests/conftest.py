@@ -17,6 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seed", type=int, default=None, help="draw the tests' numbers from this seed (default: a fresh one)"
     )
+    parser.addoption(
+        "--planted-cuda", action="store_true", help="plant every bug of test_cuda_planted.py, not just two"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,7 +60,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 # Files with tests that take seconds each. They go first: the many short ones then fill up what time the workers have.
 LONG = (
-    "test_sanitizers.py", "test_cuda_emulated.py", "test_cuda_build.py", "test_triton_static.py", "test_build.py",
+    "test_sanitizers.py", "test_cuda_emulated.py", "test_cuda_build.py", "test_cuda_machine_code.py",
+    "test_cuda_planted.py", "test_triton_static.py", "test_build.py",
     "test_instruction_counts.py", "test_distributed.py", "test_benchmarks.py", "test_torch_integration.py",
 )  # fmt: skip
 

@@ -28,11 +28,11 @@ FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-alias
 ORDERS = ("forward", "reverse", "random")
 
 
-def sources() -> list[Path]:
+def sources(root: Path) -> list[Path]:
     """What csrc/sources.txt lists for the emulated library."""
-    lines = (ROOT / "csrc" / "sources.txt").read_text().splitlines()
+    lines = (root / "csrc" / "sources.txt").read_text().splitlines()
     fields = [line.split() for line in lines if line.strip() and not line.startswith("#")]
-    return [ROOT / "csrc" / path for path, group, *_ in fields if group in ("cuda", "cuda_extension", "emulator")]
+    return [root / "csrc" / path for path, group, *_ in fields if group in ("cuda", "cuda_extension", "emulator")]
 
 
 def missing() -> str | None:
@@ -42,8 +42,10 @@ def missing() -> str | None:
     return None if tool("g++", "c++") else "there is no g++ that could compile the kernels for the CPU"
 
 
-def _compile(source: Path) -> Path:
-    compiled = workspace() / "emulated" / f"{source.stem}_{source.suffix[1:]}.o"
+def _compile(source: Path, folder: Path) -> Path:
+    compiled = folder / f"{source.stem}_{source.suffix[1:]}.o"
+    if compiled.exists():
+        return compiled
     finished = run([
         compiler(), *FLAGS, "-DCOTUNING_EMULATE", "-DTORCH_TARGET_VERSION=0x020d000000000000",
         "-isystem", TORCH / "include", "-x", "c++", "-c", source, "-o", compiled,
@@ -52,22 +54,23 @@ def _compile(source: Path) -> Path:
     return compiled
 
 
-def _build() -> Path:
-    path = workspace() / "emulated" / "emulated_cuda.so"
-    with alone("emulated"):
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(_compile, sources()))
-            linked = run([compiler(), "-shared", *objects, "-o", path, f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
-            assert linked.returncode == 0, linked.stdout
+def build(root: Path, folder: Path) -> Path:
+    """The library from the sources of a checkout, in ``folder``; what is there already is not made again."""
+    path = folder / "emulated_cuda.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(functools.partial(_compile, folder=folder), sources(root)))
+        linked = run([compiler(), "-shared", *objects, "-o", path, f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
+        assert linked.returncode == 0, linked.stdout
     return path
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compiled and loaded: its operations are ``torch.ops.cotuning_kernels_emulated``."""
-    path = _build()
+    with alone("emulated"):
+        path = build(ROOT, workspace() / "emulated")
     definitions = torch.library.Library(NAMESPACE, "DEF")
     for name, signature in schema._SCHEMAS.items():
         definitions.define(name + signature)

@@ -1,12 +1,8 @@
-"""The CUDA library as it was built: what it links, for which cards, what nvcc made of the kernels. It needs no device.
-
-The machine code is read with ``cuobjdump`` of the CUDA toolkit, or of the one that the triton wheel carries."""
+"""The CUDA library as it was built: what it links, and for which cards. It needs no device. (What nvcc made of the
+kernels: test_cuda_machine_code.py.)"""
 
 from __future__ import annotations
 
-import collections
-import functools
-import importlib.util
 import json
 import re
 import runpy
@@ -15,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from cpp_builds import ENVIRONMENT, ROOT, require, run, tool
+from cpp_builds import ENVIRONMENT, ROOT, require, run
 from test_build import needed_libraries, symbols, unstable_symbols
+from test_cuda_machine_code import KERNELS, KERNELS_OF_THE_LOSS, resources_of
 
 import cotuning_kernels
 from cotuning_kernels import backends
@@ -29,21 +26,6 @@ def library() -> Path:
     if reason := backends.missing_reason("cuda"):
         pytest.skip(reason)
     return next(PACKAGE.glob("_cuda*.so"))
-
-
-def cuobjdump() -> str:
-    if found := tool("cuobjdump"):
-        return found
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        carried = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        if carried.is_file():
-            return str(carried)
-    pytest.skip("needs cuobjdump, of the CUDA toolkit or of the triton wheel, which are not here")
-
-
-def built_architectures() -> list[str]:
-    return re.findall(r"\d+\.\d", (backends.cuda_build() or "").partition(":")[2])
 
 
 # ---------------------------------------------------------------------------------------------------- links and loads
@@ -72,99 +54,6 @@ def test_it_loads_in_a_torch_for_cuda(library: Path) -> None:
     assert backends.missing_reason("cuda") is None
 
 
-# ------------------------------------------------------------------------------------------------------ machine code
-
-
-def resources(file: Path) -> list[tuple[str, str, dict[str, int]]]:
-    """Architecture, kernel, and what it uses: registers, stack, local and shared memory."""
-    listed = run([cuobjdump(), "-res-usage", file])
-    assert listed.returncode == 0, listed.stdout
-    found, architecture = [], ""
-    for line, following in zip(listed.stdout.splitlines(), [*listed.stdout.splitlines()[1:], ""], strict=True):
-        if match := re.search(r"arch = (sm_\d+)", line):
-            architecture = match[1]
-        if match := re.match(r"\s*Function (\S+):", line):
-            usage = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", following)}
-            found.append((architecture, match[1], usage))
-    return found
-
-
-@functools.cache
-def instructions(file: Path, architecture: str) -> dict[str, collections.Counter[str]]:
-    """How often each instruction stands in each kernel."""
-    listed = run([cuobjdump(), "-arch", architecture, "-sass", file])
-    assert listed.returncode == 0, listed.stdout[-2000:]
-    counted: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    kernel = ""
-    for line in listed.stdout.splitlines():
-        if match := re.search(r"Function : (\S+)", line):
-            kernel = match[1]
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line):
-            counted[kernel][match[1]] += 1
-    return counted
-
-
-KERNELS_OF_THE_LOSS = 4
-KERNELS = KERNELS_OF_THE_LOSS + 10  # 4 of the temperature, 4 of the class sums, one each that scales and translates
-
-
-def test_no_kernel_spills_or_uses_local_memory(library: Path) -> None:
-    used = resources(library)
-    architectures = {f"sm_{name.replace('.', '')}" for name in built_architectures()}
-    assert {architecture for architecture, _, _ in used} == architectures
-    assert len(used) == KERNELS * len(architectures)
-    for architecture, kernel, usage in used:
-        assert usage["STACK"] == usage["LOCAL"] == 0, (architecture, kernel, usage)
-        assert usage["REG"] <= 128, (architecture, kernel, usage)
-
-
-def test_rows_are_accessed_by_16_bytes(library: Path) -> None:
-    for name in built_architectures():
-        counted = instructions(library, f"sm_{name.replace('.', '')}")
-        assert len(counted) == KERNELS
-        for kernel, counts in counted.items():
-            words = collections.Counter()
-            for instruction, number in counts.items():
-                words[instruction.split(".")[0], "128" in instruction.split(".")] += number
-            assert words["LDL", False] + words["LDL", True] + words["STL", False] + words["STL", True] == 0, kernel
-            assert words["LDG", True] > 0, (name, kernel)
-            # The statistics write no row of the logits' kind.
-            if re.search("loss|scale|translate", kernel):
-                assert words["STG", True] > 0, (name, kernel)
-            # What is staged.
-            if "loss" in kernel:
-                assert words["LDS", True] > 0, (name, kernel)
-                assert words["STS", True] > 0, (name, kernel)
-
-
-def test_the_library_carries_ptx_for_later_cards(library: Path) -> None:
-    """Where the list says +PTX, and for no other."""
-    listed = run([cuobjdump(), "-lptx", library])
-    carried = {f"sm_{name.replace('.', '')}" for name in re.findall(r"(\d+\.\d)\+PTX", backends.cuda_build() or "")}
-    assert set(re.findall(r"\.(sm_\d+)[a-z]?\.ptx", listed.stdout)) == carried, listed.stdout
-
-
-def test_local_memory_and_narrow_access_are_noticed(tmp_path: Path) -> None:
-    """The two readers above, on a kernel with an array that is indexed by a variable and reads of one float."""
-    nvcc = require("nvcc")
-    source, cubin = tmp_path / "faulty.cu", tmp_path / "faulty.cubin"
-    source.write_text(
-        "__global__ void faulty(const float* x, float* y, int k) {\n"
-        "  float kept[32];\n"
-        "  for (int i = 0; i < 32; ++i) kept[(i * k) % 32] = x[threadIdx.x + 97 * i];\n"
-        "  y[threadIdx.x] = kept[k % 32] + kept[(k + 7) % 32];\n"
-        "}\n"
-    )
-    compiled = run([nvcc, "-arch=sm_80", "-cubin", source, "-o", cubin])
-    assert compiled.returncode == 0, compiled.stdout
-    ((_, kernel, usage),) = resources(cubin)
-    assert "faulty" in kernel
-    assert usage["STACK"] + usage["LOCAL"] > 0
-    listed = run([cuobjdump(), "-sass", cubin]).stdout
-    assert re.search(r"\bSTL\b|\bSTL\.", listed)
-    assert "LDG.E.128" not in listed
-
-
 def test_cmake_builds_the_same(tmp_path: Path) -> None:
     """All kernels in the same way, for what TORCH_CUDA_ARCH_LIST asks for; one file is built, for one card and not
     optimised, to be quick."""
@@ -189,8 +78,8 @@ def test_cmake_builds_the_same(tmp_path: Path) -> None:
     )
     assert built.returncode == 0, built.stdout
     (compiled,) = tmp_path.rglob("passes.cu.o")
-    used = resources(compiled)
-    assert {architecture for architecture, _, _ in used} == {"sm_80"}
+    used = resources_of(compiled)
+    assert {usage.architecture for usage in used} == {"sm_80"}
     assert len(used) == KERNELS - KERNELS_OF_THE_LOSS
 
 

@@ -4,7 +4,10 @@ other backends, in test_conformance.py.)"""
 
 from __future__ import annotations
 
+import ctypes
+import math
 import re
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +19,10 @@ from cpp_builds import ROOT, build, compiler, require, run, run_kernel_tests
 from torch import Tensor
 
 from cotuning_kernels import backends, functional
+
+sys.path.append(str(ROOT))
+
+from benchmarks import launches
 
 MEMORY = "address,undefined"
 # The tests that launch many threads; the others would show ThreadSanitizer nothing more.
@@ -184,6 +191,35 @@ def test_launches_of_a_training_step(emulated: None) -> None:
         assert emulated_cuda.take_counts().launches == 1
         functional.co_tuning_loss(source.bfloat16(), target, problem.target, problem.relationship, backend="cuda")
         assert emulated_cuda.take_counts().launches == 2  # heads of two types
+
+
+def test_launches_beside_the_kernels_of_pytorch(emulated: None) -> None:
+    """The numbers of docs/cuda.md; theirs are one kernel an operation, at the least."""
+
+    def step(trade_off: float | Tensor) -> list[list[str]]:
+        def loss(*operands: Any) -> Tensor:
+            return functional.co_tuning_loss(*operands[:4], trade_off=trade_off, backend="cuda")
+
+        with emulated_cuda.emulated(PLAN):
+            passes = launches.step(loss, launches.FORMULATIONS["log_softmax"][1])
+        # Of an upstream gradient on the CPU, and of no other, it is looked whether it is 1.
+        return [[name for name in names if name != "aten::_local_scalar_dense"] for names in passes]
+
+    loss, scaling = "cotuning_kernels::co_tuning_loss", "cotuning_kernels::scale_gradients_"
+    assert step(torch.tensor(2.3, dtype=torch.float64)) == [[loss], [scaling]]
+    assert step(2.3) == [["aten::full", loss], [scaling]]  # the number has to get to the device
+    counted = {name: tuple(map(len, launches.step(*given))) for name, given in launches.FORMULATIONS.items()}
+    assert all(forward > 8 and backward > 5 for forward, backward in counted.values()), counted
+    if torch.__version__.startswith("2.13."):
+        assert counted == {"tllib": (9, 6), "log_softmax": (10, 6), "F.cross_entropy": (10, 7), "F.kl_div": (11, 7)}
+
+
+def test_memory_that_no_kernel_has_written_is_nan(emulated: None) -> None:
+    """In the library that these tests use: shared memory, fixed and dynamic. (That outputs start as NaN is shown by a
+    planted bug, a gradient that is not written: test_cuda_planted.py.)"""
+    read = (ctypes.c_float * 2)(1, 1)
+    emulated_cuda.library().cotuning_emulator_read_unwritten(read)
+    assert all(map(math.isnan, read))
 
 
 def test_forward_only_writes_no_gradient(emulated: None) -> None:

@@ -1,12 +1,23 @@
 // What the Python tests set and read, through ctypes.
+#include "../kernels/cuda/device.h"
 #include "../kernels/cuda/launch.h"
-#include "emulator.h"
 
 namespace cotuning::cuda {
 
 PlanRules& emulated_plan_rules();
 
 }  // namespace cotuning::cuda
+
+namespace {
+
+void read_unwritten(float* out) {
+  COTUNING_DYNAMIC_SHARED(dynamic);
+  COTUNING_SHARED(float, fixed, 4);
+  out[0] = fixed[2];
+  out[1] = reinterpret_cast<const float*>(dynamic)[3];
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -34,6 +45,11 @@ __attribute__((visibility("default"))) void cotuning_emulator_take_counts(uint64
   counts[3] = seen.other_bytes_written;
   counts[4] = seen.launches;
   seen = {};
+}
+
+// What a kernel finds in shared memory that nobody has written, static and dynamic: two numbers.
+__attribute__((visibility("default"))) void cotuning_emulator_read_unwritten(float* out) {
+  COTUNING_LAUNCH(read_unwritten, 1, 1, 16, nullptr, out);
 }
 
 }  // extern "C"
