@@ -5,6 +5,7 @@ The table itself runs in ``test_conformance.py``; what the compiled kernels are,
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -272,6 +273,19 @@ def test_a_missing_or_old_triton_is_one_sentence(source: str | None, reason: str
     assert said is None if reason is None else (said is not None and reason in said and "\n" not in said)
 
 
+def test_importing_the_kernels_of_a_missing_triton_is_that_sentence() -> None:
+    """For who imports ``warmup``: not the name of what is missing inside of triton."""
+    package = "cotuning_kernels.backends.triton"
+    with mock.patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.startswith(package) and not name.endswith("_operations")]:
+            del sys.modules[name]
+        with (
+            mock.patch.object(triton_operations, "missing_reason", return_value="triton 3.6.1 is too old; install it"),
+            pytest.raises(ImportError, match=r"^the Triton kernels cannot be used: triton 3\.6\.1 is too old; install"),
+        ):
+            importlib.import_module(package)
+
+
 def test_the_environment_report_says_why_triton_is_missing() -> None:
     with mock.patch.dict(backends._missing, {"triton": "triton 3.6.1 is too old"}):
         assert "missing: triton 3.6.1 is too old" in environment.report()
@@ -294,6 +308,19 @@ def test_warmup_compiles_what_a_step_launches(target: str, seed: int) -> None:
         IMPLEMENTATIONS["co_tuning_loss"](*arguments[:-2], False, False)
         IMPLEMENTATIONS["scale_gradients_"](*gradients, factors, torch.ones(()))
         assert {id(launch.kernel) for launch in launches} == ahead
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"target": "x"}, "target is 'x', expected one of 'labels', 'pair', 'probabilities'"),
+        ({"reduction": "avg"}, "reduction is 'avg', expected one of 'none', 'mean', 'sum'"),
+        ({"source_loss": ["kl"]}, r"source_loss is \['kl'\], expected one of 'cross_entropy', 'kl'"),
+    ],
+)
+def test_warmup_says_what_is_wrong(wrong: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{expected}$"):
+        warmup(1000, 9, device="cpu", **wrong)
 
 
 def test_loss_backward_scales_what_was_stored(seed: int) -> None:
