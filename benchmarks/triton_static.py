@@ -213,8 +213,10 @@ _ROWS = 48
 
 def _loss(
     dtype: torch.dtype, target_classes: int, source_classes: int, target: str = "labels", *, heads: int = 2,
-    gradient: bool = True, relationship: torch.dtype = torch.float32, **options: Any,
+    gradient: bool = True, relationship: torch.dtype = torch.float32, stride: int | None = None, **options: Any,
 ) -> Callable[[], Any]:  # fmt: skip
+    """``stride``: from one row of the source logits to the next, where that is more than their width."""
+
     def call() -> Any:
         from cotuning_kernels.backends.triton.loss import co_tuning_loss
 
@@ -235,7 +237,7 @@ def _loss(
             "source_gradient": gradient,
             "target_gradient": gradient,
         }
-        source = torch.empty(_ROWS, source_classes, dtype=dtype)
+        source = torch.empty(_ROWS, stride or source_classes, dtype=dtype)[:, :source_classes]
         head = torch.empty(_ROWS, target_classes, dtype=dtype) if heads == 2 else None
         return co_tuning_loss(source, head, **arguments | options)
 
@@ -281,6 +283,8 @@ KERNELS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
         _ONE, _loss(_BF16, 200, 1000, heads=1, relationship=_BF16),
     ),
     "loss, 200 x 1002, float32": (_ONE, _loss(_F32, 200, 1002)),
+    "loss, source head of 1000 in rows of 1004, bfloat16": (_TWO, _loss(_BF16, 200, 1000, heads=1, stride=1004)),
+    "loss, source head of 1000 in rows of 1001, float32": (_TWO, _loss(_F32, 200, 1000, heads=1, stride=1001)),
     "loss, 9 x 30522, float32": (_TWO, _loss(_F32, 9, 30522)),
     "loss, 9 x 30522, bfloat16": (_EVERY, _loss(_BF16, 9, 30522)),
     "loss, source head of 32000, float32": (_TWO, _loss(_F32, 9, 32000, heads=1)),

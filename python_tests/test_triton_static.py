@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -105,6 +106,19 @@ def test_a_long_row_is_moved_128_bits_at_a_time(name: str, target: str) -> None:
 def test_rows_of_odd_pairs_are_moved_64_bits_at_a_time() -> None:
     accesses = static.measure(_launches("loss, 200 x 1002, float32", "sm_90")[0])["accesses"]
     assert not {"load 4", "load 2"} & accesses.keys(), accesses
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_rows_that_lie_apart_are_moved_as_widely_as_their_stride_allows(target: str) -> None:
+    """A thread has 16 columns. 1004 is a multiple of 4: 8 bytes of bfloat16, 16 of R in float32. 1001 is odd."""
+    once_a_row = {"load 8": 2, "store 4": 3}  # labels; a loss and two counts
+    for name, columns in (
+        ("loss, source head of 1000 in rows of 1004, bfloat16", {"load 16": 4, "load 8": 4, "store 8": 4}),
+        ("loss, source head of 1000 in rows of 1001, float32", {"load 4": 32, "store 4": 16}),
+    ):
+        accesses = static.measure(_launches(name, target)[0])["accesses"]
+        most = Counter(columns) + Counter(once_a_row)
+        assert all(accesses[width] <= most[width] for width in accesses), f"{name}: {accesses}, expected {dict(most)}"
 
 
 # ---------------------------------------------------------------------------------------- rules for intermediate code
