@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -89,9 +90,16 @@ class Compiled:
     arguments: dict[str, Any]
 
 
+_compiled_before = tempfile.TemporaryDirectory(prefix="triton_static_")
+
+
 @contextmanager
-def compiled_for(target: GPUTarget) -> Iterator[list[Compiled]]:
-    """Launches within the ``with`` block are compiled for ``target`` and gathered in the list; nothing is run."""
+def compiled_for(target: GPUTarget, *, afresh: bool = False) -> Iterator[list[Compiled]]:
+    """Launches within the ``with`` block are compiled for ``target`` and gathered in the list; nothing is run.
+
+    What this process has compiled before, Triton takes from its cache (the second launch of a loss is mostly the same),
+    unless it is wanted ``afresh``.
+    """
     launches: list[Compiled] = []
     run = JITFunction.run
 
@@ -103,13 +111,13 @@ def compiled_for(target: GPUTarget) -> Iterator[list[Compiled]]:
 
     driver = triton.runtime.driver
     with (
-        tempfile.TemporaryDirectory() as cache,
+        tempfile.TemporaryDirectory() as empty,
         triton.knobs.cache.scope(),
         mock.patch.object(driver, "_active", _Driver(target)),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(torch.version, "hip", "a GPU of AMD" if target.backend == "hip" else None),
     ):
-        triton.knobs.cache.dir = cache
+        triton.knobs.cache.dir = empty if afresh else _compiled_before.name
         yield launches
 
 
@@ -182,6 +190,7 @@ def _numbers(*, widths: collections.Counter[str], threads: int, **others: int) -
     return others | {"threads": threads, "bytes": moved, "accesses": dict(sorted(widths.items()))}
 
 
+@cache
 def _disassemble(cubin: bytes) -> tuple[str, str]:
     """Resource usage and machine code, in words, from the tools that Triton ships."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
