@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -89,9 +90,16 @@ class Compiled:
     arguments: dict[str, Any]
 
 
+_compiled_before = tempfile.TemporaryDirectory(prefix="triton_static_")
+
+
 @contextmanager
-def compiled_for(target: GPUTarget) -> Iterator[list[Compiled]]:
-    """Launches within the ``with`` block are compiled for ``target`` and gathered in the list; nothing is run."""
+def compiled_for(target: GPUTarget, *, afresh: bool = False) -> Iterator[list[Compiled]]:
+    """Launches within the ``with`` block are compiled for ``target`` and gathered in the list; nothing is run.
+
+    What this process has compiled before, Triton takes from its cache (the second launch of a loss is mostly the same),
+    unless it is wanted ``afresh``.
+    """
     launches: list[Compiled] = []
     run = JITFunction.run
 
@@ -103,13 +111,13 @@ def compiled_for(target: GPUTarget) -> Iterator[list[Compiled]]:
 
     driver = triton.runtime.driver
     with (
-        tempfile.TemporaryDirectory() as cache,
+        tempfile.TemporaryDirectory() as empty,
         triton.knobs.cache.scope(),
         mock.patch.object(driver, "_active", _Driver(target)),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(torch.version, "hip", "a GPU of AMD" if target.backend == "hip" else None),
     ):
-        triton.knobs.cache.dir = cache
+        triton.knobs.cache.dir = empty if afresh else _compiled_before.name
         yield launches
 
 
@@ -182,6 +190,7 @@ def _numbers(*, widths: collections.Counter[str], threads: int, **others: int) -
     return others | {"threads": threads, "bytes": moved, "accesses": dict(sorted(widths.items()))}
 
 
+@cache
 def _disassemble(cubin: bytes) -> tuple[str, str]:
     """Resource usage and machine code, in words, from the tools that Triton ships."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -213,8 +222,10 @@ _ROWS = 48
 
 def _loss(
     dtype: torch.dtype, target_classes: int, source_classes: int, target: str = "labels", *, heads: int = 2,
-    gradient: bool = True, relationship: torch.dtype = torch.float32, **options: Any,
+    gradient: bool = True, relationship: torch.dtype = torch.float32, stride: int | None = None, **options: Any,
 ) -> Callable[[], Any]:  # fmt: skip
+    """``stride``: from one row of the source logits to the next, where that is more than their width."""
+
     def call() -> Any:
         from cotuning_kernels.backends.triton.loss import co_tuning_loss
 
@@ -235,7 +246,7 @@ def _loss(
             "source_gradient": gradient,
             "target_gradient": gradient,
         }
-        source = torch.empty(_ROWS, source_classes, dtype=dtype)
+        source = torch.empty(_ROWS, stride or source_classes, dtype=dtype)[:, :source_classes]
         head = torch.empty(_ROWS, target_classes, dtype=dtype) if heads == 2 else None
         return co_tuning_loss(source, head, **arguments | options)
 
@@ -281,6 +292,8 @@ KERNELS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
         _ONE, _loss(_BF16, 200, 1000, heads=1, relationship=_BF16),
     ),
     "loss, 200 x 1002, float32": (_ONE, _loss(_F32, 200, 1002)),
+    "loss, source head of 1000 in rows of 1004, bfloat16": (_TWO, _loss(_BF16, 200, 1000, heads=1, stride=1004)),
+    "loss, source head of 1000 in rows of 1001, float32": (_TWO, _loss(_F32, 200, 1000, heads=1, stride=1001)),
     "loss, 9 x 30522, float32": (_TWO, _loss(_F32, 9, 30522)),
     "loss, 9 x 30522, bfloat16": (_EVERY, _loss(_BF16, 9, 30522)),
     "loss, source head of 32000, float32": (_TWO, _loss(_F32, 9, 32000, heads=1)),

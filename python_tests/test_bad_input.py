@@ -7,6 +7,7 @@ RuntimeError whatever was wrong.
 from __future__ import annotations
 
 import math
+import unittest
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from conformance import BACKENDS, Backend, Placed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import UnsatisfiedAssumption
+from stand_in import cpu_served_by
 from torch import Tensor
 
 import cotuning_kernels as ck
-from cotuning_kernels import backends, functional
+from cotuning_kernels import autograd, backends, functional
 
 _B, _T, _S = 4, 3, 20
 
@@ -474,6 +477,7 @@ def test_whatever_is_passed_ends_in_a_result_or_in_an_ordinary_error(backend: Ba
     arguments = (
         _arguments() | {"backend": backend.argument} | {name: data.draw(_FUZZED[name], name) for name in changed}
     )
+    before = {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in arguments.items()}
     try:
         result = functional.co_tuning_loss(**arguments)
         loss = result.loss if isinstance(result, ck.CoTuningTerms) else result
@@ -482,6 +486,17 @@ def test_whatever_is_passed_ends_in_a_result_or_in_an_ordinary_error(backend: Ba
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         if not str(error):
             pytest.fail(f"{type(error).__name__} without a word")
+    else:
+        _assert_it_made_sense(before, loss)
+
+
+def _assert_it_made_sense(arguments: dict[str, Any], loss: Tensor) -> None:
+    """The kernels see arguments before the checks in words do: what they take, these must take, and mean the same."""
+    same = functional.co_tuning_loss(**arguments | {"backend": "reference", "inplace": False, "return_terms": False})
+    assert isinstance(same, Tensor)
+    assert (loss.shape, loss.dtype, loss.device) == (same.shape, same.dtype, same.device)
+    both_finite = loss.isfinite() & same.isfinite()  # 0 * NaN is NaN in a matrix product, and nothing in a kernel
+    torch.testing.assert_close(loss[both_finite], same[both_finite], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", [BACKENDS[1]], ids=lambda backend: backend.name, indirect=True)
@@ -520,6 +535,69 @@ def test_whatever_an_operation_is_called_with(backend: Backend, data: st.DataObj
     except (RuntimeError, IndexError, NotImplementedError) as error:
         if not str(error):
             pytest.fail(f"{type(error).__name__} without a word")
+
+
+def _crashes(*_: Any) -> Any:
+    raise KeyError("source_logits")
+
+
+def _without_a_word(*_: Any) -> Any:
+    raise ValueError
+
+
+def _takes_nonsense(*arguments: Any) -> Any:
+    try:
+        return _SOUND(*arguments)
+    except Exception:
+        return torch.zeros(()), None
+
+
+def _another_shape(*arguments: Any) -> Any:
+    loss, terms = _SOUND(*arguments)
+    return loss[None], terms
+
+
+def _off_by_1_percent(*arguments: Any) -> Any:
+    loss, terms = _SOUND(*arguments)
+    return 1.01 * loss, terms
+
+
+_SOUND = autograd.co_tuning_loss
+
+
+class _Found(unittest.SkipTest):
+    """At a test that skips itself hypothesis stops, and looks for no smaller example."""
+
+
+def _assert_that_it_fails(fuzz: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = fuzz.hypothesis.inner_test
+
+    def until_found(**example: Any) -> None:
+        try:
+            call(**example)
+        except UnsatisfiedAssumption:
+            raise
+        except (Exception, pytest.fail.Exception) as error:
+            raise _Found from error
+
+    monkeypatch.setattr(fuzz.hypothesis, "inner_test", until_found)
+    with pytest.raises(_Found):
+        fuzz(backend=Backend("planted", "cpp"))
+
+
+@pytest.mark.parametrize("fault", [_crashes, _without_a_word, _takes_nonsense, _another_shape, _off_by_1_percent])
+def test_the_fuzz_of_the_function_finds(fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    if backends.extension() is None:
+        pytest.skip(str(backends.missing_reason("cpp")))
+    monkeypatch.setattr(autograd, "co_tuning_loss", fault)
+    with backends.without_eager():
+        _assert_that_it_fails(test_whatever_is_passed_ends_in_a_result_or_in_an_ordinary_error, monkeypatch)
+
+
+@pytest.mark.parametrize("fault", [_crashes, _without_a_word])
+def test_the_fuzz_of_the_operations_finds(fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with cpu_served_by("planted", {"temperature_terms": fault}):
+        _assert_that_it_fails(test_whatever_an_operation_is_called_with, monkeypatch)
 
 
 @pytest.mark.parametrize(

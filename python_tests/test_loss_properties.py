@@ -5,12 +5,16 @@ In float64, so that what remains is rounding; ``backend`` runs every law on each
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 from conformance import Backend, Case, Outcome, Problem
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import UnsatisfiedAssumption
 from torch import Tensor
 
 import cotuning_kernels as ck
@@ -20,6 +24,33 @@ from cotuning_kernels import functional
 _examples = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
+
+
+@pytest.fixture(autouse=True)
+def _fewer_examples_where_interpreted(
+    request: pytest.FixtureRequest, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call in an interpreter takes as long as twenty others: it gets the first 10 examples, and after a failure all
+    that hypothesis wants for a smaller one."""
+    if not backend.device_code:
+        return
+    law, tried = request.function.hypothesis.inner_test, 0.0
+
+    def first_ones(**example: Any) -> None:
+        nonlocal tried
+        tried += 1
+        if tried > 10:
+            return
+        try:
+            law(**example)
+        except UnsatisfiedAssumption:
+            raise
+        except Exception:
+            tried = -math.inf
+            raise
+
+    monkeypatch.setattr(request.function.hypothesis, "inner_test", first_ones)
+
 
 _KINDS = ("labels", "int32", "ignoring", "pair", "pair ignoring", "pair, float share", "pair, shares 0 and 1",
           "probabilities", "unnormalised probabilities", "probabilities, zero rows")  # fmt: skip

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
+from typing import Any
+from unittest import mock
 
 import pytest
+import test_loss_properties as laws
 import torch
 from conformance import (
     ABSURD_CLASS,
@@ -32,6 +36,7 @@ from test_conformance import check_class_sums, check_temperature_terms
 from test_gradcheck import check_backward_twice
 from torch import Tensor
 
+import cotuning_kernels as ck
 from cotuning_kernels import reference
 
 _TABLE_FAULTS = {
@@ -174,7 +179,9 @@ def _textbook_kernel(problem: Problem, form: str, _: str, fault: str = "none") -
         if fault == "unsupervised rows counted"
         else (relationship != 0).any(1).to(dtype)
     )
-    smoothed = torch.ones(len(p), 1) if probabilities or "smoothing of zero rows" in fault else p.sum(1, keepdim=True)
+    smoothed = p.sum(1, keepdim=True)
+    if probabilities or fault == "label smoothing of zero rows":
+        smoothed = torch.ones(len(p), 1, dtype=dtype)
     smoothing = 0.0 if fault == "label smoothing missing" else problem.label_smoothing
     weight = (
         torch.ones(classes, dtype=dtype)
@@ -322,6 +329,73 @@ def test_bits_that_depend_on_the_threads_are_found(seed: int) -> None:
     second.source_grad[2, 66] = torch.nextafter(second.source_grad[2, 66], torch.tensor(2.0))
     with pytest.raises(AssertionError, match="source gradient differs"):
         assert_same_bits(first, second, "two runs")
+
+
+# ----------------------------------------------------------------------------------------------------- laws of the loss
+
+
+class _StuckModule(ck.FusedCoTuningLoss):
+    """Does not see that its trade_off was set."""
+
+    trade_off = property(ck.FusedCoTuningLoss.trade_off.fget, lambda self, value: None)  # type: ignore[attr-defined]
+
+
+def _saturating(problem: Problem, form: str, _: str) -> Outcome:
+    """Logits above 30 are taken for 30, so that exp cannot overflow."""
+    return _textbook_kernel(problem.map(lambda name, x: x.clamp(max=30) if name.endswith("logits") else x), form, "")
+
+
+_LAW_FAULTS: dict[str, str | Backend] = {
+    "every_target_form_equals_its_dense_probabilities": "the pair's share swapped",
+    "a_pair_with_one_share_or_one_label_is_plain": "the pair's second label ignored",
+    "a_pair_may_be_turned_around": "the pair's second label ignored",
+    "rows_may_be_permuted": "the last row's gradient missing",
+    "classes_may_be_permuted": "the last column's gradient missing",
+    "a_shift_of_all_logits_changes_nothing": Backend("saturating", "reference", run=_saturating),
+    "gradients_of_a_row_sum_to_zero": "a gradient that takes Q for 1",
+    "linear_in_the_trade_off": "trade_off missing in the gradient",
+    "linear_in_the_upstream_gradient": "upstream gradient ignored",
+    "sum_and_mean_follow_from_none": "ignored rows counted",
+    "kl_is_cross_entropy_less_a_constant": "the entropy missing in KL",
+    "the_source_head_alone_is_the_source_term": "terms swapped",
+    "translated_labels_are_the_source_targets": "the pair's share swapped",
+    "sums_of_two_batches_add_up": "a mean instead of the sum",
+    "the_module_is_the_function": Backend(
+        "stuck", "reference", lambda: mock.patch.object(ck, "FusedCoTuningLoss", _StuckModule)
+    ),
+}
+"""By law of ``test_loss_properties.py``: a fault of the textbook kernel, or a backend with one, that it must find."""
+
+
+def test_every_law_has_a_fault_to_find() -> None:
+    assert {name.removeprefix("test_") for name in vars(laws) if name.startswith("test_")} == _LAW_FAULTS.keys()
+
+
+@pytest.mark.parametrize("law", _LAW_FAULTS)
+def test_the_law_finds(law: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among the examples that hypothesis draws for it: one where the kernel with the fault objects and that without one
+    does not."""
+    test, fault = getattr(laws, f"test_{law}"), _LAW_FAULTS[law]
+    sound = Backend("textbook", "reference", run=_textbook_kernel)
+    faulty = fault if isinstance(fault, Backend) else replace(sound, run=partial(_textbook_kernel, fault=fault))
+    holds, found = test.hypothesis.inner_test, []
+
+    def both(backend: Backend, **example: Any) -> None:
+        if found:
+            return
+        holds(sound, **example)
+        with backend.using():
+            try:
+                holds(backend, **example)
+            except AssertionError:
+                found.append(example)
+
+    monkeypatch.setattr(test.hypothesis, "inner_test", both)
+    test(backend=faulty)
+    assert found, f"the law that {law.replace('_', ' ')} does not object to {fault}"
+
+
+# -------------------------------------------------------------------------------------- gradients, sums and temperature
 
 
 class _ScalesWhatItSaved(torch.autograd.Function):

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,47 @@ def test_opcheck_of_the_other_operations(draw: torch.Generator) -> None:
     sums, counts = torch.zeros(6, 37, dtype=torch.float64), torch.zeros(6, dtype=torch.long)
     torch.library.opcheck(ops.add_class_sums_.default, (sums, counts, logits, labels, 0.7, -100))
     torch.library.opcheck(ops.temperature_terms.default, (logits, labels, 0.7, -100))
+
+
+@dataclass(frozen=True)
+class _Registration:
+    """How an operation is registered that adds up rows like ours: in place, and returning how many there were."""
+
+    schema: str = "(Tensor(a!) sums, Tensor rows) -> Tensor"
+    fake: Callable[[Tensor, Tensor], Tensor] | None = lambda sums, rows: rows.new_empty((), dtype=torch.int64)
+    kernel: Callable[[Tensor, Tensor], Tensor] = lambda sums, rows: torch.tensor(len(sums.add_(rows.sum(0))))
+
+
+@pytest.mark.parametrize(
+    ("what", "registration"),
+    [
+        (None, _Registration()),
+        ("sums is not defined as mutable but was mutated", _Registration("(Tensor sums, Tensor rows) -> Tensor")),
+        (
+            "sums is not defined to alias output but was aliasing",
+            _Registration("(Tensor sums, Tensor rows) -> Tensor", kernel=lambda sums, rows: sums.detach()),
+        ),
+        ("Shapes .* are not equal", _Registration(fake=lambda sums, rows: rows.new_empty((1,), dtype=torch.int64))),
+        ("Dtypes .* are not equal", _Registration(fake=lambda sums, rows: rows.new_empty(()))),
+        ("test_faketensor failed", _Registration(fake=None)),
+    ],
+)
+def test_opcheck_finds_a_wrong_registration(what: str | None, registration: _Registration) -> None:
+    library = torch.library.Library("cotuning_planted", "DEF")
+    try:
+        library.define("add_rows" + registration.schema)
+        library.impl("add_rows", registration.kernel, "CPU")
+        if registration.fake is not None:
+            torch.library.register_fake("cotuning_planted::add_rows", registration.fake, lib=library)
+        operation = torch.ops.cotuning_planted.add_rows.default
+        arguments = torch.zeros(3), torch.ones(5, 3)
+        if what is None:
+            torch.library.opcheck(operation, arguments)
+            return
+        with pytest.raises(Exception, match=what):
+            torch.library.opcheck(operation, arguments)
+    finally:
+        library._destroy()
 
 
 # ------------------------------------------------------------------------------------------------- compile and export

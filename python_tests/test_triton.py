@@ -5,11 +5,12 @@ The table itself runs in ``test_conformance.py``; what the compiled kernels are,
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -68,7 +69,7 @@ def _state() -> dict[str, Any]:
 
 
 def _compile(problem: Problem) -> list[str]:
-    with compiled_for(TARGETS["sm_90"]) as launches:
+    with compiled_for(TARGETS["sm_90"], afresh=True) as launches:
         IMPLEMENTATIONS["co_tuning_loss"](*_op_arguments(problem))
     return [launch.kernel.asm["ptx"] for launch in launches]
 
@@ -106,24 +107,38 @@ class _AnyOrder:
         return iter(self._draw.permutation(np.array(list(np.ndindex(*size)))).tolist())
 
 
+def _in_some_orders(run: Callable[[], Any], loops: bool, seed: int) -> list[Any]:
+    """What ``run`` gives with the programs in order, and twice in another one. A GPU promises none."""
+    results = []
+    with triton_interpreted(loops=loops):
+        for order in (np.ndindex, *(_AnyOrder(np.random.default_rng(seed + k)) for k in range(2))):
+            with mock.patch("triton_interpreter.program_order", order):
+                results.append(run())
+    return results
+
+
 @pytest.mark.parametrize("kind", ["ignoring", "pair", "probabilities"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loops", [False, True])
 def test_every_order_of_the_programs_gives_the_same_bits(kind: str, reduction: str, loops: bool, seed: int) -> None:
-    """A GPU promises no order. (That no two programs share a number is the static table's: no atomics.)"""
+    """(That no two programs share a number is the static table's: no atomics.)"""
     problem = Case("order", "", (19, 9, 150), kind, options={"reduction": reduction}).build(torch.bfloat16, seed)
-    logits, labels = problem.source_logits, torch.arange(19) % 5
-    results = []
-    for order in (np.ndindex, *(_AnyOrder(np.random.default_rng(seed + k)) for k in range(2))):
-        with triton_interpreted(loops=loops), mock.patch("triton_interpreter.program_order", order):
-            sums, counts = torch.zeros(5, 150, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
-            torch.ops.cotuning_kernels.add_class_sums_(sums, counts, logits, labels, 0.7, -100)
-            terms = torch.ops.cotuning_kernels.temperature_terms(logits, labels, 0.7, -100)
-            results.append((run_public(problem, "both heads", "triton"), sums, terms))
-    for outcome, sums, terms in results[1:]:
-        assert_same_bits(results[0][0], outcome, "another order of the programs")
-        assert torch.equal(sums, results[0][1])
-        assert torch.equal(terms, results[0][2])
+    first, *others = _in_some_orders(lambda: run_public(problem, "both heads", "triton"), loops, seed)
+    for other in others:
+        assert_same_bits(first, other, "another order of the programs")
+
+
+@pytest.mark.parametrize("loops", [False, True])
+def test_every_order_of_the_programs_gives_the_same_statistics(loops: bool, seed: int, draw: torch.Generator) -> None:
+    logits, labels = torch.randn(19, 150, generator=draw).bfloat16(), torch.arange(19) % 5
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        sums, counts = torch.zeros(5, 150, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+        torch.ops.cotuning_kernels.add_class_sums_(sums, counts, logits, labels, 0.7, -100)
+        return sums, counts, torch.ops.cotuning_kernels.temperature_terms(logits, labels, 0.7, -100)
+
+    first, *others = _in_some_orders(run, loops, seed)
+    assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -272,6 +287,19 @@ def test_a_missing_or_old_triton_is_one_sentence(source: str | None, reason: str
     assert said is None if reason is None else (said is not None and reason in said and "\n" not in said)
 
 
+def test_importing_the_kernels_of_a_missing_triton_is_that_sentence() -> None:
+    """For who imports ``warmup``: not the name of what is missing inside of triton."""
+    package = "cotuning_kernels.backends.triton"
+    with mock.patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.startswith(package) and not name.endswith("_operations")]:
+            del sys.modules[name]
+        with (
+            mock.patch.object(triton_operations, "missing_reason", return_value="triton 3.6.1 is too old; install it"),
+            pytest.raises(ImportError, match=r"^the Triton kernels cannot be used: triton 3\.6\.1 is too old; install"),
+        ):
+            importlib.import_module(package)
+
+
 def test_the_environment_report_says_why_triton_is_missing() -> None:
     with mock.patch.dict(backends._missing, {"triton": "triton 3.6.1 is too old"}):
         assert "missing: triton 3.6.1 is too old" in environment.report()
@@ -294,6 +322,19 @@ def test_warmup_compiles_what_a_step_launches(target: str, seed: int) -> None:
         IMPLEMENTATIONS["co_tuning_loss"](*arguments[:-2], False, False)
         IMPLEMENTATIONS["scale_gradients_"](*gradients, factors, torch.ones(()))
         assert {id(launch.kernel) for launch in launches} == ahead
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"target": "x"}, "target is 'x', expected one of 'labels', 'pair', 'probabilities'"),
+        ({"reduction": "avg"}, "reduction is 'avg', expected one of 'none', 'mean', 'sum'"),
+        ({"source_loss": ["kl"]}, r"source_loss is \['kl'\], expected one of 'cross_entropy', 'kl'"),
+    ],
+)
+def test_warmup_says_what_is_wrong(wrong: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{expected}$"):
+        warmup(1000, 9, device="cpu", **wrong)
 
 
 def test_loss_backward_scales_what_was_stored(seed: int) -> None:

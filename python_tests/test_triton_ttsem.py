@@ -15,7 +15,8 @@ from unittest import mock
 
 import pytest
 import torch
-from conformance import DTYPES, LAYOUTS, Backend, Case, verify
+from conformance import DTYPES, LAYOUTS, Backend, Case, Record, verify
+from conftest import error_lines
 from test_conformance import check_class_sums, check_temperature_terms
 
 from cotuning_kernels import backends
@@ -107,6 +108,12 @@ def test_a_planted_bug_is_found(bug: dict[str, str], says: str, tmp_path: Path, 
     problem = Case("ttsem planted", "", (3, 9, 1000)).build(torch.float32, seed)
     with pytest.raises(sanitize.KernelFault, match=says):
         verify(Backend("planted", "triton", lambda: _run_by_ttsem(planted)), problem)
+
+
+def test_the_summary_shows_its_errors() -> None:
+    records = {(_TTSEM.name, "float32"): Record(1e-8, 2e-8, 3e-8, 4e-8, 5), ("planted", "float32"): Record(checks=1)}
+    _, line = error_lines(records)
+    assert line.split() == ["triton-ttsem", "float32", "5", "1.0e-08", "2.0e-08", "3.0e-08", "4.0e-08"]
 
 
 def test_no_gpu_is_left_behind() -> None:

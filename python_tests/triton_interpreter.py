@@ -16,6 +16,7 @@ The interpreter is NumPy, one program after another. What it does not do as a GP
 
 from __future__ import annotations
 
+import functools
 import types
 import warnings
 from collections import Counter
@@ -38,6 +39,9 @@ program_order = np.ndindex
 
 # Where triton keeps jitted functions of its own that kernels call: tl.sum, tl.max and so on.
 _TRITON_MODULES = (tl, tl.standard, tl.random, tl.core.tensor)
+
+
+_np_dtype = functools.cache(ti._get_np_dtype)  # which makes a table in every call: a tenth of the time of a kernel
 
 
 class _Interpreted:
@@ -106,6 +110,7 @@ def interpreted(*modules: types.ModuleType) -> Iterator[None]:
         stack.enter_context(mock.patch.object(builder, "create_splat", _splat, create=True))
         stack.enter_context(mock.patch.object(builder, "create_masked_load", _memory.load, create=True))
         stack.enter_context(mock.patch.object(builder, "create_masked_store", _memory.store, create=True))
+        stack.enter_context(mock.patch.object(ti, "_get_np_dtype", _np_dtype))
         stack.enter_context(mock.patch.object(builder, "options", _options(builder.options)))
         stack.enter_context(np.errstate(all="ignore"))
         stack.enter_context(warnings.catch_warnings())

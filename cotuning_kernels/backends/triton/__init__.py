@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from cotuning_kernels.backends.triton_operations import missing_reason
+
+if (_reason := missing_reason()) is not None:
+    raise ImportError(f"the Triton kernels cannot be used: {_reason}")
+
 from cotuning_kernels.backends.triton.class_sums import add_class_sums_
 from cotuning_kernels.backends.triton.loss import co_tuning_loss, co_tuning_loss_
 from cotuning_kernels.backends.triton.scale import scale_gradients_

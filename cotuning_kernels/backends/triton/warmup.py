@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from cotuning_kernels.backends.schema import KL_DIVERGENCE, REDUCTIONS
 from cotuning_kernels.backends.triton import loss, scale
 
 __all__ = ["warmup"]
+
+_TARGETS = ("labels", "pair", "probabilities")
 
 
 def warmup(
@@ -40,8 +43,11 @@ def warmup(
         The number of kernels.
 
     Raises:
-        KeyError: an unknown ``target``, ``reduction`` or ``source_loss``.
+        ValueError: an unknown ``target``, ``reduction`` or ``source_loss``.
     """
+    _one_of("target", target, _TARGETS)
+    _one_of("reduction", reduction, REDUCTIONS)
+    _one_of("source_loss", source_loss, KL_DIVERGENCE)
     batch = 2
 
     def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -73,3 +79,8 @@ def warmup(
         for launch in launches:
             launch.compile()
     return len(launches)
+
+
+def _one_of(name: str, given: object, expected: Iterable[str]) -> None:
+    if given not in tuple(expected):
+        raise ValueError(f"{name} is {given!r}, expected one of {', '.join(map(repr, expected))}")
