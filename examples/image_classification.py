@@ -21,9 +21,12 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import hashlib
 import importlib
 import io
 import json
+import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,21 +37,23 @@ from typing import Any
 try:
     import numpy as np
     import torch
-    from command_line import UserError, exit_code
-    from PIL import Image, UnidentifiedImageError
+    from command_line import UserError, device, exit_code, number, share
+    from PIL import Image
     from torch import Tensor, nn
     from torch.nn import functional as F
     from torch.utils.data import DataLoader, Dataset, Sampler
     from tqdm import tqdm
 
     import cotuning_kernels as ck
-    from cotuning_kernels.atomic_file import write_atomically
+    from cotuning_kernels.atomic_file import remove_leftovers, write_atomically
 except ImportError as missing:
     sys.exit(f"image_classification: {missing}: pip install '.[demo]' in the project's folder.")
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 STOPPED = "stopped; the same command goes on"
 METHODS = ("plain", "linear-probe", "l2-sp", "co-tuning", "co-tuning-reverse", "co-tuning-uncalibrated")
+# What torch.load and load_state_dict end in for a file that is cut off, of something else, or of another network.
+DAMAGED = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError, OSError)
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -83,7 +88,7 @@ def read_folder(folder: Path) -> Parts:
     if (folder / "val").is_dir():
         validation = list_images(folder / "val", classes)
     else:
-        train, validation = split_off_a_fifth(train)
+        train, validation = split_off_a_fifth(train, classes)
     return Parts(classes, train, validation, list_images(folder / "test", classes))
 
 
@@ -118,10 +123,17 @@ def sample(parts: Parts, sampling_rate: float, images_per_class: int | None, see
     return replace(parts, train=chosen(parts.train, sorted(kept)))
 
 
-def split_off_a_fifth(images: ImageList) -> tuple[ImageList, ImageList]:
+def split_off_a_fifth(images: ImageList, classes: Sequence[str]) -> tuple[ImageList, ImageList]:
     """What remains, and every fifth."""
     fifth = range(0, len(images), 5)
-    return chosen(images, sorted(set(range(len(images))) - set(fifth))), chosen(images, fifth)
+    remaining = chosen(images, sorted(set(range(len(images))) - set(fifth)))
+    lost = set(images.labels) - set(remaining.labels)
+    if lost:
+        raise UserError(
+            f"every fifth training image is held out to validate, and the class {classes[min(lost)]} has no other: "
+            "take more images of each class, or give validation images apart (a folder val)."
+        )
+    return remaining, chosen(images, fifth)
 
 
 def chosen(images: ImageList, indices: Sequence[int]) -> ImageList:
@@ -141,9 +153,18 @@ class Pixels:
 def load(path: Path, size: int) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError) as error:
+            return in_colours(image).resize((size, size), Image.Resampling.BILINEAR)
+    except Exception as error:  # a damaged file may end in any kind of error, an enormous one in DecompressionBombError
         raise UserError(f"{path} cannot be read as an image ({error}): remove or replace it.") from None
+
+
+def in_colours(image: Image.Image) -> Image.Image:
+    """Red, green and blue of 8 bits. Pillow by itself cuts grey values of 16 bits off at 255."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("grey values of 32 bits, of unknown range; 8 or 16 are wanted")
+    return image.convert("RGB")
 
 
 def as_tensor(image: Image.Image, pixels: Pixels) -> Tensor:
@@ -253,9 +274,9 @@ def make_classifier(name: str, weights: Path | None) -> tuple[nn.Module, Normali
             model = getattr(module, entry)()
         if weights is not None:
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except (ImportError, AttributeError, ValueError, RuntimeError, OSError) as error:
+        classifier: nn.Module = model.eval()
+    except (ImportError, *DAMAGED) as error:
         raise UserError(f"the model {name} cannot be made ({type(error).__name__}: {error!s:.300}).") from None
-    classifier: nn.Module = model.eval()
     return classifier, normalisation
 
 
@@ -267,7 +288,10 @@ def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: a
     """Learnt once and kept beside the results."""
     file = options.output / f"relationship-{method}.safetensors"
     if file.exists():
-        return ck.Relationship.load(file)
+        try:
+            return ck.Relationship.load(file)
+        except ValueError as error:
+            raise UserError(f"{error}: remove it, and the same command learns it again.") from None
 
     def loader(images: ImageList) -> DataLoader[Any]:
         return DataLoader(StillImages(images, options.pixels), options.batch_size, num_workers=options.workers)
@@ -276,14 +300,17 @@ def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: a
     if method == "co-tuning-reverse":
         validation = parts.validation
         if validation is None:  # the network is still trained on all
-            train, validation = split_off_a_fifth(train)
-    learnt = ck.learn_relationship(
-        classifier, loader(train), target_classes=parts.classes, device=options.device,
-        temperature=1.0 if method == "co-tuning-uncalibrated" else options.temperature,
-        method="direct" if validation is None else "reverse",
-        validation_loader=None if validation is None else loader(validation),
-        checkpoint=options.output / f"statistics-{method}.pt",
-    )  # fmt: skip
+            train, validation = split_off_a_fifth(train, parts.classes)
+    try:
+        learnt = ck.learn_relationship(
+            classifier, loader(train), target_classes=parts.classes, device=options.device,
+            temperature=1.0 if method == "co-tuning-uncalibrated" else options.temperature,
+            method="direct" if validation is None else "reverse",
+            validation_loader=None if validation is None else loader(validation),
+            checkpoint=options.output / f"statistics-{method}.pt",
+        )  # fmt: skip
+    except ValueError as error:  # damaged statistics, or logits that have no softmax
+        raise UserError(f"{method}: {error}.") from None
     learnt.save(file)
     return learnt
 
@@ -346,8 +373,7 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     result_file = options.output / f"{method}.json"
     if result_file.exists():
         print(f"{method}: finished before")
-        finished: dict[str, Any] = json.loads(result_file.read_text())
-        return finished
+        return read_json(result_file, ("method", *MEASURED), "remove it, and the same command trains this method again")
     torch.manual_seed(options.seed)
     model = ck.CoTuningModel.from_classifier(classifier, len(parts.classes)).to(options.device)
     if options.batchnorm_momentum is not None:
@@ -402,6 +428,7 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     return result
 
 
+MEASURED = ("validation_accuracy", "test_accuracy_ten_crops")
 RECORDED = (
     "model", "sampling_rate", "images_per_class", "seed", "iterations", "batch_size", "lr", "trade_off", "warm_up",
     "temperature", "l2_sp",
@@ -430,15 +457,31 @@ class Progress:
     def load(self) -> None:
         if not self.path.exists():
             return
-        # The optimizer's state dict has a Counter and lists: all of it is what weights_only allows.
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        self.iteration, self.seconds = state["iteration"], state["seconds"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        torch.random.set_rng_state(state["random"])
-        if state["cuda_random"]:
-            torch.cuda.set_rng_state_all(state["cuda_random"])
+        try:
+            # The optimizer's state dict has a Counter and lists: all of it is what weights_only allows.
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            self.iteration, self.seconds = state["iteration"], state["seconds"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            torch.random.set_rng_state(state["random"])
+            if state["cuda_random"]:
+                torch.cuda.set_rng_state_all(state["cuda_random"])
+        except DAMAGED as error:
+            raise UserError(
+                f"{self.path} is damaged, or of another network ({type(error).__name__}: {error!s:.200}): remove it, "
+                "and the same command trains this method from the beginning."
+            ) from None
+
+
+def read_json(path: Path, needed: Sequence[str], mend: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): {mend}.") from None
+    if not isinstance(content, dict) or not set(needed) <= content.keys():
+        raise UserError(f"{path} is damaged, or of something else: {mend}.")
+    return content
 
 
 def torch_save(path: Path, content: Any) -> None:
@@ -477,12 +520,15 @@ def tensorboard(options: argparse.Namespace, method: str, iteration: int) -> Any
 
 def run(options: argparse.Namespace, parts: Parts) -> list[dict[str, Any]]:
     """All methods on one sample of the training images."""
+    if options.crop > options.size:
+        raise UserError(f"--crop {options.crop} is cut out of images of --size {options.size}: give a smaller crop.")
     classifier, (mean, deviation) = make_classifier(options.model, options.weights)
     options.pixels = Pixels(
         options.size, options.crop, tuple(options.mean or mean), tuple(options.deviation or deviation)
     )
     options.output.mkdir(parents=True, exist_ok=True)
-    check_same_settings(options)
+    remove_leftovers(options.output)
+    check_same_settings(options, parts)
     parts = sample(parts, options.sampling_rate, options.images_per_class, options.seed)
     print(f"{len(parts.classes)} classes, {len(parts.train)} training images, {len(parts.test)} test images")
     classifier.to(options.device)
@@ -499,18 +545,34 @@ def run(options: argparse.Namespace, parts: Parts) -> list[dict[str, Any]]:
     return results
 
 
-def check_same_settings(options: argparse.Namespace) -> None:
-    """A folder of results is of one protocol."""
+def check_same_settings(options: argparse.Namespace, parts: Parts) -> None:
+    """A folder of results is of one protocol, and of the same images as far as their names tell."""
     names = (*RECORDED, "data", "weights", "pixels", "batchnorm_momentum")
-    settings = {name: str(getattr(options, name)) for name in names}
+    settings = {name: str(getattr(options, name)) for name in names} | {"images": summary(parts, options.data)}
     file = options.output / "settings.json"
     if not file.exists():
         write_atomically(file, (json.dumps(settings, indent=2) + "\n").encode())
         return
-    before = json.loads(file.read_text())
-    changed = [f"{name} was {before.get(name)}" for name, value in settings.items() if before.get(name) != value]
+    before = read_json(file, (), "give another --output, or remove this one with its results")
+    changed = [
+        f"{name} was {before.get(name)}, is {value}" for name, value in settings.items() if before.get(name) != value
+    ]
     if changed:
-        raise UserError(f"{options.output} is of other settings ({', '.join(changed)}): give another --output.")
+        raise UserError(f"{options.output} is of other settings ({'; '.join(changed)}): give another --output.")
+
+
+def summary(parts: Parts, folder: Path) -> str:
+    """How many images there are, and a digest of the classes' and the images' names with the labels."""
+    lists = {"to train": parts.train, "to validate": parts.validation, "to test": parts.test}
+    counts = ", ".join(f"{len(images)} {part}" for part, images in lists.items() if images is not None)
+    names = [
+        (part, os.path.relpath(path, folder), label)
+        for part, images in lists.items()
+        if images is not None
+        for path, label in zip(images.paths, images.labels, strict=True)
+    ]
+    digest = hashlib.sha256(json.dumps([parts.classes, names]).encode()).hexdigest()
+    return f"{counts}, names {digest[:12]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -536,39 +598,32 @@ def parser_of(description: str, data: str) -> argparse.ArgumentParser:
     add("data", type=Path, help=data)
     add("--model", required=True, help="timm:NAME, torchvision:NAME or MODULE:FUNCTION")
     add("--weights", type=Path, help="a state dict for the model, instead of the weights that it comes with")
-    for name in ("mean", "deviation"):
-        add(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help="to normalise images with, on a scale from "
+    for name, kind in (("mean", number(float)), ("deviation", number(float, 0, above=True))):
+        add(f"--{name}", type=kind, nargs=3, metavar=("R", "G", "B"), help="to normalise images with, on a scale from "
             "0 to 1; by default the model's own, or ImageNet's")  # fmt: skip
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--output", type=Path, default=Path("results"), help="for results, checkpoints and weights")
-    add("--images-per-class", type=int, metavar="N", help="at most so many training images of each class; the paper "
-        "at the large end: 1000")  # fmt: skip
-    add("--temperature", type=float, default=1.0, help="of the classifier, see cotuning_kernels.fit_temperature")
-    add("--trade-off", type=float, default=2.3, help="weight of the source term")
-    add("--warm-up", type=int, default=0, metavar="N", help="iterations over which the trade-off grows from 0")
-    add("--l2-sp", type=float, default=0.01, help="weight of the penalty of l2-sp")
-    add("--iterations", type=int, default=9000)
-    add("--batch-size", type=int, default=48)
-    add("--lr", type=float, default=1e-3, help="of all but the new head, which has ten times that")
-    add("--batchnorm-momentum", type=float, help="of every BatchNorm layer; by default the model's own")
-    add("--size", type=int, default=256, help="images are resized to it")
-    add("--crop", type=int, default=224, help="what the network sees")
-    add("--seed", type=int, default=0)
-    add("--checkpoint-every", type=int, default=500, metavar="N", help="iterations")
-    add("--workers", type=int, default=2, help="processes that load images")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--images-per-class", type=number(int, 1), metavar="N", help="at most so many training images of each class; "
+        "the paper at the large end: 1000")  # fmt: skip
+    add("--temperature", type=number(float, 0, above=True), default=1.0, help="of the classifier, see "
+        "cotuning_kernels.fit_temperature")  # fmt: skip
+    add("--trade-off", type=number(float, 0), default=2.3, help="weight of the source term")
+    add("--warm-up", type=number(int, 0), default=0, metavar="N", help="iterations over which the trade-off grows "
+        "from 0")  # fmt: skip
+    add("--l2-sp", type=number(float, 0), default=0.01, help="weight of the penalty of l2-sp")
+    add("--iterations", type=number(int, 1), default=9000)
+    add("--batch-size", type=number(int, 1), default=48)
+    add("--lr", type=number(float, 0), default=1e-3, help="of all but the new head, which has ten times that")
+    add("--batchnorm-momentum", type=number(float, 0, 1), help="of every BatchNorm layer; by default the model's own")
+    add("--size", type=number(int, 1), default=256, help="images are resized to it")
+    add("--crop", type=number(int, 1), default=224, help="what the network sees")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    add("--checkpoint-every", type=number(int, 1), default=500, metavar="N", help="iterations")
+    add("--workers", type=number(int, 0), default=2, help="processes that load images")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--tensorboard", type=Path, metavar="DIR", help="write the losses there")
     return parser
 
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise ValueError
-    return value
-
-
-share.__name__ = "share, above 0 and at most 1"  # argparse: "invalid <name> value"
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command_line import UserError, exit_code
-from image_classification import METHODS, STOPPED, ImageList, Parts, parser_of, run, share
+from command_line import UserError, exit_code, share
+from image_classification import METHODS, STOPPED, ImageList, Parts, parser_of, run
 
 RATES = (0.15, 0.3, 0.5, 1.0)
 # Accuracy in per cent by method and sampling rate.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
+import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,7 +205,8 @@ def test_batches_are_those_of_an_uninterrupted_run(runner: ModuleType) -> None:
     [
         (["--model=no_such_package:f"], "the model no_such_package:f cannot be made"),
         (["--model=test_image_classification:none"], "cannot be made (AttributeError"),
-        (["--output=plain", "--seed=1"], "is of other settings (seed was 0): give another --output"),
+        (["--output=plain", "--seed=1"], "is of other settings (seed was 0, is 1): give another --output"),
+        (["--crop=21"], "--crop 21 is cut out of images of --size 20: give a smaller crop"),
     ],
 )
 def test_what_is_wrong_is_said(
@@ -232,6 +237,142 @@ def test_damaged_and_missing_images(
     picture("red", np.random.default_rng(1)).save(tmp_path / "test/red/good.png")
     assert runner.main(arguments(tmp_path, tmp_path / "out4", "--methods", "plain")) == 1
     assert "cannot be read as an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--images-per-class=-3", "--images-per-class=0", "--checkpoint-every=0", "--seed=-1", "--batch-size=0",
+     "--iterations=0", "--temperature=0", "--temperature=nan", "--lr=inf", "--trade-off=-1", "--workers=-1",
+     "--batchnorm-momentum=1.5", "--size=x", "--sampling-rate=0", "--device=gpu", "--device=meta"],
+)  # fmt: skip
+def test_numbers_without_a_sense_are_refused(
+    runner: ModuleType, data: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        runner.main(arguments(data, tmp_path / "out", option))
+    assert f"argument {option.split('=')[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_one_sentence(
+    runner: ModuleType, data: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    image = folder / "train/red/3.png"
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    assert runner.main(arguments(folder, tmp_path / "out", "--methods", "plain", f"--workers={workers}")) == 1
+    said = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
+    assert re.fullmatch(
+        rf"image_classification: {image} cannot be read as an image \(.*\): remove or replace it.", said
+    )
+
+
+def test_enormous_images_are_refused(
+    runner: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert runner.main(arguments(data, tmp_path / "out", "--methods", "plain")) == 1
+    assert "could be decompression bomb DOS attack" in capsys.readouterr().err
+
+
+def test_kinds_of_grey(runner: ModuleType, tmp_path: Path) -> None:
+    """The same picture in 8 and in 16 bits a pixel."""
+    grey = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    expected = np.asarray(runner.load(tmp_path / "8.png", 4))
+    assert (expected == grey[..., None]).all()
+    for name in ("16.png", "16.tif", "16.pgm"):
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / name)
+        assert (np.asarray(runner.load(tmp_path / name, 4)) == expected).all()
+    for kind in (np.int32, np.float32):
+        Image.fromarray(grey.astype(kind)).save(tmp_path / "32.tif")
+        with pytest.raises(runner.UserError, match="32 bits, of unknown range"):
+            runner.load(tmp_path / "32.tif", 4)
+
+
+DAMAGES = {
+    "settings.json": "give another --output, or remove this one with its results",
+    "plain.json": "remove it, and the same command trains this method again",
+    "co-tuning.checkpoint.pt": "remove it, and the same command trains this method from the beginning",
+    "relationship-co-tuning.safetensors": "remove it, and the same command learns it again",
+    "statistics-co-tuning.pt": "remove it to start again",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("damage", ["empty", "half", "other"])
+def test_damaged_files_are_named_with_the_mend(
+    runner: ModuleType, data: Path, tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    method = "plain" if name == "plain.json" else "co-tuning"
+    run = arguments(data, tmp_path, "--iterations=2", "--checkpoint-every=1", "--methods", method)
+    # Where it stops: the statistics are removed when the relationship is there, the checkpoint with the method's end.
+    stopped = (ck.RelationshipEstimator, "compute") if name.startswith("statistics") else (runner, "accuracy")
+    with monkeypatch.context() as patched, contextlib.suppress(StoppedError):
+        if method == "co-tuning":
+            patched.setattr(*stopped, stop)
+        runner.main(run)
+    file = tmp_path / name
+    content = file.read_bytes()
+    other = io.BytesIO()
+    torch.save({"weights": torch.zeros(3)}, other)
+    file.write_bytes({"empty": b"", "half": content[: len(content) // 2], "other": other.getvalue()}[damage])
+    if name.endswith(".json") and damage == "other":
+        file.write_text("[1]")
+    capsys.readouterr()
+    assert runner.main(run) == 1
+    said = capsys.readouterr().err
+    assert str(file) in said
+    assert DAMAGES[name] in said
+
+
+def stop(*args: object, **kwargs: object) -> None:
+    raise StoppedError
+
+
+def test_no_class_is_held_out_whole(
+    runner: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train", "test"):
+        for name in CLASSES:
+            (tmp_path / part / name).mkdir(parents=True)
+            shutil.copy(data / part / name / "0.png", tmp_path / part / name)
+    assert runner.main(arguments(tmp_path, tmp_path / "out")) == 1
+    said = capsys.readouterr().err
+    assert "every fifth training image is held out to validate, and the class blue has no other" in said
+    assert "(a folder val)" in said
+
+
+def test_other_images_do_not_join_the_results(
+    runner: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    run = arguments(folder, tmp_path / "out", "--iterations=1", "--methods", "plain")
+    assert runner.main(run) == 0
+    (folder / "train/red/0.png").rename(folder / "train/red/new.png")
+    assert runner.main(run) == 1
+    assert "images was 40 to train, 16 to validate, 24 to test, names " in capsys.readouterr().err
+    (folder / "train/red/new.png").rename(folder / "train/red/0.png")
+    assert runner.main(run) == 0
+    shutil.copy(folder / "test/red/0.png", folder / "test/blue/more.png")
+    assert runner.main(run) == 1
+    assert "is 40 to train, 16 to validate, 25 to test, names " in capsys.readouterr().err
+
+
+def test_what_killed_writes_left_is_removed(runner: ModuleType, data: Path, tmp_path: Path) -> None:
+    leftover = tmp_path / "out/.cotuning-0123456789abcdef.tmp"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half a checkpoint")
+    others = [tmp_path / ".cotuning-0123456789abcdef.tmp", tmp_path / "out/notes.tmp"]
+    for path in others:
+        path.write_bytes(b"somebody else's")
+    assert runner.main(arguments(data, tmp_path / "out", "--iterations=1", "--methods", "plain")) == 0
+    assert not leftover.exists()
+    assert all(path.exists() for path in others)
 
 
 @pytest.mark.parametrize(
