@@ -14,6 +14,13 @@ pretrained weights is penalised instead of their size, Li et al. 2018); ``co-tun
 
 A run may be killed at any moment: the same command goes on from the last checkpoint, to the same bits as without the
 interruption on the same machine, and leaves out what is finished.
+
+Under ``torchrun`` each process takes its share of every batch, and the first one tests and writes:
+
+    torchrun --nproc-per-node 4 examples/image_classification.py DATA --model timm:resnet50 --output results/cub
+
+On several machines ``--output`` is a folder that all of them see. The batches are those of one process, and so are the
+weights up to rounding where the network has no dropout, and no BatchNorm in training, whose statistics are of a share.
 """
 
 from __future__ import annotations
@@ -30,22 +37,26 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 try:
     import numpy as np
     import torch
     from command_line import UserError, device, exit_code, number, share
     from PIL import Image
-    from torch import Tensor, nn
+    from torch import Tensor, distributed, nn
     from torch.nn import functional as F
+    from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader, Dataset, Sampler
     from tqdm import tqdm
 
     import cotuning_kernels as ck
     from cotuning_kernels.atomic_file import remove_leftovers, write_atomically
+    from cotuning_kernels.distributed import ShardSampler, global_mean_loss, rank_and_size
 except ImportError as missing:
     sys.exit(f"image_classification: {missing}: pip install '.[demo]' in the project's folder.")
 
@@ -54,6 +65,53 @@ STOPPED = "stopped; the same command goes on"
 METHODS = ("plain", "linear-probe", "l2-sp", "co-tuning", "co-tuning-reverse", "co-tuning-uncalibrated")
 # What torch.load and load_state_dict end in for a file that is cut off, of something else, or of another network.
 DAMAGED = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError, OSError)
+
+
+Made = TypeVar("Made")
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+@contextmanager
+def process_group(options: argparse.Namespace) -> Iterator[None]:
+    """Joins the processes that torchrun has started, each on a device of its own; only the first one prints."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        yield
+        return
+    if options.batch_size % processes:
+        raise UserError(
+            f"--batch-size {options.batch_size} cannot be shared by {processes} processes: give a multiple."
+        )
+    if torch.device(options.device).type == "cuda":
+        options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(options.device)
+    # The others wait while the first one tests: for longer than the ten minutes that NCCL would grant.
+    distributed.init_process_group(timeout=timedelta(days=1))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank_and_size()[0] == 0 else nowhere):
+            yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def by_the_first(make: Callable[[], Made]) -> Made:
+    """What the first process makes, or the error that it ends in, in all of them."""
+    rank, processes = rank_and_size()
+    if processes == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            made[0] = make()
+        except (UserError, OSError) as error:
+            made[1] = error
+    distributed.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    result: Made = made[0]
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -215,7 +273,7 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
-    """Batches ``first`` to ``last`` of an endless shuffled sequence that the seed decides."""
+    """This process's share of batches ``first`` to ``last`` of an endless shuffled sequence that the seed decides."""
 
     def __init__(self, number_of_images: int, batch_size: int, seed: int, first: int, last: int) -> None:
         self.number_of_images, self.batch_size, self.seed, self.first, self.last = (
@@ -234,7 +292,8 @@ class Batches(Sampler[list[tuple[int, int]]]):
                 if epoch != shuffled[0]:
                     shuffled = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.number_of_images)
                 indices.append((int(shuffled[1][place]), draw))
-            yield indices
+            rank, processes = rank_and_size()
+            yield indices[rank::processes]
 
 
 class StillImages(Dataset[tuple[Tensor, int]]):
@@ -287,14 +346,20 @@ IMAGENET: Normalisation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: argparse.Namespace) -> ck.Relationship:
     """Learnt once and kept beside the results."""
     file = options.output / f"relationship-{method}.safetensors"
-    if file.exists():
+
+    def load_relationship() -> ck.Relationship | None:
         try:
-            return ck.Relationship.load(file)
+            return ck.Relationship.load(file) if file.exists() else None
         except ValueError as error:
             raise UserError(f"{error}: remove it, and the same command learns it again.") from None
 
+    before = by_the_first(load_relationship)
+    if before is not None:
+        return before
+
     def loader(images: ImageList) -> DataLoader[Any]:
-        return DataLoader(StillImages(images, options.pixels), options.batch_size, num_workers=options.workers)
+        data = StillImages(images, options.pixels)
+        return DataLoader(data, options.batch_size, sampler=ShardSampler(data), num_workers=options.workers)
 
     train, validation = parts.train, None
     if method == "co-tuning-reverse":
@@ -307,11 +372,11 @@ def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: a
             temperature=1.0 if method == "co-tuning-uncalibrated" else options.temperature,
             method="direct" if validation is None else "reverse",
             validation_loader=None if validation is None else loader(validation),
-            checkpoint=options.output / f"statistics-{method}.pt",
+            checkpoint=options.output / f"statistics-{method}.pt", distributed=True, progress=rank_and_size()[0] == 0,
         )  # fmt: skip
     except ValueError as error:  # damaged statistics, or logits that have no softmax
         raise UserError(f"{method}: {error}.") from None
-    learnt.save(file)
+    by_the_first(lambda: learnt.save(file))
     return learnt
 
 
@@ -328,26 +393,27 @@ def objective_of(
 
     ``trade_off`` grows from 0 to its value over the first ``warm_up`` iterations.
     """
+    if method == "linear-probe":
+        model.requires_grad_(False)
+        model.target_head.requires_grad_(True)
+    # It asks what is trained when it is made. A network may have parameters that it never uses.
+    forward = DistributedDataParallel(model, find_unused_parameters=True) if distributed.is_initialized() else model
     if method.startswith("co-tuning"):
         assert relationship is not None
         criterion = ck.FusedCoTuningLoss(relationship, trade_off).to(next(model.parameters()).device)
 
         def co_tuning(images: Tensor, labels: Tensor, iteration: int) -> Tensor:
             criterion.trade_off = trade_off * min(1.0, (iteration + 1) / max(1, warm_up))
-            loss: Tensor = criterion(*model(images), labels)
-            return loss
+            return global_mean_loss(criterion, *forward(images), labels).loss
 
         return co_tuning
-    if method == "linear-probe":
-        model.requires_grad_(False)
-        model.target_head.requires_grad_(True)
     anchors: list[tuple[Tensor, Tensor]] = []
     if method == "l2-sp":
         new = {id(p) for p in model.target_head.parameters()}
         anchors = [(p, p.detach().clone()) for p in model.parameters() if id(p) not in new]
 
     def target_head_only(images: Tensor, labels: Tensor, iteration: int) -> Tensor:
-        loss = F.cross_entropy(model(images).target_logits, labels)
+        loss = F.cross_entropy(forward(images).target_logits, labels)
         if anchors:
             distance = torch.stack([(p - anchor).square().sum() for p, anchor in anchors]).sum()
             loss = loss + l2_sp / 2 * distance
@@ -371,9 +437,15 @@ def optimizer_of(method: str, model: ck.CoTuningModel, lr: float) -> torch.optim
 def run_method(method: str, classifier: nn.Module, parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
     """Train with one method, or go on with it; the result."""
     result_file = options.output / f"{method}.json"
-    if result_file.exists():
+
+    def finished() -> dict[str, Any] | None:
+        mend = "remove it, and the same command trains this method again"
+        return read_json(result_file, ("method", *MEASURED), mend) if result_file.exists() else None
+
+    before = by_the_first(finished)
+    if before is not None:
         print(f"{method}: finished before")
-        return read_json(result_file, ("method", *MEASURED), "remove it, and the same command trains this method again")
+        return before
     torch.manual_seed(options.seed)
     model = ck.CoTuningModel.from_classifier(classifier, len(parts.classes)).to(options.device)
     if options.batchnorm_momentum is not None:
@@ -384,10 +456,11 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     )
     optimizer = optimizer_of(method, model, options.lr)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [options.iterations * 2 // 3], gamma=0.1)
-    torch.manual_seed(options.seed)  # the same dropout for every method
+    rank, processes = rank_and_size()
+    torch.manual_seed(options.seed + rank)  # the same dropout for every method, another one in every process
     progress = Progress(options.output / f"{method}.checkpoint.pt", model, optimizer, schedule)
     progress.load()
-    writer = tensorboard(options, method, progress.iteration)
+    writer = tensorboard(options, method, progress.iteration) if rank == 0 else None
     first, begun = progress.iteration, time.perf_counter()
     # A linear probe's features are those of the pretrained model, whose BatchNorm statistics stay.
     model.train(method != "linear-probe")
@@ -397,7 +470,8 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
         TrainingImages(parts.train, options.pixels, options.seed), batch_sampler=sampler, num_workers=options.workers,
         generator=torch.Generator(),
     )  # fmt: skip
-    for images, labels in tqdm(loader, desc=f"{method:<24}", initial=first, total=options.iterations, leave=False):
+    bar = {"desc": f"{method:<24}", "initial": first, "total": options.iterations, "disable": rank > 0, "leave": False}
+    for images, labels in tqdm(loader, **bar):
         loss = loss_of(images.to(options.device), labels.to(options.device), progress.iteration)
         optimizer.zero_grad()
         loss.backward()
@@ -413,19 +487,24 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     progress.seconds += time.perf_counter() - begun
     if writer is not None:
         writer.close()
-    head = model.target_model()
-    result = {
-        "method": method,
-        "validation_accuracy": parts.validation and accuracy(head, parts.validation, options, ten=False),
-        "test_accuracy_ten_crops": accuracy(head, parts.test, options, ten=True),
-        "training_seconds": round(progress.seconds, 1),
-        "training_images": len(parts.train),
-        **{name: getattr(options, name) for name in RECORDED},
-    }
-    torch_save(options.output / f"{method}.weights.pt", head.state_dict())
-    write_atomically(result_file, (json.dumps(result, indent=2) + "\n").encode())
-    progress.path.unlink(missing_ok=True)
-    return result
+
+    def tested() -> dict[str, Any]:
+        head = model.target_model()
+        result = {
+            "method": method,
+            "validation_accuracy": parts.validation and accuracy(head, parts.validation, options, ten=False),
+            "test_accuracy_ten_crops": accuracy(head, parts.test, options, ten=True),
+            "training_seconds": round(progress.seconds, 1),
+            "training_images": len(parts.train),
+            **{name: getattr(options, name) for name in RECORDED},
+            "processes": processes,
+        }
+        torch_save(options.output / f"{method}.weights.pt", head.state_dict())
+        write_atomically(result_file, (json.dumps(result, indent=2) + "\n").encode())
+        progress.path.unlink(missing_ok=True)
+        return result
+
+    return by_the_first(tested)
 
 
 MEASURED = ("validation_accuracy", "test_accuracy_ten_crops")
@@ -441,16 +520,26 @@ class Progress:
     def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
         self.path, self.model, self.optimizer, self.schedule = path, model, optimizer, schedule
         self.iteration, self.seconds = 0, 0.0
+        self.device = next(model.parameters()).device
 
     def save(self) -> None:
+        """By the first process, with the random numbers of all."""
+        rank, processes = rank_and_size()
+        on_gpu = self.device.type == "cuda"
+        random: list[Any] = [(torch.random.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_gpu else None)]
+        if processes > 1:
+            everyones: list[Any] = [None] * processes
+            distributed.all_gather_object(everyones, random[0])
+            random = everyones
+        if rank > 0:
+            return
         state = {
             "iteration": self.iteration,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "random": torch.random.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random": random,
         }
         torch_save(self.path, state)
 
@@ -464,9 +553,10 @@ class Progress:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            torch.random.set_rng_state(state["random"])
-            if state["cuda_random"]:
-                torch.cuda.set_rng_state_all(state["cuda_random"])
+            random, cuda_random = state["random"][rank_and_size()[0]]
+            torch.random.set_rng_state(random)
+            if cuda_random is not None:
+                torch.cuda.set_rng_state(cuda_random, self.device)
         except DAMAGED as error:
             raise UserError(
                 f"{self.path} is damaged, or of another network ({type(error).__name__}: {error!s:.200}): remove it, "
@@ -527,17 +617,12 @@ def run(options: argparse.Namespace, parts: Parts) -> list[dict[str, Any]]:
         options.size, options.crop, tuple(options.mean or mean), tuple(options.deviation or deviation)
     )
     options.output.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(options.output)
-    check_same_settings(options, parts)
+    by_the_first(lambda: check_folder(options, parts))
     parts = sample(parts, options.sampling_rate, options.images_per_class, options.seed)
     print(f"{len(parts.classes)} classes, {len(parts.train)} training images, {len(parts.test)} test images")
     classifier.to(options.device)
     results = [run_method(method, copy.deepcopy(classifier), parts, options) for method in options.methods]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(results[0]))
-    writer.writeheader()
-    writer.writerows(results)
-    write_atomically(options.output / "results.csv", table.getvalue().encode())
+    by_the_first(lambda: write_csv(options.output / "results.csv", results))
     print(f"{'method':24}{'validation':>12}{'ten crops':>12}")
     for result in results:
         validation = "" if result["validation_accuracy"] is None else f"{result['validation_accuracy']:.1%}"
@@ -545,10 +630,20 @@ def run(options: argparse.Namespace, parts: Parts) -> list[dict[str, Any]]:
     return results
 
 
-def check_same_settings(options: argparse.Namespace, parts: Parts) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, table.getvalue().encode())
+
+
+def check_folder(options: argparse.Namespace, parts: Parts) -> None:
     """A folder of results is of one protocol, and of the same images as far as their names tell."""
+    remove_leftovers(options.output)
     names = (*RECORDED, "data", "weights", "pixels", "batchnorm_momentum")
-    settings = {name: str(getattr(options, name)) for name in names} | {"images": summary(parts, options.data)}
+    settings = {name: str(getattr(options, name)) for name in names}
+    settings |= {"images": summary(parts, options.data), "processes": str(rank_and_size()[1])}
     file = options.output / "settings.json"
     if not file.exists():
         write_atomically(file, (json.dumps(settings, indent=2) + "\n").encode())
@@ -586,7 +681,8 @@ def run_on_folder(arguments: list[str] | None) -> None:
     parser.add_argument("--sampling-rate", type=share, default=1.0, help="of the training images of each class; the "
         "paper: 0.15, 0.3, 0.5, 1")  # fmt: skip
     options = parser.parse_args(arguments)
-    run(options, read_folder(options.data))
+    with process_group(options):
+        run(options, read_folder(options.data))
 
 
 def parser_of(description: str, data: str) -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from command_line import UserError, exit_code, share
-from image_classification import METHODS, STOPPED, ImageList, Parts, parser_of, run
+from image_classification import METHODS, STOPPED, ImageList, Parts, parser_of, process_group, run
 
 Row = TypeVar("Row")
 RATES = (0.15, 0.3, 0.5, 1.0)
@@ -41,7 +41,12 @@ class DataSet:
 
 
 def main(data_set: DataSet, description: str | None, arguments: Sequence[str] | None = None) -> int:
-    return exit_code(data_set.name, lambda: run_rates(data_set, options_of(data_set, description, arguments)), STOPPED)
+    def program() -> None:
+        options = options_of(data_set, description, arguments)
+        with process_group(options):
+            run_rates(data_set, options)
+
+    return exit_code(data_set.name, program, STOPPED)
 
 
 def options_of(data_set: DataSet, description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -67,6 +67,14 @@ def small_classifier() -> nn.Module:
     )  # fmt: skip
 
 
+def without_noise() -> nn.Module:
+    """Neither BatchNorm nor dropout: several processes train it as one does."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 7)
+    )
+
+
 def arguments(data: Path, output: Path, *more: str) -> list[str]:
     return [
         str(data), "--model=test_image_classification:small_classifier", f"--output={output}", "--size=20", "--crop=16",
@@ -171,6 +179,42 @@ def test_killed_while_it_saves(data: Path, runner: ModuleType, tmp_path: Path) -
     assert 1 <= state["iteration"] <= 400
 
 
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_two_processes_are_one(runner: ModuleType, data: Path, tmp_path: Path) -> None:
+    worker = importlib.import_module("image_runner_worker")
+    path = os.pathsep.join([str(Path(ck.__file__).parent.parent), str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, worker.__file__, str(data), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one = tmp_path / "one"
+    assert runner.main(arguments(data, one, worker.NO_NOISE, "--methods", *worker.METHODS)) == 0
+    for method in worker.METHODS:
+        weights, expected = (
+            torch.load(folder / f"{method}.weights.pt") for folder in (tmp_path / "without_noise", one)
+        )
+        for name in expected:
+            torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-6)
+        result = json.loads((tmp_path / f"without_noise/{method}.json").read_text())
+        assert result["processes"] == 2
+    # Two methods, even, are much further apart.
+    assert (expected["4.weight"] - torch.load(one / "plain.weights.pt")["4.weight"]).abs().max() > 1e-4
+    assert done.stdout.count("4 classes, 40 training images") == 4  # only the first process prints
+    # Resumed in both processes, each with its own random numbers.
+    whole, resumed = (torch.load(tmp_path / name / "co-tuning.weights.pt") for name in ("whole", "resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert done.stderr.count("is of other settings (seed was 0, is 1)") == 2
+
+
+def test_what_several_processes_cannot_share(
+    runner: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert runner.main(arguments(data, tmp_path)) == 1
+    assert "--batch-size 8 cannot be shared by 3 processes: give a multiple" in capsys.readouterr().err
+
+
 def test_ten_crops_and_the_parts(runner: ModuleType, data: Path) -> None:
     image = Image.fromarray(np.arange(20 * 20 * 3, dtype=np.uint32).reshape(20, 20, 3).astype(np.uint8))
     pixels = runner.Pixels(20, 16, (0.5, 0.4, 0.3), (0.25, 0.5, 0.2))
@@ -192,12 +236,18 @@ def test_ten_crops_and_the_parts(runner: ModuleType, data: Path) -> None:
     assert len(small.test) == 24
 
 
-def test_batches_are_those_of_an_uninterrupted_run(runner: ModuleType) -> None:
+def test_batches_are_those_of_an_uninterrupted_run(runner: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(runner.Batches(10, 4, 0, 0, 10))
     assert list(runner.Batches(10, 4, 0, 6, 10)) == whole[6:]
     images = [image for batch in whole for image, _ in batch]
     assert sorted(images[:10]) == sorted(images[10:20]) == list(range(10))
     assert images[:10] != images[10:20]
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(runner, "rank_and_size", lambda rank=rank: (rank, 2))
+        shares.append(list(runner.Batches(10, 4, 0, 0, 10)))
+    assert all(len(share) == 2 for batches in shares for share in batches)
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
 
 
 @pytest.mark.parametrize(
