@@ -343,6 +343,24 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard
 IMAGENET: Normalisation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def two_headed(classifier: nn.Module, num_classes: int, options: argparse.Namespace) -> ck.CoTuningModel:
+    """With a look at what it makes of an image of noise, which finds a wrong head or size before the training."""
+    crop = options.pixels.crop
+    noise = torch.randn(1, 3, crop, crop, generator=torch.Generator().manual_seed(0)).to(options.device)
+    try:
+        return ck.CoTuningModel.from_classifier(classifier, num_classes, head=options.head, example_input=noise)
+    except (TypeError, ValueError) as error:
+        said = (
+            str(error).replace("head='", "--head '").replace("head=", "--head")
+        )  # its argument, in this program's words
+        raise UserError(f"{options.model}: {said}.") from None
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"{options.model} cannot be run on images of --crop {crop} with a second head ({error!s:.200}): give the "
+            "size that it was made for, or name its head with --head."
+        ) from None
+
+
 def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: argparse.Namespace) -> ck.Relationship:
     """Learnt once and kept beside the results."""
     file = options.output / f"relationship-{method}.safetensors"
@@ -447,7 +465,7 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
         print(f"{method}: finished before")
         return before
     torch.manual_seed(options.seed)
-    model = ck.CoTuningModel.from_classifier(classifier, len(parts.classes)).to(options.device)
+    model = two_headed(classifier, len(parts.classes), options)
     if options.batchnorm_momentum is not None:
         model.set_batchnorm_momentum(options.batchnorm_momentum)
     relationship = relationship_of(method, classifier, parts, options) if method.startswith("co-tuning") else None
@@ -641,7 +659,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def check_folder(options: argparse.Namespace, parts: Parts) -> None:
     """A folder of results is of one protocol, and of the same images as far as their names tell."""
     remove_leftovers(options.output)
-    names = (*RECORDED, "data", "weights", "pixels", "batchnorm_momentum")
+    names = (*RECORDED, "data", "weights", "head", "pixels", "batchnorm_momentum")
     settings = {name: str(getattr(options, name)) for name in names}
     settings |= {"images": summary(parts, options.data), "processes": str(rank_and_size()[1])}
     file = options.output / "settings.json"
@@ -694,6 +712,7 @@ def parser_of(description: str, data: str) -> argparse.ArgumentParser:
     add("data", type=Path, help=data)
     add("--model", required=True, help="timm:NAME, torchvision:NAME or MODULE:FUNCTION")
     add("--weights", type=Path, help="a state dict for the model, instead of the weights that it comes with")
+    add("--head", metavar="NAME", help="of the classifier's last layer, where it is not found by itself")
     for name, kind in (("mean", number(float)), ("deviation", number(float, 0, above=True))):
         add(f"--{name}", type=kind, nargs=3, metavar=("R", "G", "B"), help="to normalise images with, on a scale from "
             "0 to 1; by default the model's own, or ImageNet's")  # fmt: skip

@@ -75,6 +75,26 @@ def without_noise() -> nn.Module:
     )
 
 
+class TwoEnds(nn.Module):
+    """``one`` reads the image and ``two`` the features of ``one``: which is the head cannot be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3 * 16 * 16, 7), nn.Linear(7, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x.flatten(1)))
+
+
+def two_ends() -> nn.Module:
+    torch.manual_seed(1)
+    return TwoEnds()
+
+
+def of_one_size() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 20 * 20, 7))
+
+
 def arguments(data: Path, output: Path, *more: str) -> list[str]:
     return [
         str(data), "--model=test_image_classification:small_classifier", f"--output={output}", "--size=20", "--crop=16",
@@ -115,6 +135,15 @@ def test_methods_change_what_they_should(runner: ModuleType, data: Path, tmp_pat
     assert distance["linear-probe"] == 0
     assert 0 < distance["l2-sp"] < distance["plain"] / 2
     assert torch.equal(weights["linear-probe"]["1.running_mean"], pretrained["1.running_mean"])
+
+
+def test_the_head_can_be_named(runner: ModuleType, data: Path, tmp_path: Path) -> None:
+    more = ("--model=test_image_classification:two_ends", "--head=two", "--methods", "co-tuning")
+    assert runner.main(arguments(data, tmp_path, *more)) == 0
+    weights = torch.load(tmp_path / "co-tuning.weights.pt")
+    assert {name: tuple(w.shape) for name, w in weights.items() if "two" in name} == {
+        "two.weight": (4, 7), "two.bias": (4,)
+    }  # fmt: skip
 
 
 class StoppedError(Exception):
@@ -256,6 +285,13 @@ def test_batches_are_those_of_an_uninterrupted_run(runner: ModuleType, monkeypat
         (["--model=no_such_package:f"], "the model no_such_package:f cannot be made"),
         (["--model=test_image_classification:none"], "cannot be made (AttributeError"),
         (["--output=plain", "--seed=1"], "is of other settings (seed was 0, is 1): give another --output"),
+        (["--model=test_image_classification:two_ends"], "is ambiguous; name it with --head, one of: 'one' (Linear"),
+        (["--model=test_image_classification:two_ends", "--head=three"], "--head 'three' names no module of TwoEnds"),
+        (
+            ["--model=test_image_classification:two_ends", "--head=one"],
+            "with a second head (mat1 and mat2 shapes",
+        ),
+        (["--model=test_image_classification:of_one_size"], "cannot be run on images of --crop 16 with a second head"),
         (["--crop=21"], "--crop 21 is cut out of images of --size 20: give a smaller crop"),
     ],
 )
