@@ -350,9 +350,8 @@ def two_headed(classifier: nn.Module, num_classes: int, options: argparse.Namesp
     try:
         return ck.CoTuningModel.from_classifier(classifier, num_classes, head=options.head, example_input=noise)
     except (TypeError, ValueError) as error:
-        said = (
-            str(error).replace("head='", "--head '").replace("head=", "--head")
-        )  # its argument, in this program's words
+        # The argument in this program's words.
+        said = str(error).replace("head='", "--head '").replace("head=", "--head")
         raise UserError(f"{options.model}: {said}.") from None
     except (RuntimeError, AssertionError) as error:
         raise UserError(
