@@ -10,7 +10,8 @@ ten after two thirds.
 
 Methods: ``plain`` fine-tuning; ``linear-probe`` (only the new head is trained); ``l2-sp`` (the distance to the
 pretrained weights is penalised instead of their size, Li et al. 2018); ``co-tuning`` (direct relationship);
-``co-tuning-reverse``; ``co-tuning-uncalibrated`` (temperature 1, the paper's ablation).
+``co-tuning-reverse``; ``co-tuning-uncalibrated`` (temperature 1, the paper's ablation). ``--temperature`` is that of the
+pretrained classifier, which ``source_temperature.py`` fits on images of its own classes.
 
 A run may be killed at any moment: the same command goes on from the last checkpoint, to the same bits as without the
 interruption on the same machine, and leaves out what is finished.
@@ -638,7 +639,11 @@ def run(options: argparse.Namespace, parts: Parts) -> list[dict[str, Any]]:
     parts = sample(parts, options.sampling_rate, options.images_per_class, options.seed)
     print(f"{len(parts.classes)} classes, {len(parts.train)} training images, {len(parts.test)} test images")
     classifier.to(options.device)
-    results = [run_method(method, copy.deepcopy(classifier), parts, options) for method in options.methods]
+    methods = list(options.methods)
+    if options.temperature == 1 and {"co-tuning", "co-tuning-uncalibrated"} <= set(methods):
+        methods.remove("co-tuning")
+        print("--temperature is 1: co-tuning is co-tuning-uncalibrated, which is run once (see source_temperature.py)")
+    results = [run_method(method, copy.deepcopy(classifier), parts, options) for method in methods]
     by_the_first(lambda: write_csv(options.output / "results.csv", results))
     print(f"{'method':24}{'validation':>12}{'ten crops':>12}")
     for result in results:
@@ -719,8 +724,8 @@ def parser_of(description: str, data: str) -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("results"), help="for results, checkpoints and weights")
     add("--images-per-class", type=number(int, 1), metavar="N", help="at most so many training images of each class; "
         "the paper at the large end: 1000")  # fmt: skip
-    add("--temperature", type=number(float, 0, above=True), default=1.0, help="of the classifier, see "
-        "cotuning_kernels.fit_temperature")  # fmt: skip
+    add("--temperature", type=number(float, 0, above=True), default=1.0, help="of the classifier; "
+        "source_temperature.py fits it")  # fmt: skip
     add("--trade-off", type=number(float, 0), default=2.3, help="weight of the source term")
     add("--warm-up", type=number(int, 0), default=0, metavar="N", help="iterations over which the trade-off grows "
         "from 0")  # fmt: skip

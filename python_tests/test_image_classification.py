@@ -86,6 +86,17 @@ class TwoEnds(nn.Module):
         return self.two(self.one(x.flatten(1)))
 
 
+def brightness() -> nn.Module:
+    """Logits that are the mean of each colour: a classifier of blue, green and red, and far from certain."""
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    nn.init.zeros_(network[2].weight)
+    nn.init.zeros_(network[2].bias)
+    with torch.no_grad():
+        network[2].weight[[0, 1, 2], [2, 1, 0]] = 1
+        network[2].weight[3] = 0.5
+    return network
+
+
 def two_ends() -> nn.Module:
     torch.manual_seed(1)
     return TwoEnds()
@@ -122,6 +133,17 @@ def test_all_methods_side_by_side(runner: ModuleType, data: Path, tmp_path: Path
     before = (tmp_path / "plain.json").stat().st_mtime_ns
     assert runner.main(arguments(data, tmp_path, "--iterations=60", "--methods", "plain")) == 0
     assert (tmp_path / "plain.json").stat().st_mtime_ns == before  # not trained again
+
+
+def test_without_a_temperature_two_methods_are_one(
+    runner: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--temperature=1", "--iterations=1", "--methods", "co-tuning", "co-tuning-uncalibrated")
+    assert runner.main(arguments(data, tmp_path, *more)) == 0
+    assert "--temperature is 1: co-tuning is co-tuning-uncalibrated, which is run once" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [row["method"] for row in rows] == ["co-tuning-uncalibrated"]
+    assert not (tmp_path / "co-tuning.json").exists()
 
 
 def test_methods_change_what_they_should(runner: ModuleType, data: Path, tmp_path: Path) -> None:
@@ -503,6 +525,31 @@ def test_images_are_normalised_as_asked(
     assert back.max() <= 1 + 1e-6
     bytes_again = back * 255
     torch.testing.assert_close(bytes_again, bytes_again.round(), atol=1e-3, rtol=0)
+
+
+def test_the_temperature_of_the_source(
+    runner: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the library's on logits that are computed here, and with another number of classes."""
+    program = importlib.import_module("source_temperature")
+    more = ["--model=test_image_classification:brightness", "--size=20", "--crop=16", "--workers=0", "--device=cpu"]
+    assert program.main([str(data / "test"), *more, "--batch-size=5", "--images-per-class=4"]) == 0
+    said = re.search(r"^16 images, .*% right: --temperature ([0-9.]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert said is not None
+    pixels = runner.Pixels(20, 16, *runner.IMAGENET)
+    images = [
+        runner.crops(runner.load(data / "test" / name / f"{i}.png", 20), pixels, False)
+        for name in CLASSES
+        for i in range(4)
+    ]
+    logits, labels = brightness()(torch.cat(images)), torch.arange(4).repeat_interleave(4)
+    expected = ck.fit_temperature(logits.detach(), labels).temperature
+    assert float(said[1]) == pytest.approx(expected, abs=1e-4)
+    assert expected < 0.95 or expected > 1.05
+    (tmp_path / "only").mkdir()
+    shutil.copytree(data / "test/red", tmp_path / "only/red")
+    assert program.main([str(tmp_path / "only"), *more]) == 1
+    assert "has 1 sub-folders, test_image_classification:brightness has 4 classes" in capsys.readouterr().err
 
 
 def test_tensorboard_has_the_losses(runner: ModuleType, data: Path, tmp_path: Path) -> None:
