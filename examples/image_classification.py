@@ -10,8 +10,8 @@ ten after two thirds.
 
 Methods: ``plain`` fine-tuning; ``linear-probe`` (only the new head is trained); ``l2-sp`` (the distance to the
 pretrained weights is penalised instead of their size, Li et al. 2018); ``co-tuning`` (direct relationship);
-``co-tuning-reverse``; ``co-tuning-uncalibrated`` (temperature 1, the paper's ablation). ``--temperature`` is that of the
-pretrained classifier, which ``source_temperature.py`` fits on images of its own classes.
+``co-tuning-reverse``; ``co-tuning-uncalibrated`` (temperature 1, the paper's ablation). ``--temperature`` is the
+pretrained classifier's, which ``source_temperature.py`` fits on images of its own classes.
 
 A run may be killed at any moment: the same command goes on from the last checkpoint, to the same bits as without the
 interruption on the same machine, and leaves out what is finished.

@@ -4,6 +4,9 @@
 
 Each ``paper_*.py`` reads one data set as it is published. Everything else is examples/image_classification.py, whose
 options it takes; a sampling rate's results are in a folder of its own, and the same command goes on after a kill.
+
+Where a data set has no validation images all its training images are trained on, as in tllib; the paper held a fifth of
+them out to choose its settings. (co-tuning-reverse, which cannot do without, holds them out of its relationship alone.)
 """
 
 from __future__ import annotations
