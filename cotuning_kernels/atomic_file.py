@@ -7,7 +7,9 @@ import os
 import secrets
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["remove_leftovers", "write_atomically"]
+
+_TEMPORARY = ".cotuning-*.tmp"
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -23,7 +25,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent} does not exist, so {target.name} cannot be saved there; create it")
     # In the same directory, because os.replace is only atomic within one file system.
-    temporary = target.parent / f".cotuning-{secrets.token_hex(8)}.tmp"
+    temporary = target.parent / _TEMPORARY.replace("*", secrets.token_hex(8))
     try:
         with open(temporary, "xb") as file:
             file.write(content)
@@ -34,6 +36,12 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_directory(target.parent)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what writes that were killed have left in a folder to which nobody else writes."""
+    for path in directory.glob(_TEMPORARY):
+        path.unlink(missing_ok=True)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from cotuning_kernels.loss import FusedCoTuningLoss
 
-__all__ = ["ShardSampler", "global_mean_loss"]
+__all__ = ["ShardSampler", "global_mean_loss", "rank_and_size"]
 
 
 class ShardSampler(Sampler[int]):
@@ -48,7 +48,7 @@ class ShardSampler(Sampler[int]):
 
     def __init__(self, dataset: Sized, rank: int | None = None, num_processes: int | None = None) -> None:
         self._length = len(dataset)
-        mine, all_of_them = _rank_and_size() if rank is None or num_processes is None else (0, 1)
+        mine, all_of_them = rank_and_size() if rank is None or num_processes is None else (0, 1)
         self.rank = mine if rank is None else rank
         self.num_processes = all_of_them if num_processes is None else num_processes
         if not 0 <= self.rank < self.num_processes:
@@ -91,7 +91,7 @@ def global_mean_loss(
     """
     if criterion.reduction != "mean":
         raise ValueError(f"criterion.reduction is {criterion.reduction!r}, expected 'mean'")
-    _, processes = _rank_and_size(group)
+    _, processes = rank_and_size(group)
     if processes == 1:
         terms = criterion(source_logits, target_logits, target, return_terms=True)
         assert isinstance(terms, CoTuningTerms)
@@ -140,7 +140,12 @@ def _counts(criterion: FusedCoTuningLoss, target: Target) -> Tensor:
     return of_labels(target, 1.0)
 
 
-def _rank_and_size(group: ProcessGroup | None = None) -> tuple[int, int]:
+def rank_and_size(group: ProcessGroup | None = None) -> tuple[int, int]:
+    """This process's rank, and how many there are; ``(0, 1)`` without a launcher.
+
+    Raises:
+        RuntimeError: a launcher started several processes, but ``init_process_group`` was not called.
+    """
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

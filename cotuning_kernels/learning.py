@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cotuning_kernels.atomic_file import write_atomically
+from cotuning_kernels.distributed import rank_and_size
 from cotuning_kernels.labelled_logits import check_labelled_logits, unusable_row
 from cotuning_kernels.relationship import Relationship, RelationshipEstimator, class_names
 from cotuning_kernels.reverse_relationship import INVERSE_PENALTIES, learn_reverse_relationship
@@ -99,6 +100,9 @@ def learn_relationship(
             not known, NaN in the logits (names the batch and the row).
         IndexError: a label out of range.
         CheckpointError: the checkpoint is damaged or belongs to something else.
+        OSError: the checkpoint cannot be written.
+        RuntimeError: ``distributed=True`` and a launcher started several processes, but ``init_process_group`` was not
+            called.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}")
@@ -116,6 +120,8 @@ def learn_relationship(
             else "validation_loader is given, but method='direct' has nothing to choose on it; leave it out, or put "
             "its data into loader"
         )
+    if distributed:
+        rank_and_size()  # a launcher without init_process_group: no method may take a share for the whole
     num_target_classes, target_classes = _target_classes(loader, num_target_classes, target_classes)
     place = _device_of(source_model) if device is None else torch.device(device)
     settings = (num_target_classes, ignore_index)

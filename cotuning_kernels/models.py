@@ -79,7 +79,7 @@ class CoTuningModel(nn.Module):
                 as the first item of a tuple. Its head is an ``nn.Linear``, or a 1x1 ``nn.Conv2d`` as in SqueezeNet.
             num_target_classes: ``N_t``, at least 1.
             head: dotted name of the head in the classifier, e.g. ``"fc"`` or ``"classifier.1"``. Left out, it is what
-                ``classifier.get_classifier()`` returns (timm), else the last layer of the classifier.
+                ``classifier.get_classifier()`` returns (timm) or its last layer, else the last layer of the classifier.
             example_input: a batch (a mapping is passed as keyword arguments). With it, the wrapped model's source
                 logits are compared with the classifier's own once, in evaluation mode. This finds a wrong head, and a
                 classifier that mixes its classes after the head (a softmax), which cannot be seen otherwise.
@@ -361,13 +361,19 @@ def _find_head(classifier: nn.Module, head: str | None) -> str:
     get_classifier = getattr(classifier, "get_classifier", None)  # timm models know their head
     if callable(get_classifier):
         own = get_classifier()
+        # Some heads are modules that end in the layer with the classes; a tuple would be two heads.
+        inside = {id(module) for module in own.modules()} if isinstance(own, nn.Module) else set()
+        modules = {name: module for name, module in modules.items() if id(module) in inside}
+        candidates = {name: module for name, module in candidates.items() if id(module) in inside}
+        if not candidates:
+            raise ValueError(
+                f"{type(classifier).__name__}.get_classifier() returns {type(own).__name__}, expected nn.Linear, a 1x1 "
+                "nn.Conv2d, or a module that ends in one: was the model made without a classifier (num_classes=0)? "
+                f"Else name one with head=: {listed}"
+            )
         for name, module in candidates.items():
             if module is own:
                 return name
-        raise ValueError(
-            f"{type(classifier).__name__}.get_classifier() returns {type(own).__name__}, expected nn.Linear or a 1x1 "
-            f"nn.Conv2d: was the model made without a classifier (num_classes=0)? Else name one with head=: {listed}"
-        )
 
     if not candidates:
         raise ValueError(

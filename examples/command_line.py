@@ -1,7 +1,9 @@
-"""What the programs here do alike at the command line: one sentence for what is wrong, and an exit code."""
+"""What the programs here do alike at the command line: what they take, one sentence for what is wrong, an exit code."""
 
 from __future__ import annotations
 
+import argparse
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +17,49 @@ def exit_code(name: str, program: Callable[[], Any], stopped: str = "stopped") -
     """Run it: 0, or 1 with a sentence on standard error; 130 after Ctrl-C, as shells have it."""
     try:
         program()
-    except (UserError, OSError) as error:  # OSError: a file cannot be written, the disk is full
+    except UserError as error:
+        # A DataLoader's worker hands its whole traceback on as the message, which ends in the sentence.
+        print(f"{name}: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a file cannot be written, the disk is full
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{name}: {stopped}", file=sys.stderr)
         return 130
     return 0
+
+
+def number(
+    kind: type[int] | type[float], least: float = -math.inf, most: float = math.inf, *, above: bool = False
+) -> Any:
+    """A type for argparse: a finite number from ``least`` to ``most``; with ``above``, ``least`` itself is refused."""
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not (least <= value <= most and math.isfinite(value)) or (above and value == least):
+            raise ValueError
+        return value
+
+    bounds = [f"above {least:g}" if above else f"of at least {least:g}"] if math.isfinite(least) else []
+    bounds += [f"at most {most:g}"] if math.isfinite(most) else []
+    what = "whole number" if kind is int else "finite number"
+    parse.__name__ = f"{what} {' and '.join(bounds)}".strip()  # argparse: "invalid <name> value"
+    return parse
+
+
+share = number(float, 0, 1, above=True)
+
+
+def device(text: str) -> str:
+    """A type for argparse: a device that this torch computes on."""
+    import torch
+
+    try:
+        torch.zeros(1, device=text).add(1).item()  # the device "meta" has no values to give
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # Torch's first line says what is wrong, the rest is how it got there.
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no device of this torch ({str(error).splitlines()[0]})"
+        ) from None
+    return text

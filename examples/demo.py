@@ -17,14 +17,14 @@ import copy
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 try:
     import matplotlib  # noqa: F401  (the pictures come last: better to miss it now)
     import torch
-    from command_line import UserError, exit_code
+    from command_line import UserError, exit_code, number
     from demo_data import Batch, Images, ImageSet, fashion_mnist, image_folder
     from demo_pictures import plot_training
     from demo_weights import imagenet_class_names, pretrained_classifier
@@ -216,14 +216,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    count = {"type": at_least(1), "metavar": "N"}
+    count = {"type": number(int, 1), "metavar": "N"}
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="your own images, one sub-folder a class; without it Fashion-MNIST"
     )
     parser.add_argument("--images-per-class", default=5, help="to train on", **count)
     parser.add_argument("--iterations", default=100, help=f"of {BATCH_SIZE} images", **count)
-    parser.add_argument("--trade-off", type=not_negative, default=2.3, metavar="X", help="weight of the source term")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of images, new head and batches")
+    parser.add_argument(
+        "--trade-off", type=number(float, 0), default=2.3, metavar="X", help="weight of the source term"
+    )
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of images, new head and batches")
     parser.add_argument("--validation-images", default=500, help="for the calibration", **count)
     parser.add_argument("--test-images", default=1500, help="to measure with", **count)
     parser.add_argument("--threads", default=default_threads(), help="for torch", **count)
@@ -238,25 +240,6 @@ def default_threads() -> int:
     """
     return max(1, (os.cpu_count() or 1) // 2)
 
-
-def at_least(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if int(text) < least:
-            raise ValueError
-        return int(text)
-
-    integer.__name__ = f"integer of at least {least}"  # argparse: "invalid <name> value"
-    return integer
-
-
-def not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError
-    return value
-
-
-not_negative.__name__ = "non-negative number"
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from tux_paint import tux_paint
 
 import cotuning_kernels as ck
+from cotuning_kernels.atomic_file import write_atomically
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "docs" / "results"
@@ -97,7 +98,7 @@ def read_results(path: Path) -> dict[Setting, dict[str, Any]]:
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole)
+        write_atomically(path, whole.encode())
     found = {}
     for line in whole.splitlines():
         content = json.loads(line)

@@ -10,10 +10,18 @@ ten after two thirds.
 
 Methods: ``plain`` fine-tuning; ``linear-probe`` (only the new head is trained); ``l2-sp`` (the distance to the
 pretrained weights is penalised instead of their size, Li et al. 2018); ``co-tuning`` (direct relationship);
-``co-tuning-reverse``; ``co-tuning-uncalibrated`` (temperature 1, the paper's ablation).
+``co-tuning-reverse``; ``co-tuning-uncalibrated`` (temperature 1, the paper's ablation). ``--temperature`` is the
+pretrained classifier's, which ``source_temperature.py`` fits on images of its own classes.
 
 A run may be killed at any moment: the same command goes on from the last checkpoint, to the same bits as without the
 interruption on the same machine, and leaves out what is finished.
+
+Under ``torchrun`` each process takes its share of every batch, and the first one tests and writes:
+
+    torchrun --nproc-per-node 4 examples/image_classification.py DATA --model timm:resnet50 --output results/cub
+
+On several machines ``--output`` is a folder that all of them see. The batches are those of one process, and so are the
+weights up to rounding where the network has no dropout, and no BatchNorm in training, whose statistics are of a share.
 """
 
 from __future__ import annotations
@@ -21,34 +29,90 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import hashlib
 import importlib
 import io
 import json
+import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 try:
     import numpy as np
     import torch
-    from command_line import UserError, exit_code
-    from PIL import Image, UnidentifiedImageError
-    from torch import Tensor, nn
+    from command_line import UserError, device, exit_code, number, share
+    from PIL import Image
+    from torch import Tensor, distributed, nn
     from torch.nn import functional as F
+    from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader, Dataset, Sampler
     from tqdm import tqdm
 
     import cotuning_kernels as ck
-    from cotuning_kernels.atomic_file import write_atomically
+    from cotuning_kernels.atomic_file import remove_leftovers, write_atomically
+    from cotuning_kernels.distributed import ShardSampler, global_mean_loss, rank_and_size
 except ImportError as missing:
     sys.exit(f"image_classification: {missing}: pip install '.[demo]' in the project's folder.")
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 STOPPED = "stopped; the same command goes on"
 METHODS = ("plain", "linear-probe", "l2-sp", "co-tuning", "co-tuning-reverse", "co-tuning-uncalibrated")
+# What torch.load and load_state_dict end in for a file that is cut off, of something else, or of another network.
+DAMAGED = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError, OSError)
+
+
+Made = TypeVar("Made")
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+@contextmanager
+def process_group(options: argparse.Namespace) -> Iterator[None]:
+    """Joins the processes that torchrun has started, each on a device of its own; only the first one prints."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        yield
+        return
+    if options.batch_size % processes:
+        raise UserError(
+            f"--batch-size {options.batch_size} cannot be shared by {processes} processes: give a multiple."
+        )
+    if torch.device(options.device).type == "cuda":
+        options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(options.device)
+    # The others wait while the first one tests: for longer than the ten minutes that NCCL would grant.
+    distributed.init_process_group(timeout=timedelta(days=1))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank_and_size()[0] == 0 else nowhere):
+            yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def by_the_first(make: Callable[[], Made]) -> Made:
+    """What the first process makes, or the error that it ends in, in all of them."""
+    rank, processes = rank_and_size()
+    if processes == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            made[0] = make()
+        except (UserError, OSError) as error:
+            made[1] = error
+    distributed.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    result: Made = made[0]
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -83,7 +147,7 @@ def read_folder(folder: Path) -> Parts:
     if (folder / "val").is_dir():
         validation = list_images(folder / "val", classes)
     else:
-        train, validation = split_off_a_fifth(train)
+        train, validation = split_off_a_fifth(train, classes)
     return Parts(classes, train, validation, list_images(folder / "test", classes))
 
 
@@ -118,10 +182,17 @@ def sample(parts: Parts, sampling_rate: float, images_per_class: int | None, see
     return replace(parts, train=chosen(parts.train, sorted(kept)))
 
 
-def split_off_a_fifth(images: ImageList) -> tuple[ImageList, ImageList]:
+def split_off_a_fifth(images: ImageList, classes: Sequence[str]) -> tuple[ImageList, ImageList]:
     """What remains, and every fifth."""
     fifth = range(0, len(images), 5)
-    return chosen(images, sorted(set(range(len(images))) - set(fifth))), chosen(images, fifth)
+    remaining = chosen(images, sorted(set(range(len(images))) - set(fifth)))
+    lost = set(images.labels) - set(remaining.labels)
+    if lost:
+        raise UserError(
+            f"every fifth training image is held out to validate, and the class {classes[min(lost)]} has no other: "
+            "take more images of each class, or give validation images apart (a folder val)."
+        )
+    return remaining, chosen(images, fifth)
 
 
 def chosen(images: ImageList, indices: Sequence[int]) -> ImageList:
@@ -141,9 +212,18 @@ class Pixels:
 def load(path: Path, size: int) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError) as error:
+            return in_colours(image).resize((size, size), Image.Resampling.BILINEAR)
+    except Exception as error:  # a damaged file may end in any kind of error, an enormous one in DecompressionBombError
         raise UserError(f"{path} cannot be read as an image ({error}): remove or replace it.") from None
+
+
+def in_colours(image: Image.Image) -> Image.Image:
+    """Red, green and blue of 8 bits. Pillow by itself cuts grey values of 16 bits off at 255."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("grey values of 32 bits, of unknown range; 8 or 16 are wanted")
+    return image.convert("RGB")
 
 
 def as_tensor(image: Image.Image, pixels: Pixels) -> Tensor:
@@ -194,7 +274,7 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
-    """Batches ``first`` to ``last`` of an endless shuffled sequence that the seed decides."""
+    """This process's share of batches ``first`` to ``last`` of an endless shuffled sequence that the seed decides."""
 
     def __init__(self, number_of_images: int, batch_size: int, seed: int, first: int, last: int) -> None:
         self.number_of_images, self.batch_size, self.seed, self.first, self.last = (
@@ -213,7 +293,8 @@ class Batches(Sampler[list[tuple[int, int]]]):
                 if epoch != shuffled[0]:
                     shuffled = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.number_of_images)
                 indices.append((int(shuffled[1][place]), draw))
-            yield indices
+            rank, processes = rank_and_size()
+            yield indices[rank::processes]
 
 
 class StillImages(Dataset[tuple[Tensor, int]]):
@@ -253,9 +334,9 @@ def make_classifier(name: str, weights: Path | None) -> tuple[nn.Module, Normali
             model = getattr(module, entry)()
         if weights is not None:
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except (ImportError, AttributeError, ValueError, RuntimeError, OSError) as error:
+        classifier: nn.Module = model.eval()
+    except (ImportError, *DAMAGED) as error:
         raise UserError(f"the model {name} cannot be made ({type(error).__name__}: {error!s:.300}).") from None
-    classifier: nn.Module = model.eval()
     return classifier, normalisation
 
 
@@ -263,28 +344,57 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard
 IMAGENET: Normalisation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def two_headed(classifier: nn.Module, num_classes: int, options: argparse.Namespace) -> ck.CoTuningModel:
+    """With a look at what it makes of an image of noise, which finds a wrong head or size before the training."""
+    crop = options.pixels.crop
+    noise = torch.randn(1, 3, crop, crop, generator=torch.Generator().manual_seed(0)).to(options.device)
+    try:
+        return ck.CoTuningModel.from_classifier(classifier, num_classes, head=options.head, example_input=noise)
+    except (TypeError, ValueError) as error:
+        # The argument in this program's words.
+        said = str(error).replace("head='", "--head '").replace("head=", "--head")
+        raise UserError(f"{options.model}: {said}.") from None
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"{options.model} cannot be run on images of --crop {crop} with a second head ({error!s:.200}): give the "
+            "size that it was made for, or name its head with --head."
+        ) from None
+
+
 def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: argparse.Namespace) -> ck.Relationship:
     """Learnt once and kept beside the results."""
     file = options.output / f"relationship-{method}.safetensors"
-    if file.exists():
-        return ck.Relationship.load(file)
+
+    def load_relationship() -> ck.Relationship | None:
+        try:
+            return ck.Relationship.load(file) if file.exists() else None
+        except ValueError as error:
+            raise UserError(f"{error}: remove it, and the same command learns it again.") from None
+
+    before = by_the_first(load_relationship)
+    if before is not None:
+        return before
 
     def loader(images: ImageList) -> DataLoader[Any]:
-        return DataLoader(StillImages(images, options.pixels), options.batch_size, num_workers=options.workers)
+        data = StillImages(images, options.pixels)
+        return DataLoader(data, options.batch_size, sampler=ShardSampler(data), num_workers=options.workers)
 
     train, validation = parts.train, None
     if method == "co-tuning-reverse":
         validation = parts.validation
         if validation is None:  # the network is still trained on all
-            train, validation = split_off_a_fifth(train)
-    learnt = ck.learn_relationship(
-        classifier, loader(train), target_classes=parts.classes, device=options.device,
-        temperature=1.0 if method == "co-tuning-uncalibrated" else options.temperature,
-        method="direct" if validation is None else "reverse",
-        validation_loader=None if validation is None else loader(validation),
-        checkpoint=options.output / f"statistics-{method}.pt",
-    )  # fmt: skip
-    learnt.save(file)
+            train, validation = split_off_a_fifth(train, parts.classes)
+    try:
+        learnt = ck.learn_relationship(
+            classifier, loader(train), target_classes=parts.classes, device=options.device,
+            temperature=1.0 if method == "co-tuning-uncalibrated" else options.temperature,
+            method="direct" if validation is None else "reverse",
+            validation_loader=None if validation is None else loader(validation),
+            checkpoint=options.output / f"statistics-{method}.pt", distributed=True, progress=rank_and_size()[0] == 0,
+        )  # fmt: skip
+    except ValueError as error:  # damaged statistics, or logits that have no softmax
+        raise UserError(f"{method}: {error}.") from None
+    by_the_first(lambda: learnt.save(file))
     return learnt
 
 
@@ -301,26 +411,27 @@ def objective_of(
 
     ``trade_off`` grows from 0 to its value over the first ``warm_up`` iterations.
     """
+    if method == "linear-probe":
+        model.requires_grad_(False)
+        model.target_head.requires_grad_(True)
+    # It asks what is trained when it is made. A network may have parameters that it never uses.
+    forward = DistributedDataParallel(model, find_unused_parameters=True) if distributed.is_initialized() else model
     if method.startswith("co-tuning"):
         assert relationship is not None
         criterion = ck.FusedCoTuningLoss(relationship, trade_off).to(next(model.parameters()).device)
 
         def co_tuning(images: Tensor, labels: Tensor, iteration: int) -> Tensor:
             criterion.trade_off = trade_off * min(1.0, (iteration + 1) / max(1, warm_up))
-            loss: Tensor = criterion(*model(images), labels)
-            return loss
+            return global_mean_loss(criterion, *forward(images), labels).loss
 
         return co_tuning
-    if method == "linear-probe":
-        model.requires_grad_(False)
-        model.target_head.requires_grad_(True)
     anchors: list[tuple[Tensor, Tensor]] = []
     if method == "l2-sp":
         new = {id(p) for p in model.target_head.parameters()}
         anchors = [(p, p.detach().clone()) for p in model.parameters() if id(p) not in new]
 
     def target_head_only(images: Tensor, labels: Tensor, iteration: int) -> Tensor:
-        loss = F.cross_entropy(model(images).target_logits, labels)
+        loss = F.cross_entropy(forward(images).target_logits, labels)
         if anchors:
             distance = torch.stack([(p - anchor).square().sum() for p, anchor in anchors]).sum()
             loss = loss + l2_sp / 2 * distance
@@ -344,12 +455,17 @@ def optimizer_of(method: str, model: ck.CoTuningModel, lr: float) -> torch.optim
 def run_method(method: str, classifier: nn.Module, parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
     """Train with one method, or go on with it; the result."""
     result_file = options.output / f"{method}.json"
-    if result_file.exists():
+
+    def finished() -> dict[str, Any] | None:
+        mend = "remove it, and the same command trains this method again"
+        return read_json(result_file, ("method", *MEASURED), mend) if result_file.exists() else None
+
+    before = by_the_first(finished)
+    if before is not None:
         print(f"{method}: finished before")
-        finished: dict[str, Any] = json.loads(result_file.read_text())
-        return finished
+        return before
     torch.manual_seed(options.seed)
-    model = ck.CoTuningModel.from_classifier(classifier, len(parts.classes)).to(options.device)
+    model = two_headed(classifier, len(parts.classes), options)
     if options.batchnorm_momentum is not None:
         model.set_batchnorm_momentum(options.batchnorm_momentum)
     relationship = relationship_of(method, classifier, parts, options) if method.startswith("co-tuning") else None
@@ -358,10 +474,11 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     )
     optimizer = optimizer_of(method, model, options.lr)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [options.iterations * 2 // 3], gamma=0.1)
-    torch.manual_seed(options.seed)  # the same dropout for every method
+    rank, processes = rank_and_size()
+    torch.manual_seed(options.seed + rank)  # the same dropout for every method, another one in every process
     progress = Progress(options.output / f"{method}.checkpoint.pt", model, optimizer, schedule)
     progress.load()
-    writer = tensorboard(options, method, progress.iteration)
+    writer = tensorboard(options, method, progress.iteration) if rank == 0 else None
     first, begun = progress.iteration, time.perf_counter()
     # A linear probe's features are those of the pretrained model, whose BatchNorm statistics stay.
     model.train(method != "linear-probe")
@@ -371,7 +488,8 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
         TrainingImages(parts.train, options.pixels, options.seed), batch_sampler=sampler, num_workers=options.workers,
         generator=torch.Generator(),
     )  # fmt: skip
-    for images, labels in tqdm(loader, desc=f"{method:<24}", initial=first, total=options.iterations, leave=False):
+    bar = {"desc": f"{method:<24}", "initial": first, "total": options.iterations, "disable": rank > 0, "leave": False}
+    for images, labels in tqdm(loader, **bar):
         loss = loss_of(images.to(options.device), labels.to(options.device), progress.iteration)
         optimizer.zero_grad()
         loss.backward()
@@ -387,21 +505,27 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     progress.seconds += time.perf_counter() - begun
     if writer is not None:
         writer.close()
-    head = model.target_model()
-    result = {
-        "method": method,
-        "validation_accuracy": parts.validation and accuracy(head, parts.validation, options, ten=False),
-        "test_accuracy_ten_crops": accuracy(head, parts.test, options, ten=True),
-        "training_seconds": round(progress.seconds, 1),
-        "training_images": len(parts.train),
-        **{name: getattr(options, name) for name in RECORDED},
-    }
-    torch_save(options.output / f"{method}.weights.pt", head.state_dict())
-    write_atomically(result_file, (json.dumps(result, indent=2) + "\n").encode())
-    progress.path.unlink(missing_ok=True)
-    return result
+
+    def tested() -> dict[str, Any]:
+        head = model.target_model()
+        result = {
+            "method": method,
+            "validation_accuracy": parts.validation and accuracy(head, parts.validation, options, ten=False),
+            "test_accuracy_ten_crops": accuracy(head, parts.test, options, ten=True),
+            "training_seconds": round(progress.seconds, 1),
+            "training_images": len(parts.train),
+            **{name: getattr(options, name) for name in RECORDED},
+            "processes": processes,
+        }
+        torch_save(options.output / f"{method}.weights.pt", head.state_dict())
+        write_atomically(result_file, (json.dumps(result, indent=2) + "\n").encode())
+        progress.path.unlink(missing_ok=True)
+        return result
+
+    return by_the_first(tested)
 
 
+MEASURED = ("validation_accuracy", "test_accuracy_ten_crops")
 RECORDED = (
     "model", "sampling_rate", "images_per_class", "seed", "iterations", "batch_size", "lr", "trade_off", "warm_up",
     "temperature", "l2_sp",
@@ -414,31 +538,58 @@ class Progress:
     def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
         self.path, self.model, self.optimizer, self.schedule = path, model, optimizer, schedule
         self.iteration, self.seconds = 0, 0.0
+        self.device = next(model.parameters()).device
 
     def save(self) -> None:
+        """By the first process, with the random numbers of all."""
+        rank, processes = rank_and_size()
+        on_gpu = self.device.type == "cuda"
+        random: list[Any] = [(torch.random.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_gpu else None)]
+        if processes > 1:
+            everyones: list[Any] = [None] * processes
+            distributed.all_gather_object(everyones, random[0])
+            random = everyones
+        if rank > 0:
+            return
         state = {
             "iteration": self.iteration,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "random": torch.random.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random": random,
         }
         torch_save(self.path, state)
 
     def load(self) -> None:
         if not self.path.exists():
             return
-        # The optimizer's state dict has a Counter and lists: all of it is what weights_only allows.
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        self.iteration, self.seconds = state["iteration"], state["seconds"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        torch.random.set_rng_state(state["random"])
-        if state["cuda_random"]:
-            torch.cuda.set_rng_state_all(state["cuda_random"])
+        try:
+            # The optimizer's state dict has a Counter and lists: all of it is what weights_only allows.
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            self.iteration, self.seconds = state["iteration"], state["seconds"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            random, cuda_random = state["random"][rank_and_size()[0]]
+            torch.random.set_rng_state(random)
+            if cuda_random is not None:
+                torch.cuda.set_rng_state(cuda_random, self.device)
+        except DAMAGED as error:
+            raise UserError(
+                f"{self.path} is damaged, or of another network ({type(error).__name__}: {error!s:.200}): remove it, "
+                "and the same command trains this method from the beginning."
+            ) from None
+
+
+def read_json(path: Path, needed: Sequence[str], mend: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): {mend}.") from None
+    if not isinstance(content, dict) or not set(needed) <= content.keys():
+        raise UserError(f"{path} is damaged, or of something else: {mend}.")
+    return content
 
 
 def torch_save(path: Path, content: Any) -> None:
@@ -477,21 +628,23 @@ def tensorboard(options: argparse.Namespace, method: str, iteration: int) -> Any
 
 def run(options: argparse.Namespace, parts: Parts) -> list[dict[str, Any]]:
     """All methods on one sample of the training images."""
+    if options.crop > options.size:
+        raise UserError(f"--crop {options.crop} is cut out of images of --size {options.size}: give a smaller crop.")
     classifier, (mean, deviation) = make_classifier(options.model, options.weights)
     options.pixels = Pixels(
         options.size, options.crop, tuple(options.mean or mean), tuple(options.deviation or deviation)
     )
     options.output.mkdir(parents=True, exist_ok=True)
-    check_same_settings(options)
+    by_the_first(lambda: check_folder(options, parts))
     parts = sample(parts, options.sampling_rate, options.images_per_class, options.seed)
     print(f"{len(parts.classes)} classes, {len(parts.train)} training images, {len(parts.test)} test images")
     classifier.to(options.device)
-    results = [run_method(method, copy.deepcopy(classifier), parts, options) for method in options.methods]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(results[0]))
-    writer.writeheader()
-    writer.writerows(results)
-    write_atomically(options.output / "results.csv", table.getvalue().encode())
+    methods = list(options.methods)
+    if options.temperature == 1 and {"co-tuning", "co-tuning-uncalibrated"} <= set(methods):
+        methods.remove("co-tuning")
+        print("--temperature is 1: co-tuning is co-tuning-uncalibrated, which is run once (see source_temperature.py)")
+    results = [run_method(method, copy.deepcopy(classifier), parts, options) for method in methods]
+    by_the_first(lambda: write_csv(options.output / "results.csv", results))
     print(f"{'method':24}{'validation':>12}{'ten crops':>12}")
     for result in results:
         validation = "" if result["validation_accuracy"] is None else f"{result['validation_accuracy']:.1%}"
@@ -499,18 +652,44 @@ def run(options: argparse.Namespace, parts: Parts) -> list[dict[str, Any]]:
     return results
 
 
-def check_same_settings(options: argparse.Namespace) -> None:
-    """A folder of results is of one protocol."""
-    names = (*RECORDED, "data", "weights", "pixels", "batchnorm_momentum")
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, table.getvalue().encode())
+
+
+def check_folder(options: argparse.Namespace, parts: Parts) -> None:
+    """A folder of results is of one protocol, and of the same images as far as their names tell."""
+    remove_leftovers(options.output)
+    names = (*RECORDED, "data", "weights", "head", "pixels", "batchnorm_momentum")
     settings = {name: str(getattr(options, name)) for name in names}
+    settings |= {"images": summary(parts, options.data), "processes": str(rank_and_size()[1])}
     file = options.output / "settings.json"
     if not file.exists():
         write_atomically(file, (json.dumps(settings, indent=2) + "\n").encode())
         return
-    before = json.loads(file.read_text())
-    changed = [f"{name} was {before.get(name)}" for name, value in settings.items() if before.get(name) != value]
+    before = read_json(file, (), "give another --output, or remove this one with its results")
+    changed = [
+        f"{name} was {before.get(name)}, is {value}" for name, value in settings.items() if before.get(name) != value
+    ]
     if changed:
-        raise UserError(f"{options.output} is of other settings ({', '.join(changed)}): give another --output.")
+        raise UserError(f"{options.output} is of other settings ({'; '.join(changed)}): give another --output.")
+
+
+def summary(parts: Parts, folder: Path) -> str:
+    """How many images there are, and a digest of the classes' and the images' names with the labels."""
+    lists = {"to train": parts.train, "to validate": parts.validation, "to test": parts.test}
+    counts = ", ".join(f"{len(images)} {part}" for part, images in lists.items() if images is not None)
+    names = [
+        (part, os.path.relpath(path, folder), label)
+        for part, images in lists.items()
+        if images is not None
+        for path, label in zip(images.paths, images.labels, strict=True)
+    ]
+    digest = hashlib.sha256(json.dumps([parts.classes, names]).encode()).hexdigest()
+    return f"{counts}, names {digest[:12]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -524,7 +703,8 @@ def run_on_folder(arguments: list[str] | None) -> None:
     parser.add_argument("--sampling-rate", type=share, default=1.0, help="of the training images of each class; the "
         "paper: 0.15, 0.3, 0.5, 1")  # fmt: skip
     options = parser.parse_args(arguments)
-    run(options, read_folder(options.data))
+    with process_group(options):
+        run(options, read_folder(options.data))
 
 
 def parser_of(description: str, data: str) -> argparse.ArgumentParser:
@@ -536,39 +716,33 @@ def parser_of(description: str, data: str) -> argparse.ArgumentParser:
     add("data", type=Path, help=data)
     add("--model", required=True, help="timm:NAME, torchvision:NAME or MODULE:FUNCTION")
     add("--weights", type=Path, help="a state dict for the model, instead of the weights that it comes with")
-    for name in ("mean", "deviation"):
-        add(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help="to normalise images with, on a scale from "
+    add("--head", metavar="NAME", help="of the classifier's last layer, where it is not found by itself")
+    for name, kind in (("mean", number(float)), ("deviation", number(float, 0, above=True))):
+        add(f"--{name}", type=kind, nargs=3, metavar=("R", "G", "B"), help="to normalise images with, on a scale from "
             "0 to 1; by default the model's own, or ImageNet's")  # fmt: skip
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--output", type=Path, default=Path("results"), help="for results, checkpoints and weights")
-    add("--images-per-class", type=int, metavar="N", help="at most so many training images of each class; the paper "
-        "at the large end: 1000")  # fmt: skip
-    add("--temperature", type=float, default=1.0, help="of the classifier, see cotuning_kernels.fit_temperature")
-    add("--trade-off", type=float, default=2.3, help="weight of the source term")
-    add("--warm-up", type=int, default=0, metavar="N", help="iterations over which the trade-off grows from 0")
-    add("--l2-sp", type=float, default=0.01, help="weight of the penalty of l2-sp")
-    add("--iterations", type=int, default=9000)
-    add("--batch-size", type=int, default=48)
-    add("--lr", type=float, default=1e-3, help="of all but the new head, which has ten times that")
-    add("--batchnorm-momentum", type=float, help="of every BatchNorm layer; by default the model's own")
-    add("--size", type=int, default=256, help="images are resized to it")
-    add("--crop", type=int, default=224, help="what the network sees")
-    add("--seed", type=int, default=0)
-    add("--checkpoint-every", type=int, default=500, metavar="N", help="iterations")
-    add("--workers", type=int, default=2, help="processes that load images")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--images-per-class", type=number(int, 1), metavar="N", help="at most so many training images of each class; "
+        "the paper at the large end: 1000")  # fmt: skip
+    add("--temperature", type=number(float, 0, above=True), default=1.0, help="of the classifier; "
+        "source_temperature.py fits it")  # fmt: skip
+    add("--trade-off", type=number(float, 0), default=2.3, help="weight of the source term")
+    add("--warm-up", type=number(int, 0), default=0, metavar="N", help="iterations over which the trade-off grows "
+        "from 0")  # fmt: skip
+    add("--l2-sp", type=number(float, 0), default=0.01, help="weight of the penalty of l2-sp")
+    add("--iterations", type=number(int, 1), default=9000)
+    add("--batch-size", type=number(int, 1), default=48)
+    add("--lr", type=number(float, 0), default=1e-3, help="of all but the new head, which has ten times that")
+    add("--batchnorm-momentum", type=number(float, 0, 1), help="of every BatchNorm layer; by default the model's own")
+    add("--size", type=number(int, 1), default=256, help="images are resized to it")
+    add("--crop", type=number(int, 1), default=224, help="what the network sees")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    add("--checkpoint-every", type=number(int, 1), default=500, metavar="N", help="iterations")
+    add("--workers", type=number(int, 0), default=2, help="processes that load images")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--tensorboard", type=Path, metavar="DIR", help="write the losses there")
     return parser
 
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise ValueError
-    return value
-
-
-share.__name__ = "share, above 0 and at most 1"  # argparse: "invalid <name> value"
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 try:
     import torch
-    from command_line import UserError, exit_code
+    from command_line import UserError, device, exit_code, number
     from seqeval.metrics import classification_report, f1_score
     from torch import Tensor, nn
     from torch.nn import functional as F
@@ -114,6 +114,10 @@ class Tokens(Dataset[tuple[dict[str, Tensor], Tensor]]):
         return inputs, torch.tensor(labels)
 
 
+def moved(inputs: dict[str, Tensor], place: torch.device | str) -> dict[str, Tensor]:
+    return {name: x.to(place) for name, x in inputs.items()}
+
+
 def padded(batch: list[tuple[dict[str, Tensor], Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
     pad = nn.utils.rnn.pad_sequence
     # Padding has attention 0 and no label, so that it matters not which wordpiece it is.
@@ -162,7 +166,8 @@ def predict(model: Tagger, loader: Any, tags: Tags) -> Iterator[list[str]]:
     """The predicted tags of the words of each sentence, as many as were not cut off."""
     model.eval()
     for inputs, labels in loader:
-        best = model.target_head(model.features(inputs)).argmax(dim=-1)
+        features = model.features(moved(inputs, model.target_head.weight.device))
+        best = model.target_head(features).argmax(dim=-1).cpu()
         for row, row_labels in zip(best, labels, strict=True):
             yield [tags.tags[t] for t in row[row_labels != IGNORED].tolist()]
 
@@ -182,7 +187,7 @@ def ner(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        language_model = BertForMaskedLM.from_pretrained(options.model)
+        language_model = BertForMaskedLM.from_pretrained(options.model).to(options.device)
     except (OSError, ValueError) as error:
         raise UserError(f"{options.model} holds no BERT with its tokenizer ({error!s:.200}).") from None
     sets = {name: read_conll(getattr(options, name)) for name in ("train", "validation", "test")}
@@ -214,7 +219,8 @@ def ner(options: argparse.Namespace) -> dict[str, Any]:
         likeliest = ", ".join(f"{piece} {share:.1%}" for piece, share in of_kinds.top_source_classes(kind, k=6))
         print(f"{kind:>6}  {likeliest}")
 
-    model = Tagger(language_model, len(tags.tags))
+    model = Tagger(language_model, len(tags.tags)).to(options.device)
+    matrix = relationship.matrix.to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=0.01)
     steps = loader("train", tag_labels("train"), shuffle=True)
     total = options.epochs * len(steps)
@@ -223,7 +229,8 @@ def ner(options: argparse.Namespace) -> dict[str, Any]:
     for epoch in range(options.epochs):
         model.train()
         for inputs, labels in tqdm(steps, desc=f"epoch {epoch + 1}", ncols=80, leave=False):
-            loss = loss_of(model, inputs, labels, relationship.matrix, options.trade_off)
+            inputs, labels = moved(inputs, options.device), labels.to(options.device)
+            loss = loss_of(model, inputs, labels, matrix, options.trade_off)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -254,12 +261,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of a BertForMaskedLM checkpoint with its tokenizer")
     for name in ("train", "validation", "test"):
         parser.add_argument(f"--{name}", type=Path, required=True, metavar="FILE", help="CoNLL-2003 column file")
-    parser.add_argument("--trade-off", type=float, default=0.7, metavar="X", help="weight of the source term")
-    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the training set")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sentences")
-    parser.add_argument("--lr", type=float, default=5e-5, metavar="X", help="of AdamW, falling linearly to 0")
-    parser.add_argument("--max-length", type=int, default=128, metavar="N", help="wordpieces of a sentence at most")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the new head, dropout and batches")
+    parser.add_argument(
+        "--trade-off", type=number(float, 0), default=0.7, metavar="X", help="weight of the source term"
+    )
+    parser.add_argument("--epochs", type=number(int, 1), default=10, metavar="N", help="passes over the training set")
+    parser.add_argument("--batch-size", type=number(int, 1), default=32, metavar="N", help="sentences")
+    parser.add_argument(
+        "--lr", type=number(float, 0), default=5e-5, metavar="X", help="of AdamW, falling linearly to 0"
+    )
+    parser.add_argument(
+        "--max-length", type=number(int, 3), default=128, metavar="N", help="wordpieces of a sentence at most"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the new head, dropout and batches"
+    )
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the scores there, as JSON")
     return parser.parse_args(arguments)
 

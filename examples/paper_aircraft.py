@@ -11,20 +11,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from image_classification import ImageList, Parts
-from paper_protocol import DataSet, image_list, lines_of, main
+from image_classification import Parts
+from paper_protocol import DataSet, image_list, main, rows_of
 
 
 def read(folder: Path) -> Parts:
     data = folder / "data"
-    names = tuple(lines_of(data / "variants.txt"))
+    names = tuple(rows_of(data / "variants.txt", str))
     label = {name: i for i, name in enumerate(names)}
 
-    def part(name: str) -> ImageList:
-        rows = (line.split(maxsplit=1) for line in lines_of(data / f"images_variant_{name}.txt"))
-        return image_list([(data / "images" / f"{number}.jpg", label[variant]) for number, variant in rows])
+    def image(line: str) -> tuple[Path, int]:
+        number, variant = line.split(maxsplit=1)
+        return data / "images" / f"{number}.jpg", label[variant]
 
-    return Parts(names, part("trainval"), None, part("test"))
+    train, test = (image_list(rows_of(data / f"images_variant_{part}.txt", image)) for part in ("trainval", "test"))
+    return Parts(names, train, None, test)
 
 
 FGVC_AIRCRAFT = DataSet(

@@ -9,12 +9,14 @@ The folder has ``cars_train``, ``cars_test``, and ``devkit`` with ``cars_meta.ma
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from command_line import UserError
 from image_classification import ImageList, Parts
-from paper_protocol import DataSet, image_list, main
+from paper_protocol import DataSet, image_list, label_of, main, malformed
 
 
 def read(folder: Path) -> Parts:
@@ -23,21 +25,20 @@ def read(folder: Path) -> Parts:
     beside = folder / test_labels
     return Parts(
         names,
-        part(folder / "cars_train", devkit / "cars_train_annos.mat"),
+        part(folder / "cars_train", devkit / "cars_train_annos.mat", names),
         None,
-        part(folder / "cars_test", beside if beside.exists() else devkit / test_labels),
+        part(folder / "cars_test", beside if beside.exists() else devkit / test_labels, names),
     )
 
 
-def part(images: Path, annotations: Path) -> ImageList:
+def part(images: Path, annotations: Path, names: Sequence[str]) -> ImageList:
     """Classes are numbered from 1 in the files."""
-    return image_list([(images / str(a.fname), int(a["class"]) - 1) for a in records(annotations)])
-
-
-def records(path: Path) -> Any:
-    import numpy as np
-
-    return np.atleast_1d(load(path, "annotations")).view(np.recarray)
+    records = np.atleast_1d(load(annotations, "annotations"))
+    try:
+        rows = [(images / str(a["fname"]), label_of(int(a["class"]), names, first=1)) for a in records]
+    except (ValueError, TypeError, IndexError) as error:
+        raise malformed(annotations, error) from None
+    return image_list(rows)
 
 
 def load(path: Path, name: str) -> Any:
@@ -47,7 +48,10 @@ def load(path: Path, name: str) -> Any:
         raise UserError("the lists of Stanford Cars are MATLAB files: pip install scipy.") from None
     if not path.exists():
         raise FileNotFoundError(2, "missing", str(path))
-    return loadmat(path, squeeze_me=True)[name]
+    try:
+        return loadmat(path, squeeze_me=True)[name]
+    except Exception as error:  # a damaged file may end in any kind of error
+        raise malformed(path, error) from None
 
 
 STANFORD_CARS = DataSet(

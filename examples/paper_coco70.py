@@ -12,15 +12,20 @@ import sys
 from pathlib import Path
 
 from image_classification import ImageList, Parts
-from paper_protocol import DataSet, image_list, lines_of, main
+from paper_protocol import DataSet, image_list, label_of, main, rows_of
 
 
 def read(folder: Path) -> Parts:
-    def part(name: str) -> ImageList:
-        rows = (line.replace(",", " ").rsplit(maxsplit=1) for line in lines_of(folder / f"{name}.txt"))
-        return image_list([(locate(folder, name, file.strip()), int(label)) for file, label in rows])
+    classes = tuple(rows_of(folder / "classes.txt", str))
 
-    return Parts(tuple(lines_of(folder / "classes.txt")), part("train"), part("dev"), part("test"))
+    def part(name: str) -> ImageList:
+        def image(line: str) -> tuple[Path, int]:
+            file, number = line.replace(",", " ").rsplit(maxsplit=1)
+            return locate(folder, name, file.strip()), label_of(int(number), classes)
+
+        return image_list(rows_of(folder / f"{name}.txt", image))
+
+    return Parts(classes, part("train"), part("dev"), part("test"))
 
 
 def locate(folder: Path, part: str, file: str) -> Path:

@@ -11,22 +11,27 @@ import sys
 from pathlib import Path
 
 from image_classification import Parts
-from paper_protocol import DataSet, image_list, lines_of, main
+from paper_protocol import DataSet, image_list, main, rows_of
 
 
 def read(folder: Path) -> Parts:
-    def table(name: str) -> dict[str, str]:
-        return dict(line.split(maxsplit=1) for line in lines_of(folder / name))
+    names = dict(rows_of(folder / "classes.txt", numbered))
+    order = {number: label for label, number in enumerate(sorted(names))}
+    class_of = dict(rows_of(folder / "image_class_labels.txt", numbered))
+    in_training = dict(rows_of(folder / "train_test_split.txt", numbered))
 
-    names, labels = table("classes.txt"), table("image_class_labels.txt")
-    order = {number: label for label, number in enumerate(sorted(names, key=int))}
-    in_training = table("train_test_split.txt")
-    images = [(number, folder / "images" / path) for number, path in table("images.txt").items()]
-    train, test = (
-        image_list([(path, order[labels[number]]) for number, path in images if in_training[number] == flag])
-        for flag in "10"
-    )
+    def image(line: str) -> tuple[str, Path, int]:
+        number, path = numbered(line)
+        return in_training[number], folder / "images" / path, order[int(class_of[number])]
+
+    images = rows_of(folder / "images.txt", image)
+    train, test = (image_list([(path, label) for own, path, label in images if own == flag]) for flag in "10")
     return Parts(tuple(names[number] for number in order), train, None, test)
+
+
+def numbered(line: str) -> tuple[int, str]:
+    number, content = line.split(maxsplit=1)
+    return int(number), content
 
 
 CUB_200_2011 = DataSet(

@@ -128,6 +128,18 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ShardSampler(range(5))
 
 
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+def test_a_share_is_not_taken_for_the_whole(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher without init_process_group."""
+    batches = [worker.data(20, seed=1)[:]]
+    options = {"validation_loader": batches} if method == "reverse" else {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE is 2, but torch\.distributed is not initialised"):
+        ck.learn_relationship(
+            worker.source_model(), batches, worker.N_T, method=method, distributed=True, progress=False, **options
+        )
+
+
 def targets(draw: torch.Generator) -> dict[str, Any]:
     labels, labels_b = (torch.randint(0, 4, (9,), generator=draw) for _ in range(2))
     labels[3] = labels_b[3] = labels[5] = -100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -263,3 +264,27 @@ def test_a_setting_survives_its_line(experiments: ModuleType, tmp_path: Path) ->
     experiments.append_result(tmp_path / "x.jsonl", setting, {"test_accuracy": 0.5})
     assert experiments.read_results(tmp_path / "x.jsonl") == {setting: {"test_accuracy": 0.5}}
     assert set(asdict(setting)) == {field.name for field in fields(experiments.Setting)}
+
+
+def test_cutting_off_half_a_line_is_whole_or_not_at_all(
+    experiments: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk while the results are written anew without what a killed run left."""
+    setting = experiments.Setting("made", "tiny", 2, 4, 0.1, "plain", 0.0, 0.0, 1.0, 5)
+    file = tmp_path / "x.jsonl"
+    experiments.append_result(file, setting, {"test_accuracy": 0.5})
+    with file.open("a") as half:
+        half.write('{"data": "ma')
+    before = file.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            experiments.read_results(file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+    assert experiments.read_results(file) == {setting: {"test_accuracy": 0.5}}
+    assert file.read_bytes() == before[: before.rfind(b"\n") + 1]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
+import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +67,45 @@ def small_classifier() -> nn.Module:
     )  # fmt: skip
 
 
+def without_noise() -> nn.Module:
+    """Neither BatchNorm nor dropout: several processes train it as one does."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 7)
+    )
+
+
+class TwoEnds(nn.Module):
+    """``one`` reads the image and ``two`` the features of ``one``: which is the head cannot be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3 * 16 * 16, 7), nn.Linear(7, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x.flatten(1)))
+
+
+def brightness() -> nn.Module:
+    """Logits that are the mean of each colour: a classifier of blue, green and red, and far from certain."""
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    nn.init.zeros_(network[2].weight)
+    nn.init.zeros_(network[2].bias)
+    with torch.no_grad():
+        network[2].weight[[0, 1, 2], [2, 1, 0]] = 1
+        network[2].weight[3] = 0.5
+    return network
+
+
+def two_ends() -> nn.Module:
+    torch.manual_seed(1)
+    return TwoEnds()
+
+
+def of_one_size() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 20 * 20, 7))
+
+
 def arguments(data: Path, output: Path, *more: str) -> list[str]:
     return [
         str(data), "--model=test_image_classification:small_classifier", f"--output={output}", "--size=20", "--crop=16",
@@ -92,6 +135,17 @@ def test_all_methods_side_by_side(runner: ModuleType, data: Path, tmp_path: Path
     assert (tmp_path / "plain.json").stat().st_mtime_ns == before  # not trained again
 
 
+def test_without_a_temperature_two_methods_are_one(
+    runner: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--temperature=1", "--iterations=1", "--methods", "co-tuning", "co-tuning-uncalibrated")
+    assert runner.main(arguments(data, tmp_path, *more)) == 0
+    assert "--temperature is 1: co-tuning is co-tuning-uncalibrated, which is run once" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [row["method"] for row in rows] == ["co-tuning-uncalibrated"]
+    assert not (tmp_path / "co-tuning.json").exists()
+
+
 def test_methods_change_what_they_should(runner: ModuleType, data: Path, tmp_path: Path) -> None:
     assert runner.main(arguments(data, tmp_path, "--l2-sp=30", "--methods", "plain", "linear-probe", "l2-sp")) == 0
     pretrained = small_classifier().state_dict()
@@ -103,6 +157,15 @@ def test_methods_change_what_they_should(runner: ModuleType, data: Path, tmp_pat
     assert distance["linear-probe"] == 0
     assert 0 < distance["l2-sp"] < distance["plain"] / 2
     assert torch.equal(weights["linear-probe"]["1.running_mean"], pretrained["1.running_mean"])
+
+
+def test_the_head_can_be_named(runner: ModuleType, data: Path, tmp_path: Path) -> None:
+    more = ("--model=test_image_classification:two_ends", "--head=two", "--methods", "co-tuning")
+    assert runner.main(arguments(data, tmp_path, *more)) == 0
+    weights = torch.load(tmp_path / "co-tuning.weights.pt")
+    assert {name: tuple(w.shape) for name, w in weights.items() if "two" in name} == {
+        "two.weight": (4, 7), "two.bias": (4,)
+    }  # fmt: skip
 
 
 class StoppedError(Exception):
@@ -167,6 +230,42 @@ def test_killed_while_it_saves(data: Path, runner: ModuleType, tmp_path: Path) -
     assert 1 <= state["iteration"] <= 400
 
 
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_two_processes_are_one(runner: ModuleType, data: Path, tmp_path: Path) -> None:
+    worker = importlib.import_module("image_runner_worker")
+    path = os.pathsep.join([str(Path(ck.__file__).parent.parent), str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, worker.__file__, str(data), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one = tmp_path / "one"
+    assert runner.main(arguments(data, one, worker.NO_NOISE, "--methods", *worker.METHODS)) == 0
+    for method in worker.METHODS:
+        weights, expected = (
+            torch.load(folder / f"{method}.weights.pt") for folder in (tmp_path / "without_noise", one)
+        )
+        for name in expected:
+            torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-6)
+        result = json.loads((tmp_path / f"without_noise/{method}.json").read_text())
+        assert result["processes"] == 2
+    # Two methods, even, are much further apart.
+    assert (expected["4.weight"] - torch.load(one / "plain.weights.pt")["4.weight"]).abs().max() > 1e-4
+    assert done.stdout.count("4 classes, 40 training images") == 4  # only the first process prints
+    # Resumed in both processes, each with its own random numbers.
+    whole, resumed = (torch.load(tmp_path / name / "co-tuning.weights.pt") for name in ("whole", "resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert done.stderr.count("is of other settings (seed was 0, is 1)") == 2
+
+
+def test_what_several_processes_cannot_share(
+    runner: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert runner.main(arguments(data, tmp_path)) == 1
+    assert "--batch-size 8 cannot be shared by 3 processes: give a multiple" in capsys.readouterr().err
+
+
 def test_ten_crops_and_the_parts(runner: ModuleType, data: Path) -> None:
     image = Image.fromarray(np.arange(20 * 20 * 3, dtype=np.uint32).reshape(20, 20, 3).astype(np.uint8))
     pixels = runner.Pixels(20, 16, (0.5, 0.4, 0.3), (0.25, 0.5, 0.2))
@@ -188,12 +287,18 @@ def test_ten_crops_and_the_parts(runner: ModuleType, data: Path) -> None:
     assert len(small.test) == 24
 
 
-def test_batches_are_those_of_an_uninterrupted_run(runner: ModuleType) -> None:
+def test_batches_are_those_of_an_uninterrupted_run(runner: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(runner.Batches(10, 4, 0, 0, 10))
     assert list(runner.Batches(10, 4, 0, 6, 10)) == whole[6:]
     images = [image for batch in whole for image, _ in batch]
     assert sorted(images[:10]) == sorted(images[10:20]) == list(range(10))
     assert images[:10] != images[10:20]
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(runner, "rank_and_size", lambda rank=rank: (rank, 2))
+        shares.append(list(runner.Batches(10, 4, 0, 0, 10)))
+    assert all(len(share) == 2 for batches in shares for share in batches)
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +306,15 @@ def test_batches_are_those_of_an_uninterrupted_run(runner: ModuleType) -> None:
     [
         (["--model=no_such_package:f"], "the model no_such_package:f cannot be made"),
         (["--model=test_image_classification:none"], "cannot be made (AttributeError"),
-        (["--output=plain", "--seed=1"], "is of other settings (seed was 0): give another --output"),
+        (["--output=plain", "--seed=1"], "is of other settings (seed was 0, is 1): give another --output"),
+        (["--model=test_image_classification:two_ends"], "is ambiguous; name it with --head, one of: 'one' (Linear"),
+        (["--model=test_image_classification:two_ends", "--head=three"], "--head 'three' names no module of TwoEnds"),
+        (
+            ["--model=test_image_classification:two_ends", "--head=one"],
+            "with a second head (mat1 and mat2 shapes",
+        ),
+        (["--model=test_image_classification:of_one_size"], "cannot be run on images of --crop 16 with a second head"),
+        (["--crop=21"], "--crop 21 is cut out of images of --size 20: give a smaller crop"),
     ],
 )
 def test_what_is_wrong_is_said(
@@ -232,6 +345,142 @@ def test_damaged_and_missing_images(
     picture("red", np.random.default_rng(1)).save(tmp_path / "test/red/good.png")
     assert runner.main(arguments(tmp_path, tmp_path / "out4", "--methods", "plain")) == 1
     assert "cannot be read as an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--images-per-class=-3", "--images-per-class=0", "--checkpoint-every=0", "--seed=-1", "--batch-size=0",
+     "--iterations=0", "--temperature=0", "--temperature=nan", "--lr=inf", "--trade-off=-1", "--workers=-1",
+     "--batchnorm-momentum=1.5", "--size=x", "--sampling-rate=0", "--device=gpu", "--device=meta"],
+)  # fmt: skip
+def test_numbers_without_a_sense_are_refused(
+    runner: ModuleType, data: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        runner.main(arguments(data, tmp_path / "out", option))
+    assert f"argument {option.split('=')[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_one_sentence(
+    runner: ModuleType, data: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    image = folder / "train/red/3.png"
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    assert runner.main(arguments(folder, tmp_path / "out", "--methods", "plain", f"--workers={workers}")) == 1
+    said = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
+    assert re.fullmatch(
+        rf"image_classification: {image} cannot be read as an image \(.*\): remove or replace it.", said
+    )
+
+
+def test_enormous_images_are_refused(
+    runner: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert runner.main(arguments(data, tmp_path / "out", "--methods", "plain")) == 1
+    assert "could be decompression bomb DOS attack" in capsys.readouterr().err
+
+
+def test_kinds_of_grey(runner: ModuleType, tmp_path: Path) -> None:
+    """The same picture in 8 and in 16 bits a pixel."""
+    grey = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    expected = np.asarray(runner.load(tmp_path / "8.png", 4))
+    assert (expected == grey[..., None]).all()
+    for name in ("16.png", "16.tif", "16.pgm"):
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / name)
+        assert (np.asarray(runner.load(tmp_path / name, 4)) == expected).all()
+    for kind in (np.int32, np.float32):
+        Image.fromarray(grey.astype(kind)).save(tmp_path / "32.tif")
+        with pytest.raises(runner.UserError, match="32 bits, of unknown range"):
+            runner.load(tmp_path / "32.tif", 4)
+
+
+DAMAGES = {
+    "settings.json": "give another --output, or remove this one with its results",
+    "plain.json": "remove it, and the same command trains this method again",
+    "co-tuning.checkpoint.pt": "remove it, and the same command trains this method from the beginning",
+    "relationship-co-tuning.safetensors": "remove it, and the same command learns it again",
+    "statistics-co-tuning.pt": "remove it to start again",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("damage", ["empty", "half", "other"])
+def test_damaged_files_are_named_with_the_mend(
+    runner: ModuleType, data: Path, tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    method = "plain" if name == "plain.json" else "co-tuning"
+    run = arguments(data, tmp_path, "--iterations=2", "--checkpoint-every=1", "--methods", method)
+    # Where it stops: the statistics are removed when the relationship is there, the checkpoint with the method's end.
+    stopped = (ck.RelationshipEstimator, "compute") if name.startswith("statistics") else (runner, "accuracy")
+    with monkeypatch.context() as patched, contextlib.suppress(StoppedError):
+        if method == "co-tuning":
+            patched.setattr(*stopped, stop)
+        runner.main(run)
+    file = tmp_path / name
+    content = file.read_bytes()
+    other = io.BytesIO()
+    torch.save({"weights": torch.zeros(3)}, other)
+    file.write_bytes({"empty": b"", "half": content[: len(content) // 2], "other": other.getvalue()}[damage])
+    if name.endswith(".json") and damage == "other":
+        file.write_text("[1]")
+    capsys.readouterr()
+    assert runner.main(run) == 1
+    said = capsys.readouterr().err
+    assert str(file) in said
+    assert DAMAGES[name] in said
+
+
+def stop(*args: object, **kwargs: object) -> None:
+    raise StoppedError
+
+
+def test_no_class_is_held_out_whole(
+    runner: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train", "test"):
+        for name in CLASSES:
+            (tmp_path / part / name).mkdir(parents=True)
+            shutil.copy(data / part / name / "0.png", tmp_path / part / name)
+    assert runner.main(arguments(tmp_path, tmp_path / "out")) == 1
+    said = capsys.readouterr().err
+    assert "every fifth training image is held out to validate, and the class blue has no other" in said
+    assert "(a folder val)" in said
+
+
+def test_other_images_do_not_join_the_results(
+    runner: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    run = arguments(folder, tmp_path / "out", "--iterations=1", "--methods", "plain")
+    assert runner.main(run) == 0
+    (folder / "train/red/0.png").rename(folder / "train/red/new.png")
+    assert runner.main(run) == 1
+    assert "images was 40 to train, 16 to validate, 24 to test, names " in capsys.readouterr().err
+    (folder / "train/red/new.png").rename(folder / "train/red/0.png")
+    assert runner.main(run) == 0
+    shutil.copy(folder / "test/red/0.png", folder / "test/blue/more.png")
+    assert runner.main(run) == 1
+    assert "is 40 to train, 16 to validate, 25 to test, names " in capsys.readouterr().err
+
+
+def test_what_killed_writes_left_is_removed(runner: ModuleType, data: Path, tmp_path: Path) -> None:
+    leftover = tmp_path / "out/.cotuning-0123456789abcdef.tmp"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half a checkpoint")
+    others = [tmp_path / ".cotuning-0123456789abcdef.tmp", tmp_path / "out/notes.tmp"]
+    for path in others:
+        path.write_bytes(b"somebody else's")
+    assert runner.main(arguments(data, tmp_path / "out", "--iterations=1", "--methods", "plain")) == 0
+    assert not leftover.exists()
+    assert all(path.exists() for path in others)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +525,31 @@ def test_images_are_normalised_as_asked(
     assert back.max() <= 1 + 1e-6
     bytes_again = back * 255
     torch.testing.assert_close(bytes_again, bytes_again.round(), atol=1e-3, rtol=0)
+
+
+def test_the_temperature_of_the_source(
+    runner: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the library's on logits that are computed here, and with another number of classes."""
+    program = importlib.import_module("source_temperature")
+    more = ["--model=test_image_classification:brightness", "--size=20", "--crop=16", "--workers=0", "--device=cpu"]
+    assert program.main([str(data / "test"), *more, "--batch-size=5", "--images-per-class=4"]) == 0
+    said = re.search(r"^16 images, .*% right: --temperature ([0-9.]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert said is not None
+    pixels = runner.Pixels(20, 16, *runner.IMAGENET)
+    images = [
+        runner.crops(runner.load(data / "test" / name / f"{i}.png", 20), pixels, False)
+        for name in CLASSES
+        for i in range(4)
+    ]
+    logits, labels = brightness()(torch.cat(images)), torch.arange(4).repeat_interleave(4)
+    expected = ck.fit_temperature(logits.detach(), labels).temperature
+    assert float(said[1]) == pytest.approx(expected, abs=1e-4)
+    assert expected < 0.95 or expected > 1.05
+    (tmp_path / "only").mkdir()
+    shutil.copytree(data / "test/red", tmp_path / "only/red")
+    assert program.main([str(tmp_path / "only"), *more]) == 1
+    assert "has 1 sub-folders, test_image_classification:brightness has 4 classes" in capsys.readouterr().err
 
 
 def test_tensorboard_has_the_losses(runner: ModuleType, data: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -415,6 +416,48 @@ def test_no_head() -> None:
 
     with pytest.raises(ValueError, match=r"get_classifier\(\) returns Identity.*num_classes=0"):
         CoTuningModel.from_classifier(Headless(), N_TARGET)
+
+
+class TimmWithHeadModule(TimmLike):
+    """``get_classifier`` gives a module with several layers, as timm's CaFormer and Sequencer2D have it."""
+
+    def __init__(self, hidden: int = 16, ending: nn.Module | None = None) -> None:
+        super().__init__()
+        layers = {"fc1": nn.Linear(8, hidden), "norm": nn.LayerNorm(hidden), "fc2": nn.Linear(hidden, N_SOURCE)}
+        self.head = nn.Sequential(OrderedDict(layers | ({} if ending is None else {"ending": ending})))
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.stem(x)).amax((2, 3)))
+
+
+def test_head_in_a_module_that_get_classifier_returns() -> None:
+    """Its last layer; the auxiliary classifier, which comes after it in the network, is no rival."""
+    classifier, images = TimmWithHeadModule().eval(), torch.randn(2, 3, 8, 8)
+    model = CoTuningModel.from_classifier(classifier, N_TARGET, example_input=images)
+    assert model.source_head.in_features == 16
+    torch.testing.assert_close(model(images).source_logits, classifier(images))
+    assert model.target_model()(images).shape == (2, N_TARGET)
+
+
+@pytest.mark.parametrize(
+    "classifier", [TimmWithHeadModule(N_SOURCE), TimmWithHeadModule(ending=nn.LayerNorm(N_SOURCE))]
+)
+def test_head_module_of_which_no_layer_is_surely_the_head(classifier: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"TimmWithHeadModule is ambiguous; name it with head=, one of: 'head.fc1'"):
+        CoTuningModel.from_classifier(classifier, N_TARGET)
+    assert CoTuningModel.from_classifier(classifier, N_TARGET, head="head.fc2").num_source_classes == N_SOURCE
+
+
+def test_two_heads_are_not_one() -> None:
+    class Distilled(TimmLike):
+        def get_classifier(self) -> tuple[nn.Module, nn.Module]:  # type: ignore[override]
+            return self.head["fc"], self.auxiliary
+
+    with pytest.raises(ValueError, match=r"get_classifier\(\) returns tuple, expected"):
+        CoTuningModel.from_classifier(Distilled(), N_TARGET)
 
 
 def test_named_head_that_is_none() -> None:

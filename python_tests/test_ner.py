@@ -232,6 +232,49 @@ def test_the_loss_is_the_unfused_one(ner: ModuleType, tiny_bert: Path, draw: tor
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
 
 
+def test_everything_goes_to_the_device(
+    ner: ModuleType, tiny_bert: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU under a second name, as there is no other device: what is sent there, and what is not."""
+    modules: list[str] = []
+    tensors: list[torch.Tensor] = []
+    module_to, tensor_to = nn.Module.to, torch.Tensor.to
+
+    def sent_module(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        modules.extend([type(self).__name__] if str(args[0]) == "cpu:0" else [])
+        return module_to(self, *args, **kwargs)
+
+    def sent(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # The model's weights, by which the testing goes, call the device by its first name.
+        arrived = tensor_to(self, *args, **kwargs)
+        tensors.extend([arrived] if args and str(args[0]) in ("cpu", "cpu:0") else [])
+        return arrived
+
+    seen: list[torch.Tensor] = []
+    features = ner.Tagger.features
+    monkeypatch.setattr(
+        ner.Tagger, "features", lambda self, inputs: seen.append(inputs["input_ids"]) or features(self, inputs)
+    )
+    monkeypatch.setattr(nn.Module, "to", sent_module)
+    monkeypatch.setattr(torch.Tensor, "to", sent)
+    assert ner.main(arguments(tiny_bert, corpus, "--epochs=1", "--device=cpu:0")) == 0
+    assert {"BertForMaskedLM", "Tagger"} <= set(modules)
+    there = {id(x) for x in tensors}
+    assert seen
+    assert all(id(x) in there for x in seen)  # every batch, in training and in testing
+    vocabulary = len((tiny_bert / "vocab.txt").read_text().splitlines())
+    assert any(x.shape == (5, vocabulary) for x in tensors)  # the relationship
+
+
+@pytest.mark.parametrize("name", ["meta", "gpu", "cuda:77"])
+def test_devices_that_do_not_compute_are_refused(
+    ner: ModuleType, tiny_bert: Path, corpus: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        ner.main(arguments(tiny_bert, corpus, f"--device={name}"))
+    assert f"argument --device: '{name}' is no device of this torch (" in capsys.readouterr().err
+
+
 def test_what_is_wrong_is_said(
     ner: ModuleType, tiny_bert: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,6 +142,54 @@ def test_what_is_wrong_is_said(
         protocol.read_checked(small, folder)
 
 
+DAMAGES = {
+    "paper_cub200": [
+        ("images.txt", "1 a.jpg\nseven b.jpg\n", "images.txt:2, 'seven b.jpg', is not as it is published"),
+        ("image_class_labels.txt", "1 2\n2 1\n", "images.txt:3, "),
+        ("image_class_labels.txt", "1 9\n", "images.txt:1, "),
+        ("classes.txt", "1 001.Bird\n2\n", "classes.txt:2, '2', "),
+    ],
+    "paper_cars": [
+        ("devkit/cars_train_annos.mat", "no matrix", "cars_train_annos.mat is not as it is published"),
+        ("devkit/cars_meta.mat", "", "cars_meta.mat is not as it is published"),
+        ("cars_test_annos_withlabels.mat", None, "(ValueError: class 3, expected 1 to 2)"),
+    ],
+    "paper_aircraft": [
+        ("data/images_variant_test.txt", "0034309 MiG-15\n", "test.txt:1, '0034309 MiG-15', is not as it is published"),
+        ("data/images_variant_trainval.txt", "0034309\n", "images_variant_trainval.txt:1, "),
+        ("data/variants.txt", b"\xff\xfe", "variants.txt is not as it is published (UnicodeDecodeError"),
+    ],
+    "paper_coco70": [
+        ("train.txt", "a.jpg 0\n\nb.jpg 2\n", "train.txt:3, 'b.jpg 2', is not as it is published (ValueError: class 2"),
+        ("dev.txt", "a.jpg vase\n", "dev.txt:1, "),
+        ("test.txt", "a.jpg -1\n", "test.txt:1, "),
+    ],
+}  # fmt: skip
+
+
+def test_malformed_lists_are_named(
+    recipe: tuple[ModuleType, Any, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    module, data_set, folder = recipe
+    protocol = importlib.import_module("paper_protocol")
+    for name, content, message in DAMAGES[module.__name__]:
+        whole = (folder / name).read_bytes()
+        if content is None:  # the annotations of a class that is not there
+            scipy_io = importlib.import_module("scipy.io")
+            annotations = scipy_io.loadmat(folder / name)["annotations"]
+            annotations[0, 1]["class"] = np.uint8(3)
+            scipy_io.savemat(folder / name, {"annotations": annotations})
+        else:
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert (
+            protocol.main(data_set, module.__doc__, [str(folder), "--model=a:b", f"--output={tmp_path / 'out'}"]) == 1
+        )
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.endswith(": unpack it again.\n")
+        (folder / name).write_bytes(whole)
+
+
 @pytest.mark.filterwarnings("ignore:the regression has no best temperature")
 def test_the_protocol_runs_and_compares(
     recipe: tuple[ModuleType, Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
