@@ -233,7 +233,8 @@ def test_killed_while_it_saves(data: Path, runner: ModuleType, tmp_path: Path) -
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_are_one(runner: ModuleType, data: Path, tmp_path: Path) -> None:
     worker = importlib.import_module("image_runner_worker")
-    path = os.pathsep.join([str(Path(ck.__file__).parent.parent), str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
+    package, tests = Path(ck.__file__).parent.parent, Path(__file__).parent
+    path = os.pathsep.join([str(package), str(tests), str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, worker.__file__, str(data), str(tmp_path)]
