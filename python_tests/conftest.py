@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--seed", type=int, default=None, help="draw the tests' numbers from this seed (default: a fresh one)"
     )
     parser.addoption(
-        "--planted-cuda", action="store_true", help="plant every bug of test_cuda_planted.py, not just two"
+        "--planted-cuda", action="store_true", help="plant every bug of test_cuda_planted.py, not just one"
     )
 
 
