@@ -235,7 +235,7 @@ def _machine_code(copy: Path) -> tuple[int, str]:
     except LookupError as error:
         return 1, str(error)
     table = machine.recorded().instructions["sm_90: 21841, float32, alike"]
-    return int(now > 1.05 * table), f"more instructions: {now}, {table} in the table"
+    return int(now > (1 + machine.TOLERANCE) * table), f"more instructions: {now}, {table} in the table"
 
 
 def test_the_table_of_the_page_is_this_list() -> None:
