@@ -56,8 +56,8 @@ def above_the_minimum(coefficients: Tensor, probabilities: Tensor, labels: Tenso
         return objective(flat.view_as(coefficients), probabilities, labels, inverse_penalty)
 
     point = coefficients.double().flatten()
-    slope = torch.autograd.functional.jacobian(flat_objective, point)
-    curvature = torch.autograd.functional.hessian(flat_objective, point)
+    slope = torch.func.grad(flat_objective)(point)
+    curvature = torch.func.hessian(flat_objective)(point)
     return (slope @ torch.linalg.solve(curvature, slope)).item() / 2
 
 

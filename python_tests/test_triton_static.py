@@ -195,7 +195,7 @@ def _drawn(number: int, dtype: torch.dtype, seed: int) -> tuple[Problem, Expecta
     return problem, Expectation(problem, "both heads")
 
 
-def _found_by_the_table(planted: tuple[ModuleType, ModuleType], loops: bool, seed: int) -> list[str]:
+def _found_by_the_table(planted: tuple[ModuleType, ModuleType], loops: bool, seed: int) -> Iterator[str]:
     """Cases of a small conformance table that object, in the interpreter; an error is an objection too."""
     implementations: dict[str, Callable[..., Any]] = {
         f"{name}{overload}": getattr(planted[0], name)
@@ -213,14 +213,12 @@ def _found_by_the_table(planted: tuple[ModuleType, ModuleType], loops: bool, see
         ):
             yield
 
-    found = []
     for (number, (case, layout)), dtype in itertools.product(enumerate(_CASES), (torch.float32, torch.float16)):
         problem, expectation = _drawn(number, dtype, seed)
         try:
             verify(Backend("planted", "triton", using), problem, logits_layout=layout, expectation=expectation)
         except Exception as error:
-            found.append(f"{case.name}, {dtype}: {type(error).__name__}")
-    return found
+            yield f"{case.name}, {dtype}: {type(error).__name__}"
 
 
 def _found_by_the_rules(planted: tuple[ModuleType, ModuleType]) -> list[str]:
@@ -290,7 +288,7 @@ def test_a_planted_bug_is_found(bug: str, tmp_path: Path, seed: int) -> None:
     planted = _planted(tmp_path, module, changes)
     for layer in layers:
         if layer in ("rows", "loops"):
-            found = _found_by_the_table(planted, layer == "loops", seed)
+            found = [*itertools.islice(_found_by_the_table(planted, layer == "loops", seed), 1)]
         else:
             found = _found_by_the_rules(planted) if layer == "rules" else _found_by_the_static_table(planted)
         assert found, f"{layer}: nothing objects to {bug}"
@@ -301,7 +299,7 @@ def test_without_a_bug_nothing_is_found(tmp_path: Path, seed: int) -> None:
     for module in (loss, targets):
         copy = _planted(tmp_path, module, {})
         for loops in (False, True):
-            assert _found_by_the_table(copy, loops, seed) == []
+            assert [*_found_by_the_table(copy, loops, seed)] == []
         assert _found_by_the_rules(copy) == []
         assert _found_by_the_static_table(copy) == []
 
