@@ -66,8 +66,27 @@ LONG = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
+    _leave_out_rows_for_a_gpu(config, items)
+
+
+def _leave_out_rows_for_a_gpu(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where there is none: of the thousands each test keeps one, which is skipped and says why."""
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    said: set[tuple[str, str]] = set()
+    for item in items:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if backend is None or backend.device == "cpu" or backend.missing() is None:
+            kept.append(item)
+            continue
+        test = (item.nodeid.split("[")[0], backend.name)
+        (left_out if test in said else kept).append(item)
+        said.add(test)
+    items[:] = kept
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture
