@@ -525,6 +525,7 @@ class Expectation:
             "source gradient": (q == 0).all(1, keepdim=True) | nothing_above | (exact.trade_off == 0 and not alone),
             "target gradient": (target_part == 0).all(1, keepdim=True) | nothing_above,
         }
+        self._units = {name: self._unit(name) for name in self.truth.tensors()}
         self.torch_errors = self.errors(self.torch_outcome)
 
     def _unit(self, name: str) -> Tensor:
@@ -541,7 +542,7 @@ class Expectation:
         """By tensor, over what is finite: largest error in units, and relative to the size of the largest number."""
         found = {}
         for name, ours in outcome.tensors().items():
-            exact, unit, size = self.truth.tensors()[name], self._unit(name), self.size.tensors()[name]
+            exact, unit, size = self.truth.tensors()[name], self._units[name], self.size.tensors()[name]
             finite = ours.isfinite() & exact.isfinite() & unit.isfinite()
             error = (ours.double() - exact).abs()[finite]
             if error.numel():
@@ -549,8 +550,8 @@ class Expectation:
                 found[name] = (float(units.max()), float(error.max() / size[finite].max()))
         return found
 
-    def check(self, outcome: Outcome) -> None:
-        """Raise AssertionError where ``outcome`` breaks the rule of this module."""
+    def check(self, outcome: Outcome) -> dict[str, tuple[float, float]]:
+        """Its errors. Raises AssertionError where ``outcome`` breaks the rule of this module."""
         assert outcome.tensors().keys() == self.truth.tensors().keys(), f"got {outcome.tensors().keys()}"
         for name, ours in outcome.tensors().items():
             exact = self.truth.tensors()[name]
@@ -563,13 +564,15 @@ class Expectation:
             if name in self.truth.gradients():
                 wrong = self._takes_no_part[name] & (exact == 0) & (ours != 0)
                 assert not wrong.any(), f"{name}{_first(wrong)} is not 0 in\n{ours}\nbut its row takes no part"
-        for name, (units, relative) in self.errors(outcome).items():
+        errors = self.errors(outcome)
+        for name, (units, relative) in errors.items():
             slack = SLACK[self.dtypes[name] if name in self.truth.gradients() else self._arithmetic[name]]
             allowed = max(0.5, self.torch_errors.get(name, (0.0, 0.0))[0]) + slack + self._sum_units
             assert units <= allowed, (
                 f"{name} is {units:.3g} units off ({relative:.3g} of its largest number), allowed are {allowed:.3g}; "
                 f"got\n{outcome.tensors()[name]}\nexpected\n{self.truth.tensors()[name]}"
             )
+        return errors
 
 
 def _first(mask: Tensor) -> list[int]:
@@ -631,11 +634,11 @@ def verify(
             tensor.assert_margins_unchanged(name)
         else:
             tensor.assert_unchanged(name)
-    expectation.check(outcome)
+    errors = expectation.check(outcome)
     if problem.source_logits.dtype == problem.target_logits.dtype:
         dtype = str(problem.source_logits.dtype).removeprefix("torch.")
         record = RECORDS.setdefault((backend.name, dtype), Record())
-        record.add(expectation.errors(outcome), expectation.torch_errors)
+        record.add(errors, expectation.torch_errors)
     return outcome
 
 
