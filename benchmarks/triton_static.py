@@ -97,8 +97,7 @@ _compiled_before = tempfile.TemporaryDirectory(prefix="triton_static_")
 def compiled_for(target: GPUTarget, *, afresh: bool = False) -> Iterator[list[Compiled]]:
     """Launches within the ``with`` block are compiled for ``target`` and gathered in the list; nothing is run.
 
-    What this process has compiled before, Triton takes from its cache (the second launch of a loss is mostly the same),
-    unless it is wanted ``afresh``.
+    What this process has compiled before, Triton takes from its cache, unless it is wanted ``afresh``.
     """
     launches: list[Compiled] = []
     run = JITFunction.run

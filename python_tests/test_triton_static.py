@@ -213,6 +213,14 @@ def test_the_last_program_sees_what_all_have_stored(name: str, target: str) -> N
     assert disorder(compiled) == []
 
 
+def test_without_a_reduction_programs_are_counted_once() -> None:
+    with static.compiled_for(static.TARGETS["sm_90"]) as launches:
+        static._loss(torch.bfloat16, 200, 1000, reduction=schema.REDUCTIONS["none"])()
+    (compiled,) = launches
+    assert static.measure(compiled)["atomics"] == 1
+    assert [*objections(compiled.kernel.asm["ttir"]), *disorder(compiled)] == []
+
+
 @pytest.mark.parametrize(
     ("target", "missing"),
     [("sm_90", "barrier"), *(("gfx942", event) for event in ("barrier", "write back", "wait", "forget"))],

@@ -3,11 +3,14 @@
 They are 0 before a launch, and its last programs set them back, so that no launch is needed to clear them: memory that
 outlives the call. Launches of one stream run one after another, so that each stream has counters of its own. What is
 captured in a graph may run beside all else: it has counters that belong to the graph, with a node that clears them.
+
+(Streams are told apart by their handles. CUDA's "per-thread default stream" is one handle for many streams; PyTorch
+does not use it.)
 """
 
 from __future__ import annotations
 
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -37,18 +40,15 @@ def counters(device: torch.device) -> Tensor:
 def _lasting_zeros(device: torch.device) -> Tensor:
     """Made in a thread of their own: where this one makes ready for a graph, as in torch.compile's "reduce-overhead",
     its memory comes from the graph's, where nothing may stay. Whoever gets them finds them 0."""
-    made: list[Tensor] = []
 
-    def make() -> None:
+    def make() -> Tensor:
         if device.type == "cpu":
-            made.append(torch.zeros(MOST, dtype=torch.int32))
-            return
+            return torch.zeros(MOST, dtype=torch.int32)
         stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
-            made.append(torch.zeros(MOST, dtype=torch.int32, device=device))
+            zeros = torch.zeros(MOST, dtype=torch.int32, device=device)
         stream.synchronize()
+        return zeros
 
-    thread = Thread(target=make)
-    thread.start()
-    thread.join()
-    return made[0]
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
