@@ -97,8 +97,7 @@ _compiled_before = tempfile.TemporaryDirectory(prefix="triton_static_")
 def compiled_for(target: GPUTarget, *, afresh: bool = False) -> Iterator[list[Compiled]]:
     """Launches within the ``with`` block are compiled for ``target`` and gathered in the list; nothing is run.
 
-    What this process has compiled before, Triton takes from its cache (the second launch of a loss is mostly the same),
-    unless it is wanted ``afresh``.
+    What this process has compiled before, Triton takes from its cache, unless it is wanted ``afresh``.
     """
     launches: list[Compiled] = []
     run = JITFunction.run
@@ -133,6 +132,9 @@ def measure(compiled: Compiled) -> dict[str, Any]:
 
     ``bytes`` is what one program moves if every access is made once by all threads and no mask is off: for a kernel
     without loops what it moves for a full tile, for one with loops what an iteration does and the rest.
+
+    Accesses, bytes and instructions are of what every program does. In a kernel that counts its programs that ends at
+    the first atomic; what only the last ones do comes after it (``finish``, in instructions).
     """
     if "cubin" in compiled.kernel.asm:
         return _measure_nvidia(compiled.kernel)
@@ -143,8 +145,10 @@ def _measure_nvidia(kernel: Any) -> dict[str, Any]:
     usage, sass = _disassemble(kernel.asm["cubin"])
     words = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     operations = [operation for operation, _ in _instructions(sass)]
+    atomics = [k for k, x in enumerate(operations) if x.startswith(("ATOM", "RED")) and "REDUX" not in x]
+    everyones = operations[: atomics[0] + 1 if atomics else len(operations)]
     widths: collections.Counter[str] = collections.Counter()
-    for operation in operations:
+    for operation in everyones:
         kind, *modifiers = operation.split(".")
         if kind in ("LDG", "STG"):
             width = next((m for m in modifiers if m in _BYTES), "")
@@ -155,8 +159,9 @@ def _measure_nvidia(kernel: Any) -> dict[str, Any]:
         stack=int(words["STACK"]) + int(words["LOCAL"]),
         spills=sum(operation.startswith(("LDL", "STL")) for operation in operations),
         shared=kernel.metadata.shared,
-        atomics=sum(operation.startswith(("ATOM", "RED")) and "REDUX" not in operation for operation in operations),
-        instructions=len(operations),
+        atomics=len(atomics),
+        instructions=len(everyones),
+        finish=len(operations) - len(everyones),
         widths=widths,
         threads=threads,
     )
@@ -170,19 +175,26 @@ def _measure_amd(kernel: Any) -> dict[str, Any]:
         assert found is not None, name
         return int(found[1])
 
+    atomics = [found.end() for found in re.finditer(r"^\s+(?:global|buffer|flat)_atomic", assembly, re.M)]
+    everyones = assembly[: atomics[0] if atomics else len(assembly)]
     widths: collections.Counter[str] = collections.Counter()
-    for access, size in re.findall(r"^\s+(?:global|buffer|flat)_(load|store)_([a-z0-9]+)", assembly, re.M):
+    for access, size in re.findall(r"^\s+(?:global|buffer|flat)_(load|store)_([a-z0-9]+)", everyones, re.M):
         widths[f"{access} {_AMD_BYTES[size]}"] += 1
     return _numbers(
         registers=number("vgpr_count"),
         stack=number("private_segment_fixed_size"),
         spills=number("vgpr_spill_count"),  # spilled scalar registers go to lanes of these, not to memory
         shared=number("group_segment_fixed_size"),
-        atomics=len(re.findall(r"^\s+(?:global|buffer|flat)_atomic", assembly, re.M)),
-        instructions=len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|flat|ds)_\w+", assembly, re.M)),
+        atomics=len(atomics),
+        instructions=_count_amd(everyones),
+        finish=_count_amd(assembly) - _count_amd(everyones),
         widths=widths,
         threads=kernel.metadata.num_warps * 64,
     )
+
+
+def _count_amd(assembly: str) -> int:
+    return len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|flat|ds)_\w+", assembly, re.M))
 
 
 def _numbers(*, widths: collections.Counter[str], threads: int, **others: int) -> dict[str, Any]:
@@ -333,8 +345,9 @@ _MAY_NOT_GROW = ("registers", "stack", "spills", "shared", "atomics", "bytes")
 def worse(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What is worse now, in words; instructions may grow by a twentieth, and accesses may only become fewer."""
     said = [f"{name} {before[name]} -> {now[name]}" for name in _MAY_NOT_GROW if now[name] > before[name]]
-    if now["instructions"] > before["instructions"] * 1.05:
-        said.append(f"instructions {before['instructions']} -> {now['instructions']}")
+    for name in ("instructions", "finish"):
+        if now[name] > before[name] * 1.05:
+            said.append(f"{name} {before[name]} -> {now[name]}")
     accesses = [sum(numbers["accesses"].values()) for numbers in (before, now)]
     if accesses[1] > accesses[0]:
         said.append(f"accesses {before['accesses']} -> {now['accesses']}")
@@ -365,6 +378,7 @@ def instructions_by_element(compiled: Compiled, width: int, turns: int) -> float
     ``turns`` times, all else once; of an ``if`` both sides count. Loops that read nothing do not: they fill the
     gradients of rows that take no part with zeros."""
     _, sass = _disassemble(compiled.kernel.asm["cubin"])
+    sass = re.split(r"\bATOM", sass)[0]  # what comes after it, the last program alone does
     text = sass.splitlines()
     loops = _loop_ranges(sass)
     issued = 0
@@ -417,7 +431,7 @@ def liger_table() -> str:
         for who, call in (("liger", _liger(dtype, classes)), ("ours", ours)):
             with compiled_for(TARGETS["sm_90"]) as launches:
                 call()
-            kernel = next(launch for launch in launches if "finish" not in launch.name)
+            (kernel,) = launches
             numbers, names = measure(kernel), kernel.arguments
             # Theirs loops over masked blocks, ours over full ones; what is left of the row comes after our loop.
             turns = -(-classes // names["BLOCK_SIZE"]) if who == "liger" else classes // names["SOURCE_BLOCK"]

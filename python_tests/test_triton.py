@@ -9,8 +9,11 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,7 +44,7 @@ if _MISSING is None:
     from triton_stand_in import MODULES, triton_interpreted
 
     from benchmarks.triton_static import TARGETS, compiled_for
-    from cotuning_kernels.backends.triton import IMPLEMENTATIONS, warmup
+    from cotuning_kernels.backends.triton import IMPLEMENTATIONS, counters, loss, warmup
 
 (_ROWS,) = (backend for backend in BACKENDS if backend.name == "triton-rows")
 
@@ -107,25 +110,54 @@ class _AnyOrder:
         return iter(self._draw.permutation(np.array(list(np.ndindex(*size)))).tolist())
 
 
-def _in_some_orders(run: Callable[[], Any], loops: bool, seed: int) -> list[Any]:
-    """What ``run`` gives with the programs in order, and twice in another one. A GPU promises none."""
+class _Last:
+    """In the order of their numbers, but that one of them comes last: with all that are there, wherever it begins."""
+
+    def __init__(self, last: int) -> None:
+        self._last, self.programs = last, 0
+
+    def __call__(self, *size: int) -> Iterator[tuple[int, ...]]:
+        programs = list(np.ndindex(*size))
+        self.programs = max(self.programs, len(programs))
+        first = (self._last + 1) % len(programs)
+        return iter(programs[first:] + programs[:first])
+
+
+def _in_orders(run: Callable[[], Any], loops: bool, *orders: Any) -> list[Any]:
+    """What ``run`` gives with the programs in order, and in others. A GPU promises none."""
     results = []
     with triton_interpreted(loops=loops):
-        for order in (np.ndindex, *(_AnyOrder(np.random.default_rng(seed + k)) for k in range(2))):
+        for order in (np.ndindex, *orders):
             with mock.patch("triton_interpreter.program_order", order):
                 results.append(run())
     return results
+
+
+def _in_some_orders(run: Callable[[], Any], loops: bool, seed: int) -> list[Any]:
+    return _in_orders(run, loops, *(_AnyOrder(np.random.default_rng(seed + k)) for k in range(2)))
 
 
 @pytest.mark.parametrize("kind", ["ignoring", "pair", "probabilities"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loops", [False, True])
 def test_every_order_of_the_programs_gives_the_same_bits(kind: str, reduction: str, loops: bool, seed: int) -> None:
-    """(That no two programs share a number is the static table's: no atomics.)"""
-    problem = Case("order", "", (19, 9, 150), kind, options={"reduction": reduction}).build(torch.bfloat16, seed)
+    """(That no two programs share a number, but for the counters, is the static table's: no other atomics.)"""
+    problem = Case("order", "", (19, 70, 150), kind, options={"reduction": reduction}).build(torch.bfloat16, seed)
     first, *others = _in_some_orders(lambda: run_public(problem, "both heads", "triton"), loops, seed)
     for other in others:
         assert_same_bits(first, other, "another order of the programs")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loops", [False, True])
+def test_every_program_may_be_the_last(reduction: str, loops: bool, seed: int) -> None:
+    """And adds up what all have stored, whichever head's rows it has."""
+    problem = Case("last", "", (3, 70, 150), options={"reduction": reduction}).build(torch.bfloat16, seed)
+    orders = [_Last(last) for last in range(6)]
+    first, *others = _in_orders(lambda: run_public(problem, "both heads", "triton"), loops, *orders)
+    assert orders[0].programs == (6 if loops else 3)  # a row each, or two of the source and all three of the target
+    for other in others:
+        assert_same_bits(first, other, "another program was the last")
 
 
 @pytest.mark.parametrize("loops", [False, True])
@@ -152,11 +184,16 @@ def test_bytes_moved(dtype: torch.dtype, loops: bool, seed: int) -> None:
         IMPLEMENTATIONS["co_tuning_loss"](*_op_arguments(problem))
     size = problem.source_logits.element_size()
     by_row = 5 * 4  # two losses, three counts
-    once = {"load": batch * (2 * 8 + by_row) + 2 * 8, "store": batch * by_row + 5 * 4}  # labels; scalars
+    once = {"load": batch * (2 * 8 + by_row) + 2 * 8, "store": batch * by_row + 5 * 4 + 4}  # labels; scalars, a counter
     expected = {
         "load": sweeps * batch * ((n_s + n_t) * size + n_s * 4) + once["load"],
         "store": batch * (n_s + n_t) * size + once["store"],
+        "atomic": 4 * (batch + batch if loops else 3 + 2),  # a row a program, or two and four
     }
+    if loops:  # a row is a group, with sums and a counter of its own
+        expected["load"] += batch * by_row
+        expected["store"] += batch * (by_row + 4)
+        expected["atomic"] += batch * 4
     assert moved == Counter(expected)
 
 
@@ -173,6 +210,74 @@ def test_rows_that_lie_further_apart_than_int32_counts(seed: int) -> None:
         expected = run_public(problem, "both heads", "triton")
         problem.source_logits = far
         assert_same_bits(expected, run_public(problem, "both heads", "triton"), "rows far apart")
+
+
+# ----------------------------------------------------------------------------------------------------------- counters
+
+
+@pytest.mark.parametrize("loops", [False, True])
+def test_every_launch_leaves_the_counters_at_0(loops: bool, seed: int) -> None:
+    """Of whatever size and reduction the launch was; so that the next one, of any thread, is right."""
+    problems = [
+        Case("counters", "", (batch, 70, 90), options={"reduction": reduction}).build(torch.float32, seed)
+        for batch, reduction in ((19, "mean"), (0, "sum"), (1, "none"), (7, "sum"))
+    ]
+    one_at_a_time = threading.Lock()  # the interpreter is one for the process
+
+    def run(problem: Problem) -> Any:
+        with one_at_a_time, np.errstate(all="ignore"):
+            result = run_public(problem, "both heads", "triton")
+            assert not counters.counters(torch.device("cpu")).any()
+        return result
+
+    with triton_interpreted(loops=loops), mock.patch.object(loss, "MOST_GROUPS", 4):
+        first = [run(problem) for problem in problems]
+        with ThreadPoolExecutor(4) as threads:
+            for once, again in zip(first, threads.map(run, problems), strict=True):
+                assert_same_bits(once, again, "the second call")
+        assert len(counters.of_streams) == 1
+
+
+@contextmanager
+def _a_gpu(stream: Callable[[], int], *, captures: bool = False) -> Iterator[torch.device]:
+    """A device whose tensors have no memory, with streams and a capture that are played."""
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", mock.Mock(get_current_stream=lambda _: stream())),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=captures),
+        mock.patch.object(torch.cuda, "Stream") as side,
+        mock.patch.object(torch.cuda, "stream"),
+        mock.patch.dict(counters.of_streams, clear=True),
+    ):
+        yield torch.device("meta")
+        assert side.return_value.synchronize.call_count == side.call_count  # whoever is given zeros finds zeros
+
+
+def test_every_stream_has_counters_of_its_own() -> None:
+    """Of which all threads get the same, also where they ask for the first time together."""
+    together, stream = threading.Barrier(4), threading.local()
+
+    def ask(number: int) -> list[Tensor]:
+        found = []
+        for stream.number in (number % 2, 7):
+            together.wait(60)
+            found.append(counters.counters(device))
+        return found
+
+    with _a_gpu(lambda: stream.number) as device, ThreadPoolExecutor(4) as threads:
+        a, b, c, d = threads.map(ask, range(4))
+        assert a[0] is c[0] is not b[0] is d[0]
+        assert a[1] is b[1] is c[1] is d[1]
+        assert len({id(x) for x in (a[0], b[0], a[1])}) == len(counters.of_streams) == 3
+
+
+def test_a_graph_has_counters_of_its_own() -> None:
+    """Which a node of the graph clears (they are made within the capture), and which nobody else gets."""
+    with _a_gpu(lambda: 0, captures=True) as device:
+        first, second = counters.counters(device), counters.counters(device)
+        assert first is not second
+        assert counters.of_streams == {}
+        with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False):
+            assert counters.counters(device) is counters.counters(device) is not first
 
 
 # ----------------------------------------------------------------------------------------------- labels out of range
@@ -315,7 +420,7 @@ def test_warmup_compiles_what_a_step_launches(target: str, seed: int) -> None:
     kinds = {"labels": "labels", "pair": "pair", "probabilities": "probabilities"}
     problem = Case("warm", "", (48, 9, 1000), kinds[target]).build(torch.bfloat16, seed)
     with compiled_for(TARGETS["sm_90"]) as launches:
-        assert warmup(1000, 9, dtype=torch.bfloat16, target=target, device="cpu") == 4
+        assert warmup(1000, 9, dtype=torch.bfloat16, target=target, device="cpu") == 3
         ahead = {id(launch.kernel) for launch in launches}
         arguments = _op_arguments(problem)
         _, _, factors, *gradients = IMPLEMENTATIONS["co_tuning_loss"](*arguments)

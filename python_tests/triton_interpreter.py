@@ -110,6 +110,7 @@ def interpreted(*modules: types.ModuleType) -> Iterator[None]:
         stack.enter_context(mock.patch.object(builder, "create_splat", _splat, create=True))
         stack.enter_context(mock.patch.object(builder, "create_masked_load", _memory.load, create=True))
         stack.enter_context(mock.patch.object(builder, "create_masked_store", _memory.store, create=True))
+        stack.enter_context(mock.patch.object(builder, "create_atomic_rmw", _memory.atomic, create=True))
         stack.enter_context(mock.patch.object(ti, "_get_np_dtype", _np_dtype))
         stack.enter_context(mock.patch.object(builder, "options", _options(builder.options)))
         stack.enter_context(np.errstate(all="ignore"))
@@ -188,12 +189,18 @@ class _Memory:
         builder = ti.interpreter_builder
         return ti.InterpreterBuilder.create_masked_store(builder, pointers, value, mask, *others, **options)
 
+    def atomic(self, operation: Any, pointers: ti.TensorHandle, value: Any, mask: ti.TensorHandle, *order: Any) -> Any:
+        self.check("atomic", pointers, mask)
+        builder = ti.interpreter_builder
+        return ti.InterpreterBuilder.create_atomic_rmw(builder, operation, pointers, value, mask, *order)
+
 
 _memory = _Memory()
 
 
 @contextmanager
 def traffic() -> Iterator[Counter[str]]:
-    """Bytes that interpreted kernels load and store within a ``with`` block: what masks let through, each time anew."""
+    """Bytes that interpreted kernels load, store and update atomically within a ``with`` block: what masks let through,
+    each time anew."""
     with mock.patch.object(_memory, "moved", Counter()) as moved:
         yield moved

@@ -13,6 +13,7 @@ from triton_interpreter import interpreted
 from cotuning_kernels.backends.triton import (
     IMPLEMENTATIONS,
     class_sums,
+    counters,
     exponential,
     launch,
     loss,
@@ -35,17 +36,21 @@ def triton_interpreted(*, loops: bool = False) -> Iterator[None]:
     """``backend="triton"`` and ``"auto"`` mean the interpreted kernels, for tensors on the CPU.
 
     ``loops``: rows of more than 64 columns are long ones, taken 64 columns at a time; otherwise those above 16384 are.
+    With it, a group of rows whose numbers are added up is as small as can be; otherwise it has 256. A launch that stops
+    at an error leaves its counters as they are, so that every block has counters of its own.
     """
     if _active[-1:] == [loops]:  # a test within a fixture
         yield
         return
     both_overloads = {f"{name}{overload}": f for name, f in IMPLEMENTATIONS.items() for overload in ("", ".triton")}
-    least, most = (256, 64) if loops else (launch.MAX_WHOLE_ROW_BYTES, launch.LOOP_COLUMNS)
+    least, most, rows = (256, 64, 1) if loops else (launch.MAX_WHOLE_ROW_BYTES, launch.LOOP_COLUMNS, loss.GROUP_ROWS)
     with (
         cpu_served_by("triton", both_overloads),
         interpreted(*MODULES),
         mock.patch.object(launch, "MAX_WHOLE_ROW_BYTES", least),
         mock.patch.object(launch, "LOOP_COLUMNS", most),
+        mock.patch.object(loss, "GROUP_ROWS", rows),
+        mock.patch.dict(counters.of_streams, clear=True),
     ):
         _active.append(loops)
         try:

@@ -1,4 +1,4 @@
-"""The Co-Tuning loss: both heads, both gradients and all rows' losses in one launch, the scalars in a tiny second.
+"""The Co-Tuning loss in one launch: both heads, both gradients, all rows' losses and the scalars.
 
 A row has logits ``z`` and a target distribution ``q`` (a row of R for the source head, a label for the target head),
 ``Q = sum(q)``. With ``x = z - max(z)``, ``e = exp(x)`` and ``S = sum(e)``
@@ -12,9 +12,22 @@ Traffic. A row that fits in the registers of a program reads each logit once, ea
 from L2, where R stays) and writes each gradient once: ``2 * itemsize`` bytes a logit. A longer row is read twice, the
 second time from L2 if it is still there. Of a row without a label nothing is read, of a long one without supervision
 nothing a second time. The means need counts that are known only when every row has been looked at,
-so gradients are stored without the factor of the mean, and ``factors`` hold it for the backward pass. Sums over rows
-are taken in a fixed order by one program of the second launch, which reads 20 bytes a row: no atomics, and the same
-bits in every run.
+so gradients are stored without the factor of the mean, and ``factors`` hold it for the backward pass. A row leaves
+20 bytes of numbers, which the programs that are done last add up, and every program a count of 4.
+
+Sums over rows. Every program counts itself in where its rows' numbers are added up: a group of 256 rows, or of more
+where there would be more than 128 groups. The last one of a group adds it up and counts the group, and the last one of
+these adds up the groups. So nobody reads many numbers alone: of 32768 rows 256, and then 128. Which program is the last
+is chance, but not the order of its sums: the same bits in every run. Only the counts are atomic, and they are integers.
+
+That the last program sees what the others have stored: every thread of a program stores, all meet at the barrier, and
+one of them then adds to the counter with the order ``acq_rel``, for the whole device. What comes before the barrier in
+any thread happens before that addition, which releases all of it and not that thread's stores alone (a release is
+cumulative). The addition of the last program reads what the others' have written and acquires; a barrier hands that to
+its other threads, and only then they load. In PTX that is st, bar.sync, atom.acq_rel.gpu, bar.sync, ld. On AMD the
+barrier is a fence of the workgroup, whose waves share a first-level cache and its way to the second one; the wave that
+counts writes that one back (buffer_wbl2), waits, counts, waits and drops what the first one holds (buffer_inv): what
+LLVM makes of such a fence and such an addition, and what ``test_triton_static.py`` finds in every compiled kernel.
 """
 
 from __future__ import annotations
@@ -28,6 +41,7 @@ from torch import Tensor
 
 from cotuning_kernels.backends.schema import REDUCTIONS
 from cotuning_kernels.backends.triton.checks import check_loss, check_writable
+from cotuning_kernels.backends.triton.counters import MOST, counters
 from cotuning_kernels.backends.triton.exponential import exp
 from cotuning_kernels.backends.triton.launch import (
     COLUMNS_A_LANE,
@@ -44,7 +58,10 @@ __all__ = ["co_tuning_loss", "co_tuning_loss_", "plan"]
 
 # Forms of a target.
 _LABELS, _PAIR, _PROBABILITIES = 0, 1, 2
-_FINISH_ROWS = 4096
+# Rows whose numbers one program adds up, a power of two; more of them where there would be more groups.
+GROUP_ROWS = 256
+MOST_GROUPS = MOST - 1  # one counter is that of the groups
+_FINISH_BLOCK = 128
 
 _COLUMNS_A_LANE = tl.constexpr(COLUMNS_A_LANE)
 _LEAST_FLOAT32 = tl.constexpr(torch.finfo(torch.float32).min)
@@ -319,8 +336,8 @@ def _long_row(
 @triton.jit
 def _head(
     program, logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, columns_count,
-    labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, batch,
-    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
+    labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, pitch,
+    batch, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
     GRADIENT: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACCESS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -353,7 +370,7 @@ def _head(
         loss = tl.where(share + share_b != share + share_b, float("nan"), loss)
     out = by_row + rows
     if SOURCE:
-        tl.store(out + batch, loss, mask=in_batch)
+        tl.store(out + pitch, loss, mask=in_batch)
         if COUNTS:
             if FORM == 2:  # the share of the row's classes that have source supervision, from the matrix product
                 supervised = tl.load(mix + rows * mix_stride, mask=in_batch, other=0.0).to(DTYPE)
@@ -363,8 +380,8 @@ def _head(
                 if FORM == 1:
                     supervised += tl.where(size_b != 0, share_b, 0.0)
                     valid += share_b
-                tl.store(out + 4 * batch, valid, mask=in_batch)
-            tl.store(out + 3 * batch, supervised, mask=in_batch)
+                tl.store(out + 4 * pitch, valid, mask=in_batch)
+            tl.store(out + 3 * pitch, supervised, mask=in_batch)
     else:
         tl.store(out, loss, mask=in_batch)
         if COUNTS and FORM != 2:
@@ -374,51 +391,37 @@ def _head(
                     share_b *= tl.load(weight + label_b, mask=share_b != 0, other=0.0).to(DTYPE)
             if FORM == 1:
                 share += share_b
-            tl.store(out + 2 * batch, share, mask=in_batch)
+            tl.store(out + 2 * pitch, share, mask=in_batch)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "source_stride", "source_grad_stride", "relationship_stride", "target_stride", "target_grad_stride",
-        "probabilities_stride", "labels_stride", "labels_b_stride", "mix_stride", "batch", "classes", "source_width",
-        "target_width", "source_programs", "ignore_index",
-    ],
-)  # fmt: skip
-def co_tuning_loss_kernel(
-    source_logits, source_stride: tl.int64, source_grad, source_grad_stride: tl.int64, relationship,
-    relationship_stride: tl.int64, target_logits, target_stride: tl.int64, target_grad, target_grad_stride: tl.int64,
-    probabilities, probabilities_stride: tl.int64, weight, label_smoothing: tl.float64, labels, labels_stride: tl.int64,
-    labels_b, labels_b_stride: tl.int64, mix, mix_stride: tl.int64, ignore_index: tl.int64, by_row, batch: tl.int64,
-    classes: tl.int32, source_width: tl.int32, target_width: tl.int32, source_programs: tl.int32,
-    FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr, COUNTS: tl.constexpr,
-    BOTH_HEADS: tl.constexpr, SOURCE_GRADIENT: tl.constexpr, TARGET_GRADIENT: tl.constexpr,
-    SOURCE_VEC: tl.constexpr, TARGET_VEC: tl.constexpr,
-    SOURCE_ROWS: tl.constexpr, SOURCE_BLOCK: tl.constexpr, SOURCE_ACCESS: tl.constexpr, SOURCE_DTYPE: tl.constexpr,
-    TARGET_ROWS: tl.constexpr, TARGET_BLOCK: tl.constexpr, TARGET_ACCESS: tl.constexpr, TARGET_DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The first ``source_programs`` programs take rows of the source head, the others rows of the target head.
+# From here to the kernel: what the program does that is done last.
 
-    Widths and strides of rows are multiples of ``SOURCE_VEC`` and ``TARGET_VEC``. ``by_row`` is ``(5, batch)`` with
-    COUNTS: the target head's loss, the source head's, the weight of the labels, the share of the target that has
-    source supervision, the share that is not ignored. Without COUNTS, the first two.
-    """
-    program = tl.program_id(0)
-    if program < source_programs:
-        _head(
-            program, source_logits, source_stride * SOURCE_VEC, source_grad, source_grad_stride * SOURCE_VEC,
-            relationship, relationship_stride * SOURCE_VEC, weight, label_smoothing, source_width * SOURCE_VEC,
-            labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, batch,
-            True, FORM, False, False, KL, SOURCE_GRADIENT, COUNTS, SOURCE_ROWS, SOURCE_BLOCK, SOURCE_ACCESS,
-            SOURCE_DTYPE,
-        )  # fmt: skip
-    elif BOTH_HEADS:
-        _head(
-            program - source_programs, target_logits, target_stride * TARGET_VEC, target_grad,
-            target_grad_stride * TARGET_VEC, probabilities, probabilities_stride * TARGET_VEC, weight, label_smoothing,
-            target_width * TARGET_VEC, labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes,
-            ignore_index, by_row, batch, False, FORM, HAS_WEIGHT, SMOOTHS, False, TARGET_GRADIENT, COUNTS, TARGET_ROWS,
-            TARGET_BLOCK, TARGET_ACCESS, TARGET_DTYPE,
-        )  # fmt: skip
+
+@triton.jit
+def _is_last(counter, count):
+    """Counts this program in, once it has stored: is it the last of ``count``? That one sets the counter back."""
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
+    if is_last:
+        tl.store(counter, 0)
+    return is_last
+
+
+@triton.jit
+def _totals(numbers, pitch, first, count, KINDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of some columns, one a row that KINDS has the bit of: by lane in the order of columns, then over lanes."""
+    kind = tl.arange(0, 8)[:, None]
+    there = ((KINDS >> kind) & 1) != 0
+    sums = tl.zeros([8, BLOCK], numbers.dtype.element_ty)
+    for start in range(0, count, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        sums += tl.load(numbers + kind * pitch + first + column, mask=there & (column < count), other=0.0)
+    return tl.sum(sums, 1)
+
+
+@triton.jit
+def _of_kind(totals, KIND: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, 8) == KIND, totals, 0.0), 0)
 
 
 @triton.jit
@@ -433,83 +436,156 @@ def _any_probability(probabilities, stride, batch, classes, BLOCK: tl.constexpr)
     return tl.max(seen, 0)
 
 
-@triton.jit(do_not_specialize=["batch", "classes", "probabilities_stride"])
-def finish_kernel(
-    by_row, trade_off, probabilities, probabilities_stride: tl.int64, loss, terms, factors, batch: tl.int64,
-    classes: tl.int32,
-    REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, BOTH_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Losses of rows to the loss, its two terms ``[target, source]`` and the factors of the gradients.
+@triton.jit
+def _write_rows(terms, trade_off, loss, batch, first, count, BOTH_HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """The losses of some rows, from their terms."""
+    dtype = terms.dtype.element_ty
+    for start in range(0, count, BLOCK):
+        lane = start + tl.arange(0, BLOCK)
+        rows, mask = first + lane, lane < count
+        row_loss = tl.load(terms + batch + rows, mask=mask, other=0.0)
+        if BOTH_HEADS:
+            row_loss = tl.load(terms + rows, mask=mask, other=0.0) + tl.load(trade_off).to(dtype) * row_loss
+        else:
+            tl.store(terms + rows, tl.zeros([BLOCK], dtype), mask=mask)
+        tl.store(loss + rows, row_loss, mask=mask)
 
-    Without a reduction every program takes a block of rows; else one takes all of them, lane by lane in the order of
-    rows, and then the lanes in the order of a tree: the same bits in every run.
-    """
-    dtype = by_row.dtype.element_ty
+
+@triton.jit
+def _write_scalars(
+    totals, trade_off, probabilities, probabilities_stride, loss, terms, factors, batch, classes,
+    MEAN: tl.constexpr, PROBABILITIES: tl.constexpr, BOTH_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss, its two terms ``[target, source]`` and the factors of the gradients, from the sums over all rows."""
+    dtype = totals.dtype
+    target = _of_kind(totals, 0)
+    source = _of_kind(totals, 1)
     factor = tl.full([], 1.0, dtype)
+    target_factor = tl.full([], 1.0, dtype)
     if BOTH_HEADS:
         factor = tl.load(trade_off).to(dtype)
-    if REDUCTION == 0:  # by_row is `terms`
-        program = tl.program_id(0)
-        rows = program * BLOCK + tl.arange(0, BLOCK)
-        mask = rows < batch
-        source = tl.load(by_row + batch + rows, mask=mask, other=0.0)
-        if BOTH_HEADS:
-            target = tl.load(by_row + rows, mask=mask, other=0.0)
-            tl.store(loss + rows, target + factor * source, mask=mask)
+    if MEAN:
+        count = _of_kind(totals, 3)
+        if PROBABILITIES:
+            weight = batch.to(dtype)
+            any_valid = tl.full([], 1, tl.int32)
+            if count == 0:  # rare, and then the only question left
+                any_valid = _any_probability(probabilities, probabilities_stride, batch, classes, BLOCK)
         else:
-            tl.store(by_row + rows, tl.zeros([BLOCK], dtype), mask=mask)
-            tl.store(loss + rows, source, mask=mask)
-        if program == 0:
-            tl.store(factors, factor)
-            tl.store(factors + 1, tl.full([], 1.0, dtype))
+            weight = _of_kind(totals, 2)
+            any_valid = (_of_kind(totals, 4) != 0).to(tl.int32)
+        # No supervised row is an ordinary batch, and its source term 0; no valid row at all has no mean. Without a
+        # valid row every gradient is 0 and must stay 0 when it is multiplied by the factor.
+        count = tl.where((count == 0) & (any_valid != 0), 1.0, count)
+        source = source / count
+        factor = tl.where(any_valid != 0, factor / count, 0.0)
+        target = target / weight
+        target_factor = tl.where((weight == 0) & (any_valid == 0), 0.0, target_factor / weight)
+    if BOTH_HEADS:
+        tl.store(loss, target + tl.load(trade_off).to(dtype) * source)
     else:
-        MEAN: tl.constexpr = REDUCTION == 1
-        target_losses = tl.zeros([BLOCK], dtype)
-        source_losses = tl.zeros([BLOCK], dtype)
-        weights = tl.zeros([BLOCK], dtype)
-        supervised = tl.zeros([BLOCK], dtype)
-        valid = tl.zeros([BLOCK], dtype)
-        for start in range(0, batch, BLOCK):
-            rows = start + tl.arange(0, BLOCK)
-            mask = rows < batch
-            row = by_row + rows
-            if BOTH_HEADS:
-                target_losses += tl.load(row, mask=mask, other=0.0)
-            source_losses += tl.load(row + batch, mask=mask, other=0.0)
-            if MEAN:
-                supervised += tl.load(row + 3 * batch, mask=mask, other=0.0)
-                if not PROBABILITIES:
-                    valid += tl.load(row + 4 * batch, mask=mask, other=0.0)
-                    if BOTH_HEADS:
-                        weights += tl.load(row + 2 * batch, mask=mask, other=0.0)
-        target = tl.sum(target_losses, 0)
-        source = tl.sum(source_losses, 0)
-        target_factor = tl.full([], 1.0, dtype)
-        if MEAN:
-            count = tl.sum(supervised, 0)
-            weight = tl.sum(weights, 0)
-            any_valid = (tl.sum(valid, 0) != 0).to(tl.int32)
-            if PROBABILITIES:
-                weight = batch.to(dtype)
-                any_valid = tl.full([], 1, tl.int32)
-                if count == 0:  # rare, and then the only question left
-                    any_valid = _any_probability(probabilities, probabilities_stride, batch, classes, BLOCK)
-            # No supervised row is an ordinary batch, and its source term 0; no valid row at all has no mean. Without a
-            # valid row every gradient is 0 and must stay 0 when it is multiplied by the factor.
-            count = tl.where((count == 0) & (any_valid != 0), 1.0, count)
-            source = source / count
-            factor = tl.where(any_valid != 0, factor / count, 0.0)
-            target = target / weight
-            target_factor = tl.where((weight == 0) & (any_valid == 0), 0.0, target_factor / weight)
-        if BOTH_HEADS:
-            tl.store(loss, target + tl.load(trade_off).to(dtype) * source)
-        else:
-            target = tl.full([], 0.0, dtype)
-            tl.store(loss, source)
-        tl.store(terms, target)
-        tl.store(terms + 1, source)
-        tl.store(factors, factor)
-        tl.store(factors + 1, target_factor)
+        target = tl.full([], 0.0, dtype)
+        tl.store(loss, source)
+    tl.store(terms, target)
+    tl.store(terms + 1, source)
+    tl.store(factors, factor)
+    tl.store(factors + 1, target_factor)
+
+
+@triton.jit
+def _finish(
+    row, by_row, pitch, counters, group_bits, trade_off, probabilities, probabilities_stride, loss, terms, factors,
+    batch, classes, FORM: tl.constexpr, REDUCTION: tl.constexpr, BOTH_HEADS: tl.constexpr, SOURCE_ROWS: tl.constexpr,
+    TARGET_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The last program of a group of rows adds up their numbers, and the last of these programs those of the groups.
+
+    The groups' lie in ``by_row`` behind the rows. Without a reduction only the terms of each row are added.
+    """
+    MEAN: tl.constexpr = REDUCTION == 1
+    LABELS: tl.constexpr = MEAN and FORM != 2
+    KINDS: tl.constexpr = 2 + BOTH_HEADS * (1 + LABELS * 4) + MEAN * 8 + LABELS * 16  # see the kernel, of by_row
+    group = row >> group_bits
+    first = group << group_bits
+    count = tl.minimum(batch, (group + 1) << group_bits) - first
+    programs = tl.cdiv(tl.maximum(count, 1), SOURCE_ROWS)  # an empty batch has one, too
+    if BOTH_HEADS:
+        programs += tl.cdiv(tl.maximum(count, 1), TARGET_ROWS)
+    done = _is_last(counters + 1 + group, programs)
+    if REDUCTION == 0:
+        if done:
+            _write_rows(terms, trade_off, loss, batch, first, count, BOTH_HEADS, BLOCK * 8)
+            if group == 0:
+                one = tl.full([], 1.0, factors.dtype.element_ty)
+                tl.store(factors, tl.load(trade_off).to(one.dtype) if BOTH_HEADS else one)
+                tl.store(factors + 1, one)
+    elif done:
+        totals = _totals(by_row, pitch, first, count, KINDS, BLOCK)
+        groups = ((batch - 1) >> group_bits) + 1
+        if groups > 1:
+            kind = tl.arange(0, 8)
+            tl.store(by_row + kind * pitch + batch + group, totals, mask=((KINDS >> kind) & 1) != 0)
+            done = _is_last(counters, groups)
+            if done:
+                totals = _totals(by_row, pitch, batch, groups, KINDS, BLOCK)
+        if done:
+            _write_scalars(
+                totals, trade_off, probabilities, probabilities_stride, loss, terms, factors, batch, classes,
+                MEAN, FORM == 2, BOTH_HEADS, BLOCK * 8,
+            )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "source_stride", "source_grad_stride", "relationship_stride", "target_stride", "target_grad_stride",
+        "probabilities_stride", "labels_stride", "labels_b_stride", "mix_stride", "batch", "classes", "source_width",
+        "target_width", "source_programs", "ignore_index", "pitch", "group_bits",
+    ],
+)  # fmt: skip
+def co_tuning_loss_kernel(
+    source_logits, source_stride: tl.int64, source_grad, source_grad_stride: tl.int64, relationship,
+    relationship_stride: tl.int64, target_logits, target_stride: tl.int64, target_grad, target_grad_stride: tl.int64,
+    probabilities, probabilities_stride: tl.int64, weight, label_smoothing: tl.float64, labels, labels_stride: tl.int64,
+    labels_b, labels_b_stride: tl.int64, mix, mix_stride: tl.int64, ignore_index: tl.int64, by_row, batch: tl.int64,
+    classes: tl.int32, source_width: tl.int32, target_width: tl.int32, source_programs: tl.int32,
+    pitch: tl.int64, counters, group_bits: tl.int32, trade_off, loss, terms, factors,
+    FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr, REDUCTION: tl.constexpr,
+    BOTH_HEADS: tl.constexpr, SOURCE_GRADIENT: tl.constexpr, TARGET_GRADIENT: tl.constexpr,
+    SOURCE_VEC: tl.constexpr, TARGET_VEC: tl.constexpr,
+    SOURCE_ROWS: tl.constexpr, SOURCE_BLOCK: tl.constexpr, SOURCE_ACCESS: tl.constexpr, SOURCE_DTYPE: tl.constexpr,
+    TARGET_ROWS: tl.constexpr, TARGET_BLOCK: tl.constexpr, TARGET_ACCESS: tl.constexpr, TARGET_DTYPE: tl.constexpr,
+    FINISH_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first ``source_programs`` programs take rows of the source head, the others rows of the target head.
+
+    Widths and strides of rows are multiples of ``SOURCE_VEC`` and ``TARGET_VEC``. ``by_row`` is ``(5, batch + groups)``
+    for a mean: the target head's loss, the source head's, the weight of the labels, the share of the target that has
+    source supervision, the share that is not ignored. Else, the first two; without a reduction it is ``terms``.
+    """
+    COUNTS: tl.constexpr = REDUCTION == 1
+    program = tl.program_id(0)
+    row = program.to(tl.int64) * SOURCE_ROWS
+    if program < source_programs:
+        _head(
+            program, source_logits, source_stride * SOURCE_VEC, source_grad, source_grad_stride * SOURCE_VEC,
+            relationship, relationship_stride * SOURCE_VEC, weight, label_smoothing, source_width * SOURCE_VEC,
+            labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, pitch,
+            batch, True, FORM, False, False, KL, SOURCE_GRADIENT, COUNTS, SOURCE_ROWS, SOURCE_BLOCK, SOURCE_ACCESS,
+            SOURCE_DTYPE,
+        )  # fmt: skip
+    elif BOTH_HEADS:
+        row = (program - source_programs).to(tl.int64) * TARGET_ROWS
+        _head(
+            program - source_programs, target_logits, target_stride * TARGET_VEC, target_grad,
+            target_grad_stride * TARGET_VEC, probabilities, probabilities_stride * TARGET_VEC, weight, label_smoothing,
+            target_width * TARGET_VEC, labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes,
+            ignore_index, by_row, pitch, batch, False, FORM, HAS_WEIGHT, SMOOTHS, False, TARGET_GRADIENT, COUNTS,
+            TARGET_ROWS, TARGET_BLOCK, TARGET_ACCESS, TARGET_DTYPE,
+        )  # fmt: skip
+    _finish(
+        row, by_row, pitch, counters, group_bits, trade_off, probabilities, probabilities_stride * TARGET_VEC, loss,
+        terms, factors, batch, classes, FORM, REDUCTION, BOTH_HEADS, SOURCE_ROWS, TARGET_ROWS, FINISH_BLOCK,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- implementations
@@ -563,11 +639,10 @@ def _solve(
     source_logits: Tensor, target_logits: Tensor | None, source_grad: Tensor | None, target_grad: Tensor | None,
     *arguments: Any, **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Both launches; ``(loss, terms, factors)``."""
-    launches, reduced = plan(source_logits, target_logits, source_grad, target_grad, *arguments, **options)
+    """``(loss, terms, factors)``."""
     with torch.cuda.device_of(source_logits):
-        for launch in launches:
-            launch.run()
+        launch, reduced = plan(source_logits, target_logits, source_grad, target_grad, *arguments, **options)
+        launch.run()
     return reduced
 
 
@@ -586,8 +661,8 @@ def plan(
     ignore_index: int,
     reduction: int,
     kl_divergence: bool,
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
-    """The launches of one call, and the ``(loss, terms, factors)`` that they write. Only shapes decide on them."""
+) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
+    """The launch of one call, and the ``(loss, terms, factors)`` that it writes. Only shapes decide on it."""
     both = target_logits is not None
     double = torch.float64 in (source_logits.dtype, None if target_logits is None else target_logits.dtype)
     batch = source_logits.shape[0]
@@ -597,8 +672,6 @@ def plan(
 
     rows = (batch,) if reduction == REDUCTIONS["none"] else ()
     loss, terms, factors = new(*rows), new(2, *rows), new(2)
-    counts = reduction == REDUCTIONS["mean"]
-    by_row = terms if reduction == REDUCTIONS["none"] else new(5 if counts else 2, batch)
     form = _PROBABILITIES if target.is_floating_point() else _LABELS if target_b is None else _PAIR
     probabilities = target if form == _PROBABILITIES else None
 
@@ -608,17 +681,24 @@ def plan(
         threads = max(threads, threads_for(target_logits.shape[1], target_logits.dtype))
     source = plan_rows(source_logits.shape[1], source_logits.dtype, threads, pair=pair)
     source_vec = vector(source_logits, source_grad, relationship)
-    source_programs = target_programs = source.programs(batch)
+    source_programs = target_programs = source.programs(max(1, batch))
     target_plan, target_vec = source, 1
     if target_logits is not None:
         target_plan = plan_rows(target_logits.shape[1], target_logits.dtype, threads)
         target_vec = vector(target_logits, target_grad, probabilities)
-        target_programs = target_plan.programs(batch)
+        target_programs = target_plan.programs(max(1, batch))
+
+    rows_of_group = max(GROUP_ROWS, source.rows, target_plan.rows)  # powers of two
+    rows_of_group *= int(triton.next_power_of_2(blocks(max(1, batch), rows_of_group * MOST_GROUPS)))
+    if reduction == REDUCTIONS["none"]:
+        by_row = terms
+    else:
+        by_row = new(5 if reduction == REDUCTIONS["mean"] else 2, batch + blocks(batch, rows_of_group))
 
     def stride(x: Tensor | None, unit: int = 1) -> int:
         return 0 if x is None or x.dim() == 0 or x.shape[0] == 1 else x.stride(0) // unit
 
-    head = Launch(
+    launch = Launch(
         co_tuning_loss_kernel,
         (source_programs + target_programs if both else source_programs,),
         {
@@ -646,14 +726,22 @@ def plan(
             "by_row": by_row,
             "batch": batch,
             "classes": relationship.shape[0] if probabilities is None else probabilities.shape[1],
-            "source_width": source_logits.shape[1] // source_vec,
-            "target_width": 0 if target_logits is None else target_logits.shape[1] // target_vec,
+            # The one program of an empty batch has no column to write.
+            "source_width": source_logits.shape[1] // source_vec if batch else 0,
+            "target_width": target_logits.shape[1] // target_vec if batch and target_logits is not None else 0,
             "source_programs": source_programs,
+            "pitch": by_row.stride(0),
+            "counters": counters(source_logits.device),
+            "group_bits": rows_of_group.bit_length() - 1,
+            "trade_off": trade_off,
+            "loss": loss,
+            "terms": terms,
+            "factors": factors,
             "FORM": form,
             "HAS_WEIGHT": weight is not None,
             "SMOOTHS": label_smoothing > 0,
             "KL": kl_divergence,
-            "COUNTS": counts,
+            "REDUCTION": reduction,
             "BOTH_HEADS": both,
             "SOURCE_GRADIENT": source_grad is not None,
             "TARGET_GRADIENT": target_grad is not None,
@@ -667,27 +755,8 @@ def plan(
             "TARGET_BLOCK": target_plan.block,
             "TARGET_ACCESS": 0 if target_logits is None else target_plan.access(target_vec, target_logits.dtype),
             "TARGET_DTYPE": tl.float32 if target_logits is None else compute_type(target_logits.dtype),
+            "FINISH_BLOCK": _FINISH_BLOCK,
         },
         threads,
     )
-    finish = Launch(
-        finish_kernel,
-        (max(1, blocks(batch, _FINISH_ROWS)) if reduction == REDUCTIONS["none"] else 1,),
-        {
-            "by_row": by_row,
-            "trade_off": trade_off,
-            "probabilities": probabilities,
-            "probabilities_stride": stride(probabilities),
-            "loss": loss,
-            "terms": terms,
-            "factors": factors,
-            "batch": batch,
-            "classes": head.arguments["classes"],
-            "REDUCTION": reduction,
-            "PROBABILITIES": form == _PROBABILITIES,
-            "BOTH_HEADS": both,
-            "BLOCK": _FINISH_ROWS,
-        },
-        threads=1024,
-    )
-    return [head, finish], (loss, terms, factors)
+    return launch, (loss, terms, factors)

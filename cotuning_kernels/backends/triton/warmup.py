@@ -73,9 +73,9 @@ def warmup(
     logits = new(batch, source_classes, dtype=dtype), new(batch, target_classes, dtype=dtype)
     gradients = torch.empty_like(logits[0]), torch.empty_like(logits[1])
     with torch.cuda.device_of(labels):
-        launches, reduced = loss.plan(*logits, *gradients, *arguments)
-        launches += loss.plan(*logits, None, None, *arguments)[0][:1]
-        launches.append(scale.plan(*gradients, reduced[2], torch.empty_like(reduced[0])))
+        step, reduced = loss.plan(*logits, *gradients, *arguments)
+        evaluation, _ = loss.plan(*logits, None, None, *arguments)
+        launches = step, evaluation, scale.plan(*gradients, reduced[2], torch.empty_like(reduced[0]))
         for launch in launches:
             launch.compile()
     return len(launches)
