@@ -40,7 +40,7 @@ if _MISSING is None:
     import triton
     import triton.language as tl
     import triton.runtime.interpreter as ti
-    from triton_interpreter import interpreted, traffic
+    from triton_interpreter import AnyOrder, interpreted, traffic
     from triton_stand_in import MODULES, triton_interpreted
 
     from benchmarks.triton_static import TARGETS, compiled_for
@@ -100,16 +100,6 @@ def test_nothing_is_left_after_an_error() -> None:
 # ------------------------------------------------------------------------------------------------ order, traffic, size
 
 
-class _AnyOrder:
-    """Programs one after another, but not in the order of their numbers."""
-
-    def __init__(self, draw: np.random.Generator) -> None:
-        self._draw = draw
-
-    def __call__(self, *size: int) -> Iterator[tuple[int, ...]]:
-        return iter(self._draw.permutation(np.array(list(np.ndindex(*size)))).tolist())
-
-
 class _Last:
     """In the order of their numbers, but that one of them comes last: with all that are there, wherever it begins."""
 
@@ -134,7 +124,7 @@ def _in_orders(run: Callable[[], Any], loops: bool, *orders: Any) -> list[Any]:
 
 
 def _in_some_orders(run: Callable[[], Any], loops: bool, seed: int) -> list[Any]:
-    return _in_orders(run, loops, *(_AnyOrder(np.random.default_rng(seed + k)) for k in range(2)))
+    return _in_orders(run, loops, *(AnyOrder(np.random.default_rng(seed + k)) for k in range(2)))
 
 
 @pytest.mark.parametrize("kind", ["ignoring", "pair", "probabilities"])

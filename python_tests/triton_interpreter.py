@@ -32,10 +32,21 @@ import triton.language as tl
 import triton.runtime.interpreter as ti
 from triton.runtime.jit import JITFunction
 
-__all__ = ["interpreted", "program_order", "traffic"]
+__all__ = ["AnyOrder", "interpreted", "program_order", "traffic"]
 
 program_order = np.ndindex
 """Programs run one after another, in this order."""
+
+
+class AnyOrder:
+    """Programs one after another, but not in the order of their numbers. For ``program_order``."""
+
+    def __init__(self, draw: np.random.Generator) -> None:
+        self._draw = draw
+
+    def __call__(self, *size: int) -> Iterator[tuple[int, ...]]:
+        return iter(self._draw.permutation(np.array(list(np.ndindex(*size)))).tolist())
+
 
 # Where triton keeps jitted functions of its own that kernels call: tl.sum, tl.max and so on.
 _TRITON_MODULES = (tl, tl.standard, tl.random, tl.core.tensor)

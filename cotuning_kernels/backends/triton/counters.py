@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["counters"]
+__all__ = ["MOST", "counters", "of_streams"]
 
 MOST = 129
 """How many there are for a launch."""
