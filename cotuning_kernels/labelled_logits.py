@@ -44,9 +44,8 @@ def check_labelled_logits(
             f"labels has shape {tuple(labels.shape)}, expected ({logits.shape[0]},): one class index a row of "
             f"{logits_name}, which has shape {tuple(logits.shape)}"
         )
-    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
+    row = _first_wrong_label(labels, num_classes, ignore_index)
+    if row is not None:
         raise IndexError(
             f"labels[{row}] is {int(labels[row])}, expected a class index in [0, {num_classes}) or "
             f"ignore_index={ignore_index}"
@@ -57,6 +56,16 @@ def check_labelled_logits(
     return logits, labels.detach().to(logits.device)
 
 
+def _first_wrong_label(labels: Tensor, num_classes: int, ignore_index: int) -> int | None:
+    if labels.numel() == 0:
+        return None
+    lowest, highest = labels.aminmax()  # one sweep, which settles it for labels without ignore_index
+    if lowest.item() >= 0 and highest.item() < num_classes:
+        return None
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    return int(wrong.nonzero()[0]) if wrong.any() else None
+
+
 def unusable_row(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[int, str] | None:
     """The first row that has no softmax, and why; ``None`` when there is none. Rows with an ignored label do not count.
 
@@ -64,7 +73,7 @@ def unusable_row(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[int
     class (-inf) or an overflow may be innocent, and the maximum of each row decides: it is finite exactly if the row
     has no NaN, no +inf, and not only -inf.
     """
-    if math.isfinite(float(logits.sum())):
+    if math.isfinite(logits.sum().item()):
         return None
     maximum = logits.amax(1)
     bad = ~torch.isfinite(maximum) & (labels != ignore_index)

@@ -106,6 +106,7 @@ static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, 
 }
 
 static inline bool finite(double x) { return x - x == 0; }
+static inline bool sum_in_range(double sum) { return sum > 0 && sum <= kLargestSum; }  // a NaN is neither
 
 template <bool kTarget, bool kStore, class T>
 static inline SweepResult sweep_row(const T* z, const ComputeType<T>* q, int64_t n, ComputeType<T>* exponentials,
@@ -113,7 +114,7 @@ static inline SweepResult sweep_row(const T* z, const ComputeType<T>* q, int64_t
   const int64_t provisional = n < kProvisionalElements ? n : kProvisionalElements;
   const SweepResult result = sweep_with_shift<false, kTarget, kStore>(z, q, n, exponentials, next, written,
                                                                       reduce_max(max_over(z, provisional)));
-  if (result.sum > 0 && result.sum <= kLargestSum && finite(result.dot)) return result;  // a NaN is neither
+  if (sum_in_range(result.sum) && finite(result.dot)) return result;
   // A large logit late in the row, or one that is not finite: once more, with the true maximum. What is then still not
   // finite is what the formula gives: NaN for a row with a NaN, with +inf, or with nothing but -inf.
   const T* none = nullptr;
@@ -225,7 +226,7 @@ bool any_nonzero(const void* row, int64_t n) {
   return false;
 }
 
-// Under the inverse temperature b, x = z - m becomes b * x in the exponent only.
+// Sums over a row of e = exp(x), e x and e x^2 with x = b (z - m) for the inverse temperature b.
 template <bool kMasked, class V>
 struct MomentSums {
   V sum = broadcast(typename V::Scalar(0));
@@ -239,12 +240,14 @@ struct MomentSums {
     first = first + ex;
     second = kMasked ? second + keep_where_nonzero(e, ex * x) : fma(ex, x, second);
   }
+  void add(V x) { add(x, kMasked ? exp(x) : exp_in_range(x)); }
 };
 
 template <bool kMasked, class T>
 static inline MomentResult moments_with_shift(const T* z, int64_t n, ComputeType<T> b_value, const T* next,
                                               ComputeType<T> shift_value) {
   using V = Vector<T>;
+  using C = ComputeType<T>;
   const V shift = broadcast(shift_value), b = broadcast(b_value);
   constexpr int kStep = 2 * V::kLanes;
   MomentSums<kMasked, V> even, odd;
@@ -254,72 +257,84 @@ static inline MomentResult moments_with_shift(const T* z, int64_t n, ComputeType
       prefetch(next + i);
       if constexpr (kStep * sizeof(T) > 64) prefetch(next + i + V::kLanes);
     }
-    const V x0 = load(z + i) - shift, x1 = load(z + i + V::kLanes) - shift;
-    even.add(x0, exp(b * x0));
-    odd.add(x1, exp(b * x1));
+    even.add(b * (load(z + i) - shift));
+    odd.add(b * (load(z + i + V::kLanes) - shift));
   }
-  for (; i < n; i += V::kLanes) {
-    const int here = n - i < V::kLanes ? static_cast<int>(n - i) : V::kLanes;
-    const V tail = broadcast(static_cast<ComputeType<T>>(-INFINITY));
-    if (here == V::kLanes) {
-      const V x = load(z + i) - shift;
-      even.add(x, exp(b * x));
-    } else {
-      const V x = load_partial(z + i, here) - shift;
-      odd.add(keep_first(x, here, broadcast(ComputeType<T>(0))), exp(keep_first(b * x, here, tail)));
-    }
+  for (; i + V::kLanes <= n; i += V::kLanes) even.add(b * (load(z + i) - shift));
+  if (i < n) {
+    const int tail = static_cast<int>(n - i);
+    const V x = b * (load_partial(z + i, tail) - shift);
+    odd.add(keep_first(x, tail, broadcast(C(0))), exp(keep_first(x, tail, broadcast(static_cast<C>(-INFINITY)))));
   }
-  return {shift_value, reduce_add(even.sum + odd.sum), reduce_add(even.first + odd.first),
-          reduce_add(even.second + odd.second)};
+  const double per_b = 1 / static_cast<double>(b_value);
+  return {shift_value, reduce_add(even.sum + odd.sum), reduce_add(even.first + odd.first) * per_b,
+          reduce_add(even.second + odd.second) * per_b * per_b};
 }
 
 template <class T>
 MomentResult moments(const void* z, int64_t n, double b, const void* next) {
   using C = ComputeType<T>;
   const auto* logits = static_cast<const T*>(z);
-  const C shift = reduce_max(max_over(logits, n));
-  const MomentResult result =
-      moments_with_shift<false>(logits, n, static_cast<C>(b), static_cast<const T*>(next), shift);
-  if (finite(result.sum) && finite(result.second)) return result;
-  return moments_with_shift<true>(logits, n, static_cast<C>(b), static_cast<const T*>(nullptr), shift);
+  const int64_t provisional = n < kProvisionalElements ? n : kProvisionalElements;
+  const MomentResult result = moments_with_shift<false>(logits, n, static_cast<C>(b), static_cast<const T*>(next),
+                                                        reduce_max(max_over(logits, provisional)));
+  if (sum_in_range(result.sum) && finite(result.second)) return result;
+  const T* none = nullptr;
+  return moments_with_shift<true>(logits, n, static_cast<C>(b), none, reduce_max(max_over(logits, n)));
+}
+
+// exp(b (z - m)) to `exponentials`; their sum.
+template <bool kMasked, class T>
+static inline ComputeType<T> exponentials_with_shift(const T* z, int64_t n, ComputeType<T> b_value,
+                                                     ComputeType<T>* exponentials, const T* next,
+                                                     ComputeType<T> shift_value) {
+  using V = Vector<T>;
+  using C = ComputeType<T>;
+  const V b = broadcast(b_value), shift = broadcast(shift_value);
+  const auto exponential = [](V x) { return kMasked ? exp(x) : exp_in_range(x); };
+  V even = broadcast(C(0)), odd = even;
+  constexpr int kStep = 2 * V::kLanes;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    if (next != nullptr) {
+      prefetch(next + i);
+      if constexpr (kStep * sizeof(T) > 64) prefetch(next + i + V::kLanes);
+    }
+    const V e0 = exponential(b * (load(z + i) - shift)), e1 = exponential(b * (load(z + i + V::kLanes) - shift));
+    store(exponentials + i, e0);
+    store(exponentials + i + V::kLanes, e1);
+    even = even + e0;
+    odd = odd + e1;
+  }
+  for (; i + V::kLanes <= n; i += V::kLanes) {
+    const V e = exponential(b * (load(z + i) - shift));
+    store(exponentials + i, e);
+    even = even + e;
+  }
+  if (i < n) {
+    const int tail = static_cast<int>(n - i);
+    const V x = keep_first(b * (load_partial(z + i, tail) - shift), tail, broadcast(static_cast<C>(kTail)));
+    const V e = exponential(x);
+    store_partial(exponentials + i, e, tail);
+    odd = odd + e;
+  }
+  return reduce_add(even + odd);
 }
 
 template <class T, class S>
 void add_softmax(const void* z, int64_t n, double b, void* exponentials, const void* next, S* sums) {
   using C = ComputeType<T>;
-  using V = Vector<T>;
   const auto* logits = static_cast<const T*>(z);
-  const auto* next_logits = static_cast<const T*>(next);
   auto* e = static_cast<C*>(exponentials);
-  const V factor = broadcast(static_cast<C>(b));
-  const V shift = broadcast(reduce_max(max_over(logits, n)));
-  V even = broadcast(C(0)), odd = even;
-  constexpr int kStep = 2 * V::kLanes;
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    if (next_logits != nullptr) {
-      prefetch(next_logits + i);
-      if constexpr (kStep * sizeof(T) > 64) prefetch(next_logits + i + V::kLanes);
-    }
-    const V e0 = exp(factor * (load(logits + i) - shift)), e1 = exp(factor * (load(logits + i + V::kLanes) - shift));
-    store(e + i, e0);
-    store(e + i + V::kLanes, e1);
-    even = even + e0;
-    odd = odd + e1;
+  const C factor = static_cast<C>(b);
+  const int64_t provisional = n < kProvisionalElements ? n : kProvisionalElements;
+  C sum = exponentials_with_shift<false>(logits, n, factor, e, static_cast<const T*>(next),
+                                         reduce_max(max_over(logits, provisional)));
+  if (!sum_in_range(sum)) {
+    const T* none = nullptr;
+    sum = exponentials_with_shift<true>(logits, n, factor, e, none, reduce_max(max_over(logits, n)));
   }
-  for (; i + V::kLanes <= n; i += V::kLanes) {
-    const V e0 = exp(factor * (load(logits + i) - shift));
-    store(e + i, e0);
-    even = even + e0;
-  }
-  if (i < n) {
-    const int tail = static_cast<int>(n - i);
-    const V x = keep_first(factor * (load_partial(logits + i, tail) - shift), tail, broadcast(static_cast<C>(kTail)));
-    const V e0 = exp(x);
-    store_partial(e + i, e0, tail);
-    odd = odd + e0;
-  }
-  const C normaliser = C(1) / reduce_add(even + odd);
+  const C normaliser = C(1) / sum;
   for (int64_t j = 0; j < n; ++j) sums[j] += static_cast<S>(normaliser * e[j]);
 }
 
