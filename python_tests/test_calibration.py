@@ -120,7 +120,10 @@ def test_the_check_of_a_fit_catches_wrong_derivatives(
 def test_the_fit_is_exact_on_every_scale(
     seed: int, rows: int, classes: int, truth: float, power: float, heavy: bool
 ) -> None:
-    """Logits from a thousandth to hundreds of what they should be, where plain Newton steps go astray."""
+    """Logits from a thousandth to hundreds of what they should be, where plain Newton steps go astray.
+
+    The same with a sample that is far too small, and often misleading.
+    """
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, classes, generator=draw, dtype=torch.float64)
     logits = logits**3 if heavy else 2 * logits
@@ -129,10 +132,61 @@ def test_the_fit_is_exact_on_every_scale(
     assume((logits.argmax(1) != labels).any())  # else there is no finite optimum
     exact = exact_temperature(logits, labels)
     assume(1e-3 < exact < 1e3)
+    for sample_rows in (calibration._SAMPLE_ROWS, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calibration, "_SAMPLE_ROWS", sample_rows)
+            fit = fit_temperature(logits, labels)
+        assert fit.converged
+        assert fit.temperature == pytest.approx(exact, rel=1e-6)
+        assert fit.iterations <= 20
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [0.4, 2.3])
+def test_a_sample_saves_passes(
+    dtype: torch.dtype, temperature: float, draw: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, labels = calibrated(draw, 16384, 12, temperature)
+    logits = logits.to(dtype)
     fit = fit_temperature(logits, labels)
-    assert fit.converged
-    assert fit.temperature == pytest.approx(exact, rel=1e-6)
-    assert fit.iterations <= 20
+    check_fit(fit, logits, labels, TOLERANCES[dtype])
+    monkeypatch.setattr(calibration, "_LEAST_STRIDE", len(labels))  # never a sample
+    plain = fit_temperature(logits, labels)
+    check_fit(plain, logits, labels, TOLERANCES[dtype])
+    assert fit.iterations <= plain.iterations - 2
+
+
+def test_a_wrong_step_with_the_sample_costs_passes_only(draw: torch.Generator) -> None:
+    """A planted sum instead of a mean over the sample: the fit is as right, and the count of passes tells."""
+    logits, labels = calibrated(draw, 16384, 12, 2.3)
+    right = calibration._step_with_sample
+
+    def wrong(terms_at: Callable[[float], Any], *arguments: float) -> float:
+        return right(lambda b: (*(32 * term for term in terms_at(b)[:3]), terms_at(b)[3]), *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_step_with_sample", wrong)
+        fit = fit_temperature(logits, labels)
+    check_fit(fit, logits, labels, 1e-6)
+    assert fit.iterations > fit_temperature(logits, labels).iterations
+
+
+@pytest.mark.parametrize("sample", ["other temperature", "ignored", "separable", "worse than chance"])
+def test_a_misleading_sample_does_not_mislead(sample: str, draw: torch.Generator) -> None:
+    """What lies at every stride-th row is not what the other rows are like; the optimum is that of all rows."""
+    logits, labels = calibrated(draw, 16384, 12, 1.4)
+    stride = calibration._SAMPLE_STRIDE
+    if sample == "other temperature":
+        logits[::stride] *= 8
+    elif sample == "ignored":
+        labels[::stride] = -100
+    elif sample == "separable":
+        labels[::stride] = logits[::stride].argmax(1)
+    else:
+        labels[::stride] = logits[::stride].argmin(1)
+    fit = fit_temperature(logits, labels)
+    check_fit(fit, logits, labels, 1e-6)
+    assert fit.iterations <= 8
 
 
 def test_the_likelihood_is_as_good_as_scipys(draw: torch.Generator) -> None:
