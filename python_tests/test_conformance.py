@@ -190,7 +190,9 @@ TemperatureTerms = Callable[[Tensor, Tensor, float], Tensor]
 
 def _labelled(dtype: torch.dtype, width: int, seed: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed + width)
-    logits = (3 * torch.randn(11, width, generator=draw, dtype=torch.float64)).to(dtype)
+    logits = 3 * torch.randn(11, width, generator=draw, dtype=torch.float64)
+    logits[1, -1] += 200  # a maximum that the beginning of the row does not announce
+    logits = logits.to(dtype)
     labels = torch.randint(min(width, 4), (11,), generator=draw)
     labels[::4] = -100
     return logits, labels
