@@ -264,7 +264,8 @@ static inline MomentResult moments_with_shift(const T* z, int64_t n, ComputeType
   if (i < n) {
     const int tail = static_cast<int>(n - i);
     const V x = b * (load_partial(z + i, tail) - shift);
-    odd.add(keep_first(x, tail, broadcast(C(0))), exp(keep_first(x, tail, broadcast(static_cast<C>(-INFINITY)))));
+    const V exponent = keep_first(x, tail, broadcast(static_cast<C>(kTail)));
+    odd.add(keep_first(x, tail, broadcast(C(0))), kMasked ? exp(exponent) : exp_in_range(exponent));
   }
   const double per_b = 1 / static_cast<double>(b_value);
   return {shift_value, reduce_add(even.sum + odd.sum), reduce_add(even.first + odd.first) * per_b,
