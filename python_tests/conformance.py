@@ -408,6 +408,7 @@ def _missing_cuda() -> str | None:
 
 BACKENDS = (
     REFERENCE,
+    _cpp("avx512_bf16"),
     _cpp("avx512"),
     _cpp("avx2"),
     _cpp("portable"),

@@ -211,7 +211,7 @@ def foreign_symbols(object_file: Path, isa: str) -> list[str]:
     return [name for name in symbols("--extern-only", "--defined-only", object_file) if not own.match(name)]
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
 def test_an_instruction_set_shares_no_symbol(isa: str, setup_py: dict[str, Any]) -> None:
     require("nm")
     built = {source.path.name for source in setup_py["read_sources"](platform.machine())}
@@ -325,7 +325,7 @@ def expected_loss() -> float:
     return float(cross_entropy(target, labels) + 1.7 * cross_entropy(source, relationship[labels]))
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
 def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
     if isa not in backends.cpu_isas():
         pytest.skip(f"{isa} is not built, or not for this processor: {backends.cpu_isas()}")

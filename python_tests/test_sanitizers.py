@@ -73,7 +73,7 @@ def test_a_wrong_value_is_found(fault: str, test: str, seed: int) -> None:
     assert re.search(rf"^{test} +\d+ checks FAILED$", finished.stdout, re.MULTILINE), finished.stdout
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("fault", ["read-past-row", "write-past-row"])
 def test_touching_the_page_after_a_row_crashes(fault: str, isa: str, seed: int) -> None:
     """No sanitizer sees the masked loads of AVX2 and AVX-512, so the rows end where their page ends."""

@@ -8,6 +8,7 @@
 namespace cotuning::cpu {
 
 #if defined(__x86_64__)
+extern const RowKernels kRows_avx512_bf16;
 extern const RowKernels kRows_avx512;
 extern const RowKernels kRows_avx2;
 #endif
@@ -16,7 +17,7 @@ extern const RowKernels kRows_portable;
 namespace {
 
 struct Tables {
-  const RowKernels* table[3] = {};
+  const RowKernels* table[4] = {};
   int count = 0;
   const char* unmet_request = nullptr;
   std::atomic<const RowKernels*> current{nullptr};
@@ -25,6 +26,7 @@ struct Tables {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
+      if (__builtin_cpu_supports("avx512bf16")) table[count++] = &kRows_avx512_bf16;
       table[count++] = &kRows_avx512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {

@@ -134,38 +134,37 @@ SweepResult sweep(const void* z, const void* q, int64_t n, void* exponentials, c
   return row(logits, distribution, n, e, next_logits, next_written);
 }
 
-template <bool kTarget, class V, class C>
-static inline V gradient_vector(V e, const C* q, V softmax_factor, V minus_target_factor) {
-  const V p = softmax_factor * e;
-  return kTarget ? fma(minus_target_factor, load(q), p) : p;
-}
-
 template <bool kTarget, bool kStream, class T>
 static inline void gradient_row(const ComputeType<T>* e, const ComputeType<T>* q, int64_t n,
                                 ComputeType<T> softmax_factor, ComputeType<T> target_factor, T* gradient) {
   using V = Vector<T>;
   const V a = broadcast(softmax_factor), b = broadcast(-target_factor);
-  const auto part = [&](int64_t i, int count) {
-    const V p = a * load_partial(e + i, count);
-    store_partial(gradient + i, kTarget ? fma(b, load_partial(q + i, count), p) : p, count);
+  const auto vector_at = [&](int64_t i) {
+    const V p = a * load(e + i);
+    return kTarget ? fma(b, load(q + i), p) : p;
   };
   int64_t i = 0;
-  if constexpr (kStream) {  // up to where whole vectors are aligned
-    constexpr uintptr_t kBytes = V::kLanes * sizeof(T);
-    const auto misaligned = reinterpret_cast<uintptr_t>(gradient) % kBytes;
-    const int64_t head = misaligned == 0 ? 0 : static_cast<int64_t>((kBytes - misaligned) / sizeof(T));
-    i = head < n ? head : n;
-    if (i > 0) part(0, static_cast<int>(i));
+  const auto go_to = [&](int64_t end) {
+    for (; i + V::kLanes <= end; i += V::kLanes) store(gradient + i, vector_at(i));
+    if (i == end) return;
+    const int part = static_cast<int>(end - i);
+    const V p = a * load_partial(e + i, part);
+    store_partial(gradient + i, kTarget ? fma(b, load_partial(q + i, part), p) : p, part);
+    i = end;
+  };
+  if constexpr (kStream) {  // to where a line of the cache begins
+    constexpr uintptr_t kLine = 64;
+    const auto head = static_cast<int64_t>((kLine - reinterpret_cast<uintptr_t>(gradient) % kLine) % kLine / sizeof(T));
+    go_to(head < n ? head : n);
   }
-  for (; i + V::kLanes <= n; i += V::kLanes) {
-    const V g = gradient_vector<kTarget>(load(e + i), q + i, a, b);
+  for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
     if constexpr (kStream) {
-      store_streaming(gradient + i, g);
+      store_two_streaming(gradient + i, vector_at(i), vector_at(i + V::kLanes));
     } else {
-      store(gradient + i, g);
+      store_two(gradient + i, vector_at(i), vector_at(i + V::kLanes));
     }
   }
-  if (i < n) part(i, static_cast<int>(n - i));
+  go_to(n);
 }
 
 template <class T>
@@ -191,6 +190,7 @@ void scale(void* row, int64_t n, double factor) {
   auto* x = static_cast<T*>(row);
   const V f = broadcast(static_cast<ComputeType<T>>(factor));
   int64_t i = 0;
+  for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) store_two(x + i, f * load(x + i), f * load(x + i + V::kLanes));
   for (; i + V::kLanes <= n; i += V::kLanes) store(x + i, f * load(x + i));
   if (i < n) {
     const int tail = static_cast<int>(n - i);

@@ -162,10 +162,22 @@ template <class F, class T>
 static inline void store_partial(T* p, Lanes<F> x, int n) {
   for (int k = 0; k < n; ++k) narrow(static_cast<F>(x.v[k]), p + k);
 }
-// Stores around the cache where the instruction set can: `p` aligned to sizeof(T) * kLanes. Here: plain stores.
+// Stores around the cache where the instruction set can: `p` aligned to what is stored, but at most to 64 bytes. Here:
+// plain stores.
 template <class F, class T>
 static inline void store_streaming(T* p, Lanes<F> x) {
   store(p, x);
+}
+// Two vectors, one after the other: an instruction set may have more for two than for one.
+template <class T, class V>
+static inline void store_two(T* p, V a, V b) {
+  store(p, a);
+  store(p + V::kLanes, b);
+}
+template <class T, class V>
+static inline void store_two_streaming(T* p, V a, V b) {
+  store_streaming(p, a);
+  store_streaming(p + V::kLanes, b);
 }
 static inline Lanes<double> exp(Lanes<double> x) {
   for (int k = 0; k < Lanes<double>::kLanes; ++k) x.v[k] = ::exp(x.v[k]);
