@@ -141,8 +141,6 @@ inline void add_expected_row(const Grid& logits, int64_t row, const std::vector<
       // Softmax beside a provisional maximum is flushed to 0 a little above where float ends.
       tolerance[j] = epsilon * (mass * softmax + q[j]) + 1e-30L;
     }
-    // A provisional maximum below the true one makes larger terms of opposite sign.
-    size += mass * 130;
   }
   head->rows.push_back(loss);
   head->tolerance.push_back(epsilon * size);

@@ -156,6 +156,51 @@ TEST(loss_of_special_rows) {
   });
 }
 
+// Rows that are sure of their label, or of three source classes, which come after the first elements: a loss near 0, or
+// log 3, with no rounding error of the logits' size.
+TEST(loss_of_confident_rows) {
+  for_each_isa([](const char* isa) {
+    for (ScalarType type : kAllTypes) {
+      for (int repeat = 0; repeat < 6; ++repeat) {
+        LossCase c(type, type, ScalarType::kFloat32, 6, random_integer(100, 300), random_integer(100, 200));
+        if (c.target != Target::kLabels) continue;
+        c.problem.reduction = Reduction::kNone;
+        c.problem.kl_divergence = false;
+        c.problem.label_smoothing = 0;
+        c.problem.weight.clear();
+        const int64_t first = random_integer(64, c.source_classes - 30);
+        for (int64_t t = 0; t < c.target_classes; ++t) {
+          for (int64_t s = 0; s < c.source_classes; ++s) c.relationship->set(t, s, 0);
+          for (int64_t k = 0; k < 3; ++k) c.relationship->set(t, first + 9 * k, 0.3L + 0.03L * k);
+        }
+        long double mass = 0;
+        for (int64_t k = 0; k < 3; ++k) mass += c.relationship->at(0, first + 9 * k);
+        for (int64_t i = 0; i < c.batch; ++i) {
+          const int64_t label = (*c.labels)[i] == c.problem.ignore_index ? 0 : (*c.labels)[i];
+          const long double high = 30 + 25 * uniform();
+          for (int64_t s = 0; s < c.source_classes; ++s) c.source_logits->set(i, s, normal(1));
+          for (int64_t k = 0; k < 3; ++k) c.source_logits->set(i, first + 9 * k, high);
+          if (c.target_logits == nullptr) continue;
+          for (int64_t t = 0; t < c.target_classes; ++t) c.target_logits->set(i, t, normal(1));
+          c.target_logits->set(i, label, high);
+        }
+        LossResult result;
+        cpu::co_tuning_loss(c.problem, serial_for, &result);
+        const long double tolerance = 4 * epsilon_of(compute_type(type)) + 1e-10L;
+        for (int64_t i = 0; i < c.batch; ++i) {
+          const bool ignored = (*c.labels)[i] == c.problem.ignore_index;
+          CHECK(close(result.source_term[i], ignored ? 0 : mass * std::log(3.0L), tolerance), "%s: source loss %.9g",
+                describe(isa, c).c_str(), result.source_term[i]);
+          if (c.target_logits == nullptr) continue;
+          CHECK(close(result.target_term[i], 0, tolerance), "%s: target loss %.9g", describe(isa, c).c_str(),
+                result.target_term[i]);
+        }
+        check_loss(isa, c, one_in(2));
+      }
+    }
+  });
+}
+
 TEST(loss_of_ignored_batches) {
   for_each_isa([](const char* isa) {
     for (ScalarType type : kAllTypes) {

@@ -17,30 +17,33 @@ using cpu::SweepResult;
 
 const RowKernels& right() { return cpu::row_kernels(); }
 
-SweepResult read_past_the_row(const void* z, const void* q, int64_t n, void* e, const void* next, const void* written) {
+SweepResult read_past_the_row(const void* z, const void* q, int64_t n, void* e, const void* next, const void* written,
+                              double least_shift) {
   char scratch[64 * 1024];
-  const SweepResult result = right().sweep[0](z, nullptr, n + 1, scratch, nullptr, nullptr);
-  return result.sum < 0 ? result : right().sweep[0](z, q, n, e, next, written);
+  const SweepResult result = right().sweep[0](z, nullptr, n + 1, scratch, nullptr, nullptr, -INFINITY);
+  return result.sum < 0 ? result : right().sweep[0](z, q, n, e, next, written, least_shift);
 }
-SweepResult write_past_the_row(const void* z, const void* q, int64_t n, void* e, const void* next,
-                               const void* written) {
+SweepResult write_past_the_row(const void* z, const void* q, int64_t n, void* e, const void* next, const void* written,
+                               double least_shift) {
   if (e != nullptr) static_cast<float*>(e)[n] = 1;
-  return right().sweep[0](z, q, n, e, next, written);
+  return right().sweep[0](z, q, n, e, next, written, least_shift);
 }
-SweepResult miss_a_late_maximum(const void* z, const void* q, int64_t n, void* e, const void* next,
-                                const void* written) {
-  const SweepResult start = right().sweep[0](z, q, std::min<int64_t>(n, 64), e, next, written);
-  SweepResult result = right().sweep[0](z, q, n, e, next, written);
+SweepResult miss_a_late_maximum(const void* z, const void* q, int64_t n, void* e, const void* next, const void* written,
+                                double least_shift) {
+  const SweepResult start = right().sweep[0](z, q, std::min<int64_t>(n, 64), e, next, written, least_shift);
+  SweepResult result = right().sweep[0](z, q, n, e, next, written, least_shift);
   result.shift = start.shift;
   return result;
 }
-SweepResult hide_nan(const void* z, const void* q, int64_t n, void* e, const void* next, const void* written) {
-  SweepResult result = right().sweep[0](z, q, n, e, next, written);
+SweepResult hide_nan(const void* z, const void* q, int64_t n, void* e, const void* next, const void* written,
+                     double least_shift) {
+  SweepResult result = right().sweep[0](z, q, n, e, next, written, least_shift);
   if (std::isnan(result.sum)) result.sum = 1;
   return result;
 }
-SweepResult take_a_coarse_exp(const void* z, const void* q, int64_t n, void* e, const void* next, const void* written) {
-  const SweepResult result = right().sweep[0](z, q, n, e, next, written);
+SweepResult take_a_coarse_exp(const void* z, const void* q, int64_t n, void* e, const void* next, const void* written,
+                              double least_shift) {
+  const SweepResult result = right().sweep[0](z, q, n, e, next, written, least_shift);
   if (e != nullptr) static_cast<float*>(e)[n / 2] *= 1 + 4 * FLT_EPSILON;
   return result;
 }
@@ -52,8 +55,8 @@ void truncate(const float* values, int64_t n, void* row) {
     std::memcpy(static_cast<uint16_t*>(row) + i, reinterpret_cast<const char*>(values + i) + 2, 2);
   }
 }
-MomentResult take_the_first_moment(const void* z, int64_t n, double b, const void* next) {
-  MomentResult result = right().moments[0](z, n, b, next);
+MomentResult take_the_first_moment(const void* z, int64_t n, double b, const void* next, double least_shift) {
+  MomentResult result = right().moments[0](z, n, b, next, least_shift);
   result.second = result.first;
   return result;
 }
@@ -210,7 +213,8 @@ void check_sweep(const Case& c, Logits kind, bool with_target) {
   fill_logits(&z, kind);
   fill_distribution(&q, z);
   const void* target = with_target ? q.data() : nullptr;
-  const SweepResult result = c.kernels.sweep[c.index()](z.data(), target, c.n, e.data(), nullptr, nullptr);
+  const double least_shift = one_in(2) ? -INFINITY : static_cast<double>(z[random_integer(0, c.n - 1)]);
+  const SweepResult result = c.kernels.sweep[c.index()](z.data(), target, c.n, e.data(), nullptr, nullptr, least_shift);
   const std::string text = c.text() + " logits " + std::to_string(static_cast<int>(kind));
   const char* what = text.c_str();
   CHECK(e.surroundings_untouched(), "%s", what);
@@ -227,6 +231,7 @@ void check_sweep(const Case& c, Logits kind, bool with_target) {
   }
   CHECK(result.shift <= largest && largest - result.shift <= 61, "%s: shift %g, maximum %Lg", what, result.shift,
         largest);
+  CHECK(result.shift >= least_shift, "%s: shift %g, at least %g", what, result.shift, least_shift);
   long double sum = 0, dot = 0, dot_size = 0, mass = 0;
   for (int64_t i = 0; i < c.n; ++i) {
     const long double x = difference(c.compute(), z[i], result.shift);
@@ -246,10 +251,12 @@ void check_sweep(const Case& c, Logits kind, bool with_target) {
   CHECK(close(result.mass, mass, c.sum_epsilon() * mass), "%s: mass %.9g, expected %.9Lg", what, result.mass, mass);
 
   // Not storing the exponentials changes nothing, nor does fetching the next rows meanwhile.
-  const SweepResult unstored = c.kernels.sweep[c.index()](z.data(), target, c.n, nullptr, nullptr, nullptr);
+  const SweepResult unstored =
+      c.kernels.sweep[c.index()](z.data(), target, c.n, nullptr, nullptr, nullptr, least_shift);
   CHECK(unstored.sum == result.sum && close(unstored.dot, result.dot, 0) && unstored.mass == result.mass, "%s", what);
   Row next(c.type, c.n, c.place), written(c.type, c.n, c.place);
-  const SweepResult again = c.kernels.sweep[c.index()](z.data(), target, c.n, e.data(), next.data(), written.data());
+  const SweepResult again =
+      c.kernels.sweep[c.index()](z.data(), target, c.n, e.data(), next.data(), written.data(), least_shift);
   CHECK(written.surroundings_untouched() && std::isnan(written[0]), "%s", what);
   CHECK(again.sum == result.sum && close(again.dot, result.dot, 0) && again.mass == result.mass, "%s", what);
 }
@@ -414,7 +421,8 @@ void check_moments(const Case& c, Logits kind) {
   Row z(c.type, c.n, c.place);
   fill_logits(&z, kind);
   const double b = static_cast<double>(round_to(c.compute(), 0.2L + 2 * uniform()));
-  const MomentResult result = c.kernels.moments[c.index()](z.data(), c.n, b, nullptr);
+  const double least_shift = one_in(2) ? -INFINITY : static_cast<double>(z[random_integer(0, c.n - 1)]);
+  const MomentResult result = c.kernels.moments[c.index()](z.data(), c.n, b, nullptr, least_shift);
   long double sum = 0, first = 0, second = 0, first_size = 0, error = 0, first_error = 0, second_error = 0;
   bool has_nan = false;
   for (int64_t i = 0; i < c.n; ++i) {
@@ -569,7 +577,7 @@ TEST(exp_over_its_range) {
   z[2202] = -1000;
   z[2203] = -FLT_TRUE_MIN;
   for (const RowKernels& kernels : tables()) {
-    const SweepResult result = kernels.sweep[0](z.data(), nullptr, kCount, e.data(), nullptr, nullptr);
+    const SweepResult result = kernels.sweep[0](z.data(), nullptr, kCount, e.data(), nullptr, nullptr, -INFINITY);
     CHECK(result.shift == 0, "%s: shift %g", kernels.name, result.shift);
     long double worst = 0;
     for (int64_t i = 0; i < kCount; ++i) {

@@ -116,9 +116,9 @@ TEST(temperature) {
           expected[1] += mean - z_label;
           expected[2] += square;
           expected[3] += 1;
+          size[0] += std::fabs(std::log(p[(*data.labels)[i]])) + 1;
+          size[1] += mean_size + std::fabs(mean - z_label) + 1;
           // The kernel's moments are about the largest logit, up to about 20 from the mean.
-          size[0] += std::fabs(std::log(p[(*data.labels)[i]])) + 30;
-          size[1] += mean_size + 20 + std::fabs(mean - z_label);
           size[2] += 20 * 20 + square;
         }
         for (int k = 0; k < 4; ++k) {
@@ -126,6 +126,28 @@ TEST(temperature) {
                 cpu::row_kernels_at(isa).name, name_of(type), k, terms[k], expected[k]);
         }
       }
+    }
+  }
+}
+
+// Rows that are sure of their label, which comes after the first elements: NLL and slope are near 0, with no rounding
+// error of the logits' size, which all rows would have with one sign.
+TEST(temperature_of_confident_rows) {
+  for (int isa = 0; isa < cpu::row_kernels_count(); ++isa) {
+    cpu::use_row_kernels(cpu::row_kernels_at(isa).name);
+    for (ScalarType type : kAllTypes) {
+      constexpr int64_t kRows = 40, kColumns = 200;
+      const auto logits = random_grid(type, kRows, kColumns, 1);
+      LabelList labels(kRows, false, 1);
+      for (int64_t i = 0; i < kRows; ++i) {
+        labels.set(i, random_integer(64, kColumns - 1));
+        logits->set(i, labels[i], 30 + 25 * uniform());
+      }
+      double terms[4];
+      cpu::temperature_terms(logits->view(), labels.view(), -100, 1.0, terms, serial_for);
+      const long double tolerance = epsilon_of(compute_type(type)) / 8 + 1e-9L;
+      CHECK(std::fabs(terms[0]) <= kRows * tolerance && std::fabs(terms[1]) <= kRows * tolerance,
+            "%s %s: NLL %g, slope %g", cpu::row_kernels_at(isa).name, name_of(type), terms[0], terms[1]);
     }
   }
 }

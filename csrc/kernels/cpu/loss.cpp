@@ -59,6 +59,13 @@ bool keeps_exponentials(const Matrix& gradient, const ConstMatrix& logits) {
 // rows arrive later for it.
 constexpr int64_t kCachedRelationshipBytes = 2 << 20;
 
+// Where a row's maximum comes late and is far above the first elements, the shift is far below it: log sum and q (z -
+// shift) are large, and so is the rounding of their difference. A row whose difference is smaller than they are by this
+// factor is swept once more, relative to what the first sweep found (rows that are confident and right: their loss is
+// near 0).
+constexpr double kMostCancelled = 8;
+constexpr double kUnknown = -INFINITY;
+
 class Loss {
  public:
   explicit Loss(const LossProblem& problem)
@@ -259,13 +266,18 @@ class Loss {
     void* gradient_row = gradient.data != nullptr ? gradient.row(row) : nullptr;
     const bool kept = keeps_exponentials(gradient, logits);
     void* exponentials = kept || gradient_row == nullptr ? gradient_row : scratch_row(logits);
-    const SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next,
-                                            kept || gradient.stream ? nullptr : gradient_row);
+    SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next,
+                                      kept || gradient.stream ? nullptr : gradient_row, kUnknown);
+    double log_sum = std::log(s.sum), loss = s.mass * log_sum - s.dot;
+    if (std::fabs(s.mass) * log_sum > kMostCancelled * (std::fabs(s.mass) + std::fabs(loss))) {
+      s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, nullptr, nullptr, s.shift + log_sum);
+      loss = s.mass * std::log(s.sum) - s.dot;
+    }
     if (gradient_row != nullptr) {
       rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, gradient.stream,
                            gradient_row);
     }
-    return s.mass * std::log(s.sum) - s.dot;
+    return loss;
   }
 
   static void* scratch_row(const ConstMatrix& logits) {
@@ -335,7 +347,10 @@ class Loss {
     for (int k = 0; k < parts.count; ++k) logit[k] = element(logits, row, parts.index[k]);
     void* gradient_row = p_.target_gradient.data != nullptr ? p_.target_gradient.row(row) : nullptr;
     void* exponentials = gradient_row != nullptr ? scratch_row(logits) : nullptr;
-    const SweepResult s = rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, next, gradient_row);
+    // Relative to the labels' higher logit where that is high: of a confident row, log sum is nearly that logit.
+    const double highest = parts.count == 2 && logit[1] > logit[0] ? logit[1] : logit[0];
+    const SweepResult s =
+        rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, next, gradient_row, highest);
     const double mass = parts.total();
     double loss = mass * std::log(s.sum);
     for (int k = 0; k < parts.count; ++k) loss -= parts.share[k] * (logit[k] - s.shift);

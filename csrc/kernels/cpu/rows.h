@@ -30,9 +30,11 @@ struct RowKernels {
 
   // Writes exp(z - shift) to `exponentials` unless that is null. `q` may be null: dot and mass are then 0. `next` may
   // be null, or the row that will be swept next, and `written` null or the row that will be written next: they are
-  // fetched into the cache meanwhile.
+  // fetched into the cache meanwhile. `least_shift`: the shift is not below it, where the row is finite. What is
+  // subtracted from one another later (log sum, and z - shift at the label) is then small, and loses no digits. At
+  // most the logarithm of the sum of all exp(z); -inf where nothing is known.
   SweepResult (*sweep[kScalarTypes])(const void* z, const void* q, int64_t n, void* exponentials, const void* next,
-                                     const void* written);
+                                     const void* written, double least_shift);
   // gradient = softmax_factor * exponentials - target_factor * q; `q` may be null. `stream`: write around the cache
   // (with a q only); the thread calls finish_streaming before anybody else reads.
   void (*gradient[kScalarTypes])(const void* exponentials, const void* q, int64_t n, double softmax_factor,
@@ -54,7 +56,7 @@ struct RowKernels {
                                              float* sums);
   void (*add_softmax_to_double[kScalarTypes])(const void* z, int64_t n, double b, void* exponentials, const void* next,
                                               double* sums);
-  MomentResult (*moments[kScalarTypes])(const void* z, int64_t n, double b, const void* next);
+  MomentResult (*moments[kScalarTypes])(const void* z, int64_t n, double b, const void* next, double least_shift);
 
   // sum of q * log(q), 0 where q is 0
   double (*sum_q_log_q_float)(const float* q, int64_t n);

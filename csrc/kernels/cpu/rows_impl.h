@@ -105,15 +105,23 @@ static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, 
           reduce_add(even.mass + odd.mass)};
 }
 
+// The maximum of the first elements, or what is asked for where that is more.
+template <class T>
+static inline ComputeType<T> provisional_shift(const T* z, int64_t n, double least_shift) {
+  using C = ComputeType<T>;
+  const C first = reduce_max(max_over(z, n < kProvisionalElements ? n : kProvisionalElements));
+  const C least = static_cast<C>(least_shift);
+  return least > first ? least : first;
+}
+
 static inline bool finite(double x) { return x - x == 0; }
 static inline bool sum_in_range(double sum) { return sum > 0 && sum <= kLargestSum; }  // a NaN is neither
 
 template <bool kTarget, bool kStore, class T>
 static inline SweepResult sweep_row(const T* z, const ComputeType<T>* q, int64_t n, ComputeType<T>* exponentials,
-                                    const T* next, const T* written) {
-  const int64_t provisional = n < kProvisionalElements ? n : kProvisionalElements;
+                                    const T* next, const T* written, double least_shift) {
   const SweepResult result = sweep_with_shift<false, kTarget, kStore>(z, q, n, exponentials, next, written,
-                                                                      reduce_max(max_over(z, provisional)));
+                                                                      provisional_shift(z, n, least_shift));
   if (sum_in_range(result.sum) && finite(result.dot)) return result;
   // A large logit late in the row, or one that is not finite: once more, with the true maximum. What is then still not
   // finite is what the formula gives: NaN for a row with a NaN, with +inf, or with nothing but -inf.
@@ -122,7 +130,8 @@ static inline SweepResult sweep_row(const T* z, const ComputeType<T>* q, int64_t
 }
 
 template <class T>
-SweepResult sweep(const void* z, const void* q, int64_t n, void* exponentials, const void* next, const void* written) {
+SweepResult sweep(const void* z, const void* q, int64_t n, void* exponentials, const void* next, const void* written,
+                  double least_shift) {
   using C = ComputeType<T>;
   const auto* logits = static_cast<const T*>(z);
   const auto* distribution = static_cast<const C*>(q);
@@ -131,7 +140,7 @@ SweepResult sweep(const void* z, const void* q, int64_t n, void* exponentials, c
   auto* e = static_cast<C*>(exponentials);
   const auto row = q == nullptr ? (e == nullptr ? sweep_row<false, false, T> : sweep_row<false, true, T>)
                                 : (e == nullptr ? sweep_row<true, false, T> : sweep_row<true, true, T>);
-  return row(logits, distribution, n, e, next_logits, next_written);
+  return row(logits, distribution, n, e, next_logits, next_written, least_shift);
 }
 
 template <bool kTarget, bool kStream, class T>
@@ -273,12 +282,11 @@ static inline MomentResult moments_with_shift(const T* z, int64_t n, ComputeType
 }
 
 template <class T>
-MomentResult moments(const void* z, int64_t n, double b, const void* next) {
+MomentResult moments(const void* z, int64_t n, double b, const void* next, double least_shift) {
   using C = ComputeType<T>;
   const auto* logits = static_cast<const T*>(z);
-  const int64_t provisional = n < kProvisionalElements ? n : kProvisionalElements;
   const MomentResult result = moments_with_shift<false>(logits, n, static_cast<C>(b), static_cast<const T*>(next),
-                                                        reduce_max(max_over(logits, provisional)));
+                                                        provisional_shift(logits, n, least_shift));
   if (sum_in_range(result.sum) && finite(result.second)) return result;
   const T* none = nullptr;
   return moments_with_shift<true>(logits, n, static_cast<C>(b), none, reduce_max(max_over(logits, n)));
@@ -328,9 +336,8 @@ void add_softmax(const void* z, int64_t n, double b, void* exponentials, const v
   const auto* logits = static_cast<const T*>(z);
   auto* e = static_cast<C*>(exponentials);
   const C factor = static_cast<C>(b);
-  const int64_t provisional = n < kProvisionalElements ? n : kProvisionalElements;
   C sum = exponentials_with_shift<false>(logits, n, factor, e, static_cast<const T*>(next),
-                                         reduce_max(max_over(logits, provisional)));
+                                         provisional_shift(logits, n, -INFINITY));
   if (!sum_in_range(sum)) {
     const T* none = nullptr;
     sum = exponentials_with_shift<true>(logits, n, factor, e, none, reduce_max(max_over(logits, n)));

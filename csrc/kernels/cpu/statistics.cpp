@@ -91,10 +91,11 @@ struct Temperature {
       const int64_t label = labels[i];
       if (label == ignore_index) continue;
       const void* next = i + 1 < end ? logits.row(i + 1) : nullptr;
-      const MomentResult m = rows.moments[type](logits.row(i), logits.columns, b, next);
       const void* at_label = static_cast<const char*>(logits.row(i)) + label * size_of(logits.type);
       double logit;
       rows.mix_to_double[type](at_label, 1.0, nullptr, 0.0, 1, &logit);
+      // Relative to the label's logit where that is high: of a confident row, log sum and mean are nearly that logit.
+      const MomentResult m = rows.moments[type](logits.row(i), logits.columns, b, next, logit);
       const double x = logit - m.shift, mean = m.first / m.sum;
       nll[i] = std::log(m.sum) - b * x;
       first[i] = mean - x;
