@@ -60,6 +60,9 @@ def co_tuning_loss(
     elif trade_off.dtype is not torch.float64:
         validation.check_trade_off(trade_off, source_logits.device)
         trade_off = trade_off.to(torch.float64)
+    half = target_logits is not None and target_logits.dtype is torch.float16
+    if weight is not None and half and reduction == "mean" and backend != "cpp":
+        weight = _of_size_one(weight)
     arguments = (*operand, weight, trade_off, label_smoothing, ignore_index, schema.REDUCTIONS[reduction],
                  schema.KL_DIVERGENCE[source_loss])  # fmt: skip
     source_gradient = source_logits.requires_grad
@@ -89,6 +92,16 @@ def translate_labels(target: Target, relationship: Tensor, ignore_index: int, ba
     labels, labels_b, mix, relationship = operand_target(target, dense_columns(relationship.detach()))
     translated: Tensor = operation("translate_labels", backend)(labels, labels_b, mix, relationship, ignore_index)
     return translated
+
+
+def _of_size_one(weight: Tensor) -> Tensor:
+    """Class weights as large as half precision wants them. In a mean only their ratios count.
+
+    Gradients are stored before they are divided by the sum of the weights, which a kernel on an accelerator does not
+    know earlier: of weights of 1e-4, float16 would keep hardly a digit. (The C++ kernels choose a power of two.)
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return weight / weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:

@@ -40,6 +40,8 @@ _Terms = tuple[float, float, float, float]
 # A sample is every 32nd row, but at least 512 rows, and worth its passes if it is an eighth of all rows or less.
 _SAMPLE_STRIDE, _SAMPLE_ROWS, _LEAST_STRIDE = 32, 512, 8
 _MOST_SAMPLE_PASSES = 20
+# After so many passes that all asked for a lower temperature, the lowest one of the search is tried.
+_ASK_THE_BOUND = 8
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def fit_temperature(
     signs of the slopes bracket the optimum; a step that leaves the bracket goes to its end the first time, and to its
     middle (in ``log b``) when that end is known already.
 
-    Many rows on the CPU take 2 or 3 passes: how the slope bends between here and the optimum, which a Newton step does
-    not know, is learnt from a sample of the rows. The result is still that of all rows.
+    Many rows on the CPU usually take 2 to 4 passes: how the slope bends between here and the optimum, which a Newton
+    step does not know, is learnt from a sample of the rows. The result is still that of all rows.
 
     Use source data that the model was *not* trained on (its validation set), with source labels.
 
@@ -90,7 +92,7 @@ def fit_temperature(
         labels: ``(B,)`` int64 or int32 class indices, or ``ignore_index``.
         ignore_index: rows with this label do not count.
         backend: see :func:`cotuning_kernels.backends.select`.
-        max_iterations: passes over the logits at most; 2 to 8 are usual.
+        max_iterations: passes over the logits at most; 2 to 8 are usual, up to 15 where the model is very sure.
         tolerance: the relative error of ``T`` that may be left, as the last two passes let one estimate it. What
             float32 logits make of an exponential is of the order of the default.
 
@@ -147,7 +149,9 @@ def fit_temperature(
             step = math.copysign(math.inf, -slope)
         elif sample_terms_at is not None and step != 0:
             step = _step_with_sample(sample_terms_at, b, slope / rows, curvature / rows, step)
-        if _error_left(step, curvature, (curvature - last_curvature) / (b - last_b)) <= tolerance * b:
+        # Two passes with equal curvatures, one on either side of where it is largest, do not mean that it is constant.
+        bend = max(abs(curvature - last_curvature) / abs(b - last_b), curvature / b)
+        if _error_left(step, curvature, bend) <= tolerance * b:
             # The NLL at the end of the last step from its parabola: the error is of third order in a tiny step.
             nll_after = (nll + slope * step / 2) / rows
             return TemperatureFit(1 / (b + step), nll_before, nll_after, iteration, converged=True)
@@ -157,6 +161,8 @@ def fit_temperature(
             high, high_seen = b, True
         last_b, last_curvature = b, curvature
         b += step
+        if slope < 0 and not high_seen and iteration % _ASK_THE_BOUND == 0:
+            b = most  # a tail that falls for ever, or almost: is there an optimum at all?
         if b <= low:
             b = math.sqrt(low * high) if low_seen else low
         elif b >= high:
@@ -323,12 +329,12 @@ def _terms_of(logits: Tensor, labels: Tensor, ignore_index: int, backend: str) -
 
 
 def _error_left(step: float, curvature: float, bend: float) -> float:
-    """How far ``b`` is from the optimum after this step, about: ``|bend| step^2 / (2 curvature)``.
+    """How far ``b`` is from the optimum after this step, about: ``bend step^2 / (2 curvature)``.
 
     That is what a Newton step leaves when the curvature changes by ``bend`` per unit of ``b``. A step that knows how
     the slope bends leaves less. Where no bend is known (NaN: the first pass), the error may be as large as the step.
     """
-    error = abs(bend) * step * step / (2 * curvature) if curvature > 0 else math.nan
+    error = bend * step * step / (2 * curvature) if curvature > 0 else math.nan
     return min(abs(step), error) if math.isfinite(error) else abs(step)
 
 

@@ -246,7 +246,8 @@ class _Rows:
         self._labels.append(labels[labelled].long())
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        return torch.cat(self._logits), torch.cat(self._labels)
+        device = self._logits[-1].device  # what a checkpoint gave is on the CPU
+        return torch.cat([x.to(device) for x in self._logits]), torch.cat([x.to(device) for x in self._labels])
 
     def all_reduce(self) -> None:
         """The rows of all processes, in the order of their ranks."""

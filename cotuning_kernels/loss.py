@@ -139,6 +139,13 @@ class FusedCoTuningLoss(nn.Module):
         self._trade_off = self._trade_off_on(self.relationship.device)
         return self
 
+    def __copy__(self) -> FusedCoTuningLoss:
+        """A shallow copy shares the relationship, but its trade-off is set apart."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        copied._trade_off = self._trade_off_on(self._trade_off.device)
+        return copied
+
     def _trade_off_on(self, device: torch.device) -> Tensor:
         with torch.inference_mode(False):  # a tensor made in inference mode could not be set later
             return torch.tensor(self._trade_off_value, dtype=torch.float64, device=device)

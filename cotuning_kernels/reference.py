@@ -73,10 +73,10 @@ def softmax_class_sums(
 
     ``sums[t] / counts[t]`` is the direct relationship of the paper, eq. (4): the mean prediction of a class.
     """
-    _check_labels("labels", labels, num_classes, ignore_index)
+    labels = _checked_labels("labels", labels, num_classes, ignore_index)
     valid = labels != ignore_index
     probabilities = torch.softmax(logits[valid].double() * inverse_temperature, dim=1)
-    index = labels[valid].long()
+    index = labels[valid]
     sums = torch.zeros(num_classes, logits.shape[1], dtype=torch.float64, device=logits.device)
     return sums.index_add_(0, index, probabilities), torch.bincount(index, minlength=num_classes)
 
@@ -89,17 +89,17 @@ def temperature_terms(
     With ``p = softmax(b z)``: ``NLL = logsumexp(b z) - b z_y``, its derivative is ``E_p[z] - z_y`` and the second one
     ``Var_p[z]``, which is never negative: the NLL is convex in ``b``, and Newton's method finds its one minimum.
     """
-    _check_labels("labels", labels, logits.shape[1], ignore_index)
+    labels = _checked_labels("labels", labels, logits.shape[1], ignore_index)
     valid = labels != ignore_index
     z = logits[valid].double()
-    z_label = z.gather(1, labels[valid].long()[:, None])[:, 0]
+    z_label = z.gather(1, labels[valid][:, None])[:, 0]
     log_p = torch.log_softmax(z * inverse_temperature, dim=1)
     p = log_p.exp()
     # A logit of -inf has p = 0 and contributes nothing; the product alone would be NaN.
     z_or_zero = torch.where(p > 0, z, torch.zeros_like(z))
     mean = (p * z_or_zero).sum(1)
     variance = (p * (z_or_zero - mean[:, None]) ** 2).sum(1)
-    nll = -log_p.gather(1, labels[valid].long()[:, None])[:, 0]
+    nll = -log_p.gather(1, labels[valid][:, None])[:, 0]
     rows = valid.sum().double()
     return torch.stack([nll.sum(), (mean - z_label).sum(), variance.sum(), rows])
 
@@ -108,10 +108,14 @@ def _compute_dtype(*logits: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
 
 
-def _check_labels(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """IndexError naming the first bad row; on an accelerator the indexing below asserts, without a host read."""
+def _checked_labels(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """As int64: a comparison in 32 bits would take ``ignore_index + 2**32`` for the same.
+
+    IndexError naming the first bad row; on an accelerator the indexing below asserts, without a host read.
+    """
+    labels = labels.long()
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return
+        return labels
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
     if bad.any():
         row = int(bad.nonzero()[0])
@@ -119,13 +123,14 @@ def _check_labels(name: str, labels: Tensor, num_classes: int, ignore_index: int
             f"{name}[{row}] is {int(labels[row])}, expected a class index in [0, {num_classes}) or "
             f"ignore_index={ignore_index}"
         )
+    return labels
 
 
 def _one_hot(name: str, labels: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """One row a label; a row of zeros where the label is ignored."""
-    _check_labels(name, labels, num_classes, ignore_index)
+    labels = _checked_labels(name, labels, num_classes, ignore_index)
     valid = labels != ignore_index
-    index = torch.where(valid, labels, torch.zeros_like(labels)).long()
+    index = torch.where(valid, labels, torch.zeros_like(labels))
     one_hot = torch.zeros(labels.shape[0], num_classes, dtype=dtype, device=labels.device)
     return one_hot.scatter(1, index[:, None], valid[:, None].to(dtype))
 
@@ -146,6 +151,8 @@ def _target_distribution(
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in their own dtype: autocast would round a distribution to half precision."""
+    if a.device.type == "meta":  # there is none
+        return a @ b
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -127,7 +128,7 @@ class Relationship:
         Shorter where fewer have a probability above zero; empty for a class without source supervision.
 
         Raises:
-            IndexError, ValueError: no such target class.
+            IndexError, TypeError, ValueError: no such target class.
         """
         if k < 1:
             raise ValueError(f"k is {k}, expected at least 1")
@@ -160,9 +161,10 @@ class Relationship:
         recognition or "background": their mean prediction would teach the source head noise.
 
         Raises:
-            IndexError, ValueError: no such target class.
+            IndexError, TypeError, ValueError: no such target class.
         """
-        chosen = [classes] if isinstance(classes, int | str) else list(classes)
+        several = isinstance(classes, Iterable) and not isinstance(classes, str) and _as_index(classes) is None
+        chosen: list[Any] = list(classes) if several else [classes]  # type: ignore[arg-type]
         matrix = self.matrix.clone()
         matrix[[self._target_index(c) for c in chosen]] = 0
         return dataclasses.replace(self, matrix=matrix)
@@ -183,7 +185,7 @@ class Relationship:
             A relationship of ``len(rows)`` target classes; ``counts`` are those of the rows taken, 0 for none.
 
         Raises:
-            IndexError, ValueError: no such target class, no row at all, or names that do not fit.
+            IndexError, TypeError, ValueError: no such target class, no row at all, or names that do not fit.
         """
         if len(rows) == 0:
             raise ValueError("rows is empty, expected one entry for each new target class")
@@ -224,7 +226,7 @@ class Relationship:
 
         Raises:
             ImportError: matplotlib is not installed.
-            IndexError, ValueError: no such target class.
+            IndexError, TypeError, ValueError: no such target class.
         """
         if target_classes is None:
             rows = list(range(self.num_target_classes))
@@ -305,9 +307,20 @@ class Relationship:
                     f"there is no target class {target_class!r}; did you mean {' or '.join(map(repr, near))}?"
                 )
             return matches[0]
-        if not 0 <= target_class < self.num_target_classes:
-            raise IndexError(f"target class {target_class}, expected an index in [0, {self.num_target_classes})")
-        return int(target_class)
+        index = _as_index(target_class)
+        if index is None:
+            raise TypeError(f"target class {target_class!r:.80}, expected a name or an index")
+        if not 0 <= index < self.num_target_classes:
+            raise IndexError(f"target class {index}, expected an index in [0, {self.num_target_classes})")
+        return index
+
+
+def _as_index(value: object) -> int | None:
+    """An integer: also NumPy's, or a tensor that holds one. ``None`` for anything else."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 class RelationshipEstimator:
@@ -547,6 +560,8 @@ class RelationshipEstimator:
                 raise ValueError(f"state[{name!r}] is {found}, expected a Tensor of shape {tuple(mine.shape)}")
             if not (torch.isfinite(theirs).all() and (theirs >= 0).all()):
                 raise ValueError(f"state[{name!r}] has negative or non-finite values; the state is damaged")
+        if state["counts"].dtype != torch.int64:
+            raise ValueError(f"state['counts'] is {state['counts'].dtype}, expected torch.int64; the state is damaged")
         if state["temperature"] != self.temperature:
             raise ValueError(
                 f"the state was counted at temperature {state['temperature']}, but the estimator has "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,13 +49,19 @@ def operand_target(target: Target, relationship: Tensor, dtype: torch.dtype = to
         return OperandTarget(labels_a, labels_b, mix, relationship)
     if not target.is_floating_point():
         return OperandTarget(target, None, None, relationship)
-    # The product must not be rounded to half precision behind the caller's back.
-    with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(target.device):
         translated = target.to(dtype) @ relationship.to(dtype)
         supervised = (relationship != 0).any(dim=1).to(torch.float64)
         return OperandTarget(dense_columns(target), None, target.to(torch.float64) @ supervised, translated)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A product must not be rounded to half precision behind the caller's back."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def dense_columns(matrix: Tensor) -> Tensor:
     """The kernels take any row stride, but dense columns."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+    if matrix.stride(1) == 1 or matrix.shape[1] == 1:
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty matrix as it is

@@ -185,7 +185,7 @@ def check_trade_off(trade_off: float | Tensor, device: torch.device) -> None:
         raise TypeError(
             f"trade_off is a {type(trade_off).__name__}, expected a number or a floating tensor of shape ()"
         )
-    elif not math.isfinite(trade_off):
+    elif not -math.inf < trade_off < math.inf:  # math.isfinite would end the trace of a symbolic number
         raise ValueError(f"trade_off is {trade_off}, expected a finite number")
 
 
@@ -226,8 +226,13 @@ def _share_storage(a: Tensor, b: Tensor) -> bool:
 
 def _are_disjoint_columns(a: Tensor, b: Tensor) -> bool:
     """Whether two matrices in one storage are columns of one matrix, side by side, as a model with two heads gives."""
+    if a.dtype != b.dtype:
+        return False
+    if a.shape[0] == 1:  # whose row stride says nothing
+        (start, width), (next_start, _) = sorted((x.storage_offset(), x.shape[1]) for x in (a, b))
+        return start + width <= next_start
     stride = a.stride(0)
-    if a.dtype != b.dtype or stride != b.stride(0):
+    if stride != b.stride(0):
         return False
     (start, width), (next_start, next_width) = sorted((x.storage_offset() % stride, x.shape[1]) for x in (a, b))
     return start + width <= next_start and next_start + next_width <= stride

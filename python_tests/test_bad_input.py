@@ -627,6 +627,44 @@ def test_in_place_refuses_heads_that_overlap(
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("start", [6, 5])
+def test_in_place_takes_the_two_parts_of_one_row(start: int) -> None:
+    """A batch of one: its row strides say nothing."""
+    if backends.select("cpu") == "reference":
+        pytest.skip(str(backends.missing_reason("cpp")))
+    both = torch.randn(12, requires_grad=True)
+    computed = both * 1
+    arguments = computed[:6][None], computed[start:][None], torch.tensor([1]), torch.rand(12 - start, 6)
+    if start < 6:
+        with pytest.raises(ValueError, match="overlap in memory"):
+            functional.co_tuning_loss(*arguments, inplace=True)
+        return
+    (expected,) = torch.autograd.grad(functional.co_tuning_loss(*arguments), both, retain_graph=True)
+    (got,) = torch.autograd.grad(functional.co_tuning_loss(*arguments, inplace=True), both)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["labels", "probabilities"])
+def test_an_empty_batch_may_have_any_strides(kind: str, backend: Backend) -> None:
+    logits = torch.randn(0, 18)[:, ::2].requires_grad_()
+    target = torch.zeros(0).long() if kind == "labels" else torch.rand(0, 8)[:, ::2]
+    loss = functional.source_label_loss(logits, target, torch.rand(4, 9), reduction="sum", backend=backend.argument)
+    assert loss == 0
+    assert torch.autograd.grad(loss, logits)[0].shape == (0, 9)
+
+
+@pytest.mark.parametrize("kind", ["labels", "probabilities"])
+def test_meta_tensors_have_a_loss_of_the_right_shape(kind: str) -> None:
+    """What tools for large models count memory with; no kernel is registered for them, the reference serves."""
+    source, target_logits, relationship = (torch.randn(n, m, device="meta") for n, m in ((5, 9), (5, 4), (4, 9)))
+    target = torch.zeros(5, dtype=torch.int64, device="meta") if kind == "labels" else torch.rand(5, 4, device="meta")
+    loss = functional.co_tuning_loss(source.requires_grad_(), target_logits, target, relationship, reduction="none")
+    assert isinstance(loss, torch.Tensor)
+    (gradient,) = torch.autograd.grad(loss.sum(), source)
+    assert (loss.shape, gradient.shape) == ((5,), (5, 9))
+    assert functional.translate_labels(target, relationship).shape == (5, 9)
+
+
 @pytest.mark.parametrize("where", [3, 40])  # in the body of the vector loop, and in its tail
 def test_the_entropy_of_a_negative_relationship_is_nan(where: int, backend: Backend) -> None:
     relationship = torch.rand(2, 43).softmax(1)

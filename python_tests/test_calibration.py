@@ -189,6 +189,44 @@ def test_a_misleading_sample_does_not_mislead(sample: str, draw: torch.Generator
     assert fit.iterations <= 8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_confident_rows_whose_label_comes_late(dtype: torch.dtype, backend: Backend, draw: torch.Generator) -> None:
+    """Nearly all rows are sure, and right: the few others decide, and no rounding of the sure ones may hide them."""
+    rows, classes = 3000, 200
+    logits = 3 * torch.randn(rows, classes, generator=draw)
+    labels = torch.randint(100, classes, (rows,), generator=draw)
+    top, wrong = labels.clone(), torch.arange(rows) < 6
+    top[wrong] = 64 + torch.arange(6)
+    logits[torch.arange(rows), top] += 45
+    logits[torch.arange(rows), labels] += torch.where(wrong, 45 - 6 * torch.rand(rows, generator=draw), 0)
+    logits = logits.to(dtype)
+    fit = fit_temperature(logits, labels, backend=backend.argument)
+    assert fit.temperature == pytest.approx(exact_temperature(logits, labels), rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [0.1075, 0.1085, 0.1086, 0.1087, 0.1095, 0.15])
+def test_equal_curvatures_on_both_sides_of_the_largest_are_no_convergence(bias: float, backend: Backend) -> None:
+    logits = torch.zeros(1000, 4, dtype=torch.float64)
+    logits[:, 0] = bias
+    labels = torch.ones(1000, dtype=torch.int64)
+    labels[:662] = 0
+    # The optimum has p(0) = 0.662.
+    exact = bias / (math.log(0.662 / 0.338) + math.log(3))
+    fit = fit_temperature(logits, labels, backend=backend.argument)
+    assert fit.converged
+    assert fit.temperature == pytest.approx(exact, rel=1e-6)
+
+
+def test_separable_data_with_a_tie_have_no_finite_optimum(backend: Backend) -> None:
+    """The tied row keeps the NLL above log 2: half precision has such rows."""
+    logits = torch.tensor([[0.0, 0.0], [10.0, 0.0], [8.0, 0.0]])
+    with pytest.warns(UserWarning, match="still falls"):
+        fit = fit_temperature(logits, torch.zeros(3).long(), backend=backend.argument)
+    assert (fit.temperature, fit.converged) == (LOWEST_TEMPERATURE, False)
+    assert fit.nll_after == pytest.approx(math.log(2) / 3)
+    assert fit.iterations < 15
+
+
 def test_the_likelihood_is_as_good_as_scipys(draw: torch.Generator) -> None:
     logits, labels = calibrated(draw, 500, 20, 3.1)
 

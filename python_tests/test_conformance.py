@@ -98,6 +98,19 @@ def test_layouts(backend: Backend, layout: Layout, case: Case, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("backend", TABLE_BACKENDS, ids=lambda backend: backend.name, indirect=True)
+@pytest.mark.parametrize("size", [1e-6, 1e5])
+def test_the_size_of_class_weights_costs_half_precision_no_digits(backend: Backend, size: float, seed: int) -> None:
+    """Only their ratios count in a mean. The rule of the table allows for what is lost when a gradient is stored."""
+    problem = Case("weights", "", (12, 48, 70), weight="random", upstream="gradient scaler").build(torch.float16, seed)
+    assert problem.weight is not None
+    problem.weight = problem.weight * size
+    expectation = Expectation(problem, FORMS[0])
+    ours = verify(backend, problem, expectation=expectation).tensors()["target gradient"].double()
+    exact = expectation.truth.tensors()["target gradient"]
+    assert ((ours - exact).abs() / exact.abs()).quantile(0.9) < 2 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("backend", TABLE_BACKENDS, ids=lambda backend: backend.name, indirect=True)
 @pytest.mark.parametrize("kind", ["labels", "pair"])
 def test_a_row_of_R_with_a_nan_is_supervised_and_stays_alone(backend: Backend, kind: str, seed: int) -> None:
     """In the reference, which multiplies matrices, 0 * NaN reaches every row of the batch; in no kernel."""

@@ -157,6 +157,13 @@ def test_an_ignored_row_is_not_looked_at(value: float) -> None:
     assert target_grad[1].tolist() == [0.0, 0.0, 0.0]
 
 
+def test_an_ignore_index_of_64_bits_is_no_label_of_32() -> None:
+    """Cut to 32 bits it would be class 1."""
+    expected = _call(_Z.expand(2, 2), _T.expand(2, 3), torch.tensor([0, 1]))
+    found = _call(_Z.expand(2, 2), _T.expand(2, 3), torch.tensor([0, 1], dtype=torch.int32), ignore_index=2**32 + 1)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
 def test_an_unsupervised_class_is_not_counted_in_the_source_mean() -> None:
     source, target = _Z.expand(3, 2), _T.expand(3, 3)
     _, target_term, source_term, source_grad, _ = _call(source, target, torch.tensor([0, 2, 1]))

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conformance import Backend
@@ -414,6 +415,7 @@ def test_learning_goes_on_after_an_interruption(draw: torch.Generator) -> None:
         (lambda s: s.update(sums=[1.0]), r"state\['sums'\] is list"),
         (lambda s: s["sums"].fill_(math.nan), "damaged"),
         (lambda s: s["counts"].fill_(-1), "damaged"),
+        (lambda s: s.update(counts=s["counts"] * 0.5), r"state\['counts'\] is torch\.float32"),
         (lambda s: s.update(temperature=2.0), "temperature 2.0"),
     ],
 )
@@ -817,6 +819,8 @@ def test_top_source_classes() -> None:
         result.top_source_classes(4)
     with pytest.raises(IndexError, match="target class -1"):
         result.top_source_classes(-1)
+    with pytest.raises(TypeError, match=r"target class 1\.7, expected a name or an index"):
+        result.top_source_classes(1.7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="k is 0"):
         result.top_source_classes(0, 0)
     with pytest.raises(ValueError, match=r"'x' is ambiguous: classes \[0, 1\]"):
@@ -847,7 +851,7 @@ def test_half_precision_of_a_wide_relationship_is_still_one(classes: int, draw: 
 
 def test_without_supervision() -> None:
     result = named()
-    for classes in ("O", ["O"], 2, [2], {"O"}):
+    for classes in ("O", ["O"], 2, [2], {"O"}, np.int64(2), torch.tensor(2), torch.tensor([2]), np.array([2])):
         assert torch.equal(result.without_supervision(classes).matrix, result.matrix)
     changed = result.without_supervision(["cat", 3])
     assert changed.supervised.tolist() == [False, True, False, False]
@@ -855,6 +859,9 @@ def test_without_supervision() -> None:
     assert changed.source_classes == result.source_classes
     with pytest.raises(ValueError, match="no target class 'B-PER'"):
         result.without_supervision("B-PER")
+    for classes in (1.9, [1.9], None):
+        with pytest.raises(TypeError, match="expected a name or an index"):
+            result.without_supervision(classes)  # type: ignore[arg-type]
 
 
 def test_regrouped(draw: torch.Generator) -> None:

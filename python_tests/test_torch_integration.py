@@ -230,6 +230,23 @@ def test_a_compiled_step_sees_a_new_trade_off_without_being_compiled_anew(seed: 
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_compiled_function_takes_any_trade_off(seed: int) -> None:
+    """A float that changes becomes a symbol, which has no ``math.isfinite``."""
+    problem = _problem("labels", torch.float32, seed)
+
+    def loss(trade_off: float) -> Tensor:
+        result = functional.co_tuning_loss(
+            problem.source_logits, problem.target_logits, problem.target, problem.relationship, trade_off=trade_off
+        )
+        assert isinstance(result, Tensor)
+        return result
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for trade_off in (0.3, 0.4, 2.5):
+        assert torch.equal(compiled(trade_off), loss(trade_off))
+
+
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", ["labels", "pair", "probabilities"])
 def test_one_compiled_step_serves_every_batch_size(kind: str, seed: int) -> None:
@@ -559,7 +576,7 @@ def test_deepcopy_and_pickle_keep_everything(seed: int) -> None:
     criterion, problem = _criterion(seed, trade_off=0.9, label_smoothing=0.1, ignore_index=-7, source_loss="kl")
     criterion.trade_off = 1.7
     expected = _loss_of(criterion, problem)
-    for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+    for other in (copy.deepcopy(criterion), copy.copy(criterion), pickle.loads(pickle.dumps(criterion))):
         assert torch.equal(_loss_of(other, problem), expected)
         other.trade_off = 0.0
         assert not torch.equal(_loss_of(other, problem), expected)

@@ -201,6 +201,39 @@ TEST(loss_of_confident_rows) {
   });
 }
 
+// Class weights of 1e-6, and rows of R that sum to as little: a gradient in half precision keeps its digits, which the
+// mean's divisor may bring back.
+TEST(half_gradients_of_small_masses) {
+  for_each_isa([](const char* isa) {
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      LossCase c(ScalarType::kFloat16, ScalarType::kFloat16, ScalarType::kFloat32, 8, 50, 20);
+      const long double small = std::pow(10.0L, -8 * uniform());
+      c.problem.weight.assign(20, 0);
+      for (double& weight : c.problem.weight) weight = static_cast<double>(small * (1 + uniform()));
+      for (Grid* rows : {c.relationship.get(), c.translated.get()}) {
+        for (int64_t i = 0; rows != nullptr && i < rows->rows(); ++i) {
+          for (int64_t j = 0; j < rows->columns(); ++j) rows->set(i, j, small * rows->at(i, j));
+        }
+      }
+      check_loss(isa, c, false);
+      const ExpectedLoss expected = expected_loss(c);
+      const auto check_digits = [&](const Grid& written, const ExpectedLoss::Head& head, const char* what) {
+        long double largest = 0, stored = 0;
+        for (int64_t i = 0; i < written.rows(); ++i) {
+          for (int64_t j = 0; j < written.columns(); ++j) {
+            largest = std::max(largest, std::fabs(head.gradient[i][j]));
+            stored = std::max(stored, std::fabs(written.at(i, j)));
+          }
+        }
+        CHECK(largest == 0 || (stored > 1e-3L && stored < 100), "%s %s: the largest number stored is %Lg", isa, what,
+              stored);
+      };
+      check_digits(*c.source_gradient, expected.source, "source");
+      if (c.target_logits != nullptr) check_digits(*c.target_gradient, expected.target, "target");
+    }
+  });
+}
+
 TEST(loss_of_ignored_batches) {
   for_each_isa([](const char* isa) {
     for (ScalarType type : kAllTypes) {

@@ -33,14 +33,17 @@ struct ClassFacts {
 
 bool is_double(const ConstMatrix& matrix) { return matrix.type == ScalarType::kFloat64; }
 
-// scale = stored * factor. Half precision cannot hold a gradient divided by a large batch: it would lose what is below
-// 6e-8. Such a gradient is stored with a scale in [1, 2), and the rest is a power of two, which rounds nothing when the
-// backward pass multiplies by it.
-double split_scale(ScalarType type, double scale, double* stored) {
+// scale = stored * factor. Half precision cannot hold a gradient divided by a large batch, or multiplied by a class
+// weight of 1e-3: it would lose what is below 6e-8. Such a gradient is stored with a scale that makes the row of the
+// largest mass one of [1, 2), and the rest is a power of two, which rounds nothing when the backward pass multiplies by
+// it.
+double split_scale(ScalarType type, double scale, double largest_mass, double* stored) {
   *stored = scale;
-  if (type != ScalarType::kFloat16 || scale == 0) return 1.0;
+  const double largest = std::fabs(scale * largest_mass);
+  if (type != ScalarType::kFloat16 || !(largest > 0) || !std::isfinite(largest)) return 1.0;
   int exponent;
-  *stored = 2 * std::frexp(scale, &exponent);
+  std::frexp(largest, &exponent);
+  *stored = std::ldexp(scale, 1 - exponent);
   return std::ldexp(1.0, exponent - 1);
 }
 
@@ -126,8 +129,8 @@ class Loss {
     const double trade_off = p_.target_logits ? p_.trade_off : 1.0;
     const double source = source_divisor_ == 0 && !any_valid_ ? 0.0 : trade_off / source_divisor_;
     const double target = target_divisor_ == 0 && !any_valid_ ? 0.0 : 1.0 / target_divisor_;
-    result->source_factor = split_scale(p_.source_logits.type, source, &source_scale_);
-    result->target_factor = split_scale(p_.target_logits.type, target, &target_scale_);
+    result->source_factor = split_scale(p_.source_logits.type, source, largest_source_mass(), &source_scale_);
+    result->target_factor = split_scale(p_.target_logits.type, target, largest_target_mass(), &target_scale_);
   }
 
   void run(ParallelFor parallel_for, LossResult* result) {
@@ -205,6 +208,38 @@ class Loss {
   double sum_q_log_q(const void* q) const {
     return is_double(p_.source_logits) ? rows_.sum_q_log_q_double(static_cast<const double*>(q), source_classes_)
                                        : rows_.sum_q_log_q_float(static_cast<const float*>(q), source_classes_);
+  }
+
+  // The largest mass, about, of a row's distribution. Only half precision needs to know.
+  double largest_source_mass() const {
+    if (p_.source_logits.type != ScalarType::kFloat16) return 1;
+    double largest = 0;
+    const auto look_at = [&](const void* row) {
+      const auto* q = static_cast<const float*>(distribution(row, 1.0, nullptr, 0.0));
+      double mass = 0;
+      for (int64_t j = 0; j < source_classes_; ++j) mass += q[j];
+      largest = std::max(largest, std::fabs(mass));
+    };
+    if (has_probabilities()) {
+      for (int64_t i = 0; i < batch_; ++i) look_at(p_.relationship.row(i));
+    }
+    for (size_t t = 0; t < facts_.size(); ++t) {
+      if (supervised(static_cast<int64_t>(t))) look_at(p_.relationship.row(static_cast<int64_t>(t)));
+    }
+    return largest;
+  }
+
+  double largest_target_mass() const {
+    if (p_.target_logits.type != ScalarType::kFloat16 || p_.weight.empty()) return 1;
+    double total = 0, largest = 0;
+    for (double weight : p_.weight) total += std::fabs(weight);
+    const auto look_at = [&](double weight) { largest = std::max(largest, std::fabs(weight)); };
+    if (has_probabilities()) std::for_each(p_.weight.begin(), p_.weight.end(), look_at);
+    for (const Parts& parts : parts_) {
+      for (int k = 0; k < parts.count; ++k) look_at(p_.weight[parts.index[k]]);
+    }
+    const double smoothing = p_.label_smoothing;
+    return (1 - smoothing) * largest + smoothing * total / static_cast<double>(p_.weight.size());
   }
 
   // The parts of a row that have source supervision.
