@@ -125,14 +125,16 @@ def emulated() -> None:
         pytest.skip(reason)
 
 
-def _traffic(classes: int, dtype: torch.dtype, plan: emulated_cuda.Plan, rows: int = 2) -> emulated_cuda.Counts:
-    """Of the source term alone, with its gradient."""
+def _traffic(classes: int, dtype: torch.dtype, plan: emulated_cuda.Plan, first_label: int = 0) -> emulated_cuda.Counts:
+    """Of the source term alone, two rows with its gradient. From label 0 on, rows of R start where those of the logits
+    do."""
+    rows = 2
     draw = torch.Generator().manual_seed(classes)
     logits = torch.randn(rows, classes, generator=draw).to(dtype).requires_grad_()
     relationship = torch.softmax(torch.randn(3, classes, generator=draw), 1)
     with emulated_cuda.emulated(plan):
         emulated_cuda.take_counts()
-        functional.source_label_loss(logits, torch.arange(rows) % 3, relationship, backend="cuda")
+        functional.source_label_loss(logits, torch.arange(rows) + first_label, relationship, backend="cuda")
         return emulated_cuda.take_counts()
 
 
@@ -149,24 +151,27 @@ HEADS.append((21841, torch.float32, 163 << 10))
 def test_a_row_is_read_and_written_once(emulated: None, classes: int, dtype: torch.dtype, shared_memory: int) -> None:
     """Where a row is staged: logits, R and gradient once each, all but the ends of rows by 16 bytes. A row of R that
     starts elsewhere than the logits is read by pairs of aligned vectors, each of which its neighbour reads again."""
-    counts = _traffic(classes, dtype, emulated_cuda.Plan(shared_bytes=shared_memory - (2 << 10)))
+    card = emulated_cuda.Plan(shared_bytes=shared_memory - (2 << 10))
     plan = backends.cuda_loss_plan(2, classes, source_dtype=dtype, shared_memory=shared_memory)["source"]
     assert plan["staged_logits"] == plan["vectors"] == plan["staged_target"] + plan["kept_target"]
     # Beside so many float32 logits a block has no room for all of R: registers keep the last of it.
     longest = {163 << 10: 21841, 227 << 10: 30522}[shared_memory]
     assert (plan["kept_target"] > 0) == ((classes, dtype) == (longest, torch.float32))
     element, vector = dtype.itemsize, 16 // dtype.itemsize
-    written = counts.vector_bytes_written + counts.other_bytes_written
-    assert written == 2 * classes * element
-    assert counts.other_bytes_written <= 2 * 2 * 16
     once = 2 * classes * (element + 4)
-    read = counts.vector_bytes_read + counts.other_bytes_read
     # Of a row of R that starts elsewhere, one vector more than the 1 (of 16 bits: 2) that a vector of logits needs.
-    aligned = classes * element % 16 == 0 and classes * 4 % 16 == 0
-    more = 0 if aligned else 4 / vector
-    assert once <= read <= once + 2 * classes * 4 * more
-    # The first and the last vector of either row, and of R those whose aligned neighbours would lie outside the row.
-    assert counts.other_bytes_read <= 2 * (2 * 16 + 4 * vector * 4)
+    elsewhere = classes * element % 16 != 0 or classes * 4 % 16 != 0
+    for first_label, more in ((0, 0), (1, 4 / vector if elsewhere else 0)):
+        counts = _traffic(classes, dtype, card, first_label)
+        written = counts.vector_bytes_written + counts.other_bytes_written
+        assert written == 2 * classes * element
+        assert counts.other_bytes_written <= 2 * 2 * 16
+        read = counts.vector_bytes_read + counts.other_bytes_read
+        if more == 0:
+            assert read == once
+        assert once <= read <= once + 2 * classes * 4 * more
+        # The first and the last vector of either row, and of R those whose aligned neighbours would lie outside of it.
+        assert counts.other_bytes_read <= 2 * (2 * 16 + 4 * vector * 4)
 
 
 def test_without_staging_a_row_is_read_again(emulated: None) -> None:

@@ -226,7 +226,7 @@ class Stage {
 };
 
 // A thread's last vectors of the target, in registers. Registers have no index, so it is a stack: what was put last is
-// taken first.
+// taken first. Where more are put than it holds, the plan has nothing taken.
 template <class C, int kCount>
 class Rest {
  public:
