@@ -244,14 +244,20 @@ class Loop(NamedTuple):
     accesses: dict[str, int]
 
 
-def sweeps(code: Code, dtype: torch.dtype, alike: bool, staged_target: bool) -> dict[str, Loop]:
+KEPT = {"staged_target": "shared memory", "kept_target": "registers"}
+"""Where R is kept from sweep to sweep, by the plan's words for how much of it; else ``"nowhere"``."""
+
+
+def sweeps(code: Code, dtype: torch.dtype, alike: bool, where: str) -> dict[str, Loop]:
     """The three loops of the source head over a row whose logits are staged, R in float32; of the target head's loops,
-    those with as many accesses are longer. ``alike``: the row of R starts where the logits do, in 16 bytes."""
+    those with as many accesses are longer. ``alike``: the row of R starts where the logits do, in 16 bytes. ``where`` R
+    is kept."""
     count = 16 // dtype.itemsize
     # Of a row of R that starts elsewhere, one aligned vector more is read than these elements of it fill.
     of_r = count // 4 + (0 if alike else 1)
-    kept = {"STS 16": count // 4} if staged_target else {}
-    read = {"LDS 16": 1 + count // 4} if staged_target else {"LDS 16": 1, "LDG 16": of_r}
+    kept = {"STS 16": count // 4} if where == "shared memory" else {}
+    again = {"shared memory": {"LDS 16": 1 + count // 4}, "registers": {"LDS 16": 1}}
+    read = again.get(where, {"LDS 16": 1, "LDG 16": of_r})
     # float32 exponentials take the place of the logits.
     if dtype == torch.float32:
         kept["STS 16"] = kept.get("STS 16", 0) + 1
@@ -271,10 +277,10 @@ def sweeps(code: Code, dtype: torch.dtype, alike: bool, staged_target: bool) -> 
 
 
 @functools.cache
-def _sweeps(file: Path, architecture: str, dtype: torch.dtype, alike: bool, staged_target: bool) -> dict[str, Loop]:
+def _sweeps(file: Path, architecture: str, dtype: torch.dtype, alike: bool, where: str) -> dict[str, Loop]:
     name = f"loss, {str(dtype).removeprefix('torch.')}"
     (code,) = (code for kernel, code in disassemble(file, architecture).items() if readable(kernel) == name)
-    return sweeps(code, dtype, alike, staged_target)
+    return sweeps(code, dtype, alike, where)
 
 
 def instructions_of_a_row(file: Path, architecture: str, classes: int, dtype: torch.dtype, alike: bool) -> float:
@@ -283,12 +289,13 @@ def instructions_of_a_row(file: Path, architecture: str, classes: int, dtype: to
     plan = backends.cuda_loss_plan(256, classes, source_dtype=dtype)["source"]
     if plan["staged_logits"] == 0:
         raise ValueError(f"classes is {classes}, whose {dtype} logits no block can keep: expected fewer")
-    kept = plan["staged_target"] / plan["vectors"]
+    vectors = {where: plan[name] for name, where in KEPT.items()}
+    vectors["nowhere"] = plan["vectors"] - sum(vectors.values())
     total = 0.0
-    for share, staged in ((kept, True), (1 - kept, False)):
-        if share > 0:
-            loops = _sweeps(file, architecture, dtype, alike, staged)
-            total += share * sum(loop.instructions for loop in loops.values())
+    for where, count in vectors.items():
+        if count > 0:
+            loops = _sweeps(file, architecture, dtype, alike, where)
+            total += count / plan["vectors"] * sum(loop.instructions for loop in loops.values())
     return total * dtype.itemsize / 16
 
 
@@ -394,11 +401,12 @@ def instructions_table(file: Path, architecture: str) -> str:
     for dtype in DTYPES:
         row: list[object] = [str(dtype).removeprefix("torch.")]
         for classes in SHAPES:
-            plan, elsewhere = backends.cuda_loss_plan(256, classes, source_dtype=dtype), share_elsewhere(classes, dtype)
+            plan = backends.cuda_loss_plan(256, classes, source_dtype=dtype)["source"]
+            elsewhere = share_elsewhere(classes, dtype)
             numbers = [instructions_of_a_row(file, architecture, classes, dtype, alike=True)]
             if elsewhere:
                 numbers.append(instructions_of_a_row(file, architecture, classes, dtype, alike=False))
-            kept = plan["source"]["staged_target"] / plan["source"]["vectors"]
+            kept = sum(plan[name] for name in KEPT) / plan["vectors"]
             row.append(f"{', '.join(f'{x:.1f}' for x in numbers)} (R kept {kept:.0%}, {elsewhere:.0%} elsewhere)")
         rows.append(row)
     return _table([f"{architecture}: logits, R in float32", *(f"{n} alike, elsewhere" for n in SHAPES)], rows)
@@ -409,11 +417,11 @@ def sweeps_table(file: Path, architecture: str) -> str:
     rows: list[list[object]] = []
     for dtype in DTYPES:
         for alike in (True, False):
-            for staged in (True, False):
-                row: list[object] = [
-                    str(dtype).removeprefix("torch."), "alike" if alike else "elsewhere", "yes" if staged else "no"
-                ]  # fmt: skip
-                for loop in _sweeps(file, architecture, dtype, alike, staged).values():
+            for where in (*KEPT.values(), "nowhere"):
+                if where == "registers" and dtype != torch.float32:
+                    continue
+                row: list[object] = [str(dtype).removeprefix("torch."), "alike" if alike else "elsewhere", where]
+                for loop in _sweeps(file, architecture, dtype, alike, where).values():
                     accesses = ", ".join(f"{count} {what}" for what, count in loop.accesses.items())
                     row.append(f"{loop.instructions}: {accesses}")
                 rows.append(row)

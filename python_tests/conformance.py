@@ -421,6 +421,8 @@ TABLE_BACKENDS = (
     _emulated_cuda("warps", emulated_cuda.Plan(max_blocks=2)),
     _emulated_cuda("blocks", emulated_cuda.Plan(warp_vectors=0, max_blocks=3)),
     _emulated_cuda("unstaged", emulated_cuda.Plan(shared_bytes=0, warp_vectors=16)),
+    # Room for the logits of 128 columns or so, but not for as many of the target, of which registers keep the rest.
+    _emulated_cuda("registers", emulated_cuda.Plan(shared_bytes=4 * 16 * 35, max_blocks=2)),
     _triton("triton-loops", loops=True),
     Backend("cuda", "cuda", missing=_missing_cuda, device="cuda"),
     TRITON_ON_GPU,

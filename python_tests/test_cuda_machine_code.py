@@ -145,7 +145,7 @@ def test_what_is_planted_in_the_machine_code_is_noticed(library: Path) -> None:
     (code,) = (c for k, c in machine.disassemble(library, "sm_90").items() if machine.readable(k) == "loss, float32")
 
     def instructions(code: machine.Code) -> int:
-        loops = machine.sweeps(code, torch.float32, alike=True, staged_target=True)
+        loops = machine.sweeps(code, torch.float32, alike=True, where="shared memory")
         return sum(loop.instructions for loop in loops.values())
 
     longer = code | {address + 8: machine.Instruction("NOP", "", False) for address in code}

@@ -187,7 +187,7 @@ def cuda_loss_plan(
         ``blocks``, ``threads`` a block, ``shared_bytes`` of dynamic shared memory a block; for each head
         ``threads_per_row``; ``vectors`` of 16 bytes that a row of logits touches at most; ``staged_logits`` and
         ``staged_target``, for how many of them the logits and the target distribution are kept in shared memory, so
-        that they are read once.
+        that they are read once; ``kept_target``, of how many more the target distribution is kept in registers.
 
     Raises:
         RuntimeError: there is no C++ extension.

@@ -42,6 +42,7 @@ pybind11::dict describe(const cotuning::cuda::RowPlan& plan, int64_t columns, co
   head["vectors"] = cotuning::cuda::row_vectors(columns, type);
   head["staged_logits"] = plan.staged_logits;
   head["staged_target"] = plan.staged_target;
+  head["kept_target"] = plan.kept_target;
   return head;
 }
 

@@ -27,12 +27,17 @@ inline constexpr int kWarpThreads = 32;
 inline constexpr int kSmallestBlock = 128;
 inline constexpr int kLargestBlock = 512;
 
+// Vectors of the target that a thread can keep in registers, 4 registers each. With one more, float64 spills on 12.0.
+inline constexpr int kKeptVectors = 2;
+
 // How the rows of one matrix are shared out.
 struct RowPlan {
   int threads_per_row = kWarpThreads;  // a warp's, or the whole block's
   // Of a row's vectors of 16 bytes of logits, the first so many are kept in shared memory from sweep to sweep: of the
   // logits all or none, of the target distribution as many as there is room for beside them.
   int staged_logits = 0, staged_target = 0;
+  // The rest of the target, where its threads can keep all of it in registers; else 0.
+  int kept_target = 0;
   int64_t staged_bytes = 0;  // a row
   int64_t items = 0;         // a block does an item at a time: the rows of its warps, or one
 };
@@ -58,6 +63,12 @@ COTUNING_BOTH constexpr int64_t row_vectors(int64_t columns, ScalarType type) {
 // Of the target distribution beside a vector of logits, in the type that is computed in.
 COTUNING_BOTH constexpr int64_t target_vector_bytes(ScalarType type) {
   return 16 / size_of(type) * (type == ScalarType::kFloat64 ? 8 : 4);
+}
+
+// So many can be kept in registers. None beside logits in 16 bits, where each would take 8 of the registers, of which
+// those kernels have few left, and shared memory has room for longer rows.
+inline int64_t most_kept(int threads, ScalarType type) {
+  return target_vector_bytes(type) == 16 ? int64_t{threads} * kKeptVectors : 0;
 }
 
 inline bool fits_a_warp(int64_t columns, ScalarType type, const PlanRules& rules) {
@@ -93,6 +104,8 @@ inline RowPlan plan_rows(int64_t rows, int64_t columns, ScalarType type, int thr
   if (of_target < vectors && 2 * vectors * 16 <= room) of_target = 0;
   plan.staged_logits = static_cast<int>(vectors);
   plan.staged_target = static_cast<int>(of_target);
+  const int64_t rest = vectors - of_target;
+  if (rest <= most_kept(plan.threads_per_row, type)) plan.kept_target = static_cast<int>(rest);
   plan.staged_bytes = vectors * 16 + of_target * target_vector_bytes(type);
   return plan;
 }

@@ -2,8 +2,8 @@
 //
 //   Q = sum q    s = sum exp(z - max z)    loss = Q log s - sum q (z - max z)    dloss/dz = (Q / s) exp(z - max z) - q
 //
-// Three sweeps: the maximum; the sums; the gradient. What the plan keeps in shared memory is read from memory once. A
-// thread takes the same vectors in every sweep, so what it keeps there is its own, and no barrier is needed.
+// Three sweeps: the maximum; the sums; the gradient. What the plan keeps, in shared memory or in registers, is read
+// once. A thread takes the same vectors in every sweep, so what it keeps is its own, and no barrier is needed.
 #pragma once
 
 #include "team.cuh"
@@ -172,10 +172,12 @@ class Stage {
   static constexpr int kPlanes = kLanes<T> * sizeof(C) / 16;
 
   __device__ Stage(char* memory, const RowPlan& plan)
-      : memory_(memory), logits_(plan.staged_logits), target_(plan.staged_target) {}
+      : memory_(memory), logits_(plan.staged_logits), target_(plan.staged_target), keeps_rest_(plan.kept_target != 0) {}
 
   __device__ bool has_logits() const { return logits_ != 0; }  // all or none
-  __device__ bool has_target(int vector) const { return vector < target_; }
+  // Of a row's vectors, so many have their target here. Whether the others have it in the registers of their threads.
+  __device__ int targets_of(int vectors) const { return target_ < vectors ? target_ : vectors; }
+  __device__ bool keeps_rest() const { return keeps_rest_; }
 
   __device__ __forceinline__ void put_logits(int vector, const Pack<T, kLanes<T>>& pack) const {
     Bytes16 bytes;
@@ -220,6 +222,26 @@ class Stage {
 
   char* memory_;
   int logits_, target_;  // vectors
+  bool keeps_rest_;
+};
+
+// A thread's last vectors of the target, in registers. Registers have no index, so it is a stack: what was put last is
+// taken first. Where more are put than it holds, the plan has nothing taken.
+template <class C, int kCount>
+class Rest {
+ public:
+  __device__ __forceinline__ void put(const C (&q)[kCount]) {
+    static_assert(kKeptVectors == 2);
+    below_ = top_;
+    memcpy(&top_, q, sizeof top_);
+  }
+  __device__ __forceinline__ void take(C (&q)[kCount]) {
+    memcpy(q, &top_, sizeof top_);
+    top_ = below_;
+  }
+
+ private:
+  Pack<C, kCount> top_{}, below_{};
 };
 
 template <class C>
@@ -263,20 +285,20 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
                                                                         const Stage<T>& stage) {
   using C = ComputeType<T>;
   constexpr int kCount = kLanes<T>;
-  // In the place of the logits that are staged, which the gradient needs for nothing else, where they are as wide.
-  constexpr bool kKeepsExponentials = sizeof(T) == sizeof(C);
+  // Where they are as wide as the logits, the exponentials take the place of those that are staged, which the gradient
+  // needs for nothing else, and what is left of the target may be in registers.
+  constexpr bool kAsWide = sizeof(T) == sizeof(C);
   const C top = row_maximum(team, logits, columns, &stage);
 
   // sums: exponentials, q (z - max), q, and what the target adds. A number that is not finite spoils them as it should:
   // all of the row is -inf, or one is +inf or NaN, then z - max is NaN.
   C sums[Target::kSums] = {};
   const Columns cut = columns_of(logits, columns);
-  for (int k = team.rank(); k < cut.vectors; k += team.threads()) {
+  const auto add = [&](int k, C(&q)[kCount]) {
     const int first = cut.first + k * kCount;
-    C z[kCount], q[kCount], e[kCount];
+    C z[kCount], e[kCount];
     widen_all<T>(stage.has_logits() ? stage.logits(k) : load_logits(logits, columns, first), z);
     target.load(columns, first, q, sums);
-    if (stage.has_target(k)) stage.put_target(k, q);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const C below = z[i] - top;
@@ -285,7 +307,21 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
       if (q[i] != 0) sums[1] += q[i] * below;  // 0 * -inf would be NaN
       sums[2] += q[i];
     }
-    if (kKeepsExponentials && stage.has_logits()) stage.put_exponentials(k, e);
+    if (kAsWide && stage.has_logits()) stage.put_exponentials(k, e);
+  };
+  // A loop for the vectors whose target is staged and one for the rest: a branch in one loop costs instructions.
+  const int staged = stage.targets_of(cut.vectors);
+  Rest<C, kCount> rest;
+  int k = team.rank();
+  for (; k < staged; k += team.threads()) {
+    C q[kCount];
+    add(k, q);
+    stage.put_target(k, q);
+  }
+  for (; k < cut.vectors; k += team.threads()) {
+    C q[kCount];
+    add(k, q);
+    if (kAsWide) rest.put(q);
   }
   team.reduce<Sum>(sums);
 
@@ -305,25 +341,36 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
   const C factor = sums[2] / sums[0];
   const Columns written = columns_of(gradient, columns);
   const bool same = same_cut(gradient, logits);  // else a thread takes other vectors than it has staged
-  C unused[Target::kSums];
-  for (int k = team.rank(); k < written.vectors; k += team.threads()) {
+  const bool kept = stage.has_logits() && same;
+  const bool rest_kept = kAsWide && stage.keeps_rest() && same;
+  const auto store = [&](int k, const C(&q)[kCount]) {
     const int first = written.first + k * kCount;
-    C e[kCount], q[kCount];
-    const bool kept = stage.has_logits() && same;
+    C e[kCount];
     widen_all<T>(kept ? stage.logits(k) : load_columns<T, kCount>(logits, columns, first, minus_infinity<T>()), e);
-    if (!(kKeepsExponentials && kept)) {
+    if (!(kAsWide && kept)) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) e[i] = exponential(e[i] - top);
-    }
-    if (stage.has_target(k) && same) {
-      stage.target(k, q);
-    } else {
-      target.load(columns, first, q, unused);
     }
     Pack<T, kCount> pack;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) narrow(factor * e[i] - q[i], &pack.at[i]);
     store_vector(gradient, columns, first, pack);
+  };
+  // From the last vector to the first, as `rest` gives them back.
+  const int first_of_rest = same ? staged : 0;
+  for (k = team.last_of(written.vectors); k >= first_of_rest; k -= team.threads()) {
+    C q[kCount], unused[Target::kSums];
+    if (rest_kept) {
+      rest.take(q);
+    } else {
+      target.load(columns, written.first + k * kCount, q, unused);
+    }
+    store(k, q);
+  }
+  for (; k >= 0; k -= team.threads()) {
+    C q[kCount];
+    stage.target(k, q);
+    store(k, q);
   }
   return result;
 }

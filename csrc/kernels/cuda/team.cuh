@@ -30,6 +30,9 @@ class Team {
 
   __device__ int threads() const { return threads_; }
   __device__ int rank() const { return rank_; }
+  // Of `count` vectors, of which a thread takes that of its rank and every threads()-th from there on, its last; below
+  // 0 where it has none.
+  __device__ int last_of(int count) const { return rank_ + ((count - 1 - rank_) & -threads_); }
 
   // Every thread gets the same bits. In a block all threads must come here.
   template <class Operation, class C, int kCount>

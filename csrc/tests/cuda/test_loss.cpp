@@ -36,7 +36,8 @@ void draw_schedule() {
 
 cuda::PlanRules draw_rules() {
   cuda::PlanRules rules;
-  rules.shared_bytes = one_in(3) ? 0 : one_in(2) ? 2000 : 200 << 10;
+  // Little has room for a part of a row, or of its target.
+  rules.shared_bytes = one_in(3) ? 0 : one_in(2) ? random_integer(500, 6000) : 200 << 10;
   rules.warp_vectors = one_in(2) ? 0 : 128;
   rules.max_blocks = random_integer(1, 4);
   return rules;
@@ -193,6 +194,30 @@ TEST(cuda_loss) {
         check_loss(c, one_in(3), draw_rules());
       }
     }
+  }
+}
+
+// A part of the target that has no room in shared memory and waits in registers: at most two vectors a thread. Rows
+// start anywhere in 16 bytes, R elsewhere than the logits, gradients here and there.
+TEST(cuda_target_in_registers) {
+  const auto check = [](ScalarType type, int64_t vectors, int64_t rest, int threads) {
+    const int64_t lanes = 16 / size_of(type), columns = lanes * vectors - random_integer(0, lanes - 1);
+    LossCase c(type, type, one_in(2) ? type : ScalarType::kFloat32, random_integer(1, 3), columns, 5);
+    cuda::PlanRules rules;
+    rules.warp_vectors = threads == 32 ? 128 : 0;
+    const int64_t at_once = 128 / threads, touched = cuda::row_vectors(columns, type_of(type));
+    rules.shared_bytes = at_once * 16 * (2 * touched - rest);
+    rules.max_blocks = random_integer(1, 4);
+    const auto plan = cuda::plan_loss(1, columns, type_of(type), 0, type_of(type), rules).source;
+    CHECK(plan.threads_per_row == threads && plan.staged_target == touched - rest, "another plan");
+    CHECK(plan.kept_target == (rest <= 2 * threads ? rest : 0), "%d of %lld in registers", plan.kept_target,
+          static_cast<long long>(rest));
+    check_loss(c, one_in(3), rules);
+  };
+  for (ScalarType type : {ScalarType::kFloat32, ScalarType::kFloat64}) {
+    for (int64_t rest : {0, 1, 31, 32, 33, 63, 64, 65, 96}) check(type, 96, rest, 32);
+    for (int64_t rest : {1, 20}) check(type, 19, rest, 32);  // some threads have no vector, or all of it there
+    for (int64_t rest : {127, 128, 129, 255, 256, 257}) check(type, 300, rest, 128);
   }
 }
 

@@ -30,6 +30,11 @@ TEST(plans_fit_the_device) {
       CHECK(head->items * at_once >= rows && (head->items - 1) * at_once < rows, "rows left out, or too many");
       CHECK(head->staged_bytes * at_once <= plan.shared_bytes, "a row does not fit");
       CHECK(head->staged_target <= head->staged_logits, "%d vectors of the target", head->staged_target);
+      const bool wide = size_of(head == &plan.source ? source_type : target_type) >= 4;
+      CHECK(head->kept_target == 0 || (wide && head->staged_target + head->kept_target == head->staged_logits),
+            "%d vectors of the target in registers", head->kept_target);
+      CHECK(head->kept_target <= head->threads_per_row * kKeptVectors, "%d vectors in %d threads", head->kept_target,
+            head->threads_per_row);
     }
   }
 }
@@ -50,6 +55,9 @@ TEST(plans_of_known_heads) {
   const RowPlan most = staged(30522, ScalarType::kFloat32);
   CHECK(most.staged_logits == row_vectors(30522, ScalarType::kFloat32), "not all logits");
   CHECK(most.staged_target > most.staged_logits * 85 / 100, "%d vectors of R", most.staged_target);
+  CHECK(most.staged_target + most.kept_target == most.staged_logits, "%d vectors in registers", most.kept_target);
+  const RowPlan more = staged(32000, ScalarType::kFloat32);
+  CHECK(more.staged_target > 0 && more.kept_target == 0, "%d vectors in registers", more.kept_target);
   CHECK(staged(100000, ScalarType::kFloat32).staged_logits == 0, "more than there is room for");
 }
 
