@@ -98,10 +98,10 @@ inline RowPlan plan_rows(int64_t rows, int64_t columns, ScalarType type, int thr
   plan.items = ceil_div(rows, rows_per_item);
   const int64_t vectors = row_vectors(columns, type), room = rules.shared_bytes / rows_per_item;
   if (!staged || vectors * 16 > room) return plan;
+  // A row with less room than it wants has the largest block, whose registers leave none for a second one beside it:
+  // all the room is its own.
   int64_t of_target = (room - vectors * 16) / target_vector_bytes(type);
   if (of_target > vectors) of_target = vectors;
-  // A part of the target is not worth a second block that would have fitted beside the first.
-  if (of_target < vectors && 2 * vectors * 16 <= room) of_target = 0;
   plan.staged_logits = static_cast<int>(vectors);
   plan.staged_target = static_cast<int>(of_target);
   const int64_t rest = vectors - of_target;

@@ -58,6 +58,8 @@ TEST(plans_of_known_heads) {
   CHECK(most.staged_target + most.kept_target == most.staged_logits, "%d vectors in registers", most.kept_target);
   const RowPlan more = staged(32000, ScalarType::kFloat32);
   CHECK(more.staged_target > 0 && more.kept_target == 0, "%d vectors in registers", more.kept_target);
+  const RowPlan half = staged(45000, ScalarType::kBFloat16);
+  CHECK(half.staged_bytes > hopper.shared_bytes - 64, "%lld bytes", static_cast<long long>(half.staged_bytes));
   CHECK(staged(100000, ScalarType::kFloat32).staged_logits == 0, "more than there is room for");
 }
 
