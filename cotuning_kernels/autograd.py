@@ -42,7 +42,7 @@ def co_tuning_loss(
     Only what the operation would accept although it is wrong is checked here.
     """
     relationship = dense_columns(relationship)
-    operand: tuple[Tensor | None, ...]
+    operand: tuple[Tensor, Tensor | None, Tensor | None, Tensor]
     if isinstance(target, Tensor) and not target.is_floating_point():
         operand = (target, None, None, relationship)
     else:
@@ -61,7 +61,8 @@ def co_tuning_loss(
         validation.check_trade_off(trade_off, source_logits.device)
         trade_off = trade_off.to(torch.float64)
     half = target_logits is not None and target_logits.dtype is torch.float16
-    if weight is not None and half and reduction == "mean" and backend != "cpp":
+    labels = not operand[0].is_floating_point()
+    if weight is not None and half and labels and reduction == "mean" and backend != "cpp":
         weight = _of_size_one(weight)
     arguments = (*operand, weight, trade_off, label_smoothing, ignore_index, schema.REDUCTIONS[reduction],
                  schema.KL_DIVERGENCE[source_loss])  # fmt: skip
@@ -95,7 +96,7 @@ def translate_labels(target: Target, relationship: Tensor, ignore_index: int, ba
 
 
 def _of_size_one(weight: Tensor) -> Tensor:
-    """Class weights as large as half precision wants them. In a mean only their ratios count.
+    """Class weights as large as half precision wants them. In a mean over labels only their ratios count.
 
     Gradients are stored before they are divided by the sum of the weights, which a kernel on an accelerator does not
     know earlier: of weights of 1e-4, float16 would keep hardly a digit. (The C++ kernels choose a power of two.)

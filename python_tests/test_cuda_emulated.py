@@ -371,11 +371,11 @@ def test_the_plan_can_be_asked_for(extension: None) -> None:
     assert (small["staged_logits"], small["staged_target"]) == (0, 0)
     assert large["staged_logits"] == large["vectors"] == large["staged_target"] + large["kept_target"]
     assert large["staged_target"] > 0.85 * large["vectors"]
-    # Two blocks of a multiprocessor keep their logits each, rather than one block a part of R as well.
-    half = backends.cuda_loss_plan(8, 12000, shared_memory=99 << 10)["source"]
-    assert (half["staged_logits"], half["staged_target"]) == (half["vectors"], half["vectors"])
-    shared = backends.cuda_loss_plan(8, 20000, source_dtype=torch.bfloat16, shared_memory=99 << 10)["source"]
-    assert (shared["staged_logits"], shared["staged_target"]) == (shared["vectors"], 0)
+    whole = backends.cuda_loss_plan(8, 12000, shared_memory=99 << 10)["source"]
+    assert (whole["staged_logits"], whole["staged_target"]) == (whole["vectors"], whole["vectors"])
+    # What room there is beside the logits, 59 of 80 KB here, is for a part of R.
+    part = backends.cuda_loss_plan(8, 20000, source_dtype=torch.bfloat16, shared_memory=99 << 10)["source"]
+    assert part["staged_logits"] == part["vectors"] > part["staged_target"] > 0.7 * part["vectors"]
     sizes = [backends.cuda_loss_plan(8, classes)["threads"] for classes in (100, 1000, 4000, 30522)]
     assert all(a <= b for a, b in pairwise(sizes))
     with pytest.raises(ValueError, match=r"source_dtype is torch\.int64, expected one of torch\.float32"):
