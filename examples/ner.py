@@ -7,7 +7,9 @@ language model at its tokens in the training set; "O" and special tokens carry n
     pip install '.[ner]'
     python examples/ner.py --model bert-base-cased/ --train eng.train --validation eng.testa --test eng.testb
 
-``--trade-off 0`` is plain fine-tuning. The authors used 0.7 on CoNLL-2003 and report an F1 of about 0.912.
+``--trade-off 0`` is plain fine-tuning. The authors used 0.7 on CoNLL-2003; their repository
+(github.com/thuml/CoTuning, nlp/readme.md) gives test F1 scores of 0.9116, 0.9134 and 0.9131 for three runs with
+bert-base-cased, ten epochs and batches of 32 sentences on each of eight GPUs.
 """
 
 from __future__ import annotations

@@ -159,6 +159,39 @@ def test_methods_change_what_they_should(runner: ModuleType, data: Path, tmp_pat
     assert torch.equal(weights["linear-probe"]["1.running_mean"], pretrained["1.running_mean"])
 
 
+def test_rates_and_schedule_are_those_of_the_paper(
+    runner: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGD with Nesterov's momentum, the new head at ten times the rate, a tenth of it after two thirds."""
+    settings: dict[str, dict[str, dict[str, object]]] = {}
+    rates: dict[str, list[dict[str, float]]] = {}
+    optimizer_of = runner.optimizer_of
+
+    def watched(method: str, model: ck.CoTuningModel, lr: float) -> torch.optim.Optimizer:
+        optimizer: torch.optim.SGD = optimizer_of(method, model, lr)
+        settings[method] = {group["name"]: dict(group) for group in optimizer.param_groups}
+        rates[method] = []
+        optimizer.register_step_pre_hook(
+            lambda optimizer, *_: rates[method].append({g["name"]: g["lr"] for g in optimizer.param_groups})
+        )
+        return optimizer
+
+    monkeypatch.setattr(runner, "optimizer_of", watched)
+    methods = ["plain", "l2-sp", "co-tuning"]
+    assert runner.main(arguments(data, tmp_path, "--lr=0.001", "--methods", *methods)) == 0
+    assert list(settings) == methods
+    for method in methods:
+        assert "target_head" in settings[method]
+        assert len(settings[method]) > 1
+        for name, group in settings[method].items():
+            assert group["nesterov"]
+            assert group["momentum"] == 0.9
+            assert group["weight_decay"] == (0 if method == "l2-sp" and name != "target_head" else 5e-4)
+            expected = [1e-2 if name == "target_head" else 1e-3] * 8
+            expected += [rate / 10 for rate in expected[:4]]
+            assert [step[name] for step in rates[method]] == pytest.approx(expected)
+
+
 def test_the_head_can_be_named(runner: ModuleType, data: Path, tmp_path: Path) -> None:
     more = ("--model=test_image_classification:two_ends", "--head=two", "--methods", "co-tuning")
     assert runner.main(arguments(data, tmp_path, *more)) == 0

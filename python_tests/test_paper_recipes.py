@@ -203,6 +203,7 @@ def test_the_protocol_runs_and_compares(
     ]  # fmt: skip
     assert protocol.main(small, module.__doc__, arguments) == 0
     last = capsys.readouterr().out.split("test accuracy\n")[-1].splitlines()
+    assert [line for line in last if "85.65%" in line] == ([last[-1]] if module.__name__ == "paper_coco70" else [])
     expected = {}
     for rate, images in ((50, 4), (100, 7)):  # of 4 and 3 images half: 2 each
         for method in ("plain", "co-tuning-reverse", "co-tuning-uncalibrated"):

@@ -57,6 +57,13 @@ def test_a_recipe_learns(name: str, fashion_mnist: None) -> None:
     assert untrained < trained - 0.1
 
 
+def test_every_example_has_its_command_and_time_on_the_page() -> None:
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8").replace("make demo", "demo.py")
+    programs = [path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
+    assert "ner.py" in programs
+    assert [name for name in programs if name not in page] == []
+
+
 def test_every_recipe_is_tested() -> None:
     there = {path.stem.removeprefix("recipe_") for path in EXAMPLES.glob("recipe_*.py")} - {"fashion"}
     assert there == set(RECIPES)
