@@ -67,8 +67,8 @@ COMPILED = tuple(contestant.name for contestant in LOSS_CONTESTANTS if contestan
 # What cotuning_kernels promises on a CPU, one thread: at least this many times faster than tllib's formulation ...
 FLOORS_FLOAT32 = dict(zip(SHAPES, (4.5, 4.5, 5.0, 5.0, 3.5, 3.5), strict=True))
 FLOOR_BFLOAT16 = 4.0
-# ... and than torch.compile, at each of these shapes; than the authors' calibration; and than tllib's relationship, in one
-# update and in batches, with malloc as users have it: half of tllib's time is then fresh memory for its copies.
+# ... and than torch.compile, at each of these shapes; than the authors' calibration; and than tllib's relationship, in
+# one update and in batches, with malloc as users have it: half of tllib's time is then fresh memory for its copies.
 FLOOR_COMPILED = 2.8
 FLOOR_TEMPERATURE = 25.0
 FLOOR_RELATIONSHIP = 8.0

@@ -158,8 +158,14 @@ def loss_of(model: Tagger, inputs: dict[str, Tensor], labels: Tensor, relationsh
     if trade_off == 0 or not supervised.any():
         return loss
     source_logits = model.source_head(features[supervised])
-    # The logits are not read again: their gradient takes their place, which halves the memory of the 30k head.
-    source_term = ck.functional.source_label_loss(source_logits, labels[supervised], relationship, inplace=True)
+    # The logits are not read again: their gradient takes their place, which halves the memory of the 30k head. (Without
+    # a compiled kernel the reference serves, which cannot.)
+    source_term = ck.functional.source_label_loss(
+        source_logits,
+        labels[supervised],
+        relationship,
+        inplace=ck.backends.select(source_logits.device.type) != "reference",
+    )
     return loss + trade_off * source_term
 
 

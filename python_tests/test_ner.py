@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cotuning_kernels import backends
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 PEOPLE = [
@@ -206,10 +208,16 @@ def test_labels_stand_at_the_first_piece_of_a_word(ner: ModuleType, tiny_bert: P
     assert labels.tolist() == [-100, 1, -100, 0, -100]
 
 
-def test_the_loss_is_the_unfused_one(ner: ModuleType, tiny_bert: Path, draw: torch.Generator) -> None:
-    """With its gradients, against PyTorch's own operations on all tokens."""
+@pytest.mark.parametrize("kernels", [True, False])
+def test_the_loss_is_the_unfused_one(
+    kernels: bool, ner: ModuleType, tiny_bert: Path, draw: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its gradients, against PyTorch's own operations on all tokens; also where no kernel was built."""
     from transformers import BertForMaskedLM
 
+    if not kernels:
+        monkeypatch.setattr(backends, "_served_by", {})
+        monkeypatch.setattr(backends, "eager_loss", None)
     inputs: dict[str, Any] = {"input_ids": torch.randint(5, 50, (3, 7), generator=draw)}
     labels = torch.randint(0, 5, (3, 7), generator=draw)
     labels[0, :3] = labels[2, 5] = -100
