@@ -388,7 +388,7 @@ REFERENCE = Backend("reference", "reference", forms=("both heads", "source head"
 _OPERATIONS = Backend("cpp-operations", "cpp", backends.without_eager, lambda: backends.missing_reason("cpp"))
 
 
-def _emulated_cuda(name: str, plan: emulated_cuda.Plan) -> Backend:
+def _emulated_cuda(name: str, plan: emulated_cuda.Plan, least_columns: int = 0) -> Backend:
     """The CUDA kernels on the CPU, by a plan of their own; every call runs warps and blocks in another order."""
     calls = itertools.count()
 
@@ -397,7 +397,10 @@ def _emulated_cuda(name: str, plan: emulated_cuda.Plan) -> Backend:
         emulated_cuda.schedule(emulated_cuda.ORDERS[call % len(emulated_cuda.ORDERS)], seed=call)
         return run_public(problem, form, argument)
 
-    return Backend(f"emulated-{name}", "cuda", emulated_cuda.using(plan), emulated_cuda.missing, run=run)
+    return Backend(
+        f"emulated-{name}", "cuda", emulated_cuda.using(plan), emulated_cuda.missing, run=run,
+        takes=lambda case: max(case.shape[1:]) >= least_columns,
+    )  # fmt: skip
 
 
 def _missing_cuda() -> str | None:
@@ -406,10 +409,13 @@ def _missing_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device that this torch can use"
 
 
+# Of the two kinds of AVX-512, which differ in how they round to bfloat16, this processor is served by one. The other
+# runs the table alone.
+_SERVING, _OTHER = ("avx512_bf16", "avx512") if "avx512_bf16" in backends.cpu_isas() else ("avx512", "avx512_bf16")
+
 BACKENDS = (
     REFERENCE,
-    _cpp("avx512_bf16"),
-    _cpp("avx512"),
+    _cpp(_SERVING),
     _cpp("avx2"),
     _cpp("portable"),
     _OPERATIONS,
@@ -417,12 +423,14 @@ BACKENDS = (
 )
 TABLE_BACKENDS = (
     *BACKENDS,
+    _cpp(_OTHER),
     # A warp a row where that is enough, and few blocks, so that each goes on to further rows.
     _emulated_cuda("warps", emulated_cuda.Plan(max_blocks=2)),
     _emulated_cuda("blocks", emulated_cuda.Plan(warp_vectors=0, max_blocks=3)),
     _emulated_cuda("unstaged", emulated_cuda.Plan(shared_bytes=0, warp_vectors=16)),
-    # Room for the logits of 128 columns or so, but not for as many of the target, of which registers keep the rest.
-    _emulated_cuda("registers", emulated_cuda.Plan(shared_bytes=4 * 16 * 35, max_blocks=2)),
+    # Room for the logits of 128 columns or so, but not for as many of the target, of which registers keep the rest; of
+    # shorter rows they keep none.
+    _emulated_cuda("registers", emulated_cuda.Plan(shared_bytes=4 * 16 * 35, max_blocks=2), least_columns=65),
     _triton("triton-loops", loops=True),
     Backend("cuda", "cuda", missing=_missing_cuda, device="cuda"),
     TRITON_ON_GPU,
