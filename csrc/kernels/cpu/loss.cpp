@@ -62,12 +62,19 @@ bool keeps_exponentials(const Matrix& gradient, const ConstMatrix& logits) {
 // rows arrive later for it.
 constexpr int64_t kCachedRelationshipBytes = 2 << 20;
 
-// Where a row's maximum comes late and is far above the first elements, the shift is far below it: log sum and q (z -
-// shift) are large, and so is the rounding of their difference. A row whose difference is smaller than they are by this
-// factor is swept once more, relative to what the first sweep found (rows that are confident and right: their loss is
-// near 0).
-constexpr double kMostCancelled = 8;
 constexpr double kUnknown = -INFINITY;
+
+double loss_of(const SweepResult& s) { return s.mass * std::log(s.sum) - s.dot; }
+
+// Where a row's maximum comes late and is far above the first elements, the shift is far below it: log sum and q (z -
+// shift) are large, and so is the rounding of their difference. Whether the difference is smaller than they are by a
+// factor of 8 (in rows that are confident and right: their loss is near 0). The sum alone, above exp(8), tells most
+// rows.
+bool cancels(const SweepResult& s) {
+  constexpr double kMost = 8, kLeastSum = 2981;
+  if (!(s.sum > kLeastSum)) return false;
+  return std::fabs(s.mass) * std::log(s.sum) > kMost * (std::fabs(s.mass) + std::fabs(loss_of(s)));
+}
 
 class Loss {
  public:
@@ -303,16 +310,15 @@ class Loss {
     void* exponentials = kept || gradient_row == nullptr ? gradient_row : scratch_row(logits);
     SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next,
                                       kept || gradient.stream ? nullptr : gradient_row, kUnknown);
-    double log_sum = std::log(s.sum), loss = s.mass * log_sum - s.dot;
-    if (std::fabs(s.mass) * log_sum > kMostCancelled * (std::fabs(s.mass) + std::fabs(loss))) {
-      s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, nullptr, nullptr, s.shift + log_sum);
-      loss = s.mass * std::log(s.sum) - s.dot;
+    if (cancels(s)) {  // once more, relative to what was found
+      const double shift = s.shift + std::log(s.sum);
+      s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, nullptr, nullptr, shift);
     }
     if (gradient_row != nullptr) {
       rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, gradient.stream,
                            gradient_row);
     }
-    return loss;
+    return loss_of(s);
   }
 
   static void* scratch_row(const ConstMatrix& logits) {
