@@ -18,7 +18,7 @@ from cotuning_kernels.backends import schema
 from cotuning_kernels.backends.schema import operation
 from cotuning_kernels.targets import Target, dense_columns, operand_target
 
-__all__ = ["co_tuning_loss", "translate_labels"]
+__all__ = ["co_tuning_loss", "translate_labels", "weights_of_size_one"]
 
 
 def co_tuning_loss(
@@ -63,7 +63,7 @@ def co_tuning_loss(
     half = target_logits is not None and target_logits.dtype is torch.float16
     labels = not operand[0].is_floating_point()
     if weight is not None and half and labels and reduction == "mean" and backend != "cpp":
-        weight = _of_size_one(weight)
+        weight = weights_of_size_one(weight)
     arguments = (*operand, weight, trade_off, label_smoothing, ignore_index, schema.REDUCTIONS[reduction],
                  schema.KL_DIVERGENCE[source_loss])  # fmt: skip
     source_gradient = source_logits.requires_grad
@@ -95,7 +95,7 @@ def translate_labels(target: Target, relationship: Tensor, ignore_index: int, ba
     return translated
 
 
-def _of_size_one(weight: Tensor) -> Tensor:
+def weights_of_size_one(weight: Tensor) -> Tensor:
     """Class weights as large as half precision wants them. In a mean over labels only their ratios count.
 
     Gradients are stored before they are divided by the sum of the weights, which a kernel on an accelerator does not

@@ -11,6 +11,7 @@ by the counts of all processes instead.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sized
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from cotuning_kernels import functional
+from cotuning_kernels.autograd import weights_of_size_one
 from cotuning_kernels.functional import CoTuningTerms
 from cotuning_kernels.targets import Target
 
@@ -72,8 +74,8 @@ def global_mean_loss(
     """The loss of this process's rows, so that the *average* over processes is the mean over the rows of all.
 
     That average is what DistributedDataParallel takes of the gradients: a training step is then the same, up to
-    rounding, for any number of processes and any distribution of the rows over them. It costs one ``all_reduce`` of two
-    numbers a step, and no wait for the device.
+    rounding, for any number of processes and any distribution of the rows over them. It costs one ``all_reduce`` of
+    three numbers a step, and no wait for the device.
 
     Args:
         criterion: a :class:`cotuning_kernels.FusedCoTuningLoss` with ``reduction="mean"``.
@@ -96,43 +98,48 @@ def global_mean_loss(
         terms = criterion(source_logits, target_logits, target, return_terms=True)
         assert isinstance(terms, CoTuningTerms)
         return terms
-    counts = _counts(criterion, target)
+    weight = criterion.weight
+    if weight is not None and not (isinstance(target, Tensor) and target.is_floating_point()):
+        weight = weights_of_size_one(weight)  # of a sum the kernels do not know that it becomes a mean
+    counts = _counts(criterion, weight, target)
     from torch import distributed
 
     distributed.all_reduce(counts, group=group)
-    target_count, source_count = counts.unbind()
-    # No supervised row anywhere: the sum is 0 then, whatever it is divided by.
-    source_count = torch.where(source_count == 0, 1, source_count)
+    # Where there is nothing to divide by, the sum is 0, and so are its gradients whatever it is divided by. What the
+    # criterion says of such a mean is said by adding NaN to the value.
+    target_count, source_count, _ = torch.where(counts == 0, 1, counts).unbind()
+    without_target, _, without_rows = torch.where(counts == 0, math.nan, 0.0).unbind()
     # One fused call gives target_sum + x * source_sum; the global mean needs the sums divided by different counts.
     terms = functional.co_tuning_loss(
         source_logits, target_logits, target, criterion.relationship,
-        trade_off=criterion.trade_off * target_count / source_count, weight=criterion.weight,
+        trade_off=criterion.trade_off * target_count / source_count, weight=weight,
         label_smoothing=criterion.label_smoothing, ignore_index=criterion.ignore_index, reduction="sum",
         source_loss=criterion.source_loss, return_terms=True, inplace=criterion.inplace, backend=criterion.backend,
     )  # fmt: skip
     assert isinstance(terms, CoTuningTerms)
     loss, target_sum, source_sum = terms
     return CoTuningTerms(
-        loss * (processes / target_count).to(loss.dtype),
-        target_sum * (processes / target_count).to(loss.dtype),
-        source_sum * (processes / source_count).to(loss.dtype),
+        loss * (processes / target_count).to(loss.dtype) + (without_target + without_rows).to(loss.dtype),
+        target_sum * (processes / target_count).to(loss.dtype) + without_target.to(loss.dtype),
+        source_sum * (processes / source_count).to(loss.dtype) + without_rows.to(loss.dtype),
     )
 
 
 @torch.no_grad()
-def _counts(criterion: FusedCoTuningLoss, target: Target) -> Tensor:
-    """What the two means of these rows divide by: float64 ``[target, source]``."""
+def _counts(criterion: FusedCoTuningLoss, weight: Tensor | None, target: Target) -> Tensor:
+    """What the two means of these rows divide by, and how many rows count: float64 ``[target, source, rows]``."""
     relationship = criterion.relationship
     supervised = (relationship != 0).any(dim=1).double()
-    weight = torch.ones_like(supervised) if criterion.weight is None else criterion.weight.double()
+    weight = torch.ones_like(supervised) if weight is None else weight.double()
     if isinstance(target, Tensor) and target.is_floating_point():
         rows = supervised.new_tensor(float(len(target)))
-        return torch.stack([rows, (target.double() @ supervised).sum()])
+        return torch.stack([rows, (target.double() @ supervised).sum(), (target != 0).any(dim=1).sum()])
 
     def of_labels(labels: Tensor, share: Tensor | float) -> Tensor:
         counted = (labels != criterion.ignore_index) * torch.as_tensor(share, dtype=torch.float64, device=labels.device)
-        index = torch.where(labels != criterion.ignore_index, labels, 0).long()
-        return torch.stack([(counted * weight[index]).sum(), (counted * supervised[index]).sum()])
+        # A label out of range is left to the loss, which names it.
+        index = torch.where(labels != criterion.ignore_index, labels, 0).long().clamp(0, len(weight) - 1)
+        return torch.stack([(counted * weight[index]).sum(), (counted * supervised[index]).sum(), counted.sum()])
 
     if isinstance(target, tuple):
         labels_a, labels_b, share = target

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import itertools
+import operator
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,11 +23,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cotuning_kernels import backends
 from cotuning_kernels.atomic_file import write_atomically
 from cotuning_kernels.distributed import rank_and_size
-from cotuning_kernels.labelled_logits import check_labelled_logits, unusable_row
-from cotuning_kernels.relationship import Relationship, RelationshipEstimator, class_names
-from cotuning_kernels.reverse_relationship import INVERSE_PENALTIES, learn_reverse_relationship
+from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
+from cotuning_kernels.relationship import Relationship, RelationshipEstimator, check_empty_policy, class_names
+from cotuning_kernels.reverse_relationship import INVERSE_PENALTIES, checked_penalties, learn_reverse_relationship
 
 __all__ = ["CheckpointError", "learn_relationship"]
 
@@ -96,8 +98,8 @@ def learn_relationship(
 
     Raises:
         TypeError: the model or the loader gives something else than described here.
-        ValueError: unknown method, empty loader, a validation loader that is missing or not wanted, number of classes
-            not known, NaN in the logits (names the batch and the row).
+        ValueError: unknown method, another setting that has no sense, empty loader, a validation loader that is missing
+            or not wanted, number of classes not known, NaN in the logits (names the batch and the row).
         IndexError: a label out of range.
         CheckpointError: the checkpoint is damaged or belongs to something else.
         OSError: the checkpoint cannot be written.
@@ -124,6 +126,13 @@ def learn_relationship(
         rank_and_size()  # a launcher without init_process_group: no method may take a share for the whole
     num_target_classes, target_classes = _target_classes(loader, num_target_classes, target_classes)
     place = _device_of(source_model) if device is None else torch.device(device)
+    # What is wrong is said before the pass over the data, not after it; and as Python's own numbers a setting is the
+    # same when the pass is resumed.
+    temperature, ignore_index = positive_number("temperature", temperature), operator.index(ignore_index)
+    check_empty_policy(empty)
+    checked_penalties(inverse_penalties)
+    if place is not None:
+        backends.select(place.type, backend)
     settings = (num_target_classes, ignore_index)
 
     def run(sink: Any, batches: Iterable[Any], what: str) -> None:
@@ -238,6 +247,10 @@ class _Rows:
         logits, labels = check_labelled_logits(
             "source_logits", logits, labels, self._num_target_classes, self._ignore_index
         )
+        if self._logits and logits.shape[1] != self._logits[0].shape[1]:
+            raise ValueError(
+                f"source_logits has {logits.shape[1]} classes, but those before had {self._logits[0].shape[1]}"
+            )
         found = unusable_row(logits, labels, self._ignore_index)
         if found is not None:
             raise ValueError(f"source_logits[{found[0]}] has no softmax: {found[1]}")
@@ -337,7 +350,7 @@ class _Checkpoint:
 
     def has_counted(self, index: int, labels: Tensor) -> bool:
         """Whether batch ``index`` is in the statistics already; to be asked for every batch, in order."""
-        self._labels.update(labels.detach().cpu().contiguous().numpy().tobytes())
+        self._labels.update(labels.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         self._seen = index + 1
         if index + 1 == self._batches and self._labels.hexdigest() != self._expected_labels:
             raise CheckpointError(

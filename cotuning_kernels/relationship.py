@@ -445,12 +445,19 @@ class RelationshipEstimator:
         """Add what another estimator has counted, as if its batches had been this one's.
 
         Raises:
-            TypeError, ValueError: not an estimator, or one of other classes or another temperature.
+            TypeError, ValueError: not an estimator, or one of other classes or another temperature; or one of the two
+                holds the sums of all processes (:meth:`all_reduce`) and the other its own.
         """
         if not isinstance(other, RelationshipEstimator):
             raise TypeError(f"other is a {type(other).__name__}, expected a RelationshipEstimator")
         if other._settings() != self._settings():
             raise ValueError(f"{other} cannot be merged into {self}: classes and temperature must be the same")
+        if other._all_reduced != self._all_reduced and self._counts.any():
+            raise ValueError(
+                "one of the two estimators holds the sums of all processes and the other those of this one alone; "
+                "merge them before all_reduce"
+            )
+        self._all_reduced = other._all_reduced
         self._sums += other._sums.to(self._sums)
         self._counts += other._counts.to(self.device)
 
@@ -509,8 +516,7 @@ class RelationshipEstimator:
         Raises:
             ValueError: nothing was counted, an empty class under ``empty="error"``, or names that do not fit.
         """
-        if empty not in _EMPTY_POLICIES:
-            raise ValueError(f"empty is {empty!r}, expected one of {', '.join(map(repr, _EMPTY_POLICIES))}")
+        check_empty_policy(empty)
         names = class_names("target_classes", target_classes, self.num_target_classes)
         if not self._counts.any():
             raise ValueError("nothing was counted yet (every label ignored, or no update); there is no relationship")
@@ -598,13 +604,18 @@ class RelationshipEstimator:
             raise ValueError(f"source_logits[{row}] has no softmax: {reason}. The batch was not counted")
 
 
+def check_empty_policy(empty: str) -> None:
+    """See :meth:`RelationshipEstimator.compute`."""
+    if empty not in _EMPTY_POLICIES:
+        raise ValueError(f"empty is {empty!r}, expected one of {', '.join(map(repr, _EMPTY_POLICIES))}")
+
+
 def settle_empty_classes(matrix: Tensor, counts: Tensor, empty: str, target_classes: Sequence[str] | None) -> Tensor:
     """Write what ``empty`` says into the rows of the classes without a sample, in place, and warn or raise.
 
     What both ways of learning share; see :meth:`RelationshipEstimator.compute`.
     """
-    if empty not in _EMPTY_POLICIES:
-        raise ValueError(f"empty is {empty!r}, expected one of {', '.join(map(repr, _EMPTY_POLICIES))}")
+    check_empty_policy(empty)
     names = class_names("target_classes", target_classes, len(counts))
     missing = counts == 0
     if not missing.any():

@@ -29,6 +29,7 @@ from cotuning_kernels import functional
 from cotuning_kernels.calibration import fit_temperature
 from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
 from cotuning_kernels.relationship import Relationship, settle_empty_classes
+from cotuning_kernels.targets import without_autocast
 
 __all__ = ["INVERSE_PENALTIES", "RegressionFit", "learn_reverse_relationship", "regression_path"]
 
@@ -60,6 +61,7 @@ class RegressionFit:
     converged: bool
 
 
+@torch.inference_mode(False)  # in which nothing could be differentiated
 def learn_reverse_relationship(
     train_logits: Tensor,
     train_labels: Tensor,
@@ -117,16 +119,19 @@ def learn_reverse_relationship(
         raise ValueError(
             f"train_logits has {train.shape[1]} source classes, but validation_logits has {validation.shape[1]}"
         )
-    best, best_accuracy = None, -1.0
+    dtype = torch.promote_types(train.dtype, validation.dtype)
+    train, validation = train.to(dtype), validation.to(dtype)
+    best, best_accuracy, best_logits = None, -1.0, validation
     for fit in regression_path(
         train, train_labels, num_target_classes, inverse_penalties, tolerance=tolerance, backend=backend
     ):
-        predicted = (validation @ fit.coefficients.T).argmax(dim=1)
-        accuracy = float((predicted == validation_labels).double().mean())
+        with without_autocast(validation.device):
+            logits = validation @ fit.coefficients.T
+        accuracy = float((logits.argmax(dim=1) == validation_labels).double().mean())
         if accuracy >= best_accuracy:
-            best, best_accuracy = fit, accuracy
+            best, best_accuracy, best_logits = fit, accuracy, logits
     assert best is not None  # an empty list was refused
-    regression_temperature = _regression_temperature(validation @ best.coefficients.T, validation_labels)
+    regression_temperature = _regression_temperature(best_logits, validation_labels)
     marginal = (train.double().sum(dim=0) + validation.double().sum(dim=0)) / (len(train) + len(validation))
     matrix = bayes(best.coefficients, regression_temperature, marginal)
     counts = torch.bincount(train_labels, minlength=num_target_classes)
@@ -195,19 +200,19 @@ def regression_path(
         :class:`RegressionFit`, with ``C`` growing.
 
     Raises:
-        ValueError: no penalty, or one that is not a positive number.
+        ValueError: no penalty, or one that is not a number between 1e-30 and 1e30.
     """
-    values = sorted({positive_number("inverse_penalties", value) for value in inverse_penalties})
-    if not values:
-        raise ValueError("inverse_penalties is empty, expected at least one positive number")
+    values = checked_penalties(inverse_penalties)
     positive_number("tolerance", tolerance)
-    regression = _Regression(probabilities, labels, num_target_classes, backend)
-    older, last, solved = None, None, regression.zeros()
+    with torch.inference_mode(False):
+        regression = _Regression(probabilities, labels, num_target_classes, backend)
+        older, last, solved = None, None, regression.zeros()
     older_solved = solved
     for value in values:
-        start = solved if older is None or last is None else _carried_on(older, older_solved, last, solved, value)
-        older, older_solved = last, solved
-        last, solved = regression.fit(value, start, tolerance, max_iterations)
+        with torch.inference_mode(False), without_autocast(probabilities.device):  # not across the yield
+            start = solved if older is None or last is None else _carried_on(older, older_solved, last, solved, value)
+            older, older_solved = last, solved
+            last, solved = regression.fit(value, start, tolerance, max_iterations)
         if not last.converged:
             warnings.warn(
                 f"the regression with C = {value:g} has not converged in {last.iterations} iterations: the gap "
@@ -215,6 +220,20 @@ def regression_path(
                 stacklevel=2,
             )
         yield last
+
+
+def checked_penalties(inverse_penalties: Sequence[float]) -> list[float]:
+    """The values of ``C`` without repetition, growing.
+
+    Raises:
+        ValueError: none, or one that is not a number between 1e-30 and 1e30.
+    """
+    values = sorted({positive_number("inverse_penalties", value) for value in inverse_penalties})
+    if not values:
+        raise ValueError("inverse_penalties is empty, expected at least one positive number")
+    if not 1e-30 <= values[0] <= values[-1] <= 1e30:
+        raise ValueError(f"inverse_penalties goes from {values[0]} to {values[-1]}, expected within 1e-30 and 1e30")
+    return values
 
 
 class _Point(NamedTuple):

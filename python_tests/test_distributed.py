@@ -12,6 +12,7 @@ from typing import Any
 import distributed_worker as worker
 import pytest
 import torch
+from conformance import Backend
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -167,8 +168,64 @@ def test_counts_are_what_the_means_divide_by(form: str, weighted: bool, draw: to
         return torch.stack(criterion(source_logits, target_logits, target, return_terms=True)[1:])
 
     criterion = ck.FusedCoTuningLoss(relationship, weight=weight)
-    found = ck_distributed._counts(criterion, target)
-    torch.testing.assert_close(found, terms("sum") / terms("mean"), rtol=1e-12, atol=0)
+    *found, rows = ck_distributed._counts(criterion, criterion.weight, target)
+    torch.testing.assert_close(torch.stack(found), terms("sum") / terms("mean"), rtol=1e-12, atol=0)
+    # Row 3 of the labels is ignored, and row 5 of the first ones of a pair.
+    expected = {"labels": 7.0, "int32 labels": 7.0, "probabilities": 9.0, "pair": 7.7}
+    if form in expected:
+        assert float(rows) == pytest.approx(expected[form])
+
+
+def _with_another_process_that_has_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes as this one sees them, whose sums the other one does not change."""
+    monkeypatch.setattr(ck_distributed, "rank_and_size", lambda group=None: (0, 2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts, group=None: None)
+
+
+@pytest.mark.parametrize("case", ["no weight", "all ignored", "no probabilities", "nothing supervised"])
+def test_means_over_nothing_are_those_of_the_criterion(
+    case: str, draw: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relationship = torch.rand(3, 6, generator=draw)
+    weight = torch.tensor([1.0, 0.0, 1.0]) if case == "no weight" else None
+    target: Tensor = torch.full((5,), -100 if case == "all ignored" else 1)
+    if case == "no probabilities":
+        target = torch.zeros(5, 3)
+    if case == "nothing supervised":
+        relationship[1] = 0
+    criterion = ck.FusedCoTuningLoss(relationship, weight=weight)
+    source, logits = (torch.randn(5, n, generator=draw, requires_grad=True) for n in (6, 3))
+    expected = criterion(source, logits, target, return_terms=True)
+    theirs = torch.autograd.grad(expected.loss, (source, logits))
+    _with_another_process_that_has_no_rows(monkeypatch)
+    found = global_mean_loss(criterion, source, logits, target)
+    ours = torch.autograd.grad(found.loss, (source, logits))
+    for value, other in zip((*found, *ours), (*expected, *theirs), strict=True):
+        # Twice, since the average over the two processes is the criterion's.
+        torch.testing.assert_close(value.detach(), 2 * other.detach(), equal_nan=True)
+
+
+def test_a_label_out_of_range_is_named_as_by_the_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_another_process_that_has_no_rows(monkeypatch)
+    criterion = ck.FusedCoTuningLoss(torch.eye(3), weight=torch.ones(3))
+    with pytest.raises(IndexError, match=r"target\[1\] is 99"):
+        global_mean_loss(criterion, torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 99]))
+
+
+def test_small_class_weights_cost_half_precision_no_digits(
+    backend: Backend, draw: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum that is divided by the weights of all processes later must not be stored as small as they are."""
+    weight = (torch.rand(10, generator=draw) + 0.5) * 1e-6
+    relationship = torch.rand(10, 20, generator=draw).softmax(1)
+    source, logits = (torch.randn(64, n, generator=draw).half().requires_grad_() for n in (20, 10))
+    labels = torch.randint(0, 10, (64,), generator=draw)
+    criterion = ck.FusedCoTuningLoss(relationship, weight=weight, backend=backend.argument)
+    _with_another_process_that_has_no_rows(monkeypatch)
+    (found,) = torch.autograd.grad(global_mean_loss(criterion, source, logits, labels).loss * 1024, logits)
+    exact = logits.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(2 * 1024 * F.cross_entropy(exact, labels, weight.double()), exact)
+    assert float((found.double() - expected).norm() / expected.norm()) < 1e-3
 
 
 def test_without_a_launcher_it_is_the_criterion(draw: torch.Generator) -> None:

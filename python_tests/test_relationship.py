@@ -406,6 +406,21 @@ def test_learning_goes_on_after_an_interruption(draw: torch.Generator) -> None:
     assert state_of(resumed) == state_of(estimator)
 
 
+def test_sums_of_all_processes_are_not_merged_with_those_of_one(draw: torch.Generator) -> None:
+    """A second all_reduce would count them again, without a word."""
+    mine, reduced = estimator_of(random_batch(draw, 10)), estimator_of(random_batch(draw, 10))
+    reduced._all_reduced = True  # what all_reduce leaves
+    before = state_of(mine)
+    with pytest.raises(ValueError, match="merge them before all_reduce"):
+        mine.merge(reduced)
+    assert state_of(mine) == before
+    fresh = RelationshipEstimator(N_T, N_S)
+    fresh.merge(reduced)
+    assert state_of(fresh) == state_of(reduced)
+    with pytest.raises(RuntimeError, match="already holds the sums of all processes"):
+        fresh.all_reduce()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,31 @@ def batches(draw: torch.Generator) -> Batches:
 def learn(model: nn.Module, batches: Any, method: str, **options: Any) -> cotuning_kernels.Relationship:
     more = {"validation_loader": batches[:3]} if method == "reverse" else {}
     return learn_relationship(model, batches, N_T, method=method, progress=False, **more, **options)
+
+
+@pytest.mark.filterwarnings("ignore:the regression has no best temperature")
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+def test_settings_are_the_same_numbers_whatever_their_type(method: str, batches: Batches, tmp_path: Path) -> None:
+    """NumPy's too, which a checkpoint could not be read with."""
+    file = tmp_path / "statistics.pt"
+    with pytest.raises(StoppedError):
+        learn(Counting(5), batches, method, checkpoint=file, checkpoint_every=3, temperature=np.float64(2.0),
+              ignore_index=np.int64(-1))  # fmt: skip
+    again = Counting()
+    learn(again, batches, method, checkpoint=file, temperature=2, ignore_index=-1)
+    assert again.calls == len(batches) - 3 + (3 if method == "reverse" else 0)
+
+
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+@pytest.mark.parametrize(
+    "wrong", [{"empty": "zero"}, {"temperature": -1}, {"inverse_penalties": []}, {"inverse_penalties": [1, 1e40]},
+              {"backend": "nope"}],
+)  # fmt: skip
+def test_wrong_settings_are_refused_before_the_pass(method: str, wrong: dict[str, Any], batches: Batches) -> None:
+    model = Counting()
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        learn(model, batches, method, **wrong)
+    assert model.calls == 0
 
 
 @pytest.mark.filterwarnings("ignore:the regression has no best temperature")
