@@ -91,8 +91,12 @@ def positive_number(name: str, value: Any) -> float:
     """``value`` as a float, or a ValueError that says what was expected."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an int beyond float64 overflows
         number = float("nan")
     if not 0 < number < float("inf"):
-        raise ValueError(f"{name} is {value!r:.80}, expected a positive finite number")
+        try:
+            shown = f"{value!r:.80}"
+        except ValueError:  # Python does not write out an int of thousands of digits
+            shown = f"an {type(value).__name__} too long to be shown"
+        raise ValueError(f"{name} is {shown}, expected a positive finite number")
     return number

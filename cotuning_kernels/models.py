@@ -87,12 +87,14 @@ class CoTuningModel(nn.Module):
                 itself is taken over, and must not be used by itself any more.
 
         The target head is initialised as PyTorch does (``torch.manual_seed`` repeats it), in the dtype and on the
-        device of the source head.
+        device of the source head. What is new is in training mode if ``classifier`` is; every module of the classifier
+        keeps its own mode, such as a BatchNorm layer that was frozen with ``eval()``.
 
         Raises:
             TypeError: ``classifier`` is not a module, or ``head`` names something that is neither layer.
             ValueError: ``num_target_classes`` is below 1, no head is found, ``head`` names nothing, more than one layer
-                could be the head, or the check with ``example_input`` fails. The message lists the candidates.
+                could be the head (the message lists the candidates), ``example_input`` is empty, or the check with it
+                fails.
         """
         if not isinstance(classifier, nn.Module):
             raise TypeError(f"classifier is {type(classifier).__name__}, expected a torch.nn.Module")
@@ -103,10 +105,18 @@ class CoTuningModel(nn.Module):
         source_head = network.get_submodule(head_name)
         assert _is_head_layer(source_head)  # _find_head gives no other
         expected = None if example_input is None else _evaluate(network, example_input)
+        if expected is not None and expected.numel() == 0:
+            raise ValueError(
+                f"example_input gives logits of shape {tuple(expected.shape)}, which are none to compare: give a batch "
+                "of at least one sample"
+            )
+        own_modules = {id(module) for module in network.modules()}
         model = cls(nn.Identity(), source_head, _new_head(source_head, num_target_classes))
         heads = model.heads
         model.network = _replace(network, source_head, heads)
-        model.train(classifier.training)
+        for module in model.modules():
+            if id(module) not in own_modules:
+                module.training = classifier.training
         if example_input is not None and expected is not None:
             try:
                 _check_source_logits(_evaluate(model, example_input), expected, head_name)
@@ -156,9 +166,10 @@ class CoTuningModel(nn.Module):
         """Optimizer groups as in the paper: backbone and source head at ``lr``, the new head at ten times that.
 
         ``torch.optim.SGD(model.param_groups(1e-3), momentum=0.9)``. Each parameter is in one group exactly, also where
-        the source head shares its weight with the backbone (tied embeddings). Parameters with ``requires_grad=False``
-        are left out, and so is a group that has none left. Each group carries its ``"name"``: ``"backbone"``,
-        ``"source_head"`` or ``"target_head"``.
+        the source head shares its weight with the backbone (tied embeddings). What the new head shares with either is
+        pretrained, and at ``lr`` like the rest of it. Parameters with ``requires_grad=False`` are left out, and so is
+        a group that has none left. Each group carries its ``"name"``: ``"backbone"``, ``"source_head"`` or
+        ``"target_head"``.
 
         Raises:
             ValueError: a rate, multiplier or decay is negative or not finite.
@@ -166,6 +177,10 @@ class CoTuningModel(nn.Module):
         for name, value in (("lr", lr), ("new_head_multiplier", new_head_multiplier), ("weight_decay", weight_decay)):
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is {value}, expected a finite number that is not negative")
+        # named_modules goes past what its memo holds: this is the network without its two heads.
+        backbone = [module for _, module in self.network.named_modules(memo={self.heads})]
+        pretrained = {id(p) for module in backbone for p in module.parameters(recurse=False)}
+        pretrained |= {id(p) for p in self.source_head.parameters()}
         grouped: set[int] = set()
         groups: list[dict[str, Any]] = []
         # The heads first: what is left over is the backbone.
@@ -174,7 +189,8 @@ class CoTuningModel(nn.Module):
             ("source_head", self.source_head, lr),
             ("backbone", self.network, lr),
         ):
-            parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in grouped]
+            taken = grouped | pretrained if name == "target_head" else grouped
+            parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in taken]
             grouped.update(id(p) for p in parameters)
             if parameters:
                 group = {"params": parameters, "lr": rate, "name": name}
@@ -187,6 +203,9 @@ class CoTuningModel(nn.Module):
         A copy, in evaluation mode: training this model further does not change it. It returns what the classifier
         returns, with the target logits for logits; the parameters have the classifier's names, so that its
         ``state_dict`` loads into a classifier that was made with ``N_t`` classes.
+
+        What a classifier of transformers or timm writes down of its classes stays that of the source head: set
+        ``config.num_labels`` (with ``config.id2label``) or ``num_classes`` before ``save_pretrained``.
         """
         return self._with_one_head(self.target_head)
 
@@ -219,7 +238,8 @@ class CoTuningModel(nn.Module):
         """Replace all BatchNorm running statistics by their average over the batches of ``loader``.
 
         For a model whose statistics lag behind its weights, at the end of training. Dropout and the like are off. If
-        anything goes wrong on the way the old statistics are put back.
+        anything goes wrong on the way the old statistics are put back. A layer that no batch reaches in evaluation
+        mode, as in an auxiliary head that is there for training only, keeps its own.
 
         Args:
             loader: batches of inputs, or tuples that begin with them, or mappings of keyword arguments; they are moved
@@ -252,6 +272,9 @@ class CoTuningModel(nn.Module):
                 batches += 1
             if batches == 0:
                 raise ValueError("loader is empty: BatchNorm statistics need at least one batch")
+            for layer, (state, _) in zip(layers, before, strict=True):
+                if layer.num_batches_tracked == 0:  # its statistics are of nothing: mean 0, variance 1
+                    layer.load_state_dict(state)
         except BaseException:
             for layer, (state, _) in zip(layers, before, strict=True):
                 layer.load_state_dict(state)
@@ -388,8 +411,9 @@ def _find_head(classifier: nn.Module, head: str | None) -> str:
         if isinstance(module, same_kind) and _num_classes(module) == _num_classes(last)
     ]
     # A head ends the network. If more layers with weights come after the last candidate, that one is no head.
-    *_, ending = (other for other, module in modules.items() if module._parameters)
-    if len(rivals) > 1 or ending != name:
+    # A parametrized head (weight_norm) has weights in modules of its own, which are not later ones.
+    *_, ending = (module for module in modules.values() if module._parameters)
+    if len(rivals) > 1 or all(module is not ending for module in last.modules()):
         choice = _list_layers(rivals) if len(rivals) > 1 else listed
         raise ValueError(f"the head of {type(classifier).__name__} is ambiguous; name it with head=, one of: {choice}")
     return name
@@ -445,14 +469,24 @@ def _evaluate(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
 
 
 def _check_source_logits(got: Tensor, expected: Tensor, head_name: str) -> None:
-    same = got.shape == expected.shape and bool((got - expected).abs().max() <= 1e-3 * expected.abs().max())
-    if not same:
+    if not _same_logits(got, expected):
         raise ValueError(
             f"with a second head beside {head_name!r} the source logits, shape {tuple(got.shape)}, are not what "
             f"the classifier gives by itself, shape {tuple(expected.shape)}: either {head_name!r} is not "
             "its head (name it with head=), or the classifier mixes its classes after the head, as a softmax does "
             "(take that out: the loss wants logits)"
         )
+
+
+def _same_logits(got: Tensor, expected: Tensor) -> bool:
+    """Up to rounding, relative to the largest finite logit. A masked class is -inf in both, and then the same."""
+    if got.shape != expected.shape:
+        return False
+    infinite = torch.isinf(expected)
+    # Of equal infinities the difference would be NaN, and against an infinite scale every difference would be small.
+    difference = (got - expected).abs().masked_fill(infinite & (got == expected), 0)
+    scale = expected.abs().masked_fill(infinite, 0).max()
+    return bool(difference.max() <= 1e-3 * scale)
 
 
 def _batchnorm_layers(network: nn.Module) -> list[_BatchNorm]:

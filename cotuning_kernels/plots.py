@@ -6,6 +6,7 @@ matplotlib is imported when a picture is asked for, and without its global state
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -142,7 +143,12 @@ def _columns_that_matter(matrix: Tensor, top_k: int, max_columns: int) -> list[i
 
 
 def _label(text: str, longest: int = 30) -> str:
-    """Cut to ``longest`` characters, and without the dollar signs that matplotlib would read as mathematics."""
+    """Cut to ``longest`` characters, and without the dollar signs that matplotlib would read as mathematics.
+
+    Bytes that are no UTF-8 (a surrogate each, where a folder's name became a class's), which it refuses, are shown as
+    replacement characters.
+    """
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text)
     if len(text) > longest:
         text = text[: longest - 1].rstrip(" ,") + "…"
     return text.replace("$", r"\$")

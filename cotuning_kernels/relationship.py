@@ -337,7 +337,8 @@ class RelationshipEstimator:
 
     Args:
         num_target_classes, num_source_classes: ``N_t`` and ``N_s``.
-        temperature: the source logits are divided by it; see :func:`cotuning_kernels.fit_temperature`.
+        temperature: the source logits are divided by it; see :func:`cotuning_kernels.fit_temperature`. Its inverse must
+            be finite in float32.
         ignore_index: rows with this label are not counted.
         dtype: of the sums, float32 or float64. Each float32 addition rounds by up to 6e-8 of the sum so far, which
             usually cancels out and at worst grows with the samples of a class: float64 is for classes with more than
@@ -361,13 +362,20 @@ class RelationshipEstimator:
         backend: str = "auto",
     ) -> None:
         for name, value in (("num_target_classes", num_target_classes), ("num_source_classes", num_source_classes)):
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r:.80}, expected a positive int")
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64: the sums need the precision")
         self.num_target_classes = num_target_classes
         self.num_source_classes = num_source_classes
         self.temperature = positive_number("temperature", temperature)
+        # The kernels multiply by the inverse in float32: infinity times 0, the largest logit less itself, is NaN.
+        if 1 / self.temperature > torch.finfo(torch.float32).max:
+            least = 1 / torch.finfo(torch.float32).max
+            raise ValueError(
+                f"temperature is {self.temperature:.4g}, expected at least {least:.4g}: its inverse is not finite in "
+                "float32"
+            )
         self.ignore_index = ignore_index
         # Ordinary tensors, also when an estimator is made under torch.inference_mode: it may be updated outside.
         with torch.inference_mode(False):

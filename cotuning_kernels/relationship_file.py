@@ -116,7 +116,8 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
 def _check_version(path: Path, version: Any) -> None:
     if version == str(VERSION):
         return
-    if isinstance(version, str) and version.isdecimal() and int(version) > VERSION:
+    # No version ever has ten digits, and of thousands of them int() makes nothing.
+    if isinstance(version, str) and version.isdecimal() and len(version) < 10 and int(version) > VERSION:
         raise RelationshipFileError(
             f"{path} has format version {version}, written by a newer cotuning_kernels; this one reads up to "
             f"{VERSION}: pip install --upgrade cotuning_kernels"

@@ -9,6 +9,7 @@ about a seed's images cancels. Intervals are 95% ones of Student's t over the se
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import UserError, exit_code
 from experiments import PROJECT, RESULTS, Setting, read_results
 from scipy import stats
 
@@ -165,12 +167,16 @@ def write_page(page: Path, tables: Iterable[str]) -> None:
     """Put the tables between their two marks; what is written around them by hand stays."""
     text = page.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{page} has no place for the tables, expected the line {BEGIN.strip()} before {END.strip()}")
+        raise UserError(f"{page} has no place for the tables, expected the line {BEGIN.strip()} before {END.strip()}")
     before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
     page.write_text(before + BEGIN + "\n".join(["", *tables]) + END + after)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code("experiment_tables", lambda: write_tables(arguments))
+
+
+def write_tables(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the .jsonl files; gets the figure")
     parser.add_argument("--page", type=Path, default=PAGE)
@@ -179,9 +185,14 @@ def main(arguments: list[str] | None = None) -> None:
     for file in sorted(options.results.glob("*.jsonl")):
         results |= read_results(file)
     tasks = {task: arms for task, arms in collect(results).items() if NAMES["plain"] in arms and len(arms) > 1}
+    if not tasks:  # before the page loses the tables that it has
+        raise UserError(
+            f"{options.results} has no .jsonl file with runs of {NAMES['plain']} fine-tuning and of another method: "
+            "give the folder that examples/experiments.py wrote them to."
+        )
     write_page(options.page, [line for task, arms in tasks.items() for line in table(task, arms)])
     draw(tasks, options.results / "differences.svg")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

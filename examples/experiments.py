@@ -64,10 +64,19 @@ class Setting:
 def read_plan(path: Path) -> list[Setting]:
     """The runs of all grids, without repetition, one seed after the other."""
     found: dict[Setting, None] = {}  # a set that keeps the order
-    for grid in tomllib.loads(path.read_text())["grid"]:
+    try:
+        grids = tomllib.loads(path.read_text()).get("grid")
+    except ValueError as error:  # also bytes that are no text
+        raise UserError(f"{path} is no TOML ({error}): give a plan such as {RESULTS / 'plan.toml'}.") from None
+    if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
+        raise UserError(f"{path} has no grids: give a plan with tables [[grid]], such as {RESULTS / 'plan.toml'}.")
+    for grid in grids:
         names = [field.name for field in fields(Setting)]
         if set(grid) != set(names):
             raise UserError(f"{path}: a grid has {sorted(grid)}, expected each of {names}")
+        for name in names:
+            if not isinstance(grid[name], list):
+                raise UserError(f"{path}: {name} is {grid[name]!r:.80}, expected a list of values")
         if not set(grid["method"]) <= set(METHODS):
             raise UserError(f"{path}: methods {grid['method']}, expected some of {METHODS}")
         found |= {canonical(Setting(*values)): None for values in itertools.product(*(grid[name] for name in names))}

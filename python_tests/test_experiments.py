@@ -97,6 +97,28 @@ def test_a_grid_is_a_product_without_repetition(experiments: ModuleType, tmp_pat
         experiments.read_plan(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{json: 1}", "is no TOML"),
+        (b"\xff\xfe\x00", "is no TOML"),
+        (b"", "has no grids"),
+        (b"grid = 3", "has no grids"),
+        (PLAN.replace("seed = [0, 1]", "seed = 0").encode(), "seed is 0, expected a list"),
+    ],
+)
+def test_what_is_no_plan_ends_in_a_sentence(
+    experiments: ModuleType, content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_bytes(content)
+    assert experiments.main(["--plan", str(plan)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"experiments: {plan}")
+    assert message in said
+    assert said.count("\n") == 1
+
+
 def test_killed_runs_are_run_again_and_finished_ones_are_not(
     experiments: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +260,9 @@ def test_differences_are_paired_and_intervals_are_those_of_student(experiments: 
     assert f"| Co-Tuning, trade-off 2.3 | 5 | {np.mean(both[0]):.1%} | {100 * found.mean:+.1f} ± " in text
 
 
-def test_the_page_keeps_what_is_written_by_hand(experiments: ModuleType, tmp_path: Path) -> None:
+def test_the_page_keeps_what_is_written_by_hand(
+    experiments: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install scipy")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[plot]'")
     tables = importlib.import_module("experiment_tables")
@@ -254,9 +278,15 @@ def test_the_page_keeps_what_is_written_by_hand(experiments: ModuleType, tmp_pat
     figure = (tmp_path / "differences.svg").read_bytes()
     tables.main(["--results", str(tmp_path), "--page", str(page)])
     assert (tmp_path / "differences.svg").read_bytes() == figure
+    text = page.read_text()
+    for folder in (tmp_path / "nonexistent", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert tables.main(["--results", str(folder), "--page", str(page)]) == 1
+        assert f"experiment_tables: {folder} has no .jsonl file with runs" in capsys.readouterr().err
+        assert page.read_text() == text
     page.write_text("no marks")
-    with pytest.raises(ValueError, match="has no place for the tables"):
-        tables.main(["--results", str(tmp_path), "--page", str(page)])
+    assert tables.main(["--results", str(tmp_path), "--page", str(page)]) == 1
+    assert "has no place for the tables" in capsys.readouterr().err
 
 
 def test_a_setting_survives_its_line(experiments: ModuleType, tmp_path: Path) -> None:

@@ -263,6 +263,18 @@ def test_the_classifier_is_left_alone_unless_asked_otherwise(architecture: Archi
     assert taken.source_head.weight is classifier.get_submodule(architecture.head).source_head.weight
 
 
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_every_module_of_the_classifier_keeps_its_mode(copied: bool, training: bool) -> None:
+    classifier = ResNetLike().train(training)
+    classifier.bn.train(not training)
+    classifier.fc.train(not training)
+    model = CoTuningModel.from_classifier(classifier, N_TARGET, copy=copied, example_input=images())
+    assert model.training == model.heads.training == model.target_head.training == training
+    assert model.network.training == model.network.dropout.training == training
+    assert model.network.bn.training == model.source_head.training == classifier.bn.training == (not training)
+
+
 def test_target_model_has_no_source_head_and_the_same_outputs(architecture: Architecture) -> None:
     classifier = architecture.make()
     model = CoTuningModel.from_classifier(classifier, N_TARGET).eval()
@@ -347,6 +359,27 @@ def test_frozen_parameters_are_left_out() -> None:
     assert [group["name"] for group in groups] == ["backbone", "target_head"]
     assert "weight_decay" not in groups[0]
     check_groups(groups, model)
+
+
+def test_what_the_new_head_shares_is_pretrained() -> None:
+    """A layer that is in the backbone or in the source head as well does not move at ten times the rate."""
+    shared, with_source, new = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, N_TARGET)
+    model = CoTuningModel(
+        nn.Sequential(shared, nn.ReLU()),
+        nn.Sequential(with_source, nn.Linear(6, N_SOURCE)),
+        nn.Sequential(shared, with_source, new),
+    )
+    groups = model.param_groups(0.1)
+    check_groups(groups, model)
+    found = {group["name"]: (group["lr"], {id(p) for p in group["params"]}) for group in groups}
+    assert found["backbone"] == (0.1, {id(p) for p in shared.parameters()})
+    assert found["source_head"] == (0.1, {id(p) for p in model.source_head.parameters()})
+    assert found["target_head"] == (1.0, {id(p) for p in new.parameters()})
+
+    # The whole head, in the backbone: nothing of it is new.
+    again = CoTuningModel(nn.Sequential(nn.Linear(6, 6), new), nn.Linear(N_TARGET, N_SOURCE), new)
+    check_groups(again.param_groups(0.1), again)
+    assert [group["name"] for group in again.param_groups(0.1)] == ["backbone", "source_head"]
 
 
 def test_the_new_head_moves_at_its_own_rate() -> None:
@@ -541,6 +574,52 @@ def test_example_input_finds_a_wrong_head_and_mixed_classes() -> None:
     torch.testing.assert_close(taken(vectors), before)
 
 
+class Masked(ResNetLike):
+    """Classes that are switched off: their logit is -inf, for every image or for some."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return torch.where(torch.arange(logits.shape[1]) == 3, -torch.inf, logits)
+
+
+def test_masked_classes_are_the_same_in_both() -> None:
+    x = images()
+    model = CoTuningModel.from_classifier(Masked().eval(), N_TARGET, example_input=x)
+    assert (model(x).source_logits[:, 3] == -torch.inf).all()
+    classifier = nn.Linear(6, N_SOURCE)
+    with torch.no_grad():
+        classifier.bias[2] = -torch.inf
+    CoTuningModel.from_classifier(classifier, N_TARGET, example_input=torch.randn(2, 6))
+
+    # An infinite logit makes no other difference small.
+    masked = torch.tensor([[-torch.inf, 1.0, 2.0]])
+    for other in ([-torch.inf, 1.0, 2.1], [0.0, 1.0, 2.0], [torch.inf, 1.0, 2.0], [-torch.inf, -torch.inf, 2.0]):
+        assert not models._same_logits(torch.tensor([other]), masked)
+        assert not models._same_logits(masked, torch.tensor([other]))
+    assert models._same_logits(torch.full((1, 3), -torch.inf), torch.full((1, 3), -torch.inf))
+
+
+def test_an_empty_example_input() -> None:
+    classifier = ResNetLike()
+    with pytest.raises(ValueError, match=r"example_input gives logits of shape \(0, 13\).* at least one sample"):
+        CoTuningModel.from_classifier(classifier, N_TARGET, example_input=images(0), copy=False)
+    assert isinstance(classifier.fc, nn.Linear)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_parametrized_head_is_found(bias: bool) -> None:
+    """Its weight lies in a module of its own, after it."""
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(8, N_SOURCE, bias=bias))
+    classifier = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), head)
+    x = torch.randn(3, 6)
+    model = CoTuningModel.from_classifier(classifier, N_TARGET, example_input=x)
+    torch.testing.assert_close(model(x).source_logits, classifier(x))
+    torch.testing.assert_close(model.target_model()(x), model(x).target_logits)
+    check_groups(model.param_groups(0.1), model)
+    with pytest.raises(ValueError, match="ambiguous"):  # a layer after it is still one
+        CoTuningModel.from_classifier(nn.Sequential(classifier, nn.BatchNorm1d(N_SOURCE)), N_TARGET)
+
+
 def test_example_input_by_keyword() -> None:
     CoTuningModel.from_classifier(TransformerLike(), N_TARGET, example_input={"input_ids": tokens()})
 
@@ -667,6 +746,25 @@ def test_reestimated_batchnorm_is_the_mean_over_batches(wrap: Callable[[Tensor],
     torch.testing.assert_close(network.bn.running_var, torch.stack([f.var((0, 2, 3)) for f in features]).mean(0))
     assert network.bn.momentum == 0.01
     assert [module.training for module in model.modules()] == modes
+
+
+def test_batchnorm_that_evaluation_does_not_reach_keeps_its_statistics() -> None:
+    class WithAuxiliaryHead(ResNetLike):
+        def __init__(self) -> None:
+            super().__init__()
+            self.auxiliary = nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (self.auxiliary(self.conv(x)).mean() if self.training else 0)
+
+    model = CoTuningModel.from_classifier(WithAuxiliaryHead(), N_TARGET, head="fc").train()
+    model(images())
+    before = copy.deepcopy(model.state_dict())
+    assert before["network.auxiliary.num_batches_tracked"] == 1
+    assert model.reestimate_batchnorm([images(), images()]) == 2
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (".bn.running" not in name and ".bn.num" not in name), name
+    assert model.network.auxiliary.momentum == 0.1
 
 
 def test_reestimation_that_fails_changes_nothing() -> None:

@@ -318,6 +318,11 @@ def test_bad_batches(logits: Any, labels: Any, error: type[Exception], message: 
         ((0, 3), {}, ValueError, "num_target_classes is 0"),
         ((3, -1), {}, ValueError, "num_source_classes is -1"),
         ((3.0, 3), {}, ValueError, "num_target_classes is 3.0"),
+        ((True, 2), {}, ValueError, "num_target_classes is True, expected a positive int"),
+        ((3, 3), {"temperature": 1e-39}, ValueError, "temperature is 1e-39, expected at least 2.939e-39: its inverse"),
+        ((3, 3), {"temperature": 5e-324}, ValueError, "its inverse is not finite"),
+        ((3, 3), {"temperature": 10**400}, ValueError, "temperature is 1000.*, expected a positive finite number"),
+        ((3, 3), {"temperature": 10**5000}, ValueError, "temperature is an int too long to be shown, expected"),
         ((3, 3), {"temperature": 0}, ValueError, "temperature is 0"),
         ((3, 3), {"temperature": math.nan}, ValueError, "temperature is nan"),
         ((3, 3), {"temperature": "warm"}, ValueError, "temperature is 'warm'"),
@@ -328,6 +333,12 @@ def test_bad_batches(logits: Any, labels: Any, error: type[Exception], message: 
 def test_bad_arguments(arguments: Any, options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         RelationshipEstimator(*arguments, **options)
+
+
+def test_the_lowest_temperature_gives_no_nan(backend: Backend) -> None:
+    estimator = RelationshipEstimator(1, 3, temperature=2.94e-39, backend=backend.argument)
+    estimator.update(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0]))
+    assert estimator.sums.tolist() == [[1.0, 0.0, 0.0]]
 
 
 def test_an_empty_batch_counts_nothing(backend: Backend) -> None:
@@ -996,6 +1007,10 @@ def test_the_rest_of_the_probability_is_shown() -> None:
 def test_plots_of_unusual_sizes_and_names(tmp_path: Path, draw: torch.Generator) -> None:
     names = [r"$\frac{a}", "$", "a very long name of a class, with, commas, in it", "ünï"]
     Relationship(torch.eye(4), names, names).plot(tmp_path / "names.png")
+    # What os.listdir makes of a folder in Latin-1, and a surrogate from elsewhere.
+    names = [os.fsdecode(b"caf\xe9"), "\ud800"]
+    figure = Relationship(torch.eye(2), names, names).plot(tmp_path / "names.png")
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["caf\ufffd", "\ufffd"]
     Relationship(torch.ones(1, 1)).plot(tmp_path / "one.svg")
     wide = Relationship(torch.softmax(5 * torch.randn(90, 400, generator=draw), 1))
     figure = wide.plot(tmp_path / "wide.png", max_columns=25, title="Wide")

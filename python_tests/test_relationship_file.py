@@ -264,6 +264,7 @@ def test_a_large_foreign_file_is_not_read(tmp_path: Path, monkeypatch: pytest.Mo
         ("one", "format version is 'one', not 1"),
         ("0", "format version is '0'"),
         ("²", "format version is"),
+        ("9" * 5000, "format version is '999.*, not 1; learn"),
     ],
 )
 def test_versions(version: str, message: str, tmp_path: Path) -> None:
@@ -295,6 +296,7 @@ RECORD = {"target_classes": None, "source_classes": None, "method": "direct", "t
         ),
         ({"matrix": torch.eye(2)}, RECORD | {"method": ["direct"]}, "method is"),
         ({"matrix": torch.eye(2)}, RECORD | {"temperature": None}, "temperature is None"),
+        ({"matrix": torch.eye(2)}, RECORD | {"temperature": 10**400}, "temperature is 1000"),
         ({"matrix": torch.eye(2)}, RECORD | {"metadata": [1]}, "metadata is"),
         ({"matrix": torch.eye(2)}, [1, 2], "its record is a list"),
     ],
@@ -311,6 +313,14 @@ def test_a_whole_file_with_the_wrong_things_in_it(
 def test_deeply_nested_json_does_not_end_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = "[" * 100_000 + "]" * 100_000
     monkeypatch.setattr(relationship_file.json, "dumps", lambda record: deep)
+    relationship_file.write(tmp_path / "r", {"matrix": torch.eye(2)}, {})
+    with pytest.raises(RelationshipFileError, match="its record is not JSON"):
+        Relationship.load(tmp_path / "r")
+
+
+def test_a_temperature_of_thousands_of_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.dumps(RECORD).replace("1.0", "9" * 5000)
+    monkeypatch.setattr(relationship_file.json, "dumps", lambda _: record)
     relationship_file.write(tmp_path / "r", {"matrix": torch.eye(2)}, {})
     with pytest.raises(RelationshipFileError, match="its record is not JSON"):
         Relationship.load(tmp_path / "r")
