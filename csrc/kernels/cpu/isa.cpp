@@ -16,6 +16,18 @@ extern const RowKernels kRows_portable;
 
 namespace {
 
+#if defined(__x86_64__)
+// AVX-512, with what AVX512_BF16 has in its place.
+RowKernels avx512_with_bf16() {
+  constexpr auto kType = static_cast<int>(ScalarType::kBFloat16);
+  RowKernels kernels = kRows_avx512;
+  kernels.name = kRows_avx512_bf16.name;
+  kernels.gradient[kType] = kRows_avx512_bf16.gradient[kType];
+  kernels.scale[kType] = kRows_avx512_bf16.scale[kType];
+  return kernels;
+}
+#endif
+
 struct Tables {
   const RowKernels* table[4] = {};
   int count = 0;
@@ -26,7 +38,10 @@ struct Tables {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-      if (__builtin_cpu_supports("avx512bf16")) table[count++] = &kRows_avx512_bf16;
+      if (__builtin_cpu_supports("avx512bf16")) {
+        static const RowKernels with_bf16 = avx512_with_bf16();
+        table[count++] = &with_bf16;
+      }
       table[count++] = &kRows_avx512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {

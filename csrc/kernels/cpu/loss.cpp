@@ -224,8 +224,8 @@ class Loss {
     const auto look_at = [&](const void* row) {
       const auto* q = static_cast<const float*>(distribution(row, 1.0, nullptr, 0.0));
       double mass = 0;
-      for (int64_t j = 0; j < source_classes_; ++j) mass += q[j];
-      largest = std::max(largest, std::fabs(mass));
+      for (int64_t j = 0; j < source_classes_; ++j) mass += std::fabs(q[j]);  // entries count where they cancel, too
+      largest = std::max(largest, mass);
     };
     if (has_probabilities()) {
       for (int64_t i = 0; i < batch_; ++i) look_at(p_.relationship.row(i));

@@ -1,10 +1,21 @@
-// The row primitives in AVX-512 with AVX512_BF16. Compiled with the flags that csrc/sources.txt gives it.
+// The row primitives that AVX512_BF16 makes faster: those that store rows of bfloat16. isa.cpp takes all others from
+// AVX-512. Compiled with the flags that csrc/sources.txt gives it.
 #define COTUNING_ISA avx512_bf16
 #include "rows_impl.h"
 
 namespace cotuning::cpu {
 
+static constexpr RowKernels stores_of_bfloat16() {
+  constexpr auto kType = static_cast<int>(ScalarType::kBFloat16);
+  RowKernels kernels{};
+  kernels.name = "avx512_bf16";
+  kernels.gradient[kType] = avx512_bf16::gradient<BFloat16>;
+  kernels.scale[kType] = avx512_bf16::scale<BFloat16>;
+  return kernels;
+}
+
+// A constant: code that ran when the library is loaded would do so on processors without these instructions.
 extern const RowKernels kRows_avx512_bf16;
-const RowKernels kRows_avx512_bf16 = avx512_bf16::table("avx512_bf16");
+constexpr RowKernels kRows_avx512_bf16 = stores_of_bfloat16();
 
 }  // namespace cotuning::cpu
