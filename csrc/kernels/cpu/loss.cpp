@@ -217,15 +217,19 @@ class Loss {
                                        : rows_.sum_q_log_q_float(static_cast<const float*>(q), source_classes_);
   }
 
-  // The largest mass, about, of a row's distribution. Only half precision needs to know.
+  // The largest mass, about, of a row's distribution, or its largest entry, where entries cancel: no gradient is
+  // larger. Only half precision needs to know.
   double largest_source_mass() const {
     if (p_.source_logits.type != ScalarType::kFloat16) return 1;
     double largest = 0;
     const auto look_at = [&](const void* row) {
       const auto* q = static_cast<const float*>(distribution(row, 1.0, nullptr, 0.0));
       double mass = 0;
-      for (int64_t j = 0; j < source_classes_; ++j) mass += std::fabs(q[j]);  // entries count where they cancel, too
-      largest = std::max(largest, mass);
+      for (int64_t j = 0; j < source_classes_; ++j) {
+        mass += q[j];
+        largest = std::max(largest, static_cast<double>(std::fabs(q[j])));
+      }
+      largest = std::max(largest, std::fabs(mass));
     };
     if (has_probabilities()) {
       for (int64_t i = 0; i < batch_; ++i) look_at(p_.relationship.row(i));
