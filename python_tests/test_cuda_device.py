@@ -1,11 +1,12 @@
 """What only a GPU can show: streams, devices, graph capture, autocast, the compiler, several processes, memory.
 
 Where there is none, that is skipped with the reason, and the tests that make sense without one run on the stand-in:
-the same kernels in the emulator, on CPU tensors. So the bodies of these tests have been run wherever the suite has. The
-conformance table has a row of its own for the device (test_conformance.py)."""
+the same kernels in the emulator, on CPU tensors. Where torch is built with CUDA and there is an nvcc, all of them run
+on simulated devices (test_simulated_gpu.py). The conformance table has a row of its own for the device."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -28,7 +29,10 @@ from benchmarks.contestants import our_backend
 from benchmarks.memory import measure_here
 
 REASON = _missing_cuda()
+SIMULATED = "COTUNING_SIMULATED_GPU" in os.environ  # by simulated_gpu.py: what needs a driver is not there
 on_a_gpu = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+on_simulated_devices = pytest.mark.skipif(not SIMULATED, reason="of the simulated devices, see simulated_gpu.py")
+runtime = ctypes.CDLL(None)  # of this process: where devices are simulated, their runtime
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -61,6 +65,13 @@ def _check(problem: Problem, outcome: Outcome) -> None:
     for name, x in vars(outcome).items():
         setattr(outcome, name, None if x is None else x.detach().cpu())
     Expectation(problem, "both heads").check(outcome)
+
+
+def _counted() -> tuple[int, int]:
+    """Launches of our kernels, and how often the host waited, since the last call."""
+    counts = (ctypes.c_uint64 * 2)()
+    runtime.simulated_runtime_take_counts(counts)
+    return counts[0], counts[1]
 
 
 # ------------------------------------------------------------------------------------------- streams, devices, waiting
@@ -132,15 +143,44 @@ def test_two_streams_at_once() -> None:
 
 
 @on_a_gpu
-def test_the_second_device() -> None:
+def test_two_devices_in_turn() -> None:
+    """Each has memory, streams and counters of its own, and the one that is current stays so."""
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device, and this needs two")
-    problem = _problem("cuda:1")
-    assert torch.cuda.current_device() == 0
-    outcome = run_public(problem, "both heads", "cuda")
-    assert torch.cuda.current_device() == 0
-    assert outcome.source_grad.device == torch.device("cuda:1")
-    _check(problem, outcome)
+    for name in ("cuda:0", "cuda:1", "cuda:0"):
+        problem = _problem(name, shape=(16, 40, 20_000))  # enough for shared memory that a device must be asked for
+        assert torch.cuda.current_device() == 0
+        outcome = run_public(problem, "both heads", "cuda")
+        assert torch.cuda.current_device() == 0
+        assert outcome.source_grad.device == torch.device(name)
+        _check(problem, outcome)
+
+
+@on_simulated_devices
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_step_is_a_launch_forward_and_one_backward(reduction: str) -> None:
+    """Counted where they are launched; and the host waits for none of them."""
+    problem = _problem("cuda", reduction)
+    problem.options["backend"] = "cuda"
+    leaves = [x.requires_grad_() for x in (problem.source_logits, problem.target_logits)]
+    _counted()
+    loss = ck.functional.co_tuning_loss(*leaves, problem.target, problem.relationship, **problem.options)
+    assert isinstance(loss, Tensor)
+    assert _counted() == (1, 0)
+    torch.autograd.grad(loss, leaves, problem.upstream)
+    assert _counted() == (1, 0)
+    with torch.no_grad():
+        ck.functional.co_tuning_loss(*leaves, problem.target, problem.relationship, **problem.options)
+    assert _counted() == (1, 0)
+
+
+@on_simulated_devices
+def test_a_refused_launch_is_an_error_in_the_words_of_cuda() -> None:
+    problem = _problem("cuda")
+    runtime.simulated_runtime_refuse(2)  # cudaErrorMemoryAllocation
+    with pytest.raises(RuntimeError, match="cotuning_kernels: launching a kernel: out of memory"):
+        run_public(problem, "both heads", "cuda")
+    _check(problem, run_public(problem, "both heads", "cuda"))  # and it does not stay behind
 
 
 # ------------------------------------------------------------------------------------------------------ CUDA graphs
@@ -208,8 +248,9 @@ def test_under_a_compiler(device: str) -> None:
     """A whole training step, without a break in the graph."""
     problem = _problem(device)
     criterion = ck.FusedCoTuningLoss(problem.relationship).to(device)
-    # Inductor needs a compiler of its own for the CPU; what is ours is traced the same.
-    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+    # Inductor needs a compiler of its own for the CPU, and a driver for a GPU; what is ours is traced the same.
+    backend = "aot_eager" if device == "cpu" or SIMULATED else "inductor"
+    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
     results = []
     for call in (criterion, compiled):
         leaves = [x.detach().clone().requires_grad_() for x in (problem.source_logits, problem.target_logits)]
@@ -251,7 +292,7 @@ def _train_in_parallel(rank: int, world: int, kind: str, store: str) -> None:
     device = f"cuda:{rank}" if kind == "cuda" else "cpu"
     if kind == "cuda":
         torch.cuda.set_device(rank)
-    nccl = kind == "cuda" and dist.is_nccl_available()
+    nccl = kind == "cuda" and dist.is_nccl_available() and not SIMULATED
     dist.init_process_group(
         "nccl" if nccl else "gloo", init_method=f"file://{store}", rank=rank, world_size=world
     )  # fmt: skip
@@ -273,6 +314,46 @@ def test_distributed_data_parallel(kind: str, world: int, tmp_path: Path) -> Non
     store = str(tmp_path / "store")
     torch.multiprocessing.spawn(_train_in_parallel, args=(world, kind, store), nprocs=world)
     assert all(Path(f"{store}.{rank}").exists() for rank in range(world))
+
+
+# -------------------------------------------------------------------------------------------------- the whole method
+
+
+@on_a_gpu
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+def test_the_method_from_pretrained_to_fine_tuned(method: str) -> None:
+    """Temperature, relationship, both heads, training: as on the CPU."""
+    draw = torch.Generator().manual_seed(3)
+    inputs, labels = torch.randn(120, 12, generator=draw), torch.arange(120) % 5
+    batches = [(inputs[k::4], labels[k::4]) for k in range(4)]
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(4)
+        classifier = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 40)).to(device)
+        with torch.no_grad():
+            logits = 4 * classifier(inputs.to(device))
+        draw.manual_seed(6)
+        source_labels = torch.multinomial(torch.softmax(logits.cpu() / 2, 1), 1, generator=draw)[:, 0]
+        fit = ck.fit_temperature(logits, source_labels.to(device))
+        assert fit.converged
+        relationship = ck.learn_relationship(
+            classifier, batches, 5, method=method, temperature=1.3, progress=False,
+            validation_loader=batches if method == "reverse" else None,
+            inverse_penalties=[1.0],  # whose optimum is not so flat that another rounding shows
+        )  # fmt: skip
+        model = ck.CoTuningModel.from_classifier(classifier, num_target_classes=5)
+        torch.manual_seed(5)
+        model.load_state_dict({name: 0.1 * torch.randn(x.shape) for name, x in model.state_dict().items()})
+        criterion = ck.FusedCoTuningLoss(relationship).to(device)
+        optimizer = torch.optim.SGD(model.param_groups(lr=0.05), momentum=0.9)
+        for x, y in batches:
+            optimizer.zero_grad()
+            criterion(*model(x.to(device)), y.to(device)).backward()
+            optimizer.step()
+        error = ck.expected_calibration_error(logits, source_labels.to(device))
+        weights = torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
+        results.append((fit.temperature, relationship.matrix.cpu(), weights, error))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

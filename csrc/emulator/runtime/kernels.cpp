@@ -1,0 +1,68 @@
+#include "kernels.h"
+
+#include <dlfcn.h>
+
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+
+#include "../../kernels/cuda/device.h"
+#include "../../kernels/cuda/loss.cuh"
+#include "../../kernels/cuda/passes.cuh"
+
+namespace cotuning::emulator {
+namespace {
+
+using Kernels = std::unordered_map<std::string, Kernel>;
+
+template <class... Parameters, size_t... k>
+std::function<void()> with_arguments(void (*kernel)(Parameters...), void** arguments, std::index_sequence<k...>) {
+  return [=, values = std::tuple<Parameters...>(*static_cast<Parameters*>(arguments[k])...)] {
+    std::apply(kernel, values);
+  };
+}
+
+template <class... Parameters>
+void add(Kernels* kernels, void (*kernel)(Parameters...)) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  Dl_info found;
+  if (dladdr(function, &found) == 0 || found.dli_saddr != function) throw Error("a kernel's symbol is not exported");
+  (*kernels)[found.dli_sname] = {function, [=](void** arguments) {
+                                   return with_arguments(kernel, arguments, std::index_sequence_for<Parameters...>());
+                                 }};
+}
+
+template <class T>
+void add_typed(Kernels* kernels) {
+  add(kernels, cuda::loss_kernel<T>);
+  add(kernels, cuda::class_sums_kernel<T>);
+  add(kernels, cuda::temperature_kernel<T>);
+}
+
+Kernels all_kernels() {
+  Kernels kernels;
+  add_typed<float>(&kernels);
+  add_typed<double>(&kernels);
+  add_typed<cuda::BFloat16>(&kernels);
+  add_typed<cuda::Float16>(&kernels);
+  add(&kernels, cuda::scale_kernel);
+  add(&kernels, cuda::translate_kernel);
+  return kernels;
+}
+
+}  // namespace
+
+const Kernel* find_kernel(const char* name) {
+  static const Kernels kernels = all_kernels();
+  const auto found = kernels.find(name);
+  return found == kernels.end() ? nullptr : &found->second;
+}
+
+void run_kernel(const Kernel& kernel, Size3 grid, Size3 block, size_t dynamic_bytes, size_t allowed_bytes,
+                const std::function<void()>& thread) {
+  allow_dynamic_shared(kernel.function, allowed_bytes);
+  launch(kernel.function, Dim3(grid.x, grid.y, grid.z), Dim3(block.x, block.y, block.z), dynamic_bytes, thread);
+}
+
+}  // namespace cotuning::emulator

@@ -1,0 +1,145 @@
+"""Two CUDA devices that are not there, for a torch that is built with CUDA, on a machine with nvcc and g++.
+
+    python python_tests/simulated_gpu.py -m pytest python_tests/test_cuda_device.py
+
+The CUDA extension is the one that ``pip install .`` makes, from the same sources by nvcc, linked to the CUDA runtime
+as a library of its own; in the place of that library's functions come those of csrc/emulator/runtime, which run our
+kernels through the emulator. So everything from the public functions down to ``<<<...>>>`` is what runs on a GPU:
+dispatch to CUDA, device guards, streams, the caching allocator, autograd's threads, captured graphs. What the runtime
+holds to, and what it cannot show, is said in csrc/emulator/runtime/runtime.cpp; how torch's own kernels are replaced,
+in simulated_gpu_operations.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from cpp_builds import ROOT, compiler, run, tool
+
+__all__ = ["EXTENSION", "build", "environment", "missing"]
+
+HERE = Path(__file__).resolve().parent
+TORCH = Path(torch.__file__).parent
+EXTENSION = ("kernels/cuda/device.cu", "kernels/cuda/loss.cu", "kernels/cuda/passes.cu", "ops/cuda.cpp")
+RUNTIME = (
+    "emulator/emulator.cpp",
+    "emulator/fiber.cpp",
+    "emulator/runtime/kernels.cpp",
+    "emulator/runtime/runtime.cpp",
+)
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fno-gnu-unique", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
+
+
+def missing() -> str | None:
+    """Why no device can be simulated here."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not (ROOT / "csrc").is_dir():
+        return "the sources of the kernels are not here"
+    if sys.platform != "linux" or _toolkit() is None:
+        return "there is no CUDA toolkit (nvcc)"
+    return None if tool("g++") else "there is no g++"
+
+
+@functools.cache
+def _toolkit() -> Path | None:
+    """The folder with ``include`` and ``lib64``, which nvcc itself knows."""
+    nvcc = tool("nvcc")
+    if nvcc is None:
+        return None
+    words = run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]).stdout
+    top = next((line.partition("TOP=")[2] for line in words.splitlines() if "TOP=" in line), "")
+    return Path(top) if top and (Path(top) / "include" / "cuda_runtime_api.h").is_file() else None
+
+
+def _command(path: str) -> list[str | Path]:
+    toolkit, nvcc = _toolkit(), tool("nvcc")
+    assert toolkit is not None
+    assert nvcc is not None
+    if path.endswith(".cu"):  # as build_support/cuda.py says; PTX alone, since no device will run it
+        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        return [nvcc, *flags, "-gencode", "arch=compute_90,code=compute_90"]
+    if path in EXTENSION:
+        of_torch = ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", TORCH / "include"]
+        return [compiler(), *FLAGS, "-fvisibility=hidden", '-DCOTUNING_CUDA_BUILD="simulated"', *of_torch]
+    if path.endswith("runtime.cpp"):
+        return [compiler(), *FLAGS, "-isystem", toolkit / "include"]
+    return [compiler(), *FLAGS, "-DCOTUNING_EMULATE"]
+
+
+def build(folder: Path, root: Path = ROOT) -> None:
+    """All that :func:`environment` needs, in ``folder``, from the sources of a checkout. What is there already, and may
+    be in use, is not made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = {path: folder / (path.replace("/", "_") + ".o") for path in (*EXTENSION, *RUNTIME)}
+
+    def compiled(path: str) -> None:
+        if not objects[path].exists():
+            finished = run([*_command(path), "-c", root / "csrc" / path, "-o", objects[path]])
+            assert finished.returncode == 0, finished.stdout
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compiled, objects))
+    # Who asks for the driver by its name gets the little of it that there is.
+    runtime = ["-Wl,-soname,libcuda.so.1", *(objects[path] for path in RUNTIME), "-ldl", "-lpthread"]
+    cuda = [*(objects[path] for path in EXTENSION), f"-L{_toolkit()}/lib64", "-lcudart", f"-L{TORCH / 'lib'}"]
+    package = _package(folder)
+    libraries = {
+        folder / "libsimulated_runtime.so": runtime,
+        package / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}": [*cuda, "-ltorch_cpu"],
+    }
+    for library, inputs in libraries.items():
+        if library.exists():
+            continue
+        linked = run([compiler(), "-shared", "-o", library, *inputs])
+        assert linked.returncode == 0, linked.stdout
+
+
+def _package(folder: Path) -> Path:
+    """The installed package without its CUDA extension, and the entry point by which torch calls for its operations."""
+    found = importlib.util.find_spec("cotuning_kernels")
+    assert found is not None
+    assert found.origin is not None
+    package = folder / "cotuning_kernels"
+    package.mkdir(exist_ok=True)
+    for entry in Path(found.origin).parent.iterdir():
+        if not entry.name.startswith("_cuda.") and not (package / entry.name).exists():
+            (package / entry.name).symlink_to(entry)
+    metadata = folder / "simulated_gpu-0.dist-info"
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: simulated_gpu\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text("[torch.backends]\nsimulated = simulated_gpu_operations:install\n")
+    return package
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a process that has the devices."""
+    paths = [str(folder), str(HERE), sysconfig.get_path("platlib"), str(ROOT)]
+    return os.environ | {
+        "LD_PRELOAD": str(folder / "libsimulated_runtime.so"),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",  # the package of `folder`, not one beside the working directory
+        "COTUNING_SIMULATED_GPU": "1",
+    }
+
+
+def main() -> None:
+    if reason := missing():
+        raise SystemExit(f"no device can be simulated here: {reason}")
+    with tempfile.TemporaryDirectory() as name:
+        build(Path(name))
+        finished = subprocess.run([sys.executable, *sys.argv[1:]], env=environment(Path(name)))
+    raise SystemExit(finished.returncode)
+
+
+if __name__ == "__main__":
+    main()
