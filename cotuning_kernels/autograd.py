@@ -60,10 +60,10 @@ def co_tuning_loss(
     elif trade_off.dtype is not torch.float64:
         validation.check_trade_off(trade_off, source_logits.device)
         trade_off = trade_off.to(torch.float64)
-    half = target_logits is not None and target_logits.dtype is torch.float16
-    labels = not operand[0].is_floating_point()
-    if weight is not None and half and labels and reduction == "mean" and backend != "cpp":
-        weight = weights_of_size_one(weight)
+    if weight is not None and reduction == "mean" and backend != "cpp":
+        half = target_logits is not None and target_logits.dtype is torch.float16
+        if half and not operand[0].is_floating_point():
+            weight = weights_of_size_one(weight)
     arguments = (*operand, weight, trade_off, label_smoothing, ignore_index, schema.REDUCTIONS[reduction],
                  schema.KL_DIVERGENCE[source_loss])  # fmt: skip
     source_gradient = source_logits.requires_grad

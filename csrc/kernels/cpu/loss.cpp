@@ -218,9 +218,9 @@ class Loss {
   }
 
   // The largest mass, about, of a row's distribution, or its largest entry, where entries cancel: no gradient is
-  // larger. Only half precision needs to know.
+  // larger. Only half precision needs to know, for its gradients.
   double largest_source_mass() const {
-    if (p_.source_logits.type != ScalarType::kFloat16) return 1;
+    if (p_.source_gradient.data == nullptr || p_.source_logits.type != ScalarType::kFloat16) return 1;
     double largest = 0;
     const auto look_at = [&](const void* row) {
       const auto* q = static_cast<const float*>(distribution(row, 1.0, nullptr, 0.0));
@@ -241,7 +241,8 @@ class Loss {
   }
 
   double largest_target_mass() const {
-    if (p_.target_logits.type != ScalarType::kFloat16 || p_.weight.empty()) return 1;
+    if (p_.target_gradient.data == nullptr || p_.target_logits.type != ScalarType::kFloat16) return 1;
+    if (p_.weight.empty()) return 1;
     double total = 0, largest = 0;
     for (double weight : p_.weight) total += std::fabs(weight);
     const auto look_at = [&](double weight) { largest = std::max(largest, std::fabs(weight)); };
