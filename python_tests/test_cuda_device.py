@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import cotuning_kernels as ck
 from benchmarks.contestants import our_backend
 from benchmarks.memory import measure_here
+from cotuning_kernels.distributed import global_mean_loss
 
 REASON = _missing_cuda()
 SIMULATED = "COTUNING_SIMULATED_GPU" in os.environ  # by simulated_gpu.py: what needs a driver is not there
@@ -354,6 +355,30 @@ def test_the_method_from_pretrained_to_fine_tuned(method: str) -> None:
         weights = torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
         results.append((fit.temperature, relationship.matrix.cpu(), weights, error))
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
+
+
+# --------------------------------------------------------------------------- more than one device, and what waits
+
+
+@on_a_gpu
+def test_the_loss_over_processes_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the sum over the processes, here of two with the same rows: then the global mean is that of each."""
+    monkeypatch.setattr("cotuning_kernels.distributed.rank_and_size", lambda group=None: (0, 2))
+    monkeypatch.setattr(dist, "all_reduce", lambda counts, group=None: counts.mul_(2))
+    problem = _problem("cuda")
+    criterion = ck.FusedCoTuningLoss(problem.relationship).to("cuda")
+    assert isinstance(problem.target, Tensor)
+    labels = problem.target
+    probabilities = torch.softmax(problem.target_logits.detach(), 1)
+    for target in (labels, (labels, labels.flip(0), 0.3), probabilities):
+        logits = problem.source_logits, problem.target_logits
+        expected = criterion(*logits, target)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            terms = global_mean_loss(criterion, *logits, target)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(terms.loss, expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
