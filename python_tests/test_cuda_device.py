@@ -32,6 +32,9 @@ from cotuning_kernels.distributed import global_mean_loss
 REASON = _missing_cuda()
 SIMULATED = "COTUNING_SIMULATED_GPU" in os.environ  # by simulated_gpu.py: what needs a driver is not there
 on_a_gpu = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+on_two_devices = pytest.mark.skipif(
+    REASON is not None or torch.cuda.device_count() < 2, reason=REASON or "this needs two CUDA devices"
+)
 on_simulated_devices = pytest.mark.skipif(not SIMULATED, reason="of the simulated devices, see simulated_gpu.py")
 runtime = ctypes.CDLL(None)  # of this process: where devices are simulated, their runtime
 ROOT = Path(__file__).resolve().parents[1]
@@ -379,6 +382,23 @@ def test_the_loss_over_processes_does_not_wait(monkeypatch: pytest.MonkeyPatch) 
         finally:
             torch.cuda.set_sync_debug_mode("default")
         torch.testing.assert_close(terms.loss, expected)
+
+
+@on_two_devices
+def test_replicas_for_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nn.DataParallel makes them, but without NCCL, which simulated devices have not."""
+
+    def copied(tensors: list[Tensor], devices: list[int], _: int) -> list[list[Tensor]]:
+        return [[x.to(f"cuda:{k}") for x in tensors] for k in devices]
+
+    monkeypatch.setattr(torch._C, "_broadcast_coalesced", copied)
+    problem = _problem("cuda", shape=(16, 40, 100))
+    criterion = ck.FusedCoTuningLoss(problem.relationship, trade_off=1.7).to("cuda")
+    tensors = problem.source_logits, problem.target_logits, problem.target
+    expected = criterion(*tensors)
+    for k, replica in enumerate(torch.nn.parallel.replicate(criterion, [0, 1])):
+        loss = replica(*(x.to(f"cuda:{k}") for x in tensors if isinstance(x, Tensor)))
+        torch.testing.assert_close(loss.cpu(), expected.cpu())
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
