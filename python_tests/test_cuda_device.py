@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import emulated_cuda
 import pytest
@@ -399,6 +400,41 @@ def test_replicas_for_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     for k, replica in enumerate(torch.nn.parallel.replicate(criterion, [0, 1])):
         loss = replica(*(x.to(f"cuda:{k}") for x in tensors if isinstance(x, Tensor)))
         torch.testing.assert_close(loss.cpu(), expected.cpu())
+
+
+@on_two_devices
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+def test_learning_goes_on_where_a_model_on_two_devices_leaves_its_logits(method: str, tmp_path: Path) -> None:
+    network = _OnTwoDevices()
+    batches = [(torch.randn(6, 10, generator=torch.Generator().manual_seed(k)), torch.arange(6)) for k in range(4)]
+
+    def interrupted() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from batches[:2]
+        raise InterruptedError
+
+    def learn(model: Callable[[Tensor], Tensor], loader: Any, **checkpoint: Any) -> ck.Relationship:
+        return ck.learn_relationship(
+            model, loader, 6, method=method, progress=False, inverse_penalties=[1.0],
+            validation_loader=batches if method == "reverse" else None, **checkpoint,
+        )  # fmt: skip
+
+    for model in (network, lambda x: network(x.to("cuda:0"))):
+        checkpoint = {"checkpoint": tmp_path / "statistics", "checkpoint_every": 1}
+        with pytest.raises(InterruptedError):
+            learn(model, interrupted(), **checkpoint)
+        resumed, at_once = learn(model, batches, **checkpoint), learn(model, batches)
+        assert resumed.matrix.device == at_once.matrix.device == torch.device("cuda:1")
+        assert torch.equal(resumed.matrix, at_once.matrix)
+
+
+class _OnTwoDevices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(10, 8).to("cuda:0"), nn.Linear(8, 37).to("cuda:1")
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.first(x).to("cuda:1"))
+        return logits
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
