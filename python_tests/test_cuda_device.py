@@ -437,6 +437,16 @@ class _OnTwoDevices(nn.Module):
         return logits
 
 
+@on_a_gpu
+def test_calibration_beside_a_default_device() -> None:
+    logits, labels = torch.randn(40, 10, generator=torch.Generator().manual_seed(8)), torch.arange(40) % 10
+    expected = ck.expected_calibration_error(logits, labels)
+    with torch.device("cuda"):  # as torch.set_default_device has it
+        for device in ("cpu", "cuda"):
+            found = ck.expected_calibration_error(logits.to(device), labels)
+            assert found == pytest.approx(expected, abs=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
