@@ -438,6 +438,13 @@ class _OnTwoDevices(nn.Module):
 
 
 @on_a_gpu
+def test_logits_on_two_devices_are_refused_in_words() -> None:
+    logits, labels = torch.randn(12, 10, generator=torch.Generator().manual_seed(7)), torch.arange(12) % 3
+    with pytest.raises(ValueError, match="train_logits is on cuda:0, but validation_logits on cpu"):
+        ck.learn_reverse_relationship(logits.to("cuda"), labels, logits, labels, 3)
+
+
+@on_a_gpu
 def test_calibration_beside_a_default_device() -> None:
     logits, labels = torch.randn(40, 10, generator=torch.Generator().manual_seed(8)), torch.arange(40) % 10
     expected = ck.expected_calibration_error(logits, labels)
