@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import cotuning_kernels as ck
-from benchmarks.contestants import our_backend
+from benchmarks.contestants import check_relationship, our_backend
 from benchmarks.memory import measure_here
+from benchmarks.problems import RelationshipProblem, Shape
+from benchmarks.timing import synchronizer
 from cotuning_kernels.distributed import global_mean_loss
 
 REASON = _missing_cuda()
@@ -452,6 +454,24 @@ def test_calibration_beside_a_default_device() -> None:
         for device in ("cpu", "cuda"):
             found = ck.expected_calibration_error(logits.to(device), labels)
             assert found == pytest.approx(expected, abs=1e-6)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_what_is_measured_of_the_relationship_agrees(name: str) -> None:
+    if torch.cuda.device_count() <= (torch.device(name).index or 0):
+        pytest.skip(f"there is no {name}")
+    check_relationship(RelationshipProblem.make(Shape(300, 5, 40), batch=64, device=name))
+
+
+@on_two_devices
+def test_measuring_waits_for_the_device_that_is_measured() -> None:
+    measured = torch.zeros(1000, device="cuda:1")
+    with torch.cuda.device(1):
+        torch.cuda._sleep(100_000_000)  # some 50 ms
+    synchronizer("cuda:1")()
+    assert torch.cuda.current_stream("cuda:1").query()
+    assert measure_here(lambda: measured + 1, "cuda:1").torch >= measured.nbytes
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
