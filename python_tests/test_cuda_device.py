@@ -24,6 +24,7 @@ from conformance import Case, Expectation, Outcome, Problem, _missing_cuda, bits
 from cuda_graph import capture
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
 
 import cotuning_kernels as ck
 from benchmarks.contestants import check_relationship, our_backend
@@ -522,6 +523,17 @@ def test_compute_sanitizer_has_nothing_to_report() -> None:
         command = [sanitizer, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", code]
         finished = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@on_a_gpu
+def test_recipes_take_a_classifier_where_its_trainer_left_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    fashion = pytest.importorskip("recipe_fashion")
+    images, labels = torch.randn(12, 8, generator=torch.Generator().manual_seed(9)), torch.arange(12) % 3
+    monkeypatch.setattr(fashion, "FashionTask", lambda *_, **__: TensorDataset(images, labels))
+    classifier = nn.Linear(8, 3)
+    expected = fashion.accuracy(classifier)
+    assert fashion.accuracy(classifier.to("cuda")) == expected
 
 
 def test_benchmarks_take_the_gpu_where_there_is_one(tmp_path: Path) -> None:
