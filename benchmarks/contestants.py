@@ -87,7 +87,8 @@ LOSS_CONTESTANTS = (
 
 
 def _our_relationship(problem: RelationshipProblem) -> Tensor:
-    estimator = ck.RelationshipEstimator(problem.target_classes, problem.logits[0].shape[1])
+    first = problem.logits[0]
+    estimator = ck.RelationshipEstimator(problem.target_classes, first.shape[1], device=first.device)
     for logits, labels in zip(problem.logits, problem.labels, strict=True):
         estimator.update(logits, labels)
     matrix: Tensor = estimator.compute().matrix

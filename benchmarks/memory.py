@@ -107,13 +107,13 @@ def _status_bytes(field: str) -> int:
 
 def _torch_rise(call: Callable[[], object], device: str) -> int:
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         result = call()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         del result
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     # On the CPU only the profiler sees each allocation and each release.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -98,7 +99,7 @@ def interleave(
 
 def synchronizer(device: str) -> Callable[[], object]:
     """Waits until the device has done what it was given; on a CPU there is nothing to wait for."""
-    return torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    return partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else lambda: None
 
 
 def _quartiles(values: tuple[float, ...] | list[float]) -> tuple[float, float]:

@@ -238,9 +238,10 @@ def reliability(
         raise ValueError(f"temperature is {temperature}, but it divides logits, not probabilities; pass the logits")
     num_classes = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
     logits, labels = check_labelled_logits("logits", logits, labels, num_classes, ignore_index)
-    count = torch.zeros(bins, dtype=torch.int64)
-    confidence = torch.zeros(bins, dtype=torch.float64)
-    right = torch.zeros(bins, dtype=torch.float64)
+    # Said of the device because torch.set_default_device may have named another one.
+    count = torch.zeros(bins, dtype=torch.int64, device="cpu")
+    confidence = torch.zeros(bins, dtype=torch.float64, device="cpu")
+    right = torch.zeros(bins, dtype=torch.float64, device="cpu")
     for row, (some, truth) in enumerate(zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)):
         found = unusable_row(some, truth, ignore_index)
         if found is not None:

@@ -132,11 +132,12 @@ def _counts(criterion: FusedCoTuningLoss, weight: Tensor | None, target: Target)
     supervised = (relationship != 0).any(dim=1).double()
     weight = torch.ones_like(supervised) if weight is None else weight.double()
     if isinstance(target, Tensor) and target.is_floating_point():
-        rows = supervised.new_tensor(float(len(target)))
+        rows = supervised.new_full((), len(target))  # filled on the device: a tensor from the host would wait for it
         return torch.stack([rows, (target.double() @ supervised).sum(), (target != 0).any(dim=1).sum()])
 
     def of_labels(labels: Tensor, share: Tensor | float) -> Tensor:
-        counted = (labels != criterion.ignore_index) * torch.as_tensor(share, dtype=torch.float64, device=labels.device)
+        share = share.to(labels.device, torch.float64) if isinstance(share, Tensor) else share
+        counted = (labels != criterion.ignore_index).double() * share
         # A label out of range is left to the loss, which names it.
         index = torch.where(labels != criterion.ignore_index, labels, 0).long().clamp(0, len(weight) - 1)
         return torch.stack([(counted * weight[index]).sum(), (counted * supervised[index]).sum(), counted.sum()])

@@ -202,6 +202,11 @@ class _ClassMeans:
     def update(self, logits: Tensor, labels: Tensor) -> None:
         if self._estimator is None:
             self._estimator = self._make(logits.shape[1], logits.device)
+        elif self._estimator.device != logits.device:
+            # One from a checkpoint: where a function, or a model on several devices, leaves its logits shows only now.
+            elsewhere = self._estimator
+            self._estimator = self._make(elsewhere.num_source_classes, logits.device)
+            self._estimator.load_state_dict(elsewhere.state_dict())
         self._estimator.update(logits, labels)
 
     def all_reduce(self) -> None:

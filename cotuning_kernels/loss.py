@@ -139,6 +139,12 @@ class FusedCoTuningLoss(nn.Module):
         self._trade_off = self._trade_off_on(self.relationship.device)
         return self
 
+    def _replicate_for_data_parallel(self) -> FusedCoTuningLoss:
+        """A replica of nn.DataParallel gets buffers of its device; the trade-off goes with the logits as a number."""
+        replica: FusedCoTuningLoss = super()._replicate_for_data_parallel()
+        replica.__dict__["_trade_off"] = self._trade_off_value
+        return replica
+
     def __copy__(self) -> FusedCoTuningLoss:
         """A shallow copy shares the relationship, but its trade-off is set apart."""
         copied = type(self).__new__(type(self))

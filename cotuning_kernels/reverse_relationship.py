@@ -119,6 +119,10 @@ def learn_reverse_relationship(
         raise ValueError(
             f"train_logits has {train.shape[1]} source classes, but validation_logits has {validation.shape[1]}"
         )
+    if train.device != validation.device:
+        raise ValueError(
+            f"train_logits is on {train.device}, but validation_logits on {validation.device}; bring them together"
+        )
     dtype = torch.promote_types(train.dtype, validation.dtype)
     train, validation = train.to(dtype), validation.to(dtype)
     best, best_accuracy, best_logits = None, -1.0, validation

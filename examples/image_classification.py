@@ -85,11 +85,13 @@ def process_group(options: argparse.Namespace) -> Iterator[None]:
         raise UserError(
             f"--batch-size {options.batch_size} cannot be shared by {processes} processes: give a multiple."
         )
-    if torch.device(options.device).type == "cuda":
+    kind = torch.device(options.device).type
+    if kind == "cuda":
         options.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(options.device)
     # The others wait while the first one tests: for longer than the ten minutes that NCCL would grant.
-    distributed.init_process_group(timeout=timedelta(days=1))
+    # Where there is a GPU, torch's choice would serve that alone, even if all is computed on the CPU.
+    distributed.init_process_group(backend="gloo" if kind == "cpu" else None, timeout=timedelta(days=1))
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank_and_size()[0] == 0 else nowhere):
             yield

@@ -59,4 +59,5 @@ def pretrain(
 def accuracy(model: nn.Module, logits_of: Callable[[nn.Module, Tensor], Tensor] = plain_logits) -> float:
     """Of a classifier of the target task, on 300 test images."""
     images, labels = FashionTask(TARGET, 100, test=True).tensors
-    return (logits_of(model.eval(), images).argmax(1) == labels).double().mean().item()
+    device = next(model.parameters()).device  # a trainer may have left it on a GPU
+    return (logits_of(model.eval(), images.to(device)).argmax(1).cpu() == labels).double().mean().item()

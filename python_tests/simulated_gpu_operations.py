@@ -26,6 +26,8 @@ __all__ = ["install"]
 
 # Those that allocate, that say how memory is seen, or that wait for a number: torch's code for them has no kernels.
 _NATIVE = {"empty", "empty_strided", "resize_", "set_", "is_set_to", "record_stream", "_local_scalar_dense"}
+# Indices may lie on the CPU: torch brings them over.
+_TAKE_INDICES_FROM_ANYWHERE = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _kept: list[Any] = []  # what the runtime, or a captured graph, may call at any time: as long as the process lives
 
@@ -96,12 +98,22 @@ def _tensors(given: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
 
 
+def _check_one_device(op: torch._ops.OpOverload, device: torch.device, given: Any) -> None:
+    """torch's kernels take a number from the CPU, of any other tensor they say this."""
+    for x in _tensors(given):
+        if x.device != device and not (x.is_cpu and x.dim() == 0):
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, {device} and "
+                f"{x.device}! (in {op})"
+            )
+
+
 class _Operation:
     """One of torch's operations, for tensors on a simulated device."""
 
     def __init__(self, op: torch._ops.OpOverload) -> None:
         arguments = op._schema.arguments
-        self.op = op
+        self.op, self.name = op, op._overloadpacket.__name__
         self.names = [a.name for a in arguments]
         self.written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
         self.of_tensors = [k for k, a in enumerate(arguments) if isinstance(a.type, torch.TensorType)]
@@ -116,6 +128,8 @@ class _Operation:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         on_device = [x for x in _tensors((args, kwargs)) if x.is_cuda]
         device = on_device[0].device if on_device else torch.device("cuda", torch.cuda.current_device())
+        if self.name not in _TAKE_INDICES_FROM_ANYWHERE:
+            _check_one_device(self.op, device, (args, kwargs))
         return (self._write if self.written else self._make)(device, (args, kwargs))
 
     def _write(self, device: torch.device, given: Any) -> Any:
@@ -175,7 +189,8 @@ def _copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     to, given = _View(self), _View(kept)
     held = None if kept.is_cuda else kept
     _on_stream(device, lambda: (to.on_host().copy_(given.on_host()), held))
-    if waits(self):
+    # A copy that was not said to be non-blocking waits, from the host to the device, too.
+    if waits(self) or not (non_blocking or (self.is_cuda and source.is_cuda)):
         torch.cuda.current_stream(device).synchronize()
     return self
 

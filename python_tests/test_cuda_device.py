@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import emulated_cuda
 import pytest
@@ -23,14 +24,21 @@ from conformance import Case, Expectation, Outcome, Problem, _missing_cuda, bits
 from cuda_graph import capture
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
 
 import cotuning_kernels as ck
-from benchmarks.contestants import our_backend
+from benchmarks.contestants import check_relationship, our_backend
 from benchmarks.memory import measure_here
+from benchmarks.problems import RelationshipProblem, Shape
+from benchmarks.timing import synchronizer
+from cotuning_kernels.distributed import global_mean_loss
 
 REASON = _missing_cuda()
 SIMULATED = "COTUNING_SIMULATED_GPU" in os.environ  # by simulated_gpu.py: what needs a driver is not there
 on_a_gpu = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+on_two_devices = pytest.mark.skipif(
+    REASON is not None or torch.cuda.device_count() < 2, reason=REASON or "this needs two CUDA devices"
+)
 on_simulated_devices = pytest.mark.skipif(not SIMULATED, reason="of the simulated devices, see simulated_gpu.py")
 runtime = ctypes.CDLL(None)  # of this process: where devices are simulated, their runtime
 ROOT = Path(__file__).resolve().parents[1]
@@ -356,6 +364,117 @@ def test_the_method_from_pretrained_to_fine_tuned(method: str) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
 
 
+# --------------------------------------------------------------------------- more than one device, and what waits
+
+
+@on_a_gpu
+def test_the_loss_over_processes_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the sum over the processes, here of two with the same rows: then the global mean is that of each."""
+    monkeypatch.setattr("cotuning_kernels.distributed.rank_and_size", lambda group=None: (0, 2))
+    monkeypatch.setattr(dist, "all_reduce", lambda counts, group=None: counts.mul_(2))
+    problem = _problem("cuda")
+    criterion = ck.FusedCoTuningLoss(problem.relationship).to("cuda")
+    assert isinstance(problem.target, Tensor)
+    labels = problem.target
+    probabilities = torch.softmax(problem.target_logits.detach(), 1)
+    for target in (labels, (labels, labels.flip(0), 0.3), probabilities):
+        logits = problem.source_logits, problem.target_logits
+        expected = criterion(*logits, target)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            terms = global_mean_loss(criterion, *logits, target)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(terms.loss, expected)
+
+
+@on_two_devices
+def test_replicas_for_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nn.DataParallel makes them, but without NCCL, which simulated devices have not."""
+
+    def copied(tensors: list[Tensor], devices: list[int], _: int) -> list[list[Tensor]]:
+        return [[x.to(f"cuda:{k}") for x in tensors] for k in devices]
+
+    monkeypatch.setattr(torch._C, "_broadcast_coalesced", copied)
+    problem = _problem("cuda", shape=(16, 40, 100))
+    criterion = ck.FusedCoTuningLoss(problem.relationship, trade_off=1.7).to("cuda")
+    tensors = problem.source_logits, problem.target_logits, problem.target
+    expected = criterion(*tensors)
+    for k, replica in enumerate(torch.nn.parallel.replicate(criterion, [0, 1])):
+        loss = replica(*(x.to(f"cuda:{k}") for x in tensors if isinstance(x, Tensor)))
+        torch.testing.assert_close(loss.cpu(), expected.cpu())
+
+
+@on_two_devices
+@pytest.mark.parametrize("method", ["direct", "reverse"])
+def test_learning_goes_on_where_a_model_on_two_devices_leaves_its_logits(method: str, tmp_path: Path) -> None:
+    network = _OnTwoDevices()
+    batches = [(torch.randn(6, 10, generator=torch.Generator().manual_seed(k)), torch.arange(6)) for k in range(4)]
+
+    def interrupted() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from batches[:2]
+        raise InterruptedError
+
+    def learn(model: Callable[[Tensor], Tensor], loader: Any, **checkpoint: Any) -> ck.Relationship:
+        return ck.learn_relationship(
+            model, loader, 6, method=method, progress=False, inverse_penalties=[1.0],
+            validation_loader=batches if method == "reverse" else None, **checkpoint,
+        )  # fmt: skip
+
+    for model in (network, lambda x: network(x.to("cuda:0"))):
+        checkpoint = {"checkpoint": tmp_path / "statistics", "checkpoint_every": 1}
+        with pytest.raises(InterruptedError):
+            learn(model, interrupted(), **checkpoint)
+        resumed, at_once = learn(model, batches, **checkpoint), learn(model, batches)
+        assert resumed.matrix.device == at_once.matrix.device == torch.device("cuda:1")
+        assert torch.equal(resumed.matrix, at_once.matrix)
+
+
+class _OnTwoDevices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(10, 8).to("cuda:0"), nn.Linear(8, 37).to("cuda:1")
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.first(x).to("cuda:1"))
+        return logits
+
+
+@on_a_gpu
+def test_logits_on_two_devices_are_refused_in_words() -> None:
+    logits, labels = torch.randn(12, 10, generator=torch.Generator().manual_seed(7)), torch.arange(12) % 3
+    with pytest.raises(ValueError, match="train_logits is on cuda:0, but validation_logits on cpu"):
+        ck.learn_reverse_relationship(logits.to("cuda"), labels, logits, labels, 3)
+
+
+@on_a_gpu
+def test_calibration_beside_a_default_device() -> None:
+    logits, labels = torch.randn(40, 10, generator=torch.Generator().manual_seed(8)), torch.arange(40) % 10
+    expected = ck.expected_calibration_error(logits, labels)
+    with torch.device("cuda"):  # as torch.set_default_device has it
+        for device in ("cpu", "cuda"):
+            found = ck.expected_calibration_error(logits.to(device), labels)
+            assert found == pytest.approx(expected, abs=1e-6)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_what_is_measured_of_the_relationship_agrees(name: str) -> None:
+    if torch.cuda.device_count() <= (torch.device(name).index or 0):
+        pytest.skip(f"there is no {name}")
+    check_relationship(RelationshipProblem.make(Shape(300, 5, 40), batch=64, device=name))
+
+
+@on_two_devices
+def test_measuring_waits_for_the_device_that_is_measured() -> None:
+    measured = torch.zeros(1000, device="cuda:1")
+    with torch.cuda.device(1):
+        torch.cuda._sleep(100_000_000)  # some 50 ms
+    synchronizer("cuda:1")()
+    assert torch.cuda.current_stream("cuda:1").query()
+    assert measure_here(lambda: measured + 1, "cuda:1").torch >= measured.nbytes
+
+
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -404,6 +523,17 @@ def test_compute_sanitizer_has_nothing_to_report() -> None:
         command = [sanitizer, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", code]
         finished = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@on_a_gpu
+def test_recipes_take_a_classifier_where_its_trainer_left_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    fashion = pytest.importorskip("recipe_fashion")
+    images, labels = torch.randn(12, 8, generator=torch.Generator().manual_seed(9)), torch.arange(12) % 3
+    monkeypatch.setattr(fashion, "FashionTask", lambda *_, **__: TensorDataset(images, labels))
+    classifier = nn.Linear(8, 3)
+    expected = fashion.accuracy(classifier)
+    assert fashion.accuracy(classifier.to("cuda")) == expected
 
 
 def test_benchmarks_take_the_gpu_where_there_is_one(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import importlib
@@ -290,6 +291,17 @@ def test_two_processes_are_one(runner: ModuleType, data: Path, tmp_path: Path) -
     whole, resumed = (torch.load(tmp_path / name / "co-tuning.weights.pt") for name in ("whole", "resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert done.stderr.count("is of other settings (seed was 0, is 1)") == 2
+
+
+def test_processes_on_the_cpu_talk_over_the_cpu(runner: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is a GPU, of which torch would otherwise think."""
+    asked: list[str | None] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(runner, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *, backend, **_: asked.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with runner.process_group(argparse.Namespace(batch_size=4, device="cpu")):
+        assert asked == ["gloo"]
 
 
 def test_what_several_processes_cannot_share(
