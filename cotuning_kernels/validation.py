@@ -268,4 +268,5 @@ def _check_share(share: Tensor | float, batch: int) -> None:
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, but the logits are on {device}; move it with .to({device!r})")
+        move = f"move it with .to({str(device)!r})"
+        raise ValueError(f"{name} is on {tensor.device}, but the logits are on {device}; {move}")
