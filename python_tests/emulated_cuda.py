@@ -28,11 +28,11 @@ FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-alias
 ORDERS = ("forward", "reverse", "random")
 
 
-def sources(root: Path) -> list[Path]:
-    """What csrc/sources.txt lists for the emulated library."""
+def sources(root: Path, *groups: str) -> list[Path]:
+    """What csrc/sources.txt lists in these groups."""
     lines = (root / "csrc" / "sources.txt").read_text().splitlines()
     fields = [line.split() for line in lines if line.strip() and not line.startswith("#")]
-    return [root / "csrc" / path for path, group, *_ in fields if group in ("cuda", "cuda_extension", "emulator")]
+    return [root / "csrc" / path for path, group, *_ in fields if group in groups]
 
 
 def missing() -> str | None:
@@ -59,8 +59,9 @@ def build(root: Path, folder: Path) -> Path:
     path = folder / "emulated_cuda.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        listed = sources(root, "cuda", "cuda_extension", "emulator")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(functools.partial(_compile, folder=folder), sources(root)))
+            objects = list(pool.map(functools.partial(_compile, folder=folder), listed))
         linked = run([compiler(), "-shared", *objects, "-o", path, f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
         assert linked.returncode == 0, linked.stdout
     return path

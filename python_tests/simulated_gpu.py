@@ -22,21 +22,15 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import emulated_cuda
 import torch
 from cpp_builds import ROOT, compiler, run, tool
 
-__all__ = ["EXTENSION", "build", "environment", "missing"]
+__all__ = ["build", "environment", "missing", "object_name"]
 
 HERE = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
-EXTENSION = ("kernels/cuda/device.cu", "kernels/cuda/loss.cu", "kernels/cuda/passes.cu", "ops/cuda.cpp")
-RUNTIME = (
-    "emulator/emulator.cpp",
-    "emulator/fiber.cpp",
-    "emulator/runtime/kernels.cpp",
-    "emulator/runtime/runtime.cpp",
-)
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fno-gnu-unique", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
+FLAGS = (*emulated_cuda.FLAGS, "-fno-gnu-unique")
 
 
 def missing() -> str | None:
@@ -61,42 +55,59 @@ def _toolkit() -> Path | None:
     return Path(top) if top and (Path(top) / "include" / "cuda_runtime_api.h").is_file() else None
 
 
-def _command(path: str) -> list[str | Path]:
+def _extension(root: Path) -> list[Path]:
+    return emulated_cuda.sources(root, "cuda", "cuda_extension")
+
+
+def _runtime(root: Path) -> list[Path]:
+    # The controls are of the emulated extension, and reach into its plans.
+    emulator = [path for path in emulated_cuda.sources(root, "emulator") if path.name != "controls.cpp"]
+    return [*emulator, *emulated_cuda.sources(root, "runtime")]
+
+
+def object_name(source: Path) -> str:
+    return f"{source.parent.name}_{source.name}.o"
+
+
+def _command(source: Path) -> list[str | Path]:
     toolkit, nvcc = _toolkit(), tool("nvcc")
     assert toolkit is not None
     assert nvcc is not None
-    if path.endswith(".cu"):  # as build_support/cuda.py says; PTX alone, since no device will run it
+    if source.suffix == ".cu":  # as build_support/cuda.py says; PTX alone, since no device will run it
         flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         return [nvcc, *flags, "-gencode", "arch=compute_90,code=compute_90"]
-    if path in EXTENSION:
+    if source.parent.name == "ops":
         of_torch = ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", TORCH / "include"]
-        return [compiler(), *FLAGS, "-fvisibility=hidden", '-DCOTUNING_CUDA_BUILD="simulated"', *of_torch]
-    if path.endswith("runtime.cpp"):
-        return [compiler(), *FLAGS, "-isystem", toolkit / "include"]
-    return [compiler(), *FLAGS, "-DCOTUNING_EMULATE"]
+        return [compiler(), *FLAGS, '-DCOTUNING_CUDA_BUILD="simulated"', *of_torch]
+    seen = [compiler(), *FLAGS, "-fvisibility=default"]  # its functions and kernels are found by their names
+    if source.name == "runtime.cpp":
+        return [*seen, "-isystem", toolkit / "include"]
+    return [*seen, "-DCOTUNING_EMULATE"]
 
 
 def build(folder: Path, root: Path = ROOT) -> None:
     """All that :func:`environment` needs, in ``folder``, from the sources of a checkout. What is there already, and may
     be in use, is not made again."""
     folder.mkdir(parents=True, exist_ok=True)
-    objects = {path: folder / (path.replace("/", "_") + ".o") for path in (*EXTENSION, *RUNTIME)}
 
-    def compiled(path: str) -> None:
-        if not objects[path].exists():
-            finished = run([*_command(path), "-c", root / "csrc" / path, "-o", objects[path]])
+    def compiled(source: Path) -> Path:
+        path = folder / object_name(source)
+        if not path.exists():
+            finished = run([*_command(source), "-c", source, "-o", path])
             assert finished.returncode == 0, finished.stdout
+        return path
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compiled, objects))
+        extension, runtime = (pool.map(compiled, listed(root)) for listed in (_extension, _runtime))
     # Who asks for the driver by its name gets the little of it that there is.
-    runtime = ["-Wl,-soname,libcuda.so.1", *(objects[path] for path in RUNTIME), "-ldl", "-lpthread"]
-    cuda = [*(objects[path] for path in EXTENSION), f"-L{_toolkit()}/lib64", "-lcudart", f"-L{TORCH / 'lib'}"]
-    package = _package(folder)
+    named = "-Wl,-soname,libcuda.so.1"
+    of_torch = [f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
     libraries = {
-        folder / "libsimulated_runtime.so": runtime,
-        package / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}": [*cuda, "-ltorch_cpu"],
-    }
+        folder / "libsimulated_runtime.so": [named, *runtime, "-ldl", "-lpthread"],
+        _package(folder) / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}": [
+            *extension, f"-L{_toolkit()}/lib64", "-lcudart", *of_torch
+        ],
+    }  # fmt: skip
     for library, inputs in libraries.items():
         if library.exists():
             continue

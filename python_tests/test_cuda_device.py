@@ -150,11 +150,9 @@ def test_two_streams_at_once() -> None:
         _check(problem, many[0])
 
 
-@on_a_gpu
+@on_two_devices
 def test_two_devices_in_turn() -> None:
     """Each has memory, streams and counters of its own, and the one that is current stays so."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device, and this needs two")
     for name in ("cuda:0", "cuda:1", "cuda:0"):
         problem = _problem(name, shape=(16, 40, 20_000))  # enough for shared memory that a device must be asked for
         assert torch.cuda.current_device() == 0
