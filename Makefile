@@ -7,7 +7,11 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 BIN := .venv/bin
-# Python compiles a module when it is first imported: most of what torch brings along never is.
+# Python compiles a module when it is first imported: most of what torch brings along never is. What it has compiled is
+# kept beside the packages, whatever the caller's environment says: without that every process that imports torch, of
+# which the tests start hundreds, compiles it anew for three seconds.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 SOURCES := setup.py pyproject.toml $(shell find build_support cotuning_kernels csrc -name __pycache__ -prune -o \
 	-type f \( -name '*.py' -o -name '*.typed' -o -name '*.txt' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*' \) -print)
@@ -18,8 +22,11 @@ EXTRAS_demo := demo
 EXTRAS_test := test,demo
 EXTRAS_bench := bench
 EXTRAS_lint := lint,plot
-# nvcc takes minutes for all the cards that there are: where there is none, only the tests have the CUDA kernels built.
-NO_CUDA := $(if $(shell command -v nvidia-smi),,COTUNING_KERNELS_CUDA=0)
+# nvcc takes minutes for all the cards that there are. Where there is none, only the tests have the CUDA kernels built, to
+# read what nvcc makes of them: for two cards, or those in TORCH_CUDA_ARCH_LIST, and if that is empty for all.
+NO_CARD := $(if $(shell command -v nvidia-smi),,1)
+NO_CUDA := $(if $(NO_CARD),COTUNING_KERNELS_CUDA=0)
+CUDA_test := $(if $(NO_CARD),TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-8.0;9.0+PTX}")
 CUDA_demo := $(NO_CUDA)
 CUDA_bench := $(NO_CUDA)
 CUDA_lint := COTUNING_KERNELS_CUDA=0

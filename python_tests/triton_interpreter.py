@@ -17,6 +17,7 @@ The interpreter is NumPy, one program after another. What it does not do as a GP
 from __future__ import annotations
 
 import functools
+import math
 import types
 import warnings
 from collections import Counter
@@ -52,7 +53,45 @@ class AnyOrder:
 _TRITON_MODULES = (tl, tl.standard, tl.random, tl.core.tensor)
 
 
-_np_dtype = functools.cache(ti._get_np_dtype)  # which makes a table in every call: a tenth of the time of a kernel
+# What takes most of the time of small kernels is not their arithmetic, but the types of all values in between, which
+# Triton makes anew for each of them. Here each type is made once, and operands that agree are taken as they are.
+_np_dtype = functools.cache(ti._get_np_dtype)
+_make_block_type = tl.block_type.__init__
+_block_types: dict[tuple[Any, ...], dict[str, Any]] = {}
+_Shape = tuple[tl.constexpr, tl.tuple]  # the number of elements and the lengths, as tensors have them
+
+
+def _shape(lengths: Any) -> _Shape:
+    return tl.constexpr(math.prod(lengths)), tl.tuple([tl.constexpr(n) for n in lengths])
+
+
+_OF_A_SCALAR = _shape(())
+
+
+def _block_type(self: tl.block_type, element: tl.dtype, lengths: Any) -> None:
+    key = (element.name, *[n.value if isinstance(n, tl.constexpr) else n for n in lengths])
+    if key not in _block_types:
+        _make_block_type(self, element, lengths)
+        _block_types[key] = vars(self) | {"of_tensors": _shape(self.shape)}
+    vars(self).update(_block_types[key])
+
+
+def _tensor(self: tl.tensor, handle: ti.TensorHandle, type: tl.dtype) -> None:
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.numel, self.shape = type.of_tensors if type.is_block() else _OF_A_SCALAR
+
+
+def _operands(a: Any, b: Any, *rules: Any, **more_rules: Any) -> tuple[tl.tensor, tl.tensor]:
+    """Of an operation with two: converted to one type and one shape, where they are not already."""
+    if isinstance(a, tl.tensor) and isinstance(b, tl.tensor) and a.shape is b.shape:
+        name = a.dtype.name
+        if name == b.dtype.name and name in ("fp32", "fp64", "int32", "int64"):
+            return a, b
+    semantic = ti.interpreter_semantic
+    converted: tuple[tl.tensor, tl.tensor] = type(semantic).binary_op_type_checking_impl(
+        semantic, a, b, *rules, **more_rules
+    )
+    return converted
 
 
 class _Interpreted:
@@ -123,6 +162,9 @@ def interpreted(*modules: types.ModuleType) -> Iterator[None]:
         stack.enter_context(mock.patch.object(builder, "create_masked_store", _memory.store, create=True))
         stack.enter_context(mock.patch.object(builder, "create_atomic_rmw", _memory.atomic, create=True))
         stack.enter_context(mock.patch.object(ti, "_get_np_dtype", _np_dtype))
+        stack.enter_context(mock.patch.object(tl.block_type, "__init__", _block_type))
+        stack.enter_context(mock.patch.object(tl.tensor, "__init__", _tensor))
+        stack.enter_context(mock.patch.object(ti.interpreter_semantic, "binary_op_type_checking_impl", _operands))
         stack.enter_context(mock.patch.object(builder, "options", _options(builder.options)))
         stack.enter_context(np.errstate(all="ignore"))
         stack.enter_context(warnings.catch_warnings())

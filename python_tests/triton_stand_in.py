@@ -35,7 +35,7 @@ _active: list[bool] = []
 def triton_interpreted(*, loops: bool = False) -> Iterator[None]:
     """``backend="triton"`` and ``"auto"`` mean the interpreted kernels, for tensors on the CPU.
 
-    ``loops``: rows of more than 64 columns are long ones, taken 64 columns at a time; otherwise those above 16384 are.
+    ``loops``: rows of more than 64 columns are long ones, taken 128 columns at a time; otherwise those above 16384 are.
     With it, a group of rows whose numbers are added up is as small as can be; otherwise it has 256. A launch that stops
     at an error leaves its counters as they are, so that every block has counters of its own.
     """
@@ -43,7 +43,7 @@ def triton_interpreted(*, loops: bool = False) -> Iterator[None]:
         yield
         return
     both_overloads = {f"{name}{overload}": f for name, f in IMPLEMENTATIONS.items() for overload in ("", ".triton")}
-    least, most, rows = (256, 64, 1) if loops else (launch.MAX_WHOLE_ROW_BYTES, launch.LOOP_COLUMNS, loss.GROUP_ROWS)
+    least, most, rows = (256, 128, 1) if loops else (launch.MAX_WHOLE_ROW_BYTES, launch.LOOP_COLUMNS, loss.GROUP_ROWS)
     with (
         cpu_served_by("triton", both_overloads),
         interpreted(*MODULES),
