@@ -59,8 +59,9 @@ def check_labelled_logits(
 def _first_wrong_label(labels: Tensor, num_classes: int, ignore_index: int) -> int | None:
     if labels.numel() == 0:
         return None
-    lowest, highest = labels.aminmax()  # one sweep, which settles it for labels without ignore_index
-    if lowest.item() >= 0 and highest.item() < num_classes:
+    # One sweep, which settles it for labels without ignore_index; read together, so that a GPU is waited for once.
+    lowest, highest = torch.stack(labels.aminmax()).tolist()
+    if lowest >= 0 and highest < num_classes:
         return None
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     return int(wrong.nonzero()[0]) if wrong.any() else None
