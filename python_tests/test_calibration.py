@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,17 +144,22 @@ def test_the_fit_is_exact_on_every_scale(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [0.4, 2.3])
-def test_a_sample_saves_passes(
-    dtype: torch.dtype, temperature: float, draw: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logits, labels = calibrated(draw, 16384, 12, temperature)
-    logits = logits.to(dtype)
-    fit = fit_temperature(logits, labels)
-    check_fit(fit, logits, labels, TOLERANCES[dtype])
-    monkeypatch.setattr(calibration, "_LEAST_STRIDE", len(labels))  # never a sample
-    plain = fit_temperature(logits, labels)
-    check_fit(plain, logits, labels, TOLERANCES[dtype])
-    assert fit.iterations < plain.iterations  # by two in 583 of 600 draws, by three in six, by one in the others
+def test_a_sample_saves_passes(dtype: torch.dtype, temperature: float, draw: torch.Generator) -> None:
+    """Two as a rule. Of 600 draws eleven saved one: the sample is small. So the draw in the middle of seven counts."""
+    saved = []
+    for number in range(7):
+        logits, labels = calibrated(draw, 16384, 12, temperature)
+        logits = logits.to(dtype)
+        fit = fit_temperature(logits, labels)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calibration, "_LEAST_STRIDE", len(labels))  # never a sample
+            plain = fit_temperature(logits, labels)
+        saved.append(plain.iterations - fit.iterations)
+        if number == 0:  # the check takes longer than the fits
+            check_fit(fit, logits, labels, TOLERANCES[dtype])
+            check_fit(plain, logits, labels, TOLERANCES[dtype])
+    assert statistics.median(saved) >= 2, saved
+    assert min(saved) >= 1, saved
 
 
 def test_a_wrong_step_with_the_sample_costs_passes_only(draw: torch.Generator) -> None:
