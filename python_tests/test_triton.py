@@ -63,9 +63,10 @@ def _op_arguments(problem: Problem) -> tuple[Any, ...]:
 
 def _state() -> dict[str, Any]:
     """All that an interpreted run exchanges, by name."""
-    watched = (tl, tl.core, tl.core.tensor, tl.math, tl.standard, tl.random, tl.core.dtype, *MODULES)
+    watched = (tl, tl.core, tl.core.tensor, tl.math, tl.standard, tl.random, tl.core.dtype, tl.block_type, *MODULES)
     state = {f"{module.__name__}.{name}": value for module in watched for name, value in vars(module).items()}
     state |= {f"builder.{name}": value for name, value in vars(ti.interpreter_builder).items() if "grid" not in name}
+    state |= {f"semantic.{name}": value for name, value in vars(ti.interpreter_semantic).items()}
     state["interpret"] = triton.knobs.runtime.interpret
     state["environment"] = dict(os.environ)
     return state

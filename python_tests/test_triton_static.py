@@ -14,7 +14,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +40,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import triton  # noqa: E402
 from stand_in import cpu_served_by  # noqa: E402
 from triton_interpreter import AnyOrder, interpreted  # noqa: E402
-from triton_stand_in import MODULES  # noqa: E402
+from triton_stand_in import MODULES, long_rows  # noqa: E402
 
 from benchmarks import triton_static as static  # noqa: E402
 from cotuning_kernels.backends.triton import counters, launch, loss, scale, targets  # noqa: E402
@@ -293,13 +293,10 @@ def _found_by_the_table(planted: tuple[ModuleType, ModuleType], loops: bool, see
 
     @contextmanager
     def using() -> Iterator[None]:
-        least = 256 if loops else launch.MAX_WHOLE_ROW_BYTES
         with (
             cpu_served_by("triton", implementations),
             interpreted(*MODULES, *planted),
-            mock.patch.object(launch, "MAX_WHOLE_ROW_BYTES", least),
-            mock.patch.object(launch, "LOOP_COLUMNS", 64 if loops else launch.LOOP_COLUMNS),
-            mock.patch.object(planted[0], "GROUP_ROWS", 1 if loops else planted[0].GROUP_ROWS),
+            long_rows(planted[0]) if loops else nullcontext(),
             mock.patch.dict(counters.of_streams, clear=True),
         ):
             yield

@@ -58,10 +58,10 @@ _TRITON_MODULES = (tl, tl.standard, tl.random, tl.core.tensor)
 _np_dtype = functools.cache(ti._get_np_dtype)
 _make_block_type = tl.block_type.__init__
 _block_types: dict[tuple[Any, ...], dict[str, Any]] = {}
-_Shape = tuple[tl.constexpr, tl.tuple]  # the number of elements and the lengths, as tensors have them
 
 
-def _shape(lengths: Any) -> _Shape:
+def _shape(lengths: Any) -> tuple[tl.constexpr, tl.tuple]:
+    """The number of elements and the lengths, as tensors have them."""
     return tl.constexpr(math.prod(lengths)), tl.tuple([tl.constexpr(n) for n in lengths])
 
 

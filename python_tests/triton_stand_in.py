@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from unittest import mock
 
@@ -23,7 +23,7 @@ from cotuning_kernels.backends.triton import (
     translate,
 )
 
-__all__ = ["MODULES", "triton_interpreted"]
+__all__ = ["MODULES", "long_rows", "triton_interpreted"]
 
 MODULES: tuple[ModuleType, ...] = (class_sums, exponential, loss, scale, targets, temperature, translate)
 """Where the kernels are, and the functions that they call."""
@@ -32,24 +32,32 @@ _active: list[bool] = []
 
 
 @contextmanager
+def long_rows(kernels: ModuleType = loss) -> Iterator[None]:
+    """Rows of more than 64 columns are long ones, taken 128 columns at a time; otherwise those above 16384 are. And a
+    group of rows whose numbers are added up is as small as can be; otherwise it has 256. ``kernels``: the loss's."""
+    with (
+        mock.patch.object(launch, "MAX_WHOLE_ROW_BYTES", 256),
+        mock.patch.object(launch, "LOOP_COLUMNS", 128),
+        mock.patch.object(kernels, "GROUP_ROWS", 1),
+    ):
+        yield
+
+
+@contextmanager
 def triton_interpreted(*, loops: bool = False) -> Iterator[None]:
     """``backend="triton"`` and ``"auto"`` mean the interpreted kernels, for tensors on the CPU.
 
-    ``loops``: rows of more than 64 columns are long ones, taken 128 columns at a time; otherwise those above 16384 are.
-    With it, a group of rows whose numbers are added up is as small as can be; otherwise it has 256. A launch that stops
-    at an error leaves its counters as they are, so that every block has counters of its own.
+    ``loops``: with :func:`long_rows`. A launch that stops at an error leaves its counters as they are, so that every
+    block has counters of its own.
     """
     if _active[-1:] == [loops]:  # a test within a fixture
         yield
         return
     both_overloads = {f"{name}{overload}": f for name, f in IMPLEMENTATIONS.items() for overload in ("", ".triton")}
-    least, most, rows = (256, 128, 1) if loops else (launch.MAX_WHOLE_ROW_BYTES, launch.LOOP_COLUMNS, loss.GROUP_ROWS)
     with (
         cpu_served_by("triton", both_overloads),
         interpreted(*MODULES),
-        mock.patch.object(launch, "MAX_WHOLE_ROW_BYTES", least),
-        mock.patch.object(launch, "LOOP_COLUMNS", most),
-        mock.patch.object(loss, "GROUP_ROWS", rows),
+        long_rows() if loops else nullcontext(),
         mock.patch.dict(counters.of_streams, clear=True),
     ):
         _active.append(loops)
