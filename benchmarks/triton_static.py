@@ -234,9 +234,11 @@ _ROWS = 48
 
 def _loss(
     dtype: torch.dtype, target_classes: int, source_classes: int, target: str = "labels", *, heads: int = 2,
-    gradient: bool = True, relationship: torch.dtype = torch.float32, stride: int | None = None, **options: Any,
+    gradient: bool = True, relationship: torch.dtype = torch.float32, stride: int | None = None, draws: bool = False,
+    **options: Any,
 ) -> Callable[[], Any]:  # fmt: skip
-    """``stride``: from one row of the source logits to the next, where that is more than their width."""
+    """``stride``: from one row of the source logits to the next, where that is more than their width. ``draws``: the
+    relationship, for a call that is run and not only compiled."""
 
     def call() -> Any:
         from cotuning_kernels.backends.triton.loss import co_tuning_loss
@@ -244,11 +246,14 @@ def _loss(
         labels = torch.zeros(_ROWS, dtype=torch.int64)
         shares = torch.ones(_ROWS, dtype=torch.float64)
         rows = _ROWS if target == "probabilities" else target_classes
+        table = torch.empty(rows, source_classes)
+        if draws:
+            table = table.double().normal_(generator=torch.Generator().manual_seed(0)).softmax(1)
         arguments: dict[str, Any] = {
             "target": torch.empty(_ROWS, target_classes) if target == "probabilities" else labels,
             "target_b": labels if target == "pair" else None,
             "mix": None if target == "labels" else shares,
-            "relationship": torch.empty(rows, source_classes, dtype=relationship),
+            "relationship": table.to(relationship),
             "weight": None,
             "trade_off": torch.tensor(2.3, dtype=torch.float64),
             "label_smoothing": 0.0,
@@ -312,6 +317,9 @@ KERNELS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
     "loss, source head of 32000, bfloat16, R in bfloat16": (
         _TWO, _loss(_BF16, 9, 32000, heads=1, relationship=_BF16),
     ),
+    "loss, source head of 128256, bfloat16, R in bfloat16": (
+        _TWO, _loss(_BF16, 9, 128256, heads=1, relationship=_BF16),
+    ),
     "loss, 1000 x 16384, float32": (_TWO, _loss(_F32, 1000, 16384)),
     "loss, 1000 x 8192, float32, pair, KL": (_ONE, _loss(_F32, 1000, 8192, "pair", kl_divergence=True)),
     "loss, 1000 x 21841, bfloat16, pair, KL": (_TWO, _loss(_BF16, 1000, 21841, "pair", kl_divergence=True)),
@@ -373,10 +381,10 @@ def _liger(dtype: torch.dtype, classes: int) -> Callable[[], Any]:
     return call
 
 
-def instructions_by_element(compiled: Compiled, width: int, turns: int) -> float:
-    """Of a kernel that takes one row a program: instructions of all its threads by element of the row. Loops count
-    ``turns`` times, all else once; of an ``if`` both sides count. Loops that read nothing do not: they fill the
-    gradients of rows that take no part with zeros."""
+def instructions_by_element(compiled: Compiled, width: int, sweeps: int, writes: int) -> float:
+    """Of a kernel that takes one row a program: instructions of all its threads by element of the row. Loops that only
+    read count ``sweeps`` times, loops that also write ``writes`` times, all else once; of an ``if`` both sides count.
+    Loops that read nothing do not: they fill the gradients of rows that take no part with zeros."""
     _, sass = _disassemble(compiled.kernel.asm["cubin"])
     sass = re.split(r"\bATOM", sass)[0]  # what comes after it, the last program alone does
     text = sass.splitlines()
@@ -384,8 +392,9 @@ def instructions_by_element(compiled: Compiled, width: int, turns: int) -> float
     issued = 0
     for line, instruction in enumerate(text):
         if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", instruction):
-            around = [(first, last) for first, last in loops if first <= line <= last]
-            reads = all(any("LDG" in x for x in text[first : last + 1]) for first, last in around)
+            around = ["\n".join(text[first : last + 1]) for first, last in loops if first <= line <= last]
+            reads = all("LDG" in x for x in around)
+            turns = writes if any("STG" in x for x in around) else sweeps
             issued += (turns if around else 1) if reads else 0
     return issued * compiled.kernel.metadata.num_warps * 32 / width
 
@@ -427,19 +436,22 @@ def liger_table() -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for classes, dtype in itertools.product((1000, 16384, 21841, 32000), (_F32, _BF16)):
-        ours = _loss(dtype, 9, classes, heads=1, relationship=dtype)
+        ours = _loss(dtype, 9, classes, heads=1, relationship=dtype, draws=True)
         for who, call in (("liger", _liger(dtype, classes)), ("ours", ours)):
             with compiled_for(TARGETS["sm_90"]) as launches:
                 call()
             (kernel,) = launches
             numbers, names = measure(kernel), kernel.arguments
-            # Theirs loops over masked blocks, ours over full ones; what is left of the row comes after our loop.
-            turns = -(-classes // names["BLOCK_SIZE"]) if who == "liger" else classes // names["SOURCE_BLOCK"]
+            # Theirs loops over masked blocks. Ours has no loop but where a row is kept: what that writes, mostly once,
+            # and a look through a row of R that seems to be empty, which none of a supervised class does.
+            turns = {"sweeps": 0, "writes": 1}
+            if who == "liger":
+                turns = dict.fromkeys(turns, -(-classes // names["BLOCK_SIZE"]))
             widest = [max(int(w.split()[1]) for w in numbers["accesses"] if w.startswith(k)) for k in ("load", "store")]
             rows.append(
                 f"| {classes}, {str(dtype).removeprefix('torch.')} | {who} | {len(launches)} | {numbers['threads']} | "
                 f"{numbers['registers']} | {numbers['spills']} | {numbers['shared']} | {widest[0]}, {widest[1]} | "
-                f"{instructions_by_element(kernel, classes, turns):.1f} | "
+                f"{instructions_by_element(kernel, classes, **turns):.1f} | "
                 f"{bytes_by_logit(call, classes, who == 'ours'):.1f} |"
             )
     return "\n".join(rows)

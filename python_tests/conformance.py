@@ -886,6 +886,20 @@ def rows_that_cancel(problem: Problem) -> None:
     problem.relationship[::2, : len(signs)] = signs.to(problem.relationship.dtype)
 
 
+def supervised_late(problem: Problem) -> None:
+    """Rows of R have no entry in their first 130 columns, as where classes are matched by hand."""
+    problem.relationship[:, :130] = 0
+
+
+def supervised_almost(bits: int) -> Edit:
+    """Rows of R have a sum that is off 1 by almost ``2**-bits``."""
+
+    def edit(problem: Problem) -> None:
+        problem.relationship *= 1 + 0.95 * 2.0**-bits
+
+    return edit
+
+
 def garbage_where_unsupervised(value: float) -> Edit:
     """Source logits of rows without source supervision, which nobody may look at."""
 
@@ -939,6 +953,8 @@ def _sizes() -> list[Case]:
         ((300, 40, 401), "more than 100000 elements: the parallel path, and an uneven split of the rows"),
     ]
     cases = [Case("x".join(map(str, shape)), why, shape) for shape, why in shapes]
+    cases.append(Case("2x9x21841, R in bfloat16", "the same with a smaller R", (2, 9, 21841),
+                      relationship_dtype=torch.bfloat16, dtypes=(torch.bfloat16,)))  # fmt: skip
     empty = [
         Case(f"empty batch, {kind}, {reduction}", "NaN, 0 or an empty loss, as F.cross_entropy", (0, 7, 40), kind,
              options={"reduction": reduction})
@@ -1012,6 +1028,23 @@ def _options() -> list[Case]:
              (4, 7, 90), kind, edits=(rows_that_cancel,), options={"reduction": reduction})
         for kind in ("labels", "pair, shares 0 and 1", "pair, scalar share", "one-hot probabilities")
         for reduction in ("mean", "none")
+    ]  # fmt: skip
+    forms += [
+        Case(f"supervised late, {kind}", "the beginning of a row of R does not say whether it has entries", (4, 7, 150),
+             kind, edits=(supervised_late,))
+        for kind in ("labels", "pair", "one-hot probabilities")
+    ]  # fmt: skip
+    forms += [
+        Case(f"wide R in {dtype}, {kind}", "a row of logits and one of R, two numbers in a register",
+             (5, 7, 150), kind, relationship, relationship_dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float16)
+        for kind, relationship in (("ignoring", "unsupervised"), ("labels", "unnormalised"),
+                                   ("one-hot probabilities", "normalised"))
+    ]  # fmt: skip
+    forms += [
+        Case(f"Q almost 1, {bits} bits", "nobody may take it for 1 where that is seen", (4, 7, 150),
+             options={"reduction": "none"}, edits=(supervised_almost(bits),))
+        for bits in (11, 14, 22)
     ]  # fmt: skip
     upstreams = {
         "zero": "the loss is multiplied by 0",

@@ -165,20 +165,40 @@ def test_every_order_of_the_programs_gives_the_same_statistics(loops: bool, seed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("loops", [False, True])
-def test_bytes_moved(dtype: torch.dtype, loops: bool, seed: int) -> None:
-    """Each logit and entry of R once where a row fits in registers, twice where it does not; each gradient once."""
-    batch, n_t, n_s = 6, 70, 130
-    problem = Case("traffic", "", (batch, n_t, n_s)).build(dtype, seed)
-    sweeps = 2 if loops else 1
+@pytest.mark.parametrize(
+    ("loops", "n_s", "relationship", "packs", "reads_z", "reads_q", "glances", "writes"),
+    [
+        pytest.param(False, 130, "unnormalised", False, 1, 1, 0, 1, id="whole rows"),
+        pytest.param(True, 130, "normalised", False, 1, 1, 128, 1, id="kept rows"),
+        pytest.param(True, 130, "unnormalised", False, 1, 2, 128, 2, id="kept rows, Q not 1"),
+        pytest.param(True, 130, "all unsupervised", False, 0, 1, 128, 1, id="kept rows, unsupervised"),
+        pytest.param(True, 130, "unnormalised", True, 1, 1, 0, 1, id="packed rows"),
+        pytest.param(True, 130, "all unsupervised", True, 0, 1, 0, 1, id="packed rows, unsupervised"),
+        pytest.param(True, 210, "unnormalised", False, 2, 2, 0, 1, id="long rows"),
+        pytest.param(True, 210, "all unsupervised", False, 1, 1, 0, 1, id="long rows, unsupervised"),
+    ],
+)
+def test_bytes_moved(
+    dtype: torch.dtype, loops: bool, n_s: int, relationship: str, packs: bool, reads_z: int, reads_q: int, glances: int,
+    writes: int, seed: int,
+) -> None:  # fmt: skip
+    """How often each logit of the source head and entry of R is read, each gradient written; of R, a glance more."""
+    batch, n_t = 6, 70
+    if packs and dtype == torch.float32:
+        dtype = torch.float16
+    q_dtype = dtype if packs else torch.float32
+    case = Case("traffic", "", (batch, n_t, n_s), relationship=relationship, relationship_dtype=q_dtype)
+    problem = case.build(dtype, seed)
     with triton_interpreted(loops=loops), traffic() as moved:
         IMPLEMENTATIONS["co_tuning_loss"](*_op_arguments(problem))
     size = problem.source_logits.element_size()
     by_row = 5 * 4  # two losses, three counts
     once = {"load": batch * (2 * 8 + by_row) + 2 * 8, "store": batch * by_row + 5 * 4 + 4}  # labels; scalars, a counter
     expected = {
-        "load": sweeps * batch * ((n_s + n_t) * size + n_s * 4) + once["load"],
-        "store": batch * (n_s + n_t) * size + once["store"],
+        "load": batch * ((reads_z * n_s + (2 if loops else 1) * n_t) * size)
+        + batch * (reads_q * n_s + glances) * q_dtype.itemsize
+        + once["load"],
+        "store": batch * (writes * n_s + n_t) * size + once["store"],
         "atomic": 4 * (batch + batch if loops else 3 + 2),  # a row a program, or two and four
     }
     if loops:  # a row is a group, with sums and a counter of its own

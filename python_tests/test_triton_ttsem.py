@@ -33,7 +33,7 @@ from stand_in import cpu_served_by  # noqa: E402
 from test_triton_static import _planted  # noqa: E402
 from ttsem import pidraces  # noqa: E402
 
-from cotuning_kernels.backends.triton import IMPLEMENTATIONS, counters, loss  # noqa: E402
+from cotuning_kernels.backends.triton import IMPLEMENTATIONS, counters, loss, rows  # noqa: E402
 
 
 @contextlib.contextmanager
@@ -110,6 +110,8 @@ _CASES = (
     Case("ttsem probabilities", "", (5, 9, 67), "probabilities", options={"label_smoothing": 0.1}),
     Case("ttsem rows", "", (5, 9, 67), "int32", options={"reduction": "none"}),
     Case("ttsem heads", "", (3, 200, 1000), "labels"),
+    Case("ttsem kept", "", (3, 9, 21841), "ignoring", "unnormalised"),
+    Case("ttsem packed", "", (3, 9, 21841), "ignoring", relationship_dtype=torch.bfloat16),
     Case("ttsem long", "", (2, 9, 21841), "pair"),
 )
 
@@ -138,12 +140,16 @@ def test_statistics(dtype: torch.dtype, width: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bug", "says"),
+    ("module", "bug", "says"),
     [
-        ({"(columns < columns_count)": "(columns <= columns_count)"}, "past the end|different values"),
-        ({"out = by_row + rows\n": "out = by_row + 0 * rows\n"}, "instances|race|different values"),
-        ({"== count - 1": "== count - 2"}, "program instances .* both touch element"),
-        ({"tl.debug_barrier()": "tl.store(counter, tl.load(counter))"}, "program instances .* both touch element"),
+        (rows, {"(columns < columns_count)": "(columns <= columns_count)"}, "past the end|different values"),
+        (loss, {"out = by_row + rows\n": "out = by_row + 0 * rows\n"}, "instances|race|different values"),
+        (loss, {"== count - 1": "== count - 2"}, "program instances .* both touch element"),
+        (
+            loss,
+            {"tl.debug_barrier()": "tl.store(counter, tl.load(counter))"},
+            "program instances .* both touch element",
+        ),
     ],
     ids=[
         "a mask off by one",
@@ -152,8 +158,8 @@ def test_statistics(dtype: torch.dtype, width: int, seed: int) -> None:
         "a counter that is also written",
     ],
 )
-def test_a_planted_bug_is_found(bug: dict[str, str], says: str, tmp_path: Path, seed: int) -> None:
-    planted, _ = _planted(tmp_path, loss, bug)
+def test_a_planted_bug_is_found(module: ModuleType, bug: dict[str, str], says: str, tmp_path: Path, seed: int) -> None:
+    planted, _ = _planted(tmp_path, module, bug)
     problem = Case("ttsem planted", "", (3, 9, 1000)).build(torch.float32, seed)
     with pytest.raises(sanitize.KernelFault, match=says):
         verify(Backend("planted", "triton", lambda: _run_by_ttsem(planted)), problem)

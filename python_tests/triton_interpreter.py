@@ -55,7 +55,13 @@ _TRITON_MODULES = (tl, tl.standard, tl.random, tl.core.tensor)
 
 # What takes most of the time of small kernels is not their arithmetic, but the types of all values in between, which
 # Triton makes anew for each of them. Here each type is made once, and operands that agree are taken as they are.
-_np_dtype = functools.cache(ti._get_np_dtype)
+_np_dtype_of_scalars = functools.cache(ti._get_np_dtype)
+
+
+def _np_dtype(dtype: tl.dtype) -> Any:
+    return _np_dtype_of_scalars(dtype.scalar)
+
+
 _make_block_type = tl.block_type.__init__
 _block_types: dict[tuple[Any, ...], dict[str, Any]] = {}
 

@@ -17,6 +17,7 @@ from cotuning_kernels.backends.triton import (
     exponential,
     launch,
     loss,
+    rows,
     scale,
     targets,
     temperature,
@@ -25,7 +26,7 @@ from cotuning_kernels.backends.triton import (
 
 __all__ = ["MODULES", "long_rows", "triton_interpreted"]
 
-MODULES: tuple[ModuleType, ...] = (class_sums, exponential, loss, scale, targets, temperature, translate)
+MODULES: tuple[ModuleType, ...] = (class_sums, exponential, loss, rows, scale, targets, temperature, translate)
 """Where the kernels are, and the functions that they call."""
 
 _active: list[bool] = []
@@ -33,10 +34,13 @@ _active: list[bool] = []
 
 @contextmanager
 def long_rows(kernels: ModuleType = loss) -> Iterator[None]:
-    """Rows of more than 64 columns are long ones, taken 128 columns at a time; otherwise those above 16384 are. And a
-    group of rows whose numbers are added up is as small as can be; otherwise it has 256. ``kernels``: the loss's."""
+    """Rows of more than 64 columns are long ones, taken 128 columns at a time; otherwise those above 16384 are. Up to
+    200 columns they may be kept, in blocks of 64 or 128; otherwise up to 32768, in blocks of 2048 or 4096. And a group
+    of rows whose numbers are added up is as small as can be; otherwise it has 256. ``kernels``: the loss's."""
     with (
         mock.patch.object(launch, "MAX_WHOLE_ROW_BYTES", 256),
+        mock.patch.object(launch, "MAX_KEPT_ROW_BYTES", 4 * 200),
+        mock.patch.object(launch, "KEPT_THREADS", 16),
         mock.patch.object(launch, "LOOP_COLUMNS", 128),
         mock.patch.object(kernels, "GROUP_ROWS", 1),
     ):

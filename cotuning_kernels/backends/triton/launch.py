@@ -19,22 +19,31 @@ from torch import Tensor
 
 __all__ = [
     "COLUMNS_A_LANE",
+    "KEPT_COLUMNS_A_LANE",
+    "KEPT_THREADS",
     "LOOP_COLUMNS",
+    "MAX_KEPT_ROW_BYTES",
     "MAX_WHOLE_ROW_BYTES",
     "Launch",
     "RowPlan",
     "blocks",
     "compute_type",
     "is_amd",
+    "is_kept",
+    "plan_kept_row",
     "plan_rows",
     "threads_for",
     "tile_of",
     "vector",
 ]
 
-# A whole row lies in registers up to here (16384 float32; half of that with two rows of R beside it, which would
-# spill); above, its columns are looped over.
+# A row and its row of R lie in registers up to here (16384 float32; half of that with two rows of R: they would spill).
 MAX_WHOLE_ROW_BYTES = 65536
+# Logits alone do up to here (32768 float32): 64 in each of 512 threads, of which a multiprocessor then holds no more.
+MAX_KEPT_ROW_BYTES = 131072
+KEPT_THREADS = 512
+KEPT_COLUMNS_A_LANE = 4  # of a block, or as many as it reads at a time; with 8, those that it reads one by one spill
+# Above, columns are looped over.
 LOOP_COLUMNS = 2048
 COLUMNS_A_LANE = 16  # of those, in the registers of a thread
 _LEAST_COLUMNS = 16
@@ -77,18 +86,20 @@ def is_amd() -> bool:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """One program takes ``rows`` rows, ``block`` columns at a time: all of them at once, or in a loop."""
+    """One program takes ``rows`` rows, ``block`` columns at a time: all of them at once, in a loop, or, of a kept row,
+    in ``kept`` blocks."""
 
     rows: int
     block: int
     loops: bool
+    kept: int = 0
 
     def programs(self, batch: int) -> int:
         return blocks(batch, self.rows)
 
     def access(self, vec: int, dtype: torch.dtype) -> int:
         """Neighbours that a thread reads at a time of a long row, 16 bytes at most; 0 where rows are not long."""
-        return min(vec, 16 // dtype.itemsize) if self.loops else 0
+        return _access(vec, dtype) if self.loops or self.kept else 0
 
 
 def threads_for(columns: int, dtype: torch.dtype, *, pair: bool = False) -> int:
@@ -107,6 +118,18 @@ def plan_rows(columns: int, dtype: torch.dtype, threads: int, *, pair: bool = Fa
     if _loops(block, dtype, pair):
         return RowPlan(1, LOOP_COLUMNS, True)
     return RowPlan(max(1, threads * 32 // (block * _compute_size(dtype))), block, False)
+
+
+def is_kept(columns: int, dtype: torch.dtype) -> bool:
+    """Whether a row is too long for registers with its row of R beside it, but not without. (float64 would spill.)"""
+    is_long = _loops(_power_of_two(columns), dtype, False)
+    return is_long and dtype != torch.float64 and columns * 4 <= MAX_KEPT_ROW_BYTES
+
+
+def plan_kept_row(columns: int, dtype: torch.dtype, vec: int) -> RowPlan:
+    """A row for a program of ``KEPT_THREADS`` threads."""
+    block = KEPT_THREADS * max(KEPT_COLUMNS_A_LANE, _access(vec, dtype))
+    return RowPlan(1, block, False, blocks(columns, block))
 
 
 def tile_of(columns: int) -> tuple[int, int]:
@@ -128,6 +151,10 @@ def blocks(count: int, size: int) -> int:
 def compute_type(dtype: torch.dtype) -> Any:
     """What the arithmetic of a tensor of this dtype is done in, as Triton names it."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _access(vec: int, dtype: torch.dtype) -> int:
+    return min(vec, 16 // dtype.itemsize)
 
 
 def _loops(block: int, dtype: torch.dtype, pair: bool) -> bool:

@@ -1,19 +1,10 @@
 """The Co-Tuning loss in one launch: both heads, both gradients, all rows' losses and the scalars.
 
-A row has logits ``z`` and a target distribution ``q`` (a row of R for the source head, a label for the target head),
-``Q = sum(q)``. With ``x = z - max(z)``, ``e = exp(x)`` and ``S = sum(e)``
+Of a row, ``rows.py`` has the derivation and the traffic.
 
-    loss     = Q log S - sum_{q != 0} q x               gradient = Q / S * e - q
-    KL adds    sum_{q != 0} q log q                     (the same gradient)
-
-A row without any ``q != 0`` takes no part: loss 0 and gradient 0, whatever its logits are.
-
-Traffic. A row that fits in the registers of a program reads each logit once, each entry of its row of R once (mostly
-from L2, where R stays) and writes each gradient once: ``2 * itemsize`` bytes a logit. A longer row is read twice, the
-second time from L2 if it is still there. Of a row without a label nothing is read, of a long one without supervision
-nothing a second time. The means need counts that are known only when every row has been looked at,
-so gradients are stored without the factor of the mean, and ``factors`` hold it for the backward pass. A row leaves
-20 bytes of numbers, which the programs that are done last add up, and every program a count of 4.
+The means need counts that are known only when every row has been looked at, so gradients are stored without the factor
+of the mean, and ``factors`` hold it for the backward pass. A row leaves 20 bytes of numbers, which the programs that
+are done last add up, and every program a count of 4.
 
 Sums over rows. Every program counts itself in where its rows' numbers are added up: a group of 256 rows, or of more
 where there would be more than 128 groups. The last one of a group adds it up and counts the group, and the last one of
@@ -42,16 +33,19 @@ from torch import Tensor
 from cotuning_kernels.backends.schema import REDUCTIONS
 from cotuning_kernels.backends.triton.checks import check_loss, check_writable
 from cotuning_kernels.backends.triton.counters import MOST, counters
-from cotuning_kernels.backends.triton.exponential import exp
 from cotuning_kernels.backends.triton.launch import (
-    COLUMNS_A_LANE,
+    KEPT_THREADS,
     Launch,
+    RowPlan,
     blocks,
     compute_type,
+    is_kept,
+    plan_kept_row,
     plan_rows,
     threads_for,
     vector,
 )
+from cotuning_kernels.backends.triton.rows import has_share, kept_row, long_row, packed_row, whole_rows
 from cotuning_kernels.backends.triton.targets import read_target
 
 __all__ = ["co_tuning_loss", "co_tuning_loss_", "plan"]
@@ -63,274 +57,7 @@ GROUP_ROWS = 256
 MOST_GROUPS = MOST - 1  # one counter is that of the groups
 _FINISH_BLOCK = 128
 
-_COLUMNS_A_LANE = tl.constexpr(COLUMNS_A_LANE)
-_LEAST_FLOAT32 = tl.constexpr(torch.finfo(torch.float32).min)
-_LEAST_FLOAT64 = tl.constexpr(torch.finfo(torch.float64).min)
-
 # ------------------------------------------------------------------------------------------------------------ kernels
-
-
-# In what follows, what there is one of a row (`rows`, labels, shares) has the shape (ROWS, 1), or is a scalar where a
-# program takes one long row; `columns` and `mask` have that of a block: (1, BLOCK) and (ROWS, BLOCK), or a long row's.
-
-
-@triton.jit
-def _has_share(share, share_b, FORM: tl.constexpr):
-    """Whether a row's labels count at all: of one that is ignored nothing is read."""
-    if FORM == 2:
-        return True
-    if FORM == 1:
-        return (share != 0) | (share_b != 0)
-    return share != 0
-
-
-@triton.jit
-def _source_distribution(
-    relationship, stride, label, share, label_b, share_b, rows, columns, mask, FORM: tl.constexpr, DTYPE: tl.constexpr
-):
-    """``q`` of some columns as two parts, whose sum it is: each side of a pair has, or has no, source supervision."""
-    if FORM == 2:  # one row of P R a row of the batch
-        q = tl.load(relationship + rows * stride + columns, mask=mask, other=0.0).to(DTYPE)
-        return q, q
-    if FORM == 0:
-        q = tl.load(relationship + label * stride + columns, mask=mask, other=0.0, eviction_policy="evict_last")
-        return q.to(DTYPE), q.to(DTYPE)
-    q = tl.load(
-        relationship + label * stride + columns, mask=mask & (share != 0), other=0.0, eviction_policy="evict_last"
-    ).to(DTYPE)
-    q_b = tl.load(
-        relationship + label_b * stride + columns, mask=mask & (share_b != 0), other=0.0, eviction_policy="evict_last"
-    ).to(DTYPE)
-    return q * share, q_b * share_b
-
-
-@triton.jit
-def _target_distribution(
-    probabilities, stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
-    FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """``q = weight * ((1 - smoothing) * target + smoothing / N_t)`` of some columns."""
-    if FORM == 2:
-        q = tl.load(probabilities + rows * stride + columns, mask=mask, other=0.0).to(DTYPE)
-        whole = tl.where(mask, 1.0, 0.0).to(DTYPE)
-    else:
-        q = tl.where(columns == label, share, 0.0)
-        whole = share
-        if FORM == 1:
-            q += tl.where(columns == label_b, share_b, 0.0)
-            whole += share_b
-    if SMOOTHS:
-        smoothing = smoothing.to(DTYPE)
-        q = (1 - smoothing) * q + smoothing / classes * whole
-        q = tl.where(mask, q, 0.0)
-    if HAS_WEIGHT:
-        q *= tl.load(weight + columns, mask=columns < classes, other=0.0).to(DTYPE)
-    return q
-
-
-@triton.jit
-def _distribution(
-    table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
-    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """``q`` of either head, as two parts where a pair's sides are told apart, else twice the same."""
-    if SOURCE:
-        return _source_distribution(
-            table, table_stride, label, share, label_b, share_b, rows, columns, mask, FORM, DTYPE
-        )
-    q = _target_distribution(
-        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask, FORM,
-        HAS_WEIGHT, SMOOTHS, DTYPE,
-    )  # fmt: skip
-    return q, q
-
-
-@triton.jit
-def _whole_rows(
-    logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
-    label, share, label_b, share_b, rows, in_batch,
-    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Rows in registers. ``(loss, size of the first part, size of the second)``: 0 where no entry differs from 0."""
-    PARTS: tl.constexpr = SOURCE and FORM == 1
-    columns = tl.arange(0, BLOCK)[None, :]
-    mask = in_batch & (columns < columns_count)
-    read = mask & _has_share(share, share_b, FORM)
-    z = tl.load(
-        logits + rows * logits_stride + columns, mask=read, other=-float("inf"), eviction_policy="evict_first"
-    ).to(DTYPE)  # fmt: skip
-    q, q_b = _distribution(
-        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, read,
-        SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
-    )  # fmt: skip
-    # Entries may cancel, so that their sum says nothing of whether there are any.
-    size = tl.sum(tl.abs(q), 1, keep_dims=True)
-    size_b = size
-    whole_size = size
-    if PARTS:
-        size_b = tl.sum(tl.abs(q_b), 1, keep_dims=True)
-        q += q_b
-        whole_size = tl.sum(tl.abs(q), 1, keep_dims=True)
-    takes_part = whole_size != 0
-    mass = tl.sum(q, 1, keep_dims=True)
-    x = z - tl.max(z, 1, keep_dims=True)
-    e = exp(x)
-    total = tl.sum(e, 1, keep_dims=True)
-    # A logit of -inf where q = 0 contributes nothing; the product alone would be NaN.
-    loss = mass * tl.log(total) - tl.sum(q * tl.where(q != 0, x, 0.0), 1, keep_dims=True)
-    if KL:
-        loss += tl.sum(tl.where(q != 0, q * tl.log(q), 0.0), 1, keep_dims=True)
-    if GRADIENT:
-        g = tl.where(takes_part, e * (mass / total) - q, 0.0)
-        tl.store(
-            grad + rows * grad_stride + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first"
-        )  # fmt: skip
-    return tl.where(takes_part, loss, 0.0), size, size_b
-
-
-@triton.jit
-def _lanes(x, function: tl.constexpr):
-    """Sums or maxima of a block of a long row by lane; a thread has both other axes in its registers."""
-    if function == "max":
-        return tl.max(tl.max(x, 2), 0)
-    return tl.sum(tl.sum(x, 2), 0)
-
-
-@triton.jit
-def _block(
-    logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-    columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
-    FULL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """``(mask, z, both parts of q)`` of some columns of a long row. A FULL block has a mask that costs nothing."""
-    mask = (columns < columns_count) | FULL
-    z = tl.load(logits + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(DTYPE)
-    q, q_b = _distribution(
-        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, row, columns, mask,
-        SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
-    )  # fmt: skip
-    return mask, z, q, q_b
-
-
-@triton.jit
-def _add_block(
-    top, total, dot, mass, size, size_b, whole_size, entropy,
-    logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-    columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
-    KL: tl.constexpr, FULL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The sums of a long row with those of some more of its columns."""
-    _, z, q, q_b = _block(
-        logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-        columns, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, FULL, DTYPE,
-    )  # fmt: skip
-    new_top = tl.maximum(top, _lanes(z, "max"))
-    fall = top - new_top
-    x = z - new_top[None, :, None]
-    total = total * exp(fall) + _lanes(exp(x), "sum")
-    size += _lanes(tl.abs(q), "sum")
-    if SOURCE and FORM == 1:
-        size_b += _lanes(tl.abs(q_b), "sum")
-        q += q_b
-        whole_size += _lanes(tl.abs(q), "sum")
-    # A fall from the least number may be infinite, as a logit of -inf is where q = 0: neither contributes.
-    dot += tl.where(mass != 0, mass * fall, 0.0) + _lanes(q * tl.where(q != 0, x, 0.0), "sum")
-    mass += _lanes(q, "sum")
-    if KL:
-        entropy += _lanes(tl.where(q != 0, q * tl.log(q), 0.0), "sum")
-    return new_top, total, dot, mass, size, size_b, whole_size, entropy
-
-
-@triton.jit
-def _write_block(
-    grad, top, scale,
-    logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-    columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
-    FULL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The gradient of some columns of a long row."""
-    mask, z, q, q_b = _block(
-        logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-        columns, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, FULL, DTYPE,
-    )  # fmt: skip
-    if SOURCE and FORM == 1:
-        q += q_b
-    g = exp(z - top) * scale - q
-    tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
-
-
-@triton.jit
-def _long_row(
-    logits, grad, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ACCESS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """A row longer than the registers, a block of columns at a time: a sweep for the sums, one for the gradient.
-
-    A block is ``(steps, lanes, ACCESS)``: a lane (a thread) reads ACCESS neighbours at a time. Each has a maximum of
-    its own, ``top``, and sums relative to it, so that threads meet once, at the end. Where ``top`` rises by ``d``, the
-    sum of exponentials shrinks by ``exp(-d)`` and ``sum q x`` by ``d sum q``: what was added before really lies that
-    much deeper, so nothing cancels.
-    """
-    PARTS: tl.constexpr = SOURCE and FORM == 1
-    STEPS: tl.constexpr = _COLUMNS_A_LANE // ACCESS
-    LANES: tl.constexpr = BLOCK // _COLUMNS_A_LANE
-    first = (
-        tl.arange(0, STEPS)[:, None, None] * (LANES * ACCESS) + tl.arange(0, LANES)[None, :, None] * ACCESS
-        + tl.arange(0, ACCESS)[None, None, :]
-    )  # fmt: skip
-    # The least number, and not -inf: differences to it are numbers.
-    top = tl.full([LANES], _LEAST_FLOAT64 if tl.float64 == DTYPE else _LEAST_FLOAT32, DTYPE)
-    zero = tl.zeros([LANES], DTYPE)
-    total, dot, mass, size, size_b, whole_size, entropy = zero, zero, zero, zero, zero, zero, zero
-    count = tl.where(_has_share(share, share_b, FORM), columns_count, 0)
-    full = count // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        top, total, dot, mass, size, size_b, whole_size, entropy = _add_block(
-            top, total, dot, mass, size, size_b, whole_size, entropy, logits, table, table_stride, weight, smoothing,
-            classes, count, label, share, label_b, share_b, row, start + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL,
-            True, DTYPE,
-        )  # fmt: skip
-    if full < count:
-        top, total, dot, mass, size, size_b, whole_size, entropy = _add_block(
-            top, total, dot, mass, size, size_b, whole_size, entropy, logits, table, table_stride, weight, smoothing,
-            classes, count, label, share, label_b, share_b, row, full + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL,
-            False, DTYPE,
-        )  # fmt: skip
-    row_top = tl.max(top, 0)
-    fall = top - row_top
-    row_total = tl.sum(total * exp(fall), 0)
-    row_dot = tl.sum(dot + tl.where(mass != 0, mass * fall, 0.0), 0)
-    row_mass = tl.sum(mass, 0)
-    row_size = tl.sum(size, 0)
-    row_size_b = row_size
-    takes_part = row_size != 0
-    if PARTS:
-        row_size_b = tl.sum(size_b, 0)
-        takes_part = tl.sum(whole_size, 0) != 0
-    loss = row_mass * tl.log(row_total) - row_dot
-    if KL:
-        loss += tl.sum(entropy, 0)
-    if GRADIENT:
-        full = columns_count // BLOCK * BLOCK
-        if takes_part:
-            scale = row_mass / row_total
-            for start in range(0, full, BLOCK):
-                _write_block(
-                    grad, row_top, scale, logits, table, table_stride, weight, smoothing, classes, columns_count,
-                    label, share, label_b, share_b, row, start + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, True, DTYPE,
-                )  # fmt: skip
-            if full < columns_count:
-                _write_block(
-                    grad, row_top, scale, logits, table, table_stride, weight, smoothing, classes, columns_count,
-                    label, share, label_b, share_b, row, full + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, False, DTYPE,
-                )  # fmt: skip
-        else:
-            zeros = tl.zeros([STEPS, LANES, ACCESS], grad.dtype.element_ty)
-            for start in range(0, columns_count, BLOCK):
-                tl.store(grad + (start + first), zeros, mask=start + first < columns_count)
-    return tl.where(takes_part, loss, 0.0), row_size, row_size_b
 
 
 @triton.jit
@@ -338,8 +65,8 @@ def _head(
     program, logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, columns_count,
     labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, pitch,
     batch, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
-    GRADIENT: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACCESS: tl.constexpr,
-    DTYPE: tl.constexpr,
+    GRADIENT: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEPT: tl.constexpr,
+    ACCESS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one head: their gradients, and their losses and counts to ``by_row``."""
     rows = program.to(tl.int64)
@@ -352,15 +79,32 @@ def _head(
             labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, rows, in_batch, classes, ignore_index,
             FORM == 1, DTYPE,
         )  # fmt: skip
-    if ACCESS > 0:
-        if GRADIENT:
-            grad += rows * grad_stride
-        loss, size, size_b = _long_row(
+    supervised = share
+    if SOURCE and FORM == 2:  # the share of the row's classes that have source supervision, from the matrix product
+        supervised = tl.load(mix + rows * mix_stride, mask=in_batch, other=0.0).to(DTYPE)
+    if ACCESS > 0 and GRADIENT:
+        grad += rows * grad_stride
+    if KEPT > 0:
+        table += (rows if FORM == 2 else label) * table_stride
+        logits += rows * logits_stride
+        counts = has_share(share, share_b, FORM)
+        POLICY: tl.constexpr = "" if FORM == 2 else "evict_last"
+        if logits.dtype.element_ty.primitive_bitwidth + table.dtype.element_ty.primitive_bitwidth == 32:
+            loss, size = packed_row(
+                logits, grad, table, columns_count, counts, GRADIENT, BLOCK, KEPT, ACCESS, POLICY, DTYPE
+            )  # fmt: skip
+        else:
+            loss, size = kept_row(
+                logits, grad, table, columns_count, counts, supervised, GRADIENT, BLOCK, KEPT, ACCESS, POLICY, DTYPE
+            )  # fmt: skip
+        size_b = size
+    elif ACCESS > 0:
+        loss, size, size_b = long_row(
             logits + rows * logits_stride, grad, table, table_stride, weight, smoothing, classes, columns_count, label,
             share, label_b, share_b, rows, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT, BLOCK, ACCESS, DTYPE,
         )  # fmt: skip
     else:
-        loss, size, size_b = _whole_rows(
+        loss, size, size_b = whole_rows(
             logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
             label, share, label_b, share_b, rows, in_batch, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT, BLOCK,
             DTYPE,
@@ -372,9 +116,7 @@ def _head(
     if SOURCE:
         tl.store(out + pitch, loss, mask=in_batch)
         if COUNTS:
-            if FORM == 2:  # the share of the row's classes that have source supervision, from the matrix product
-                supervised = tl.load(mix + rows * mix_stride, mask=in_batch, other=0.0).to(DTYPE)
-            else:
+            if FORM != 2:
                 supervised = tl.where(size != 0, share, 0.0)
                 valid = share
                 if FORM == 1:
@@ -552,8 +294,10 @@ def co_tuning_loss_kernel(
     FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr, REDUCTION: tl.constexpr,
     BOTH_HEADS: tl.constexpr, SOURCE_GRADIENT: tl.constexpr, TARGET_GRADIENT: tl.constexpr,
     SOURCE_VEC: tl.constexpr, TARGET_VEC: tl.constexpr,
-    SOURCE_ROWS: tl.constexpr, SOURCE_BLOCK: tl.constexpr, SOURCE_ACCESS: tl.constexpr, SOURCE_DTYPE: tl.constexpr,
-    TARGET_ROWS: tl.constexpr, TARGET_BLOCK: tl.constexpr, TARGET_ACCESS: tl.constexpr, TARGET_DTYPE: tl.constexpr,
+    SOURCE_ROWS: tl.constexpr, SOURCE_BLOCK: tl.constexpr, SOURCE_KEPT: tl.constexpr, SOURCE_ACCESS: tl.constexpr,
+    SOURCE_DTYPE: tl.constexpr,
+    TARGET_ROWS: tl.constexpr, TARGET_BLOCK: tl.constexpr, TARGET_ACCESS: tl.constexpr,
+    TARGET_DTYPE: tl.constexpr,
     FINISH_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first ``source_programs`` programs take rows of the source head, the others rows of the target head.
@@ -570,8 +314,8 @@ def co_tuning_loss_kernel(
             program, source_logits, source_stride * SOURCE_VEC, source_grad, source_grad_stride * SOURCE_VEC,
             relationship, relationship_stride * SOURCE_VEC, weight, label_smoothing, source_width * SOURCE_VEC,
             labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, pitch,
-            batch, True, FORM, False, False, KL, SOURCE_GRADIENT, COUNTS, SOURCE_ROWS, SOURCE_BLOCK, SOURCE_ACCESS,
-            SOURCE_DTYPE,
+            batch, True, FORM, False, False, KL, SOURCE_GRADIENT, COUNTS, SOURCE_ROWS, SOURCE_BLOCK, SOURCE_KEPT,
+            SOURCE_ACCESS, SOURCE_DTYPE,
         )  # fmt: skip
     elif BOTH_HEADS:
         row = (program - source_programs).to(tl.int64) * TARGET_ROWS
@@ -580,7 +324,7 @@ def co_tuning_loss_kernel(
             target_grad_stride * TARGET_VEC, probabilities, probabilities_stride * TARGET_VEC, weight, label_smoothing,
             target_width * TARGET_VEC, labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes,
             ignore_index, by_row, pitch, batch, False, FORM, HAS_WEIGHT, SMOOTHS, False, TARGET_GRADIENT, COUNTS,
-            TARGET_ROWS, TARGET_BLOCK, TARGET_ACCESS, TARGET_DTYPE,
+            TARGET_ROWS, TARGET_BLOCK, 0, TARGET_ACCESS, TARGET_DTYPE,
         )  # fmt: skip
     _finish(
         row, by_row, pitch, counters, group_bits, trade_off, probabilities, probabilities_stride * TARGET_VEC, loss,
@@ -677,15 +421,22 @@ def plan(
 
     pair = form == _PAIR
     threads = threads_for(source_logits.shape[1], source_logits.dtype, pair=pair)
+    target_plan, target_vec, target_programs, target_threads = RowPlan(1, 1, False), 1, 0, 0
     if target_logits is not None:
-        threads = max(threads, threads_for(target_logits.shape[1], target_logits.dtype))
-    source = plan_rows(source_logits.shape[1], source_logits.dtype, threads, pair=pair)
+        target_threads = threads_for(target_logits.shape[1], target_logits.dtype)
     source_vec = vector(source_logits, source_grad, relationship)
-    source_programs = target_programs = source.programs(max(1, batch))
-    target_plan, target_vec = source, 1
+    # A pair has two rows of R in registers, and KL its logarithms: kept rows would spill.
+    keeps = not pair and not kl_divergence and is_kept(source_logits.shape[1], source_logits.dtype)
+    if keeps and target_threads <= KEPT_THREADS:
+        threads = KEPT_THREADS
+        source = plan_kept_row(source_logits.shape[1], source_logits.dtype, source_vec)
+    else:
+        threads = max(threads, target_threads)
+        source = plan_rows(source_logits.shape[1], source_logits.dtype, threads, pair=pair)
+    source_programs = source.programs(max(1, batch))
     if target_logits is not None:
-        target_plan = plan_rows(target_logits.shape[1], target_logits.dtype, threads)
         target_vec = vector(target_logits, target_grad, probabilities)
+        target_plan = plan_rows(target_logits.shape[1], target_logits.dtype, threads)
         target_programs = target_plan.programs(max(1, batch))
 
     rows_of_group = max(GROUP_ROWS, source.rows, target_plan.rows)  # powers of two
@@ -700,7 +451,7 @@ def plan(
 
     launch = Launch(
         co_tuning_loss_kernel,
-        (source_programs + target_programs if both else source_programs,),
+        (source_programs + target_programs,),
         {
             "source_logits": source_logits,
             "source_stride": stride(source_logits, source_vec),
@@ -749,6 +500,7 @@ def plan(
             "TARGET_VEC": target_vec,
             "SOURCE_ROWS": source.rows,
             "SOURCE_BLOCK": source.block,
+            "SOURCE_KEPT": source.kept,
             "SOURCE_ACCESS": source.access(source_vec, source_logits.dtype),
             "SOURCE_DTYPE": compute_type(source_logits.dtype),
             "TARGET_ROWS": target_plan.rows,

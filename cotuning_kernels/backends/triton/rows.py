@@ -1,0 +1,484 @@
+"""Rows of one head: their losses and gradients, and whether there is a target at all.
+
+A row has logits ``z`` and a target distribution ``q`` (a row of R for the source head, a label for the target head),
+``Q = sum(q)``. With ``x = z - max(z)``, ``e = exp(x)`` and ``S = sum(e)``
+
+    loss     = Q log S - sum_{q != 0} q x               gradient = Q / S * e - q
+    KL adds    sum_{q != 0} q log q                     (the same gradient)
+
+A row without any ``q != 0`` takes no part: loss 0 and gradient 0, whatever its logits are.
+
+Traffic. Each logit is read once, each entry of its row of R once (mostly from L2, where R stays) and each gradient is
+written once: ``2 * itemsize`` bytes a logit, and R. By the length of the row there are four ways:
+
+* ``whole_rows``: logits and R are in the registers of a program, one row or several.
+* ``packed_row``: they are, two numbers in a register, where both have 16 bits.
+* ``kept_row``: the logits alone. R is read as the gradient is written, which needs ``Q`` before ``q`` has been seen.
+  But rows of R are distributions: ``Q`` is 1, or of probabilities the share of their classes that have supervision.
+  That is taken for it, and where the entries then sum up to something else, the gradient is written once more.
+* ``long_row``: nothing. All is read twice, the second time from L2 if it is still there.
+
+Of a row without a label nothing is read, of a packed or kept one without supervision no logit, of a long one nothing
+twice.
+
+In what follows, what there is one of a row (`rows`, labels, shares) has the shape (ROWS, 1), or is a scalar where a
+program takes one long row; `columns` and `mask` have that of a block: (1, BLOCK) and (ROWS, BLOCK), or a long row's.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from cotuning_kernels.backends.triton.exponential import exp
+from cotuning_kernels.backends.triton.launch import COLUMNS_A_LANE, KEPT_COLUMNS_A_LANE
+
+__all__ = ["has_share", "kept_row", "long_row", "packed_row", "whole_rows"]
+
+_COLUMNS_A_LANE = tl.constexpr(COLUMNS_A_LANE)
+_KEPT_COLUMNS_A_LANE = tl.constexpr(KEPT_COLUMNS_A_LANE)
+_GLANCE = tl.constexpr(128)
+_LEAST_FLOAT32 = tl.constexpr(torch.finfo(torch.float32).min)
+_LEAST_FLOAT64 = tl.constexpr(torch.finfo(torch.float64).min)
+
+
+@triton.jit
+def has_share(share, share_b, FORM: tl.constexpr):
+    """Whether a row's labels count at all: of one that is ignored nothing is read."""
+    if FORM == 2:
+        return True
+    if FORM == 1:
+        return (share != 0) | (share_b != 0)
+    return share != 0
+
+
+@triton.jit
+def _source_distribution(
+    relationship, stride, label, share, label_b, share_b, rows, columns, mask, FORM: tl.constexpr, DTYPE: tl.constexpr
+):
+    """``q`` of some columns as two parts, whose sum it is: each side of a pair has, or has no, source supervision."""
+    if FORM == 2:  # one row of P R a row of the batch
+        q = tl.load(relationship + rows * stride + columns, mask=mask, other=0.0).to(DTYPE)
+        return q, q
+    if FORM == 0:
+        q = tl.load(relationship + label * stride + columns, mask=mask, other=0.0, eviction_policy="evict_last")
+        return q.to(DTYPE), q.to(DTYPE)
+    q = tl.load(
+        relationship + label * stride + columns, mask=mask & (share != 0), other=0.0, eviction_policy="evict_last"
+    ).to(DTYPE)
+    q_b = tl.load(
+        relationship + label_b * stride + columns, mask=mask & (share_b != 0), other=0.0, eviction_policy="evict_last"
+    ).to(DTYPE)
+    return q * share, q_b * share_b
+
+
+@triton.jit
+def _target_distribution(
+    probabilities, stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
+    FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """``q = weight * ((1 - smoothing) * target + smoothing / N_t)`` of some columns."""
+    if FORM == 2:
+        q = tl.load(probabilities + rows * stride + columns, mask=mask, other=0.0).to(DTYPE)
+        whole = tl.where(mask, 1.0, 0.0).to(DTYPE)
+    else:
+        q = tl.where(columns == label, share, 0.0)
+        whole = share
+        if FORM == 1:
+            q += tl.where(columns == label_b, share_b, 0.0)
+            whole += share_b
+    if SMOOTHS:
+        smoothing = smoothing.to(DTYPE)
+        q = (1 - smoothing) * q + smoothing / classes * whole
+        q = tl.where(mask, q, 0.0)
+    if HAS_WEIGHT:
+        q *= tl.load(weight + columns, mask=columns < classes, other=0.0).to(DTYPE)
+    return q
+
+
+@triton.jit
+def _distribution(
+    table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
+    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """``q`` of either head, as two parts where a pair's sides are told apart, else twice the same."""
+    if SOURCE:
+        return _source_distribution(
+            table, table_stride, label, share, label_b, share_b, rows, columns, mask, FORM, DTYPE
+        )
+    q = _target_distribution(
+        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask, FORM,
+        HAS_WEIGHT, SMOOTHS, DTYPE,
+    )  # fmt: skip
+    return q, q
+
+
+@triton.jit
+def whole_rows(
+    logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
+    label, share, label_b, share_b, rows, in_batch,
+    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Rows in registers. ``(loss, size of the first part, size of the second)``: 0 where no entry differs from 0."""
+    PARTS: tl.constexpr = SOURCE and FORM == 1
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = in_batch & (columns < columns_count)
+    read = mask & has_share(share, share_b, FORM)
+    z = tl.load(
+        logits + rows * logits_stride + columns, mask=read, other=-float("inf"), eviction_policy="evict_first"
+    ).to(DTYPE)  # fmt: skip
+    q, q_b = _distribution(
+        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, read,
+        SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
+    )  # fmt: skip
+    # Entries may cancel, so that their sum says nothing of whether there are any.
+    size = tl.sum(tl.abs(q), 1, keep_dims=True)
+    size_b = size
+    whole_size = size
+    if PARTS:
+        size_b = tl.sum(tl.abs(q_b), 1, keep_dims=True)
+        q += q_b
+        whole_size = tl.sum(tl.abs(q), 1, keep_dims=True)
+    takes_part = whole_size != 0
+    mass = tl.sum(q, 1, keep_dims=True)
+    x = z - tl.max(z, 1, keep_dims=True)
+    e = exp(x)
+    total = tl.sum(e, 1, keep_dims=True)
+    loss = mass * tl.log(total) - tl.sum(_product(q, x), 1, keep_dims=True)
+    if KL:
+        loss += tl.sum(tl.where(q != 0, q * tl.log(q), 0.0), 1, keep_dims=True)
+    if GRADIENT:
+        g = tl.where(takes_part, e * (mass / total) - q, 0.0)
+        tl.store(
+            grad + rows * grad_stride + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first"
+        )  # fmt: skip
+    return tl.where(takes_part, loss, 0.0), size, size_b
+
+
+@triton.jit
+def _lanes(x, function: tl.constexpr):
+    """Sums or maxima of a block of a long row by lane; a thread has both other axes in its registers."""
+    if function == "max":
+        return tl.max(tl.max(x, 2), 0)
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def _columns_of_block(BLOCK: tl.constexpr, A_LANE: tl.constexpr, ACCESS: tl.constexpr):
+    """``(steps, lanes, ACCESS)``: a lane (a thread) has A_LANE columns of a block, ACCESS neighbours at a time."""
+    STEPS: tl.constexpr = A_LANE // ACCESS
+    LANES: tl.constexpr = BLOCK // A_LANE
+    return (
+        tl.arange(0, STEPS)[:, None, None] * (LANES * ACCESS) + tl.arange(0, LANES)[None, :, None] * ACCESS
+        + tl.arange(0, ACCESS)[None, None, :]
+    )  # fmt: skip
+
+
+@triton.jit
+def _columns_of_kept(BLOCK: tl.constexpr, ACCESS: tl.constexpr):
+    """In 64 bits: the compiler then adds constants to one address instead of computing each."""
+    return _columns_of_block(BLOCK, max(_KEPT_COLUMNS_A_LANE, ACCESS), ACCESS).to(tl.int64)
+
+
+@triton.jit
+def _product(q, x):
+    """A logit of -inf where ``q = 0`` contributes nothing; the product alone would be NaN."""
+    return q * tl.where(q != 0, x, 0.0)
+
+
+@triton.jit
+def _add_sizes(size, size_b, whole_size, mass, q, q_b, whole, PARTS: tl.constexpr):
+    """By lane, with some more columns. (Entries may cancel, so that their sum does not say whether there are any.)"""
+    size += _lanes(tl.abs(q), "sum")
+    if PARTS:
+        size_b += _lanes(tl.abs(q_b), "sum")
+        whole_size += _lanes(tl.abs(whole), "sum")
+    return size, size_b, whole_size, mass + _lanes(whole, "sum")
+
+
+@triton.jit
+def _sizes_of_row(size, size_b, whole_size, PARTS: tl.constexpr):
+    """Of both parts, and of the whole."""
+    row_size = tl.sum(size, 0)
+    if PARTS:
+        return row_size, tl.sum(size_b, 0), tl.sum(whole_size, 0)
+    return row_size, row_size, row_size
+
+
+@triton.jit
+def kept_row(
+    logits, grad, q_row, columns_count, has_label, supervised, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, ACCESS: tl.constexpr, POLICY: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A source head's row of BLOCKS blocks, all full but the last. Its logits stay in registers, ``q`` passes through.
+
+    ``supervised``: the share of its classes with source supervision, and so ``Q``; of a label: if it has any, which a
+    glance at the first columns answers, or else all columns.
+    """
+    first = _columns_of_kept(BLOCK, ACCESS)
+    zero = tl.zeros([first.shape[1]], DTYPE)
+    count = tl.where(has_label, columns_count, 0)
+    row_mass = tl.sum(zero, 0) + supervised
+    few = tl.arange(0, _GLANCE)
+    glance = tl.load(q_row + few, mask=few < count, other=0.0, eviction_policy=POLICY).to(DTYPE)
+    row_size = tl.sum(tl.abs(glance), 0)
+    if row_size == 0:
+        size, mass = zero, zero
+        for start in range(0, count, BLOCK):
+            columns = start + first
+            q = tl.load(q_row + columns, mask=columns < count, other=0.0, eviction_policy=POLICY).to(DTYPE)
+            size += _lanes(tl.abs(q), "sum")
+            mass += _lanes(q, "sum")
+        row_size = tl.sum(size, 0)
+        row_mass = tl.sum(mass, 0)
+    loss = tl.sum(zero, 0)
+    if row_size != 0:
+        z = ()
+        top = zero - float("inf")
+        for k in tl.static_range(BLOCKS):
+            columns = k * BLOCK + first
+            mask = (columns < columns_count) | (k + 1 < BLOCKS)
+            z_k = tl.load(logits + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(DTYPE)
+            top = tl.maximum(top, _lanes(z_k, "max"))
+            z = z + (z_k,)  # type: ignore[assignment]  # noqa: RUF005  (Triton knows no star)
+        row_top = tl.max(top, 0)
+        total = zero
+        for k in tl.static_range(BLOCKS):
+            total += _lanes(exp(z[k] - row_top), "sum")
+        row_total = tl.sum(total, 0)
+        times, writes = 0, True
+        while writes:
+            scale = row_mass / row_total
+            mass, dot = zero, zero
+            for k in tl.static_range(BLOCKS):
+                columns = k * BLOCK + first
+                mask = (columns < columns_count) | (k + 1 < BLOCKS)
+                q = tl.load(q_row + columns, mask=mask, other=0.0, eviction_policy=POLICY).to(DTYPE)
+                x = z[k] - row_top
+                mass += _lanes(q, "sum")
+                dot += _lanes(_product(q, x), "sum")
+                if GRADIENT:
+                    g = exp(x) * scale - q
+                    tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+            found = tl.sum(mass, 0)
+            loss = found * tl.log(row_total) - tl.sum(dot, 0)
+            writes = GRADIENT and _is_other(found, row_mass)
+            row_mass = found
+            # It is never written more than twice, but the compiler does not know that. It would compute before the
+            # loop, and keep in registers, all exponentials; and all addresses, where every element has its own.
+            times += 1
+            nothing = times // 256
+            row_top += nothing
+            if ACCESS == 1:
+                first += nothing
+    elif GRADIENT:
+        _write_zeros(grad, columns_count, first, BLOCK)
+    return loss, row_size
+
+
+@triton.jit
+def _is_other(found, expected):
+    """Whether a sum is another one by more than adding up costs, or NaN; never of a number and itself."""
+    is_near = (found == expected) | (tl.abs(found - expected) <= 2.0**-22 * tl.abs(expected))
+    return (is_near == 0) & (expected == expected)
+
+
+@triton.jit
+def packed_row(
+    logits, grad, q_row, columns_count, has_label, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ACCESS: tl.constexpr, POLICY: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A kept row whose logits and ``q`` both have 16 bits: two of either in a register, and so all of them there."""
+    first = _columns_of_kept(BLOCK, ACCESS)
+    zero = tl.zeros([first.shape[1]], DTYPE)
+    count = tl.where(has_label, columns_count, 0)
+    q, size, mass = (), zero, zero
+    for k in tl.static_range(0, BLOCKS, 2):
+        columns = k * BLOCK + first
+        q_even = tl.load(q_row + columns, mask=columns < count, other=0.0, eviction_policy=POLICY)
+        columns += BLOCK
+        q_odd = tl.load(q_row + columns, mask=columns < count, other=0.0, eviction_policy=POLICY)
+        size += _lanes(tl.abs(q_even.to(DTYPE)) + tl.abs(q_odd.to(DTYPE)), "sum")
+        mass += _lanes(q_even.to(DTYPE) + q_odd.to(DTYPE), "sum")
+        q = q + (_packed(q_even, q_odd),)  # type: ignore[assignment]  # noqa: RUF005
+    row_size = tl.sum(size, 0)
+    loss = tl.sum(zero, 0)
+    if row_size != 0:
+        z = ()
+        top = zero - float("inf")
+        for k in tl.static_range(0, BLOCKS, 2):
+            columns = k * BLOCK + first
+            mask = (columns < columns_count) | (k + 1 < BLOCKS)
+            z_even = tl.load(logits + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first")
+            columns += BLOCK
+            mask = (columns < columns_count) | (k + 2 < BLOCKS)
+            z_odd = tl.load(logits + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first")
+            top = tl.maximum(top, tl.maximum(_lanes(z_even.to(DTYPE), "max"), _lanes(z_odd.to(DTYPE), "max")))
+            z = z + (_packed(z_even, z_odd),)  # type: ignore[assignment]  # noqa: RUF005
+        row_top = tl.max(top, 0)
+        # Sums of what is not below 0: nothing, but the compiler does not know that. It would unpack once for all, and
+        # keep that in registers, and the exponentials of the first sweep for the second.
+        nothing = (row_size < 0).to(tl.int32)
+        total = zero
+        for k in tl.static_range(BLOCKS):
+            x = _unpacked(z[k // 2] + nothing, k % 2, logits.dtype.element_ty).to(DTYPE) - row_top
+            total += _lanes(exp(x), "sum")
+        row_total = tl.sum(total, 0)
+        nothing = (row_total < 0).to(tl.int32)
+        row_mass = tl.sum(mass, 0)
+        scale = row_mass / row_total
+        dot = zero
+        for k in tl.static_range(BLOCKS):
+            columns = k * BLOCK + first
+            mask = (columns < columns_count) | (k + 1 < BLOCKS)
+            q_k = _unpacked(q[k // 2] + nothing, k % 2, q_row.dtype.element_ty).to(DTYPE)
+            x = _unpacked(z[k // 2] + nothing, k % 2, logits.dtype.element_ty).to(DTYPE) - row_top
+            dot += _lanes(_product(q_k, x), "sum")
+            if GRADIENT:
+                g = exp(x) * scale - q_k
+                tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+        loss = row_mass * tl.log(row_total) - tl.sum(dot, 0)
+    elif GRADIENT:
+        _write_zeros(grad, columns_count, first, BLOCK)
+    return loss, row_size
+
+
+@triton.jit
+def _packed(even, odd):
+    return even.to(tl.uint16, bitcast=True).to(tl.int32) | (odd.to(tl.uint16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def _unpacked(pair, ODD: tl.constexpr, dtype: tl.constexpr):
+    return (pair >> (16 * ODD)).to(tl.uint16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _write_zeros(grad, columns_count, first, BLOCK: tl.constexpr):
+    zeros = tl.zeros(first.shape, grad.dtype.element_ty)
+    for start in range(0, columns_count, BLOCK):
+        tl.store(grad + (start + first), zeros, mask=start + first < columns_count)
+
+
+@triton.jit
+def _block(
+    logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
+    columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
+    FULL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """``(mask, z, both parts of q)`` of some columns of a long row. A FULL block has a mask that costs nothing."""
+    mask = (columns < columns_count) | FULL
+    z = tl.load(logits + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(DTYPE)
+    q, q_b = _distribution(
+        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, row, columns, mask,
+        SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
+    )  # fmt: skip
+    return mask, z, q, q_b
+
+
+@triton.jit
+def _add_block(
+    top, total, dot, mass, size, size_b, whole_size, entropy,
+    logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
+    columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
+    KL: tl.constexpr, FULL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The sums of a long row with those of some more of its columns."""
+    _, z, q, q_b = _block(
+        logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
+        columns, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, FULL, DTYPE,
+    )  # fmt: skip
+    new_top = tl.maximum(top, _lanes(z, "max"))
+    fall = top - new_top
+    x = z - new_top[None, :, None]
+    total = total * exp(fall) + _lanes(exp(x), "sum")
+    PARTS: tl.constexpr = SOURCE and FORM == 1
+    whole = q + q_b if PARTS else q
+    # A fall from the least number may be infinite, as a logit of -inf is where q = 0: neither contributes.
+    dot += tl.where(mass != 0, mass * fall, 0.0) + _lanes(_product(whole, x), "sum")
+    size, size_b, whole_size, mass = _add_sizes(size, size_b, whole_size, mass, q, q_b, whole, PARTS)
+    if KL:
+        entropy += _lanes(tl.where(whole != 0, whole * tl.log(whole), 0.0), "sum")
+    return new_top, total, dot, mass, size, size_b, whole_size, entropy
+
+
+@triton.jit
+def _write_block(
+    grad, top, scale,
+    logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
+    columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
+    FULL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of some columns of a long row."""
+    mask, z, q, q_b = _block(
+        logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
+        columns, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, FULL, DTYPE,
+    )  # fmt: skip
+    if SOURCE and FORM == 1:
+        q += q_b
+    g = exp(z - top) * scale - q
+    tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def long_row(
+    logits, grad, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
+    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ACCESS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A row longer than the registers, a block of columns at a time: a sweep for the sums, one for the gradient.
+
+    Each lane has a maximum of its own, ``top``, and sums relative to it, so that threads meet once, at the end. Where
+    ``top`` rises by ``d``, the sum of exponentials shrinks by ``exp(-d)`` and ``sum q x`` by ``d sum q``: what was
+    added before really lies that much deeper, so nothing cancels.
+    """
+    PARTS: tl.constexpr = SOURCE and FORM == 1
+    LANES: tl.constexpr = BLOCK // _COLUMNS_A_LANE
+    first = _columns_of_block(BLOCK, _COLUMNS_A_LANE, ACCESS)
+    # The least number, and not -inf: differences to it are numbers.
+    top = tl.full([LANES], _LEAST_FLOAT64 if tl.float64 == DTYPE else _LEAST_FLOAT32, DTYPE)
+    zero = tl.zeros([LANES], DTYPE)
+    total, dot, mass, size, size_b, whole_size, entropy = zero, zero, zero, zero, zero, zero, zero
+    count = tl.where(has_share(share, share_b, FORM), columns_count, 0)
+    full = count // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        top, total, dot, mass, size, size_b, whole_size, entropy = _add_block(
+            top, total, dot, mass, size, size_b, whole_size, entropy, logits, table, table_stride, weight, smoothing,
+            classes, count, label, share, label_b, share_b, row, start + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL,
+            True, DTYPE,
+        )  # fmt: skip
+    if full < count:
+        top, total, dot, mass, size, size_b, whole_size, entropy = _add_block(
+            top, total, dot, mass, size, size_b, whole_size, entropy, logits, table, table_stride, weight, smoothing,
+            classes, count, label, share, label_b, share_b, row, full + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL,
+            False, DTYPE,
+        )  # fmt: skip
+    row_top = tl.max(top, 0)
+    fall = top - row_top
+    row_total = tl.sum(total * exp(fall), 0)
+    row_dot = tl.sum(dot + tl.where(mass != 0, mass * fall, 0.0), 0)
+    row_mass = tl.sum(mass, 0)
+    row_size, row_size_b, row_whole_size = _sizes_of_row(size, size_b, whole_size, PARTS)
+    takes_part = row_whole_size != 0
+    loss = row_mass * tl.log(row_total) - row_dot
+    if KL:
+        loss += tl.sum(entropy, 0)
+    if GRADIENT:
+        full = columns_count // BLOCK * BLOCK
+        if takes_part:
+            scale = row_mass / row_total
+            for start in range(0, full, BLOCK):
+                _write_block(
+                    grad, row_top, scale, logits, table, table_stride, weight, smoothing, classes, columns_count,
+                    label, share, label_b, share_b, row, start + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, True, DTYPE,
+                )  # fmt: skip
+            if full < columns_count:
+                _write_block(
+                    grad, row_top, scale, logits, table, table_stride, weight, smoothing, classes, columns_count,
+                    label, share, label_b, share_b, row, full + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, False, DTYPE,
+                )  # fmt: skip
+        else:
+            _write_zeros(grad, columns_count, first, BLOCK)
+    return tl.where(takes_part, loss, 0.0), row_size, row_size_b
