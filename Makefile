@@ -23,10 +23,10 @@ EXTRAS_test := test,demo
 EXTRAS_bench := bench
 EXTRAS_lint := lint,plot
 # nvcc takes minutes for all the cards that there are. Where there is none, only the tests have the CUDA kernels built, to
-# read what nvcc makes of them: for two cards, or those in TORCH_CUDA_ARCH_LIST, and if that is empty for all.
+# read what nvcc makes of them: for one card, or those in TORCH_CUDA_ARCH_LIST, and if that is empty for all.
 NO_CARD := $(if $(shell command -v nvidia-smi),,1)
 NO_CUDA := $(if $(NO_CARD),COTUNING_KERNELS_CUDA=0)
-CUDA_test := $(if $(NO_CARD),TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-8.0;9.0+PTX}")
+CUDA_test := $(if $(NO_CARD),TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-9.0+PTX}")
 CUDA_demo := $(NO_CUDA)
 CUDA_bench := $(NO_CUDA)
 CUDA_lint := COTUNING_KERNELS_CUDA=0
