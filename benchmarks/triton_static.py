@@ -443,7 +443,7 @@ def liger_table() -> str:
             (kernel,) = launches
             numbers, names = measure(kernel), kernel.arguments
             # Theirs loops over masked blocks. Ours has no loop but where a row is kept: what that writes, mostly once,
-            # and a look through a row of R that seems to be empty, which none of a supervised class does.
+            # and a look through a row of R that seems to be empty, as none does that is drawn here.
             turns = {"sweeps": 0, "writes": 1}
             if who == "liger":
                 turns = dict.fromkeys(turns, -(-classes // names["BLOCK_SIZE"]))

@@ -166,46 +166,76 @@ def test_every_order_of_the_programs_gives_the_same_statistics(loops: bool, seed
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("loops", "n_s", "relationship", "packs", "reads_z", "reads_q", "glances", "writes"),
+    ("way", "relationship", "reads_z", "reads_q", "writes"),
     [
-        pytest.param(False, 130, "unnormalised", False, 1, 1, 0, 1, id="whole rows"),
-        pytest.param(True, 130, "normalised", False, 1, 1, 128, 1, id="kept rows"),
-        pytest.param(True, 130, "unnormalised", False, 1, 2, 128, 2, id="kept rows, Q not 1"),
-        pytest.param(True, 130, "all unsupervised", False, 0, 1, 128, 1, id="kept rows, unsupervised"),
-        pytest.param(True, 130, "unnormalised", True, 1, 1, 0, 1, id="packed rows"),
-        pytest.param(True, 130, "all unsupervised", True, 0, 1, 0, 1, id="packed rows, unsupervised"),
-        pytest.param(True, 210, "unnormalised", False, 2, 2, 0, 1, id="long rows"),
-        pytest.param(True, 210, "all unsupervised", False, 1, 1, 0, 1, id="long rows, unsupervised"),
+        ("whole", "unnormalised", 1, 1, 1),
+        ("kept", "normalised", 1, 1, 1),
+        ("kept", "unnormalised", 1, 2, 2),
+        ("kept", "all unsupervised", 0, 1, 1),
+        ("packed", "unnormalised", 1, 1, 1),
+        ("packed", "all unsupervised", 0, 1, 1),
+        ("long", "unnormalised", 2, 2, 1),
+        ("long", "all unsupervised", 1, 1, 1),
     ],
 )
 def test_bytes_moved(
-    dtype: torch.dtype, loops: bool, n_s: int, relationship: str, packs: bool, reads_z: int, reads_q: int, glances: int,
-    writes: int, seed: int,
-) -> None:  # fmt: skip
-    """How often each logit of the source head and entry of R is read, each gradient written; of R, a glance more."""
-    batch, n_t = 6, 70
-    if packs and dtype == torch.float32:
+    dtype: torch.dtype, way: str, relationship: str, reads_z: int, reads_q: int, writes: int, seed: int
+) -> None:
+    """How often each logit of the source head and entry of R is read, each gradient written."""
+    batch, n_t, n_s = 6, 70 if way in ("whole", "long") else 40, 210 if way == "long" else 130
+    if way == "packed" and dtype == torch.float32:
         dtype = torch.float16
-    q_dtype = dtype if packs else torch.float32
+    q_dtype = dtype if way == "packed" else torch.float32
+    glance = 128 if way == "kept" else 0
     case = Case("traffic", "", (batch, n_t, n_s), relationship=relationship, relationship_dtype=q_dtype)
     problem = case.build(dtype, seed)
-    with triton_interpreted(loops=loops), traffic() as moved:
+    with triton_interpreted(loops=way != "whole"), traffic() as moved:
         IMPLEMENTATIONS["co_tuning_loss"](*_op_arguments(problem))
     size = problem.source_logits.element_size()
     by_row = 5 * 4  # two losses, three counts
     once = {"load": batch * (2 * 8 + by_row) + 2 * 8, "store": batch * by_row + 5 * 4 + 4}  # labels; scalars, a counter
+    programs = {"whole": 3 + 2, "kept": batch + 1, "packed": batch + 1, "long": batch + batch}
     expected = {
-        "load": batch * ((reads_z * n_s + (2 if loops else 1) * n_t) * size)
-        + batch * (reads_q * n_s + glances) * q_dtype.itemsize
+        "load": batch * (reads_z * n_s + (2 if way == "long" else 1) * n_t) * size
+        + batch * (reads_q * n_s + glance) * q_dtype.itemsize
         + once["load"],
         "store": batch * (writes * n_s + n_t) * size + once["store"],
-        "atomic": 4 * (batch + batch if loops else 3 + 2),  # a row a program, or two and four
+        "atomic": 4 * programs[way],
     }
-    if loops:  # a row is a group, with sums and a counter of its own
+    if way == "long":  # a row is a group, with sums and a counter of its own
         expected["load"] += batch * by_row
         expected["store"] += batch * (by_row + 4)
         expected["atomic"] += batch * 4
     assert moved == Counter(expected)
+
+
+@pytest.mark.parametrize(
+    ("n_s", "n_t", "dtype", "options", "kept", "threads"),
+    [
+        (16384, 9, torch.float32, {}, 0, 1024),  # whole rows
+        (16385, 9, torch.float32, {}, 9, 512),  # 2048 columns a block
+        (32768, 8192, torch.float32, {}, 16, 512),
+        (32768, 9, torch.bfloat16, {}, 8, 512),  # 16 bytes, 8 columns at a time: 4096 a block
+        (32769, 9, torch.float32, {}, 0, 128),  # a loop from here on
+        (32000, 9, torch.float32, {"kl_divergence": True}, 0, 128),
+        (32000, 9, torch.float64, {}, 0, 128),
+        (32000, 8193, torch.float32, {}, 0, 1024),  # the target head wants more threads
+        (32000, 16385, torch.float32, {}, 0, 128),  # and here fewer
+    ],
+)
+def test_what_rows_are_kept(
+    n_s: int, n_t: int, dtype: torch.dtype, options: dict[str, Any], kept: int, threads: int
+) -> None:
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    logits = new(2, n_s), new(2, n_t)
+    labels, kl_divergence = new(2, dtype=torch.int64), options.get("kl_divergence", False)
+    with mock.patch.object(loss, "counters"):
+        launch, _ = loss.plan(
+            *logits, *logits, labels, None, None, new(n_t, n_s), None, new(), 0.0, -100, 0, kl_divergence
+        )  # fmt: skip
+    assert (launch.arguments["SOURCE_KEPT"], launch.threads) == (kept, threads)
 
 
 def test_rows_that_lie_further_apart_than_int32_counts(seed: int) -> None:

@@ -98,7 +98,7 @@ class RowPlan:
         return blocks(batch, self.rows)
 
     def access(self, vec: int, dtype: torch.dtype) -> int:
-        """Neighbours that a thread reads at a time of a long row, 16 bytes at most; 0 where rows are not long."""
+        """Neighbours that a thread reads at a time of a kept or long row, 16 bytes at most; 0 for whole rows."""
         return _access(vec, dtype) if self.loops or self.kept else 0
 
 

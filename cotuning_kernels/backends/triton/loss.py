@@ -421,13 +421,16 @@ def plan(
 
     pair = form == _PAIR
     threads = threads_for(source_logits.shape[1], source_logits.dtype, pair=pair)
-    target_plan, target_vec, target_programs, target_threads = RowPlan(1, 1, False), 1, 0, 0
-    if target_logits is not None:
-        target_threads = threads_for(target_logits.shape[1], target_logits.dtype)
     source_vec = vector(source_logits, source_grad, relationship)
     # A pair has two rows of R in registers, and KL its logarithms: kept rows would spill.
     keeps = not pair and not kl_divergence and is_kept(source_logits.shape[1], source_logits.dtype)
-    if keeps and target_threads <= KEPT_THREADS:
+    target_plan, target_vec, target_programs, target_threads = RowPlan(1, 1, False), 1, 0, 0
+    if target_logits is not None:
+        target_threads = threads_for(target_logits.shape[1], target_logits.dtype)
+        # Both heads have as many threads. A loop would waste most of so many, and wide rows want more.
+        loops = plan_rows(target_logits.shape[1], target_logits.dtype, target_threads).loops
+        keeps = keeps and not loops and target_threads <= KEPT_THREADS
+    if keeps:
         threads = KEPT_THREADS
         source = plan_kept_row(source_logits.shape[1], source_logits.dtype, source_vec)
     else:

@@ -280,9 +280,10 @@ def kept_row(
 
 @triton.jit
 def _is_other(found, expected):
-    """Whether a sum is another one by more than adding up costs, or NaN; never of a number and itself."""
-    is_near = (found == expected) | (tl.abs(found - expected) <= 2.0**-22 * tl.abs(expected))
-    return (is_near == 0) & (expected == expected)
+    """Whether a sum is another one, by more than adding up costs; never where both are the same number, or NaN."""
+    error = tl.abs(found - expected)
+    is_near = (found == expected) | (error <= 2.0**-22 * tl.minimum(tl.abs(found), tl.abs(expected)))
+    return (is_near == 0) & ((found == found) | (expected == expected))
 
 
 @triton.jit
