@@ -133,9 +133,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def error_lines(records: dict[tuple[str, str], Record]) -> list[str]:
     """The table: of those whom the conformance table judges, not of the kernels that faults are planted in."""
     names = [*(backend.name for backend in TABLE_BACKENDS), "triton-ttsem"]
-    lines = [f"{'backend':16}{'logits':16}{'checks':>8}{'loss':>12}{'torch':>12}{'gradient':>12}{'torch':>12}"]
+    lines = [f"{'backend':20}{'logits':16}{'checks':>8}{'loss':>12}{'torch':>12}{'gradient':>12}{'torch':>12}"]
     for (name, dtype), record in sorted(records.items(), key=lambda item: item[0]):
         if name in names:
             errors = (record.loss, record.torch_loss, record.gradient, record.torch_gradient)
-            lines.append(f"{name:16}{dtype:16}{record.checks:8}" + "".join(f"{error:12.1e}" for error in errors))
+            lines.append(f"{name:20}{dtype:16}{record.checks:8}" + "".join(f"{error:12.1e}" for error in errors))
     return lines if len(lines) > 1 else []
