@@ -246,14 +246,15 @@ def _loss(
         labels = torch.zeros(_ROWS, dtype=torch.int64)
         shares = torch.ones(_ROWS, dtype=torch.float64)
         rows = _ROWS if target == "probabilities" else target_classes
-        table = torch.empty(rows, source_classes)
+        table = torch.empty(rows, source_classes, dtype=relationship)
         if draws:
-            table = table.double().normal_(generator=torch.Generator().manual_seed(0)).softmax(1)
+            numbers = torch.randn(table.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            table.copy_(numbers.softmax(1))
         arguments: dict[str, Any] = {
             "target": torch.empty(_ROWS, target_classes) if target == "probabilities" else labels,
             "target_b": labels if target == "pair" else None,
             "mix": None if target == "labels" else shares,
-            "relationship": table.to(relationship),
+            "relationship": table,
             "weight": None,
             "trade_off": torch.tensor(2.3, dtype=torch.float64),
             "label_smoothing": 0.0,

@@ -117,8 +117,8 @@ def test_heads_of_1000_and_200_are_moved_128_bits_at_a_time(name: str, target: s
 def test_a_long_row_is_moved_128_bits_at_a_time(name: str, target: str) -> None:
     """But what there is one of a row, and the glance at the beginning of a row of R, a number a thread."""
     accesses = Counter(static.measure(_launches(name, target)[0])["accesses"])
-    glance = "load 2" if "R in bfloat16" in name else "load 4"
-    accesses[glance] -= 0 if "128256" in name else 1
+    if "32000, float32" in name:  # a kept row; the others are packed or looped over
+        accesses["load 4"] -= 1
     assert (+accesses).keys() - {"load 16", "store 16"} <= {"load 8", "store 4"}, accesses
 
 

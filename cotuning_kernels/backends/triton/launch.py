@@ -123,7 +123,7 @@ def plan_rows(columns: int, dtype: torch.dtype, threads: int, *, pair: bool = Fa
 def is_kept(columns: int, dtype: torch.dtype) -> bool:
     """Whether a row is too long for registers with its row of R beside it, but not without. (float64 would spill.)"""
     is_long = _loops(_power_of_two(columns), dtype, False)
-    return is_long and dtype != torch.float64 and columns * 4 <= MAX_KEPT_ROW_BYTES
+    return is_long and dtype != torch.float64 and columns * _compute_size(dtype) <= MAX_KEPT_ROW_BYTES
 
 
 def plan_kept_row(columns: int, dtype: torch.dtype, vec: int) -> RowPlan:

@@ -296,8 +296,7 @@ def co_tuning_loss_kernel(
     SOURCE_VEC: tl.constexpr, TARGET_VEC: tl.constexpr,
     SOURCE_ROWS: tl.constexpr, SOURCE_BLOCK: tl.constexpr, SOURCE_KEPT: tl.constexpr, SOURCE_ACCESS: tl.constexpr,
     SOURCE_DTYPE: tl.constexpr,
-    TARGET_ROWS: tl.constexpr, TARGET_BLOCK: tl.constexpr, TARGET_ACCESS: tl.constexpr,
-    TARGET_DTYPE: tl.constexpr,
+    TARGET_ROWS: tl.constexpr, TARGET_BLOCK: tl.constexpr, TARGET_ACCESS: tl.constexpr, TARGET_DTYPE: tl.constexpr,
     FINISH_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first ``source_programs`` programs take rows of the source head, the others rows of the target head.

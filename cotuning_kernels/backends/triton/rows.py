@@ -189,25 +189,6 @@ def _product(q, x):
 
 
 @triton.jit
-def _add_sizes(size, size_b, whole_size, mass, q, q_b, whole, PARTS: tl.constexpr):
-    """By lane, with some more columns. (Entries may cancel, so that their sum does not say whether there are any.)"""
-    size += _lanes(tl.abs(q), "sum")
-    if PARTS:
-        size_b += _lanes(tl.abs(q_b), "sum")
-        whole_size += _lanes(tl.abs(whole), "sum")
-    return size, size_b, whole_size, mass + _lanes(whole, "sum")
-
-
-@triton.jit
-def _sizes_of_row(size, size_b, whole_size, PARTS: tl.constexpr):
-    """Of both parts, and of the whole."""
-    row_size = tl.sum(size, 0)
-    if PARTS:
-        return row_size, tl.sum(size_b, 0), tl.sum(whole_size, 0)
-    return row_size, row_size, row_size
-
-
-@triton.jit
 def kept_row(
     logits, grad, q_row, columns_count, has_label, supervised, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr, ACCESS: tl.constexpr, POLICY: tl.constexpr, DTYPE: tl.constexpr,
@@ -220,7 +201,7 @@ def kept_row(
     first = _columns_of_kept(BLOCK, ACCESS)
     zero = tl.zeros([first.shape[1]], DTYPE)
     count = tl.where(has_label, columns_count, 0)
-    row_mass = tl.sum(zero, 0) + supervised
+    row_mass = supervised
     few = tl.arange(0, _GLANCE)
     glance = tl.load(q_row + few, mask=few < count, other=0.0, eviction_policy=POLICY).to(DTYPE)
     row_size = tl.sum(tl.abs(glance), 0)
@@ -233,7 +214,7 @@ def kept_row(
             mass += _lanes(q, "sum")
         row_size = tl.sum(size, 0)
         row_mass = tl.sum(mass, 0)
-    loss = tl.sum(zero, 0)
+    loss = tl.full([], 0.0, DTYPE)
     if row_size != 0:
         z = ()
         top = zero - float("inf")
@@ -305,7 +286,7 @@ def packed_row(
         mass += _lanes(q_even.to(DTYPE) + q_odd.to(DTYPE), "sum")
         q = q + (_packed(q_even, q_odd),)  # type: ignore[assignment]  # noqa: RUF005
     row_size = tl.sum(size, 0)
-    loss = tl.sum(zero, 0)
+    loss = tl.full([], 0.0, DTYPE)
     if row_size != 0:
         z = ()
         top = zero - float("inf")
@@ -395,13 +376,16 @@ def _add_block(
     fall = top - new_top
     x = z - new_top[None, :, None]
     total = total * exp(fall) + _lanes(exp(x), "sum")
-    PARTS: tl.constexpr = SOURCE and FORM == 1
-    whole = q + q_b if PARTS else q
+    size += _lanes(tl.abs(q), "sum")
+    if SOURCE and FORM == 1:
+        size_b += _lanes(tl.abs(q_b), "sum")
+        q += q_b
+        whole_size += _lanes(tl.abs(q), "sum")
     # A fall from the least number may be infinite, as a logit of -inf is where q = 0: neither contributes.
-    dot += tl.where(mass != 0, mass * fall, 0.0) + _lanes(_product(whole, x), "sum")
-    size, size_b, whole_size, mass = _add_sizes(size, size_b, whole_size, mass, q, q_b, whole, PARTS)
+    dot += tl.where(mass != 0, mass * fall, 0.0) + _lanes(_product(q, x), "sum")
+    mass += _lanes(q, "sum")
     if KL:
-        entropy += _lanes(tl.where(whole != 0, whole * tl.log(whole), 0.0), "sum")
+        entropy += _lanes(tl.where(q != 0, q * tl.log(q), 0.0), "sum")
     return new_top, total, dot, mass, size, size_b, whole_size, entropy
 
 
@@ -461,8 +445,12 @@ def long_row(
     row_total = tl.sum(total * exp(fall), 0)
     row_dot = tl.sum(dot + tl.where(mass != 0, mass * fall, 0.0), 0)
     row_mass = tl.sum(mass, 0)
-    row_size, row_size_b, row_whole_size = _sizes_of_row(size, size_b, whole_size, PARTS)
-    takes_part = row_whole_size != 0
+    row_size = tl.sum(size, 0)
+    row_size_b = row_size
+    takes_part = row_size != 0
+    if PARTS:
+        row_size_b = tl.sum(size_b, 0)
+        takes_part = tl.sum(whole_size, 0) != 0
     loss = row_mass * tl.log(row_total) - row_dot
     if KL:
         loss += tl.sum(entropy, 0)
