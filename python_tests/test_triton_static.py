@@ -145,6 +145,8 @@ def test_rows_that_lie_apart_are_moved_as_widely_as_their_stride_allows(target: 
 
 def objections(ttir: str) -> Iterator[str]:
     """What no kernel may do, as Triton's first intermediate code says it."""
+    if not re.search(r"^ *tt\.func ", ttir, re.MULTILINE):
+        yield "a form of intermediate code that these rules do not read"  # MLIR has two, and this is a process's choice
     for line in ttir.splitlines():
         if re.search(r"\b(arith\.(add|sub|mul|div|max|min|cmp)\w*f|math\.\w+)\b", line) and re.search(r"f16\b", line):
             yield f"arithmetic in half precision: {line.strip()}"
@@ -163,6 +165,12 @@ def objections(ttir: str) -> Iterator[str]:
             yield f"an atomic that does not count programs: {atomic}"
         if not re.match(r"\s+ttg\.barrier all\b", before):
             yield f"no barrier before the atomic, but {before.strip()}"
+
+
+def test_what_the_rules_cannot_read_is_no_praise() -> None:
+    assert [*objections('  "tt.func"() <{sym_name = "_kernel"}> ({')] == [
+        "a form of intermediate code that these rules do not read"
+    ]
 
 
 @pytest.mark.parametrize(("name", "target"), _each("sm_90"))
