@@ -2,8 +2,8 @@
 
 It finds accesses outside of a tensor, two programs that touch one number, and arithmetic in the wrong precision, in
 what the compiler makes of the source. ``pip install ttsem`` switches it on; it asks for Python 3.12, but 0.1.0 runs on
-3.11 with ``pip install --no-deps --ignore-requires-python ttsem``. It takes a minute or two, and a run of its own: beside
-other tests these are skipped (conftest.py says why).
+3.11 with ``pip install --no-deps --ignore-requires-python ttsem``. It takes a minute or two, and a run of its own:
+beside other tests these are skipped (conftest.py says why).
 """
 
 from __future__ import annotations
