@@ -214,7 +214,14 @@ def test_the_protocol_runs_and_compares(
     rows = [line.split() for line in last]
     for method in ("plain", "co-tuning-reverse", "co-tuning-uncalibrated"):
         assert [method, expected[method, 50], expected[method, 100]] in rows
-    published = [row for row in rows if row[0] == "tllib,"]
-    assert len(published) == (0 if small.tllib is None else 2)
-    if small.tllib is not None:
-        assert published[0][2:] == [f"{small.tllib['plain'][rate]:.1f}%" for rate in (0.5, 1.0)]
+    for name, published, others in (
+        ("paper,", small.paper, "co-tuning-reverse"),
+        ("tllib,", small.tllib, "co-tuning-uncalibrated"),
+    ):
+        expected_rows = [
+            [name, "ResNet-50", *(f"{published[method][rate]:.1f}%" for rate in (0.5, 1.0))]
+            for method in ("plain", others)
+            if published is not None
+        ]
+        assert [row for row in rows if row[0] == name] == expected_rows
+    assert any("Self-Tuning" in line for line in last) == (small.paper is not None)
