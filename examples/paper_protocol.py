@@ -37,8 +37,9 @@ class DataSet:
     train: int
     test: int
     validation: int | None = None
-    # The paper's, of ResNet-50, as the authors' group quotes it in a later poster and slides: github.com/thuml/Self-Tuning.
-    # It gives means, and deviations of at most 0.53. The authors' script learns the relationship in reverse.
+    # The paper's, of ResNet-50, as its authors' group quotes it in a later poster and slides, which are at
+    # github.com/thuml/Self-Tuning: means, with deviations of at most 0.53. The relationship of the authors' script is the
+    # reverse one.
     paper: Published | None = None
     # Of ResNet-50 in the documentation of tllib, the library of the paper's authors. Its scripts have the same batches
     # and rates, 10000 iterations, one crop, and report the best epoch's test accuracy: near this protocol, not equal to
@@ -159,7 +160,7 @@ def comparison(data_set: DataSet, found: Mapping[float, Sequence[Mapping[str, An
             rows += [(f"  {name}, ResNet-50", theirs)] if own and theirs else []
     lines = [f"{name:<24}" + "".join(f"{cells.get(rate, ''):>9}" for rate in found) for name, cells in rows]
     if data_set.paper:
-        lines.append("The paper's, as the poster at https://github.com/thuml/Self-Tuning quotes it: ten crops, as here.")
+        lines.append("The paper's, as quoted by the poster at github.com/thuml/Self-Tuning: ten crops, as here.")
     if data_set.tllib:
         lines.append("tllib's, from its documentation: 10000 iterations, one crop, best epoch on the test images.")
     if data_set.quoted:

@@ -1,4 +1,4 @@
-"""The loss inside torch's machinery: opcheck, compile, export, autocast, workers, fork, threads, DDP, nn.Module."""
+"""The loss inside torch: opcheck, compile, export, autocast, workers, fork, threads, DDP, nn.Module, memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -698,3 +699,37 @@ def test_tensors_made_in_inference_mode(backend: Backend, seed: int) -> None:
     criterion.trade_off = 0.5
     torch.autograd.backward(criterion(source, problem.target_logits, made.target))
     assert source.grad is not None
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def _huge_pages_wanted(tensor: Tensor) -> bool:
+    """Whether the system has been asked for huge pages in the middle of a tensor (``hg`` in /proc/self/smaps)."""
+    middle, here = tensor.data_ptr() + tensor.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if addresses := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(address, 16) for address in addresses.groups())
+            here = begin <= middle < end
+        elif here and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("the tensor is in no mapping of this process")
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="this system has no huge pages"
+)
+@pytest.mark.skipif("MALLOC_MMAP_MAX_" in os.environ, reason="MALLOC_MMAP_MAX_ keeps memory from being new")
+def test_new_memory_of_large_results_gets_huge_pages(draw: torch.Generator) -> None:
+    """From 32 MB on glibc's memory is new in every step; in small pages its faults cost several times the loss."""
+    batch, classes = 8500, 1000
+    logits = [torch.randn(batch, classes, generator=draw).requires_grad_() for _ in range(2)]
+    labels = torch.randint(classes, (batch,), generator=draw)
+    relationship = torch.rand(classes, classes, generator=draw).softmax(1)
+    assert not _huge_pages_wanted(torch.empty(batch, classes))
+    functional.co_tuning_loss(*logits, labels, relationship).backward()
+    for large in (logits[0].grad, logits[1].grad, functional.translate_labels(labels, relationship)):
+        assert large is not None
+        assert large.nbytes > 2**25
+        assert _huge_pages_wanted(large)

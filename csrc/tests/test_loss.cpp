@@ -1,10 +1,11 @@
 // The drivers of loss.h: labels, mixtures, options, reductions, strides, in-place gradients, bad labels.
 #include <cstdio>
+#include <fstream>
 #include <limits>
 #include <string>
 
+#include "../kernels/cpu/pages.h"
 #include "../kernels/cpu/rows.h"
-#include "../kernels/cpu/streaming.h"
 #include "loss_case.h"
 #include "threads.h"
 
@@ -294,6 +295,36 @@ TEST(worth_streaming) {
   void* fresh = mmap(nullptr, kLarge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   CHECK(!cpu::worth_streaming(fresh, kLarge), "large, but never touched");
   munmap(fresh, kLarge);
+}
+
+// Whether huge pages have been asked for at an address ("hg" in /proc/self/smaps).
+bool huge_pages_wanted(const void* address) {
+  const auto wanted = reinterpret_cast<uintptr_t>(address);
+  std::ifstream maps("/proc/self/smaps");
+  bool here = false;
+  for (std::string line; std::getline(maps, line);) {
+    uintptr_t begin = 0, end = 0;
+    if (std::sscanf(line.c_str(), "%lx-%lx ", &begin, &end) == 2) here = begin <= wanted && wanted < end;
+    if (here && line.rfind("VmFlags:", 0) == 0) return line.find(" hg") != std::string::npos;
+  }
+  return false;
+}
+
+TEST(prefer_huge_pages) {
+  if (!std::ifstream("/sys/kernel/mm/transparent_hugepage/enabled")) return;  // the system has none
+  constexpr int64_t kHuge = int64_t{2} << 20;
+  constexpr int64_t kLarge = 8 * kHuge;
+  const Pages touched(kLarge, Place::kPageEnd);
+  cpu::prefer_huge_pages(touched.data(), kLarge);
+  CHECK(!huge_pages_wanted(touched.data() + kLarge / 2), "its pages are there");
+  void* map = mmap(nullptr, kLarge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  char* first = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(map) + kHuge - 1) / kHuge * kHuge);
+  cpu::prefer_huge_pages(first + 64, 2 * kHuge - 128);
+  CHECK(!huge_pages_wanted(first + kHuge), "no huge page lies within");
+  cpu::prefer_huge_pages(first + 64, 3 * kHuge);
+  CHECK(huge_pages_wanted(first + kHuge) && huge_pages_wanted(first + 3 * kHuge - 1), "two lie within");
+  CHECK(!huge_pages_wanted(first + kHuge - 1) && !huge_pages_wanted(first + 3 * kHuge), "its ends share theirs");
+  munmap(map, kLarge);
 }
 
 TEST(bad_labels) {

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "pages.h"
 #include "rows.h"
 #include "scratch.h"
-#include "streaming.h"
 
 namespace cotuning::cpu {
 namespace {
@@ -143,6 +143,10 @@ class Loss {
   void run(ParallelFor parallel_for, LossResult* result) {
     result->source_term.assign(batch_, 0.0);
     result->target_term.assign(p_.target_logits ? batch_ : 0, 0.0);
+    if (p_.source_gradient.data != nullptr) prefer_huge_pages(p_.source_gradient.data, gradient_bytes());
+    if (p_.target_gradient.data != nullptr) {
+      prefer_huge_pages(p_.target_gradient.data, batch_ * p_.target_logits.columns * size_of(p_.target_logits.type));
+    }
     source_gradient_ = p_.source_gradient;
     // In place the lines have just been read: in the cache, stores to them cost least.
     source_gradient_.stream = source_gradient_.data != nullptr && source_gradient_.data != p_.source_logits.data &&
@@ -162,6 +166,7 @@ class Loss {
   void translate(ParallelFor parallel_for, int64_t batch, void* out) {
     batch_ = batch;
     translated_ = out;
+    prefer_huge_pages(out, batch_ * source_classes_ * size_of(p_.relationship.type));
     parallel_for(
         0, batch_, grain_rows(source_classes_),
         [](int64_t begin, int64_t end, void* self) { static_cast<Loss*>(self)->translate_rows(begin, end); }, this);

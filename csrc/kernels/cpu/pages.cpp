@@ -1,4 +1,4 @@
-#include "streaming.h"
+#include "pages.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -9,6 +9,7 @@ namespace cotuning::cpu {
 namespace {
 
 constexpr int64_t kStreamingBytes = int64_t{32} << 20;
+constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 
 // Whether the pages of a block are in memory, judged by a few of them.
 bool is_resident(const void* block, int64_t bytes) {
@@ -29,6 +30,18 @@ bool is_resident(const void* block, int64_t bytes) {
 }
 
 }  // namespace
+
+void prefer_huge_pages(void* output, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Whole ones only: what else lies at the ends is not ours.
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(output) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(output) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (begin >= end || is_resident(output, bytes)) return;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)output, (void)bytes;
+#endif
+}
 
 bool worth_streaming(const void* output, int64_t bytes) {
   return bytes >= kStreamingBytes && is_resident(output, bytes);
