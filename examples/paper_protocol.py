@@ -38,8 +38,8 @@ class DataSet:
     test: int
     validation: int | None = None
     # The paper's, of ResNet-50, as its authors' group quotes it in a later poster and slides, which are at
-    # github.com/thuml/Self-Tuning: means, with deviations of at most 0.53. The relationship of the authors' script is the
-    # reverse one.
+    # github.com/thuml/Self-Tuning: means, with deviations of at most 0.53. The authors' script learns the reverse
+    # relationship.
     paper: Published | None = None
     # Of ResNet-50 in the documentation of tllib, the library of the paper's authors. Its scripts have the same batches
     # and rates, 10000 iterations, one crop, and report the best epoch's test accuracy: near this protocol, not equal to
