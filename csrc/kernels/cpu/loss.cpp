@@ -292,23 +292,32 @@ class Loss {
   }
 
   void run_rows(int64_t begin, int64_t end) {
+    // Of a thread once, not of each row: finding what is a thread's own takes a shared library a function call.
+    void* const scratch = Scratch::get(0, std::max(row_bytes(p_.source_logits), row_bytes(p_.target_logits)));
     for (int64_t i = begin; i < end; ++i) {
-      source_row(i, fetch_next_source_row_ && i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
+      source_row(i, scratch, fetch_next_source_row_ && i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
     }
     if (p_.target_logits) {
-      for (int64_t i = begin; i < end; ++i) target_row(i, i + 1 < end ? p_.target_logits.row(i + 1) : nullptr);
+      for (int64_t i = begin; i < end; ++i) {
+        target_row(i, scratch, i + 1 < end ? p_.target_logits.row(i + 1) : nullptr);
+      }
     }
     rows_.finish_streaming();
   }
 
-  void source_row(int64_t row, const void* next) {
+  // In the compute type.
+  static size_t row_bytes(const ConstMatrix& logits) {
+    return static_cast<size_t>(logits.columns) * (is_double(logits) ? sizeof(double) : sizeof(float));
+  }
+
+  void source_row(int64_t row, void* scratch, const void* next) {
     double q_log_q = 0;
     const void* q = translated(row, &q_log_q);
-    source_rows_[row] = dense_row(p_.source_logits, row, q, next, source_scale_, source_gradient_) + q_log_q;
+    source_rows_[row] = dense_row(p_.source_logits, row, q, scratch, next, source_scale_, source_gradient_) + q_log_q;
   }
 
   // Cross entropy of a row against the distribution q, and its gradient; no q: no loss, and a gradient of zeros.
-  double dense_row(const ConstMatrix& logits, int64_t row, const void* q, const void* next, double scale,
+  double dense_row(const ConstMatrix& logits, int64_t row, const void* q, void* scratch, const void* next, double scale,
                    const Matrix& gradient) {
     const int type = static_cast<int>(logits.type);
     if (q == nullptr) {
@@ -317,7 +326,7 @@ class Loss {
     }
     void* gradient_row = gradient.data != nullptr ? gradient.row(row) : nullptr;
     const bool kept = keeps_exponentials(gradient, logits);
-    void* exponentials = kept || gradient_row == nullptr ? gradient_row : scratch_row(logits);
+    void* exponentials = kept || gradient_row == nullptr ? gradient_row : scratch;
     SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next,
                                       kept || gradient.stream ? nullptr : gradient_row, kUnknown);
     if (cancels(s)) {  // once more, relative to what was found
@@ -331,16 +340,12 @@ class Loss {
     return loss_of(s);
   }
 
-  static void* scratch_row(const ConstMatrix& logits) {
-    return Scratch::get(0, logits.columns * (is_double(logits) ? 8 : 4));
-  }
-
-  void target_row(int64_t row, const void* next) {
+  void target_row(int64_t row, void* scratch, const void* next) {
     if (has_probabilities() || p_.label_smoothing > 0) {
       const void* q = is_double(p_.target_logits) ? target_distribution<double>(row) : target_distribution<float>(row);
-      target_rows_[row] = dense_row(p_.target_logits, row, q, next, target_scale_, p_.target_gradient);
+      target_rows_[row] = dense_row(p_.target_logits, row, q, scratch, next, target_scale_, p_.target_gradient);
     } else {
-      target_rows_[row] = sparse_target_row(row, next);
+      target_rows_[row] = sparse_target_row(row, scratch, next);
     }
   }
 
@@ -378,7 +383,7 @@ class Loss {
 
   // Cross entropy against one or two classes, without building their distribution: the gradient is softmax everywhere,
   // and the target is taken off at its classes.
-  double sparse_target_row(int64_t row, const void* next) {
+  double sparse_target_row(int64_t row, void* scratch, const void* next) {
     const ConstMatrix& logits = p_.target_logits;
     Parts parts;
     for (int k = 0; k < parts_[row].count; ++k) {
@@ -397,7 +402,7 @@ class Loss {
     double logit[2] = {};
     for (int k = 0; k < parts.count; ++k) logit[k] = element(logits, row, parts.index[k]);
     void* gradient_row = p_.target_gradient.data != nullptr ? p_.target_gradient.row(row) : nullptr;
-    void* exponentials = gradient_row != nullptr ? scratch_row(logits) : nullptr;
+    void* exponentials = gradient_row != nullptr ? scratch : nullptr;
     // Relative to the labels' higher logit where that is high: of a confident row, log sum is nearly that logit.
     const double highest = parts.count == 2 && logit[1] > logit[0] ? logit[1] : logit[0];
     const SweepResult s =

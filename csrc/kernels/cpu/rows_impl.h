@@ -47,6 +47,15 @@ static inline Vector<T> max_over(const T* z, int64_t n) {
   return m;
 }
 
+// The same of kProvisionalElements, which most rows have: their number is a constant, and the loop unrolled.
+template <class T>
+static inline Vector<T> max_over_first(const T* z) {
+  using V = Vector<T>;
+  V m = broadcast(static_cast<typename V::Scalar>(-INFINITY));
+  for (int i = 0; i < kProvisionalElements; i += V::kLanes) m = max(load(z + i), m);
+  return m;
+}
+
 // Both accumulators of each sum take every second vector: the chains of additions are half as long.
 template <class V>
 struct SweepSums {
@@ -109,7 +118,7 @@ static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, 
 template <class T>
 static inline ComputeType<T> provisional_shift(const T* z, int64_t n, double least_shift) {
   using C = ComputeType<T>;
-  const C first = reduce_max(max_over(z, n < kProvisionalElements ? n : kProvisionalElements));
+  const C first = reduce_max(n < kProvisionalElements ? max_over(z, n) : max_over_first(z));
   const C least = static_cast<C>(least_shift);
   return least > first ? least : first;
 }
