@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 
 import torch
 from torch import Tensor
@@ -66,6 +67,8 @@ def check_loss(
 def check_is_tensor(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         mend = "; torch.from_numpy makes one of an array" if hasattr(value, "__array__") else ""
+        if name == "relationship" and isinstance(value, (str, os.PathLike)):
+            mend = "; Relationship.load reads one from a file"
         raise TypeError(f"{name} is a {type(value).__name__}, expected a Tensor{mend}")
 
 
@@ -106,7 +109,8 @@ def check_target(target: Target, batch: int, num_target_classes: int, device: to
     if target.dim() != 2 or target.shape[0] != batch or target.shape[1] != num_target_classes:
         raise ValueError(
             f"target holds class probabilities of shape {tuple(target.shape)}, expected "
-            f"({batch}, {num_target_classes}) (class indices are int64 or int32 of shape (B,))"
+            f"({batch}, {num_target_classes}) (class indices are int64 or int32 of shape (B,)"
+            f"{': target.long() makes them so' if target.dim() == 1 else ''})"
         )
     if target.requires_grad:
         raise ValueError("target requires grad, but the loss is not differentiated in it; pass target.detach()")
@@ -132,7 +136,11 @@ def check_relationship(
     if relationship.shape[1] != num_source_classes:
         raise ValueError(
             f"relationship has {relationship.shape[1]} columns, but source_logits has {num_source_classes} classes; "
-            "was the relationship learnt with another source head?"
+            + (
+                "it has as many rows: is it transposed?"
+                if relationship.shape[0] == num_source_classes
+                else "was the relationship learnt with another source head?"
+            )
         )
     if num_target_classes is not None and relationship.shape[0] != num_target_classes:
         raise ValueError(

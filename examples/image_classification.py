@@ -338,7 +338,9 @@ def make_classifier(name: str, weights: Path | None) -> tuple[nn.Module, Normali
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         classifier: nn.Module = model.eval()
     except (ImportError, *DAMAGED) as error:
-        raise UserError(f"the model {name} cannot be made ({type(error).__name__}: {error!s:.300}).") from None
+        missing = isinstance(error, ModuleNotFoundError) and source in ("timm", "torchvision") and error.name == source
+        mend = f": pip install {source}" if missing else ""
+        raise UserError(f"the model {name} cannot be made ({type(error).__name__}: {error!s:.300}){mend}.") from None
     return classifier, normalisation
 
 

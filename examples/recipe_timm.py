@@ -5,6 +5,8 @@ timm needs torchvision. Mixup gives class probabilities ``(B, N_t)``, which the 
 
 from __future__ import annotations
 
+import argparse
+
 import timm
 import torch
 from recipe_fashion import SOURCE, TARGET, FashionTask, accuracy, pretrain
@@ -41,4 +43,5 @@ def main(epochs: int = 20, trade_off: float = 1.0) -> float:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     print(f"test accuracy {main():.1%}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from typing import Any
 
@@ -81,4 +82,5 @@ def main(epochs: int = 10, trade_off: float = 1.0) -> float:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     print(f"test accuracy {main():.1%}")

@@ -129,6 +129,8 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         ValueError,
         ["relationship", r"\(20,\)", r"\(N_t, N_s\)"],
     ),
+    "transposed relationship": ({"relationship": _R.T}, ValueError, ["relationship", "3", "20", "transposed"]),
+    "floating labels": ({"target": torch.zeros(_B)}, ValueError, ["class probabilities", r"target\.long\(\)"]),
     "relationship of another source head": (
         {"relationship": _R[:, :19]},
         ValueError,
@@ -233,9 +235,10 @@ def test_a_relationship_that_is_no_probability_is_refused_by_the_module(row: int
     [
         ({"ignore_index": 1.5}, TypeError, r"ignore_index is 1\.5, expected an integer"),
         ({"weight": torch.tensor([1.0, math.nan, 1.0])}, ValueError, r"weight is tensor.*nan.*expected finite numbers"),
+        ({"relationship": "r.safetensors"}, TypeError, r"relationship is a str, expected a Tensor; Relationship\.load"),
         ({"relationship": _R.numpy()}, TypeError, r"relationship is a ndarray, expected a Tensor; torch\.from_numpy"),
     ],
-    ids=["ignore_index", "weight", "array"],
+    ids=["ignore_index", "weight", "path", "array"],
 )
 def test_the_module_refuses_what_no_step_could_use(change: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):

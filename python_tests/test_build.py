@@ -366,6 +366,33 @@ def test_without_the_extension_the_reference_serves(tmp_path: Path) -> None:
     assert "install a C++17 compiler" in error
 
 
+def test_sources_that_hide_the_installed_package_say_so(tmp_path: Path) -> None:
+    """In a checkout Python finds its folder first: the reason is not that nothing was built."""
+    copy, installed = tmp_path / "checkout" / "cotuning_kernels", tmp_path / "installed"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C*", "_cuda*", "__pycache__"))
+    (installed / "cotuning_kernels").mkdir(parents=True)
+    (installed / "cotuning_kernels" / "_C.abi3.so").touch()
+    code = (
+        f"import sys; sys.path.append({str(installed)!r})\n"
+        "from cotuning_kernels import backends\n"
+        "print(*(backends.missing_reason(name) for name in ('cpp', 'cuda')), sep='\\n')\n"
+    )
+    finished = python(code, package=copy)
+    assert finished.stdout.startswith("the C++ extension was not built; ")
+    (copy.parent / "pyproject.toml").touch()
+    finished = python(code, package=copy)
+    assert finished.returncode == 0, finished.stdout
+    cpp, cuda = finished.stdout.splitlines()
+    assert cpp == cuda
+    said = re.fullmatch(
+        rf"these are the sources in {re.escape(str(copy))}, which Python finds before the installed package, (.*); "
+        r"start Python in another folder, or run `pip install -e \.` in this one",
+        cpp,
+    )
+    assert said is not None, cpp
+    assert any(Path(said[1]).glob("_C.*"))
+
+
 def test_a_source_distribution_has_what_the_build_reads(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     skipped = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", ".cache")

@@ -70,7 +70,7 @@ def test_every_fit_is_the_minimum(backend: Backend, dtype: torch.dtype, draw: to
         pytest.skip(f"{backend.name}: interpreted, a minute; the conformance table holds its gradients already")
     (logits, labels), _ = train_and_validation(draw)
     probabilities = logits.double().softmax(1).to(dtype)
-    tolerance, rounding = (1e-4, 1e-6) if dtype == torch.float32 else (1e-6, 1e-12)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-6
     # The default of 200 is for the default tolerance, 1e-4: 1e-6 at the weakest penalty takes up to 250 on some draws.
     fits = list(
         regression_path(probabilities, labels, N_T, tolerance=tolerance, max_iterations=1000, backend=backend.argument)
@@ -80,6 +80,9 @@ def test_every_fit_is_the_minimum(backend: Backend, dtype: torch.dtype, draw: to
         assert fit.converged
         assert fit.coefficients.dtype == dtype
         exact = objective(fit.coefficients, probabilities, labels, fit.inverse_penalty).item()
+        # A logit is rounded as the largest coefficient is, which reaches 70 under the weakest penalty, and the
+        # objective as its logits are: at most 0.27 of this in 4 352 fits from 64 draws, in either dtype.
+        rounding = torch.finfo(dtype).eps * (8 + fit.coefficients.abs().max().item())
         assert abs(fit.objective - exact) <= rounding * exact
         # The bound that ended the fit is one, and it is no wild guess.
         above = above_the_minimum(fit.coefficients, probabilities, labels, fit.inverse_penalty)

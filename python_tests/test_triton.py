@@ -364,6 +364,8 @@ def test_without_assertions_a_label_out_of_range_is_nan(bad: int, pair: bool) ->
 def test_the_overload_chooses_triton_where_another_backend_serves_too(seed: int) -> None:
     """As on a GPU with both: "auto" and the other backend keep their kernels, ``backend="triton"`` is a choice of the
     single call, in a compiled graph as well."""
+    if (reason := backends.missing_reason("cpp")) is not None:
+        pytest.skip(f"cpp: {reason}")
     problem = Case("both", "", (5, 6, 37), "ignoring").build(torch.float32, seed)
     called: list[str] = []
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.machinery
+import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,12 +45,27 @@ _REBUILD = (
     "checkout of cotuning_kernels"
 )
 
+
+def _shadows_an_installed_package() -> str | None:
+    """What to say in a checkout, where Python finds this folder first: it has no kernels, and another one has."""
+    here = Path(__file__).resolve().parents[1]
+    if (here.parent / "pyproject.toml").is_file():
+        for folder in sys.path:
+            other = Path(folder).resolve() / here.name
+            if other != here and any(other.glob("_C.*")):
+                return (
+                    f"these are the sources in {here}, which Python finds before the installed package, {other}; start "
+                    "Python in another folder, or run `pip install -e .` in this one"
+                )
+    return None
+
+
 _extension: ModuleType | None = None
 _missing: dict[str, str] = {}
 try:
     _extension = importlib.import_module("cotuning_kernels._C")
 except ModuleNotFoundError:
-    _missing["cpp"] = f"the C++ extension was not built; {_REBUILD}"
+    _missing["cpp"] = _shadows_an_installed_package() or f"the C++ extension was not built; {_REBUILD}"
 except ImportError as error:
     # It is there, and somebody expects it to serve: the slow way is not taken without a word.
     _missing["cpp"] = f"the C++ extension does not load ({error}); {_REBUILD}"
@@ -84,7 +101,10 @@ def _load_cuda() -> ctypes.CDLL | None:
     path = next((path for path in paths if path.is_file()), None)
     again = "run `pip install --force-reinstall --no-deps .` in a checkout of cotuning_kernels"
     if path is None:
-        _missing["cuda"] = f"the CUDA kernels were not built; install the CUDA toolkit (nvcc) and {again}"
+        mend = f"install the CUDA toolkit (nvcc) and {again}"
+        if shutil.which("nvcc") is not None:
+            mend = f"nvcc is here: {again}, without COTUNING_KERNELS_CUDA=0 (which make sets where there is no card)"
+        _missing["cuda"] = _shadows_an_installed_package() or f"the CUDA kernels were not built; {mend}"
         return None
     if torch.version.hip is not None:
         _missing["cuda"] = "this torch is for ROCm, and the kernels are for NVIDIA's cards"
