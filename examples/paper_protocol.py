@@ -154,10 +154,13 @@ def comparison(data_set: DataSet, found: Mapping[float, Sequence[Mapping[str, An
             for result in results
             if result["method"] == method
         }
-        rows += [(method, own)] if own else []
+        if not own:
+            continue
+        rows.append((method, own))
         for name, published in (("paper", data_set.paper), ("tllib", data_set.tllib)):
-            theirs = {rate: f"{value:.1f}%" for rate, value in (published or {}).get(method, {}).items()}
-            rows += [(f"  {name}, ResNet-50", theirs)] if own and theirs else []
+            if published is not None and method in published:
+                theirs = {rate: f"{value:.1f}%" for rate, value in published[method].items()}
+                rows.append((f"  {name}, ResNet-50", theirs))
     lines = [f"{name:<24}" + "".join(f"{cells.get(rate, ''):>9}" for rate in found) for name, cells in rows]
     if data_set.paper:
         lines.append("The paper's, as quoted by the poster at github.com/thuml/Self-Tuning: ten crops, as here.")

@@ -6,6 +6,7 @@ is the other three, with a handful of images each. In your own code the first pa
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,3 +62,10 @@ def accuracy(model: nn.Module, logits_of: Callable[[nn.Module, Tensor], Tensor] 
     images, labels = FashionTask(TARGET, 100, test=True).tensors
     device = next(model.parameters()).device  # a trainer may have left it on a GPU
     return (logits_of(model.eval(), images.to(device)).argmax(1).cpu() == labels).double().mean().item()
+
+
+def run(main: Callable[[], float], description: str | None) -> None:
+    """A recipe as a program. It has no options: ``--help`` says what it is, and others are refused, not ignored."""
+    formatter = argparse.RawTextHelpFormatter
+    argparse.ArgumentParser(description=description, formatter_class=formatter).parse_args()
+    print(f"test accuracy {main():.1%}")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-
 import lightning
 import torch
-from recipe_fashion import SOURCE, TARGET, FashionTask, accuracy, pretrain
+from recipe_fashion import SOURCE, TARGET, FashionTask, accuracy, pretrain, run
 from recipe_pytorch import small_network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -50,5 +48,4 @@ def main(epochs: int = 10, trade_off: float = 1.0) -> float:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
-    print(f"test accuracy {main():.1%}")
+    run(main, __doc__)

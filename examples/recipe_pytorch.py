@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from recipe_fashion import SOURCE, TARGET, FashionTask, accuracy, pretrain
+from recipe_fashion import SOURCE, TARGET, FashionTask, accuracy, pretrain, run
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -46,5 +44,4 @@ def main(epochs: int = 10, trade_off: float = 1.0, warm_up: int = 10) -> float:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
-    print(f"test accuracy {main():.1%}")
+    run(main, __doc__)

@@ -5,11 +5,9 @@ timm needs torchvision. Mixup gives class probabilities ``(B, N_t)``, which the 
 
 from __future__ import annotations
 
-import argparse
-
 import timm
 import torch
-from recipe_fashion import SOURCE, TARGET, FashionTask, accuracy, pretrain
+from recipe_fashion import SOURCE, TARGET, FashionTask, accuracy, pretrain, run
 from timm.data.mixup import Mixup
 from timm.scheduler import CosineLRScheduler
 from torch.utils.data import DataLoader
@@ -43,5 +41,4 @@ def main(epochs: int = 20, trade_off: float = 1.0) -> float:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
-    print(f"test accuracy {main():.1%}")
+    run(main, __doc__)

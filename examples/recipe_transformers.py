@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from typing import Any
 
 import torch
-from recipe_fashion import SOURCE, TARGET, FashionTask, accuracy, pretrain
+from recipe_fashion import SOURCE, TARGET, FashionTask, accuracy, pretrain, run
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
@@ -82,5 +81,4 @@ def main(epochs: int = 10, trade_off: float = 1.0) -> float:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
-    print(f"test accuracy {main():.1%}")
+    run(main, __doc__)

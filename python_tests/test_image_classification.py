@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -371,6 +372,18 @@ def test_what_is_wrong_is_said(
     assert runner.main(arguments(data, Path("plain"), "--methods", "plain", "--iterations=1")) == 0
     assert runner.main(arguments(data, Path("other"), "--methods", "plain", "--iterations=1", *more)) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_a_missing_library_names_its_installation(
+    runner: ModuleType, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = importlib.import_module("command_line").UserError
+    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [mock.Mock(find_spec=lambda *_: None)])  # nothing more can be found
+    with pytest.raises(error, match=rf": pip install {library}\.$"):
+        runner.make_classifier(f"{library}:resnet18", None)
 
 
 def test_damaged_and_missing_images(

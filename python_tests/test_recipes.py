@@ -57,6 +57,14 @@ def test_a_recipe_learns(name: str, fashion_mnist: None) -> None:
     assert untrained < trained - 0.1
 
 
+def test_a_recipe_refuses_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = importlib.import_module("recipe_fashion")
+    monkeypatch.setattr("sys.argv", ["recipe.py", "--epochs=1"])
+    with pytest.raises(SystemExit):
+        recipe.run(lambda: pytest.fail("it ran"), "A recipe.")
+    assert "unrecognized arguments: --epochs=1" in capsys.readouterr().err
+
+
 def test_every_example_has_its_command_and_time_on_the_page() -> None:
     page = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8").replace("make demo", "demo.py")
     programs = [path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.machinery
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,10 +61,12 @@ def _shadows_an_installed_package() -> str | None:
 
 _extension: ModuleType | None = None
 _missing: dict[str, str] = {}
+_shadowed: str | None = None
 try:
     _extension = importlib.import_module("cotuning_kernels._C")
 except ModuleNotFoundError:
-    _missing["cpp"] = _shadows_an_installed_package() or f"the C++ extension was not built; {_REBUILD}"
+    _shadowed = _shadows_an_installed_package()
+    _missing["cpp"] = _shadowed or f"the C++ extension was not built; {_REBUILD}"
 except ImportError as error:
     # It is there, and somebody expects it to serve: the slow way is not taken without a word.
     _missing["cpp"] = f"the C++ extension does not load ({error}); {_REBUILD}"
@@ -101,10 +102,10 @@ def _load_cuda() -> ctypes.CDLL | None:
     path = next((path for path in paths if path.is_file()), None)
     again = "run `pip install --force-reinstall --no-deps .` in a checkout of cotuning_kernels"
     if path is None:
-        mend = f"install the CUDA toolkit (nvcc) and {again}"
-        if shutil.which("nvcc") is not None:
-            mend = f"nvcc is here: {again}, without COTUNING_KERNELS_CUDA=0 (which make sets where there is no card)"
-        _missing["cuda"] = _shadows_an_installed_package() or f"the CUDA kernels were not built; {mend}"
+        _missing["cuda"] = _shadowed or (
+            f"the CUDA kernels were not built; have the CUDA toolkit (nvcc) on the path and {again}, without "
+            "COTUNING_KERNELS_CUDA=0 (which make sets where there is no card)"
+        )
         return None
     if torch.version.hip is not None:
         _missing["cuda"] = "this torch is for ROCm, and the kernels are for NVIDIA's cards"

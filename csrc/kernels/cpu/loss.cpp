@@ -293,7 +293,8 @@ class Loss {
 
   void run_rows(int64_t begin, int64_t end) {
     // Of a thread once, not of each row: finding what is a thread's own takes a shared library a function call.
-    void* const scratch = Scratch::get(0, std::max(row_bytes(p_.source_logits), row_bytes(p_.target_logits)));
+    void* const scratch =
+        Scratch::get(0, std::max(exponentials_bytes(p_.source_logits), exponentials_bytes(p_.target_logits)));
     for (int64_t i = begin; i < end; ++i) {
       source_row(i, scratch, fetch_next_source_row_ && i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
     }
@@ -305,8 +306,8 @@ class Loss {
     rows_.finish_streaming();
   }
 
-  // In the compute type.
-  static size_t row_bytes(const ConstMatrix& logits) {
+  // Of a row, in the compute type of its logits.
+  static size_t exponentials_bytes(const ConstMatrix& logits) {
     return static_cast<size_t>(logits.columns) * (is_double(logits) ? sizeof(double) : sizeof(float));
   }
 
