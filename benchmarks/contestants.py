@@ -19,6 +19,7 @@ __all__ = [
     "OURS",
     "RELATIONSHIP_CONTESTANTS",
     "TEMPERATURE_CONTESTANTS",
+    "TRITON",
     "DisagreementError",
     "ExpectedLoss",
     "LossContestant",
@@ -54,15 +55,16 @@ class LossContestant:
     compiles: bool = False
 
 
-def _ours(problem: LossProblem) -> LossFunction:
-    criterion = ck.FusedCoTuningLoss(problem.relationship, trade_off=problem.trade_off)
+def _ours(problem: LossProblem, backend: str = "auto") -> LossFunction:
+    criterion = ck.FusedCoTuningLoss(problem.relationship, trade_off=problem.trade_off, backend=backend)
     device = problem.source_logits.device
     return lambda: criterion(problem.source_logits, problem.target_logits, problem.labels.to(device))
 
 
 def _tllib(problem: LossProblem) -> LossFunction:
+    labels = problem.labels.cpu()  # it looks the relationship up on the host
     return lambda: baselines.tllib_loss(
-        problem.source_logits, problem.target_logits, problem.labels, problem.relationship_numpy, problem.trade_off
+        problem.source_logits, problem.target_logits, labels, problem.relationship_numpy, problem.trade_off
     )
 
 
@@ -84,6 +86,8 @@ LOSS_CONTESTANTS = (
     LossContestant("compiled F.cross_entropy", partial(_compiled, baselines.cross_entropy_loss), compiles=True),
     LossContestant("compiled log_softmax", partial(_compiled, baselines.log_softmax_loss), compiles=True),
 )
+# On a GPU that the CUDA kernels serve: what it would be without them.
+TRITON = LossContestant("our Triton kernels", partial(_ours, backend="triton"))
 
 
 def _our_relationship(problem: RelationshipProblem) -> Tensor:
@@ -131,6 +135,11 @@ def unavailable(contestant: LossContestant, device: str) -> str | None:
     """Why timing this contestant here would say nothing, or ``None``."""
     if contestant.name == OURS and our_backend(device) == "reference":
         return backends.missing_reason("cpp") or f"no kernel of cotuning_kernels serves {device!r}"
+    if contestant is TRITON:
+        kind = torch.device(device).type
+        if "triton" not in backends.available(kind):
+            return backends.missing_reason("triton") or f"they do not serve {device!r}"
+        return "they are what serves it" if backends.select(kind) == "triton" else None
     return baselines.compiler_missing() if contestant.compiles else None
 
 
@@ -191,13 +200,13 @@ class ExpectedLoss:
         self.losses = {"cross_entropy": 0.0, "kl": 0.0}
         self.source_grad = torch.empty(problem.source_logits.shape, dtype=torch.float64)
         self.target_grad = torch.empty(problem.target_logits.shape, dtype=torch.float64)
-        relationship = problem.relationship.cpu().double()
+        relationship, labels = problem.relationship.cpu().double(), problem.labels.cpu()
         for rows in _row_chunks(batch, columns):
             source_logits = problem.source_logits.detach()[rows].cpu().double().requires_grad_()
             target_logits = problem.target_logits.detach()[rows].cpu().double().requires_grad_()
             for source_loss in self.losses:
                 loss, _, _ = reference.co_tuning_loss(
-                    source_logits, target_logits, problem.labels[rows], relationship, trade_off=problem.trade_off,
+                    source_logits, target_logits, labels[rows], relationship, trade_off=problem.trade_off,
                     reduction="sum", source_loss=source_loss,
                 )  # fmt: skip
                 self.losses[source_loss] += loss.item() / batch
@@ -217,6 +226,7 @@ class ExpectedLoss:
             raise DisagreementError(f"{contestant.name}: the loss is {loss.item()!r}, expected {expected!r}")
         batch, num_target_classes = problem.target_logits.shape
         one_hot_rows = torch.eye(num_target_classes, dtype=torch.float64)
+        labels = problem.labels.cpu()
         for name, logits, expected_grad, distributions, factor in (
             ("source_logits", problem.source_logits, self.source_grad, problem.relationship.cpu(), problem.trade_off),
             ("target_logits", problem.target_logits, self.target_grad, one_hot_rows, 1.0),
@@ -229,7 +239,7 @@ class ExpectedLoss:
             for rows in _row_chunks(batch, logits.shape[1]):
                 expected_rows = expected_grad[rows]
                 error = (logits.grad[rows].cpu().double() - expected_rows).abs_()
-                p_plus_q = expected_rows + (2 * factor / batch) * distributions[problem.labels[rows]]
+                p_plus_q = expected_rows + (2 * factor / batch) * distributions[labels[rows]]
                 if not bool((error <= tolerance.element * p_plus_q).all()):
                     row, column = divmod(int((error / p_plus_q).nan_to_num_(torch.inf).argmax()), error.shape[1])
                     raise DisagreementError(

@@ -33,7 +33,7 @@ import cotuning_kernels as ck
 from benchmarks import baselines, ratios
 from benchmarks.contestants import LOSS_CONTESTANTS, OURS, ExpectedLoss, our_backend
 from benchmarks.problems import SHAPES, LossProblem, Shape, parse_shape
-from benchmarks.timing import Timing, interleave
+from benchmarks.timing import Timing, host_stopwatch, interleave
 from cotuning_kernels.backends.schema import REDUCTIONS, operation
 
 __all__ = ["Limits", "bounds", "compiler_missing", "main", "measure", "measure_in_place", "render"]
@@ -147,7 +147,7 @@ def measure(shape: Shape, *, seconds: float, clock: Clock) -> Limits:
         seconds=seconds,
         turn=0.002,
         before_each=problem.clear_gradients,
-        clock=clock,
+        stopwatch=host_stopwatch(clock),
     )
     return Limits(shape, {name: each.median for name, each in times.items()}, _page_faults(whole, problem))
 
@@ -195,7 +195,7 @@ def measure_in_place(shape: Shape, *, seconds: float, clock: Clock) -> dict[str,
         {name: call(loss_of) for name, loss_of in losses.items()},
         seconds=seconds,
         before_each=fresh_logits,
-        clock=clock,
+        stopwatch=host_stopwatch(clock),
     )
 
 

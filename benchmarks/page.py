@@ -1,9 +1,11 @@
 """One page about this machine: how the time of the loss grows, what it is compared with, and how far it is from a copy.
 
     python -m benchmarks.page --output benchmark_page     about ten minutes; writes page.md, pictures and page.json
+    python -m benchmarks.page --device cuda               the same of a GPU, in its own time
 
 A *copy* reads the logits of both heads and writes as many bytes: what any forward and backward pass has to do at least
-when nothing stays in the caches. The *share of the copy* is its time over ours.
+when nothing stays in the caches. The *share of the copy* is its time over ours. On a GPU, times are the device's, from
+empty caches (:class:`benchmarks.timing.DeviceStopwatch`), and what a call takes of the host is in a table of its own.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ from benchmarks import memory, ratios
 from benchmarks.contestants import (
     LOSS_CONTESTANTS,
     OURS,
+    TRITON,
     ExpectedLoss,
     LossContestant,
     check_loss,
@@ -32,7 +35,7 @@ from benchmarks.contestants import (
     unavailable,
 )
 from benchmarks.problems import DTYPES, SHAPES, LossProblem, Shape
-from benchmarks.timing import interleave, synchronizer
+from benchmarks.timing import DeviceStopwatch, host_stopwatch, interleave, synchronizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +46,8 @@ COPY = "copy of the logits"
 # Beside ours: what people move from, and PyTorch's best single call ...
 BESIDE = ("tllib", "F.cross_entropy")
 # ... and at the shapes that the project is held to, everybody (compiled for each, which takes a while).
-EVERYBODY = tuple(contestant.name for contestant in LOSS_CONTESTANTS if contestant.name != OURS)
+CONTESTANTS = (*LOSS_CONTESTANTS, TRITON)
+EVERYBODY = tuple(contestant.name for contestant in CONTESTANTS if contestant.name != OURS)
 # Elements of a step when the classes grow: below a cache of 32 MB with its gradient, and enough for two threads.
 SWEEP_ELEMENTS = 2**21
 
@@ -55,8 +59,9 @@ class Point:
     Attributes:
         sweep: the question it belongs to, a key of :func:`sweeps`.
         shape: ``[B, N_t, N_s]``.
-        seconds: medians by name; :data:`COPY` is the copy.
+        seconds: medians by name; :data:`COPY` is the copy. Of a GPU, the device's seconds.
         loss_bytes: bytes of both heads' logits.
+        host_seconds: of a GPU, medians by name of the time until the host has handed a call over; else empty.
     """
 
     sweep: str
@@ -65,6 +70,7 @@ class Point:
     threads: int
     seconds: dict[str, float]
     loss_bytes: int
+    host_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def elements(self) -> int:
@@ -72,6 +78,10 @@ class Point:
 
     def share_of_copy(self) -> float:
         return self.seconds[COPY] / self.seconds[OURS]
+
+    def copy_bandwidth(self) -> float:
+        """Bytes a second that the copy reads and writes."""
+        return 2 * self.loss_bytes / self.seconds[COPY]
 
 
 @dataclass(frozen=True)
@@ -90,13 +100,15 @@ class Memory:
     gradient_bytes: int
 
 
-def sweeps(largest_batch: int = 131_072, largest_head: int = 262_144) -> dict[str, list[tuple[Shape, str, int]]]:
-    """What is measured, by question: shape, dtype, threads."""
+def sweeps(
+    largest_batch: int = 131_072, largest_head: int = 262_144, threads: Sequence[int] = (1, 2)
+) -> dict[str, list[tuple[Shape, str, int]]]:
+    """What is measured, by question: shape, dtype, threads (of the host)."""
     batches = [4**k for k in range(9) if 4**k < largest_batch] + [largest_batch]
     heads = [columns for columns in (10, 32, 100, 320, 1000, 3200, 10_000, 32_000, 100_000) if columns < largest_head]
     heads.append(largest_head)
     return {
-        "shapes": [(shape, dtype, threads) for dtype in DTYPES for threads in (1, 2) for shape in SHAPES],
+        "shapes": [(shape, dtype, number) for dtype in DTYPES for number in threads for shape in SHAPES],
         "batch": [(Shape(batch, 200, 1000), "float32", 1) for batch in batches],
         "source classes": [(Shape(max(1, SWEEP_ELEMENTS // n), 100, n), "float32", 1) for n in heads],
     }
@@ -106,11 +118,12 @@ def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, 
     """Time ours, the others and the copy in turns, after all have been held against the reference."""
     torch.set_num_threads(threads)
     problem = LossProblem.make(shape, DTYPES[dtype], device=device)
+    on_a_gpu = torch.device(device).type == "cuda"
+    if on_a_gpu:
+        problem = problem.with_labels_on_the_device()
     names = (OURS, *(EVERYBODY if sweep == "shapes" else BESIDE))
     contestants = [
-        each
-        for each in LOSS_CONTESTANTS
-        if each.name == OURS or (each.name in names and unavailable(each, device) is None)
+        each for each in CONTESTANTS if each.name == OURS or (each.name in names and unavailable(each, device) is None)
     ]
     steps = prepare(contestants, problem)
     _check(contestants, steps, problem)
@@ -121,15 +134,18 @@ def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, 
         for to, values in zip(copies, logits, strict=True):
             to.copy_(values)
 
-    times = interleave(
-        {**{name: forward_and_backward(step) for name, step in steps.items()}, COPY: copy},
-        seconds=seconds,
-        turn=0.002,
-        before_each=problem.clear_gradients,
-        synchronize=synchronizer(device),
-    )
+    calls = {name: forward_and_backward(step) for name, step in steps.items()}
+    run = partial(interleave, seconds=seconds, before_each=problem.clear_gradients)
+    host = {}
+    if on_a_gpu:
+        # Turns of one call, since the caches are emptied before each; no more of them than fit into a few seconds.
+        times = run({**calls, COPY: copy}, stopwatch=DeviceStopwatch(device), max_rounds=200)
+        host = run(calls, stopwatch=host_stopwatch(before=synchronizer(device)), max_rounds=200)
+    else:
+        times = run({**calls, COPY: copy}, turn=0.002)
+    medians, host_medians = ({name: each.median for name, each in found.items()} for found in (times, host))
     size = sum(each.numel() * each.element_size() for each in logits)
-    return Point(sweep, list(shape), dtype, threads, {name: time.median for name, time in times.items()}, size)
+    return Point(sweep, list(shape), dtype, threads, medians, size, host_medians)
 
 
 def measure_memory(shape: Shape, dtype: str, *, device: str) -> Memory:
@@ -152,43 +168,65 @@ def _check(
 # --------------------------------------------------------------------------------------------------------- the page
 
 
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.{0 if seconds >= 1e-5 else 1}f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _multiples(values: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    return [f"{values[name] / values[OURS]:.2f}x" for name in names]
+
+
+def _everybody_in(measured: Sequence[Mapping[str, float]]) -> list[str]:
+    return [name for name in EVERYBODY if all(name in each for each in measured)]
+
+
 def _table(points: Sequence[Point]) -> str:
-    names = [name for name in EVERYBODY if all(name in point.seconds for point in points)]
-    lines = [
-        f"| B x N_t x N_s | dtype | threads | ours | {' | '.join(names)} | share of a copy |",
-        "|---" * (5 + len(names)) + "|",
-    ]
-    for point in points:
-        ours = point.seconds[OURS]
-        others = " | ".join(f"{point.seconds[name] / ours:.2f}x" for name in names)
-        time = f"{ours * 1e6:.0f} µs" if ours < 1e-3 else f"{ours * 1e3:.2f} ms"
-        shape = "x".join(map(str, point.shape))
-        lines.append(
-            f"| {shape} | {point.dtype} | {point.threads} | {time} | {others} | {100 * point.share_of_copy():.0f} % |"
-        )
-    return "\n".join(lines)
+    names = _everybody_in([point.seconds for point in points])
+    columns = ["B x N_t x N_s", "dtype", "threads", "ours", *names, "share of a copy", "the copy"]
+    rows = (
+        [
+            str(Shape(*point.shape)), point.dtype, str(point.threads), _time(point.seconds[OURS]),
+            *_multiples(point.seconds, names), f"{100 * point.share_of_copy():.0f} %",
+            f"{point.copy_bandwidth() / 1e9:.0f} GB/s",
+        ]
+        for point in points
+    )  # fmt: skip
+    return _markdown(columns, rows)
+
+
+def _host_table(points: Sequence[Point]) -> str:
+    names = _everybody_in([point.host_seconds for point in points])
+    rows = (
+        [str(Shape(*each.shape)), each.dtype, _time(each.host_seconds[OURS]), *_multiples(each.host_seconds, names)]
+        for each in points
+    )
+    return _markdown(["B x N_t x N_s", "dtype", "ours", *names], rows)
 
 
 def _threads_table(points: Sequence[Point]) -> str:
-    lines = ["| B x N_t x N_s | dtype | two threads are faster by |", "|---|---|---|"]
-    by_key = {(tuple(point.shape), point.dtype, point.threads): point.seconds[OURS] for point in points}
-    for (shape, dtype, threads), seconds in by_key.items():
-        if threads == 1 and (two := by_key.get((shape, dtype, 2))) is not None:
-            lines.append(f"| {'x'.join(map(str, shape))} | {dtype} | {seconds / two:.2f}x |")
-    return "\n".join(lines)
+    by_key = {(Shape(*point.shape), point.dtype, point.threads): point.seconds[OURS] for point in points}
+    rows = (
+        [str(shape), dtype, f"{seconds / by_key[shape, dtype, 2]:.2f}x"]
+        for (shape, dtype, threads), seconds in by_key.items()
+        if threads == 1 and (shape, dtype, 2) in by_key
+    )
+    return _markdown(["B x N_t x N_s", "dtype", "two threads are faster by"], rows)
 
 
 def _memory_table(memories: Sequence[Memory]) -> str:
-    lines = [
-        f"| B x N_t x N_s | dtype | the gradients | ours | {' | '.join(BESIDE)} |",
-        "|---" * (4 + len(BESIDE)) + "|",
-    ]
-    for each in memories:
-        ours = each.peaks[OURS]
-        others = " | ".join(f"{each.peaks[name] / ours:.2f}x" for name in BESIDE)
-        sizes = f"{each.gradient_bytes / 1e6:.1f} MB | {ours / 1e6:.1f} MB"
-        lines.append(f"| {'x'.join(map(str, each.shape))} | {each.dtype} | {sizes} | {others} |")
-    return "\n".join(lines)
+    rows = (
+        [
+            str(Shape(*each.shape)), each.dtype, f"{each.gradient_bytes / 1e6:.1f} MB",
+            f"{each.peaks[OURS] / 1e6:.1f} MB", *_multiples(each.peaks, BESIDE),
+        ]
+        for each in memories
+    )  # fmt: skip
+    return _markdown(["B x N_t x N_s", "dtype", "the gradients", "ours", *BESIDE], rows)
 
 
 def _plot_growth(axes: Axes, points: Sequence[Point], index: int, label: str) -> None:
@@ -210,7 +248,7 @@ def _plot_bars(axes: Axes, points: Sequence[Point], values: dict[str, Callable[[
     for bar, (name, value) in enumerate(values.items()):
         middles = [row + (bar - (len(values) - 1) / 2) * height for row in range(len(points))]
         axes.barh(middles, [value(point) for point in points], height, label=name)
-    axes.set_yticks(range(len(points)), ["x".join(map(str, point.shape)) for point in points])
+    axes.set_yticks(range(len(points)), [str(Shape(*point.shape)) for point in points])
     axes.invert_yaxis()
     axes.set(xlabel=label)
     axes.grid(axis="x", alpha=0.3)
@@ -253,9 +291,14 @@ def write_page(points: Sequence[Point], memories: Sequence[Memory], environment:
     }
     (output / "page.json").write_text(json.dumps(measured, indent=1) + "\n")
     page = output / "page.md"
+    on_a_gpu = any(point.host_seconds for point in points)
     page.write_text(_PAGE.format(
-        machine=", ".join(f"{name}: {value}" for name, value in environment.items()),
-        shapes=_table(of["shapes"]), threads=_threads_table(of["shapes"]), ours=OURS,
+        machine=", ".join(f"{name}: {value}" for name, value in environment.items()), ours=OURS,
+        clock=_DEVICE_CLOCK if on_a_gpu else "", shapes=_table(of["shapes"]),
+        beside=(
+            _HOST.format(host=_host_table(of["shapes"])) if on_a_gpu
+            else _THREADS.format(threads=_threads_table(of["shapes"]))
+        ),
         memory=_memory_table(memories),
     ))  # fmt: skip
     return page
@@ -268,7 +311,7 @@ _PAGE = """\
 
 Forward and backward of the whole loss through the public API; medians of turns in one process. `{ours}` in time, the
 others as multiples of it. The *share of a copy* is the time in which the logits are copied once, over ours: what reads
-the logits and writes a gradient cannot do better when nothing stays in the caches (in the caches, it can).
+the logits and writes a gradient cannot do better when nothing stays in the caches (in the caches, it can).{clock}
 
 {shapes}
 
@@ -278,16 +321,34 @@ the logits and writes a gradient cannot do better when nothing stays in the cach
 
 ![with the batch](batch.png) ![with the source classes](source_classes.png)
 
-## Two threads
-
-{threads}
-
+{beside}
 ## Memory
 
 The peak of one forward and backward pass beyond the logits, each measured in a process of its own; the gradients are
 part of it. Others as multiples of ours.
 
 {memory}
+"""
+
+_DEVICE_CLOCK = """
+
+Times are the device's own, from a call's first operation to its last. Before each call the caches are emptied, by work
+that keeps the device busy until the host has handed the call over. The labels are on the device already, but for tllib,
+whose relationship stays on the host: its copies make the host wait, and the device for the host."""
+
+_HOST = """\
+## The host
+
+Until a call is handed over, the device having been idle. Where that is longer than the device takes, Python and PyTorch
+are what a loop of nothing but the loss would wait for.
+
+{host}
+"""
+
+_THREADS = """\
+## Two threads
+
+{threads}
 """
 
 
@@ -304,9 +365,10 @@ def main(arguments: Sequence[str]) -> int:
     ours = next(contestant for contestant in LOSS_CONTESTANTS if contestant.name == OURS)
     if reason := unavailable(ours, parsed.device):
         parser.exit(2, f"Nothing to measure: {reason}.\n")
+    threads = (1,) if torch.device(parsed.device).type == "cuda" else (1, 2)
     work = [
         partial(measure, sweep, *case, device=parsed.device, seconds=parsed.seconds)
-        for sweep, cases in sweeps(parsed.largest_batch, parsed.largest_head).items()
+        for sweep, cases in sweeps(parsed.largest_batch, parsed.largest_head, threads).items()
         for case in cases
     ]
     points = [each() for each in tqdm(work, unit="measurement")]
@@ -314,7 +376,8 @@ def main(arguments: Sequence[str]) -> int:
         measure_memory(shape, dtype, device=parsed.device)
         for shape, dtype in tqdm([(shape, dtype) for dtype in DTYPES for shape in SHAPES], unit="memory")
     ]
-    page = write_page(points, memories, ratios.environment(parsed.device, "time passed"), parsed.output)
+    clock = "time passed" if len(threads) > 1 else "the device's"
+    page = write_page(points, memories, ratios.environment(parsed.device, clock), parsed.output)
     print(f"Written to {page}.")
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -90,7 +90,7 @@ class LossProblem:
     Attributes:
         source_logits: ``(B, N_s)``, a leaf that requires grad.
         target_logits: ``(B, N_t)``, a leaf that requires grad.
-        labels: ``(B,)`` int64, on the CPU.
+        labels: ``(B,)`` int64, on the CPU (see :meth:`with_labels_on_the_device`).
         relationship: ``(N_t, N_s)`` float32, on the device; every row sums to 1.
         relationship_numpy: the same on the host, for the formulation that keeps it there.
         trade_off: the factor of the source term.
@@ -116,6 +116,10 @@ class LossProblem:
         target_logits = logits(shape.batch, shape.target_classes).to(device, dtype).requires_grad_()
         labels = torch.randint(shape.target_classes, (shape.batch,), generator=random)
         return cls(source_logits, target_logits, labels, relationship.to(device), relationship.numpy())
+
+    def with_labels_on_the_device(self) -> LossProblem:
+        """As in a loop that has sent them ahead: a step that copies them makes the host wait for the device."""
+        return replace(self, labels=self.labels.to(self.source_logits.device))
 
     def clear_gradients(self) -> None:
         """As ``optimizer.zero_grad()`` does between steps: the next backward pass makes fresh gradients."""

@@ -57,7 +57,7 @@ from benchmarks.problems import (
     Shape,
     parse_shape,
 )
-from benchmarks.timing import Timing, interleave, synchronizer
+from benchmarks.timing import Timing, host_stopwatch, interleave, synchronizer
 
 __all__ = ["Row", "environment", "main", "missed_floors", "render_table", "restart_with_settled_malloc"]
 
@@ -187,8 +187,9 @@ class Bench:
         self.rows: list[Row] = []
         self.notes: list[str] = []
         clock = time.process_time if arguments.processor_time else time.perf_counter
+        wait = synchronizer(self.device)
         self.interleave = partial(
-            interleave, seconds=arguments.seconds, synchronize=synchronizer(self.device), clock=clock
+            interleave, seconds=arguments.seconds, stopwatch=host_stopwatch(clock, before=wait, after=wait)
         )
         self.contestants = []
         for contestant in LOSS_CONTESTANTS:

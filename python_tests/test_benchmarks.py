@@ -43,7 +43,7 @@ from benchmarks.problems import (  # noqa: E402
     Shape,
     parse_shape,
 )
-from benchmarks.timing import Timing, interleave  # noqa: E402
+from benchmarks.timing import Timing, host_stopwatch, interleave  # noqa: E402
 
 _SMALL = Shape(13, 7, 93)
 _EAGER = [contestant for contestant in LOSS_CONTESTANTS if not contestant.compiles]
@@ -294,7 +294,8 @@ def test_interleave_takes_turns_and_times_only_the_calls() -> None:
     clock = _Clock()
     calls = {"a": clock.call("a", 2.0), "b": clock.call("b", 3.0), "c": clock.call("c", 5.0)}
     times = interleave(
-        calls, seconds=0.0, before_each=clock.call("-", 100.0), warmup=1, min_rounds=3, clock=clock
+        calls, seconds=0.0, before_each=clock.call("-", 100.0), warmup=1, min_rounds=3,
+        stopwatch=host_stopwatch(clock),
     )  # fmt: skip
     assert "".join(clock.log) == "-a-b-c" * 4
     assert times == {"a": Timing((2.0,) * 3), "b": Timing((3.0,) * 3), "c": Timing((5.0,) * 3)}
@@ -303,7 +304,7 @@ def test_interleave_takes_turns_and_times_only_the_calls() -> None:
 def test_interleave_repeats_a_call_as_often_as_the_fastest_fits_in_a_turn() -> None:
     clock = _Clock()
     calls = {"a": clock.call("a", 2.0), "b": clock.call("b", 5.0)}
-    times = interleave(calls, seconds=0.0, turn=6.0, warmup=1, min_rounds=2, clock=clock)
+    times = interleave(calls, seconds=0.0, turn=6.0, warmup=1, min_rounds=2, stopwatch=host_stopwatch(clock))
     assert "".join(clock.log) == "ab" + "aaabbb" * 2
     assert times == {"a": Timing((2.0, 2.0)), "b": Timing((5.0, 5.0))}
 
@@ -317,17 +318,19 @@ def test_interleave_charges_queued_work_to_the_call_that_queued_it() -> None:
         queued.clear()
 
     calls = {"queues": lambda: queued.append(7.0), "works": clock.call("works", 1.0)}
-    times = interleave(
-        calls, seconds=0.0, before_each=lambda: queued.append(50.0), synchronize=synchronize, min_rounds=1, clock=clock
-    )
-    assert times == {"queues": Timing((7.0,)), "works": Timing((1.0,))}
+    for after, queueing in ((synchronize, 7.0), (lambda: None, 0.0)):  # the whole call, and until it is handed over
+        stopwatch = host_stopwatch(clock, before=synchronize, after=after)
+        times = interleave(
+            calls, seconds=0.0, before_each=lambda: queued.append(50.0), min_rounds=1, stopwatch=stopwatch
+        )
+        assert times == {"queues": Timing((queueing,)), "works": Timing((1.0,))}
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 4), (100.0, 20), (1e9, 30)])
 def test_interleave_runs_as_many_rounds_as_it_was_given_time_for(seconds: float, rounds: int) -> None:
     clock = _Clock()
     calls = {"a": clock.call("a", 2.0), "b": clock.call("b", 3.0)}
-    times = interleave(calls, seconds=seconds, warmup=2, min_rounds=4, max_rounds=30, clock=clock)
+    times = interleave(calls, seconds=seconds, warmup=2, min_rounds=4, max_rounds=30, stopwatch=host_stopwatch(clock))
     assert len(times["a"].seconds) == len(times["b"].seconds) == rounds
 
 
@@ -338,7 +341,8 @@ def test_ratio_does_not_move_with_the_machine() -> None:
     def run(seconds: float) -> None:
         clock.now += seconds * next(speed)
 
-    times = interleave({"a": lambda: run(2.0), "b": lambda: run(3.0)}, seconds=0.0, warmup=1, min_rounds=5, clock=clock)
+    calls = {"a": lambda: run(2.0), "b": lambda: run(3.0)}
+    times = interleave(calls, seconds=0.0, warmup=1, min_rounds=5, stopwatch=host_stopwatch(clock))
     assert times["a"].median == 8.0
     assert times["b"].ratio_to(times["a"]) == 1.5
     assert times["b"].ratio_quartiles(times["a"]) == (1.5, 1.5)
@@ -492,12 +496,8 @@ def test_the_clock_that_was_asked_for_is_read(
     monkeypatch: pytest.MonkeyPatch, option: list[str], clock: Callable[[], float]
 ) -> None:
     read = []
-
-    def interleaved(calls: dict[str, object], **options: object) -> dict[str, Timing]:
-        read.append(options["clock"])
-        return dict.fromkeys(calls, Timing((1.0,)))
-
-    monkeypatch.setattr(ratios, "interleave", interleaved)
+    monkeypatch.setattr(ratios, "host_stopwatch", lambda clock, **_: read.append(clock))
+    monkeypatch.setattr(ratios, "interleave", lambda calls, **_: dict.fromkeys(calls, Timing((1.0,))))
     arguments = ["--parts", "loss", "--shapes", str(_SMALL), "--no-compile", "--allow-reference"]
     assert ratios.main([*arguments, *option]) == 0
     assert read == [clock]
@@ -597,7 +597,9 @@ def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mo
     assert remembered.gradient_bytes == 4 * 13 * 100
     text = page.write_page(fixed, [remembered], {"processor": "planted"}, tmp_path / "page").read_text()
     multiples = " | ".join(f"{seconds / 2e-3:.2f}x" for seconds in planted.values())
-    assert f"| 13x7x93 | float32 | 1 | 2.00 ms | {multiples} | 50 % |" in text
+    # 5200 bytes are read and written in a millisecond.
+    assert f"| 13x7x93 | float32 | 1 | 2.00 ms | {multiples} | 50 % | 0 GB/s |" in text
+    assert fixed[0].copy_bandwidth() == 2 * 5200 / 1e-3
     assert "| 13x7x93 | float32 | 2.00x |" in text
     assert "| 13x7x93 | float32 | 0.0 MB | 2.0 MB | 4.50x | 2.50x |" in text
     assert "processor: planted" in text
@@ -606,6 +608,17 @@ def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(f"({name})" in text for name in pictures)
     written = json.loads((tmp_path / "page" / "page.json").read_text())
     assert [page.Point(**point) for point in written["points"]] == fixed
+    assert "## Two threads" in text
+    assert "## The host" not in text
+    # The page of a GPU has no threads, but what a call takes of the host.
+    of_a_gpu = [replace(point, host_seconds={OURS: 5e-6, "tllib": 2e-5}) for point in fixed[:1] + fixed[2:]]
+    text = page.write_page(of_a_gpu, [remembered], {"clock": "the device's"}, tmp_path / "gpu").read_text()
+    assert "| B x N_t x N_s | dtype | ours | tllib |" in text
+    assert "| 13x7x93 | float32 | 5.0 µs | 4.00x |" in text
+    assert "## Two threads" not in text
+    assert "device's own" in text
+    written = json.loads((tmp_path / "gpu" / "page.json").read_text())
+    assert [page.Point(**point) for point in written["points"]] == of_a_gpu
 
 
 def test_the_page_covers_what_it_promises() -> None:
@@ -614,6 +627,7 @@ def test_the_page_covers_what_it_promises() -> None:
     assert {shape.source_classes for shape, _, _ in sweeps["source classes"]} >= {10, 1000, 262_144}
     assert {(dtype, threads) for _, dtype, threads in sweeps["shapes"]} == {(d, t) for d in DTYPES for t in (1, 2)}
     assert max(shape.batch for shape, _, _ in page.sweeps(largest_batch=100)["batch"]) == 100
+    assert {threads for cases in page.sweeps(threads=(1,)).values() for _, _, threads in cases} == {1}
 
 
 # The bounds

@@ -12,7 +12,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import cotuning_kernels as ck
-from benchmarks.contestants import check_relationship, our_backend
+from benchmarks import page
+from benchmarks.contestants import OURS, TRITON, check_relationship, our_backend
 from benchmarks.memory import measure_here
 from benchmarks.problems import RelationshipProblem, Shape
-from benchmarks.timing import synchronizer
+from benchmarks.timing import DeviceStopwatch, synchronizer
 from cotuning_kernels.distributed import global_mean_loss
 
 REASON = _missing_cuda()
@@ -532,6 +535,47 @@ def test_recipes_take_a_classifier_where_its_trainer_left_it(monkeypatch: pytest
     classifier = nn.Linear(8, 3)
     expected = fashion.accuracy(classifier)
     assert fashion.accuracy(classifier.to("cuda")) == expected
+
+
+@on_a_gpu
+def test_the_device_stopwatch_counts_what_the_device_does_in_a_call_and_nothing_else() -> None:
+    stopwatch = DeviceStopwatch("cuda")
+    small, large = torch.rand(8, device="cuda"), torch.rand(1024, 1024, device="cuda")
+    pause = 0.02 if SIMULATED else 0.0003  # less than the stopwatch can keep a real device busy
+
+    def on_the_host() -> None:
+        time.sleep(pause)
+        small.add_(1)
+
+    def least(call: Callable[[], object]) -> float:
+        return min(stopwatch(call) for _ in range(5))
+
+    # Neither the host's time nor that of emptying the caches, which takes a simulated device longer.
+    assert 0 < least(on_the_host) < pause / 2
+    once, three_times = least(lambda: large @ large), least(lambda: large @ large @ large @ large)
+    assert 2 < three_times / once < 4.5
+    # A call that waits for the device can never be handed over ahead of it.
+    assert stopwatch(lambda: float(small[0])) > 0
+
+
+@on_a_gpu
+def test_the_page_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    if SIMULATED:  # compilers need a driver; and to empty a cache takes a CPU a while
+        eager = tuple(each for each in page.CONTESTANTS if not each.compiles and each is not TRITON)
+        monkeypatch.setattr(page, "CONTESTANTS", eager)
+        monkeypatch.setattr(DeviceStopwatch, "_MOST_ZEROINGS", 1)
+    shape = Shape(13, 7, 93)
+    point = page.measure("shapes", shape, "float32", 1, device="cuda", seconds=0.0)
+    assert point.host_seconds.keys() == point.seconds.keys() - {page.COPY}
+    assert {OURS, "tllib", "F.cross_entropy", "F.kl_div"} <= point.host_seconds.keys()
+    assert min(*point.seconds.values(), *point.host_seconds.values()) > 0
+    remembered = page.measure_memory(shape, "float32", device="cuda")
+    assert remembered.peaks[OURS] >= remembered.gradient_bytes
+    points = [replace(point, sweep=sweep) for sweep in page.sweeps()]
+    written = page.write_page(points, [remembered], {}, tmp_path).read_text()
+    assert "## The host" in written
+    assert f"| {shape} | float32 | 1 | " in written
 
 
 def test_benchmarks_take_the_gpu_where_there_is_one(tmp_path: Path) -> None:
