@@ -7,6 +7,7 @@ no more.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,12 @@ def co_tuning_loss(
         arguments = (*arguments, source_gradient, target_gradient)
         result = _CoTuningLoss.apply(source_logits, target_logits, arguments, return_terms, backend)
         return result if return_terms else (result, None)
-    loss, terms, *_ = operation("co_tuning_loss", backend)(source_logits, target_logits, *arguments, False, False)
+    if torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
+        # vmap hides which tensors require a gradient, and finds them again, one by one, when it calls the operation.
+        both = (True, target_logits is not None)
+        loss, terms, *_ = operation("co_tuning_loss", backend)(source_logits, target_logits, *arguments, *both)
+        return loss, terms
+    loss, terms, *_ = _below_autograd("co_tuning_loss", backend, source_logits, target_logits, *arguments, False, False)
     return loss, terms
 
 
@@ -120,14 +126,19 @@ def _compute_dtype(source_logits: Tensor) -> torch.dtype:
     return torch.float64 if source_logits.dtype == torch.float64 else torch.float32
 
 
-def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    # Refused here and not in a node for the gradient: autograd leaves out nodes from which no wanted tensor is reached,
-    # and a penalty on the gradient would drop out of its sum without a word. (A compiler refuses for its graphs.)
+def _refuse_second_derivatives() -> None:
+    # Called in a backward pass and not put into a node for the gradient: autograd leaves out nodes from which no wanted
+    # tensor is reached, and a penalty on the gradient would drop out of its sum without a word. (A compiler refuses for
+    # its graphs.)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "create_graph=True asks for a gradient that can be differentiated, but the fused Co-Tuning loss can be "
             'differentiated only once; for second derivatives use backend="reference"'
         )
+
+
+def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivatives()
     return _scaled_gradients(ctx, upstream)
 
 
@@ -157,6 +168,44 @@ def _save(ctx: Any, source_grad: Tensor, target_grad: Tensor, factors: Tensor, b
     ctx.set_materialize_grads(False)
 
 
+def _below_autograd(name: str, backend: str, *arguments: Any) -> Any:
+    """The operation without its own derivative (below), which would only cost time: the caller has the gradients."""
+    if torch.compiler.is_compiling():
+        return operation(name, backend)(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operation(name, backend)(*arguments)
+
+
+# The operation by itself is differentiable, too: what torch.export keeps of a program is the operation, and not the
+# Function that called it. (The in-place one is not: an operation that writes over its arguments cannot be.)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, source_gradient, target_gradient = inputs
+    _, terms, factors, source_grad, target_grad = output
+    ctx.mark_non_differentiable(terms, factors, source_grad, target_grad)
+    ctx.stored = source_gradient, target_gradient
+    ctx.save_for_backward(source_grad, target_grad, factors)
+
+
+def _differentiate(backend: str, ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivatives()
+    gradients = tuple(each.clone() for each in ctx.saved_tensors[:2])  # results of the operation: others may have them
+    wanted = ctx.needs_input_grad[:2]
+    for name, stored, needed in zip(("source_gradient", "target_gradient"), ctx.stored, wanted, strict=True):
+        if needed and not stored:
+            raise RuntimeError(f"the operation was called with {name}=False, and has no gradient for these logits")
+    operation("scale_gradients_", backend)(*gradients, ctx.saved_tensors[2], upstream)
+    chosen = (gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True))
+    return *chosen, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+for _backend in ("auto", "triton"):
+    torch.library.register_autograd(
+        operation("co_tuning_loss", _backend), partial(_differentiate, _backend), setup_context=_remember
+    )
+
+
 class _CoTuningLoss(torch.autograd.Function):
     """Loss and gradients in fresh memory; the logits are left alone."""
 
@@ -169,8 +218,8 @@ class _CoTuningLoss(torch.autograd.Function):
         return_terms: bool,
         backend: str,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        loss, terms, factors, source_grad, target_grad = operation("co_tuning_loss", backend)(
-            source_logits, target_logits, *arguments
+        loss, terms, factors, source_grad, target_grad = _below_autograd(
+            "co_tuning_loss", backend, source_logits, target_logits, *arguments
         )
         _save(ctx, source_grad, target_grad, factors, backend)
         if not return_terms:

@@ -15,8 +15,10 @@ import itertools
 import operator
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -326,6 +328,7 @@ def _collect(
             logits = _logits(_apply(source_model, inputs, device), labels, where)
             if index == 0:
                 class_names("source_classes", source_classes, logits.shape[1])
+                _warn_of_probabilities(logits)
             try:
                 sink.update(logits, labels.flatten())
             except (TypeError, ValueError, IndexError) as error:
@@ -548,9 +551,26 @@ def _inputs_and_labels(batch: Any, where: str) -> tuple[Any, Tensor]:
     if not isinstance(inputs, Tensor | Mapping) or not isinstance(labels, Tensor):
         raise TypeError(
             f"{where} is ({type(inputs).__name__}, {type(labels).__name__}), expected inputs as a Tensor or a mapping "
-            "of Tensors, and labels as a Tensor of class indices"
+            f"of Tensors, and labels as a Tensor of class indices{_ONE_BY_ONE if isinstance(labels, Integral) else ''}"
         )
+    if labels.dim() == 0:
+        raise TypeError(f"{where} has a single label, expected a Tensor of them{_ONE_BY_ONE}")
     return inputs, labels
+
+
+_ONE_BY_ONE = "; a dataset gives its examples one by one, pass torch.utils.data.DataLoader(dataset, batch_size=64)"
+
+
+def _warn_of_probabilities(logits: Tensor) -> None:
+    """Their softmax is nearly uniform, and the relationship learnt from it says nothing; nothing else would tell."""
+    rows = logits.double()
+    if rows.numel() > len(rows) and bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
+        warnings.warn(
+            "learn_relationship: the source model's outputs are not negative and sum to 1 in every row, as "
+            "probabilities do, and logits are expected; leave out the model's softmax, or pass the logarithm of what "
+            "it gives",
+            stacklevel=4,
+        )
 
 
 def _apply(model: Callable[..., Any], inputs: Tensor | Mapping[str, Any], device: torch.device | None) -> Any:

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -677,6 +678,8 @@ def test_what_a_model_may_not_give(output: Callable[[Tensor], Any], message: str
         ({"pixels": torch.ones(4, 6)}, "is a dict of 1"),
         (("paths", torch.zeros(4).long()), r"is \(str, Tensor\)"),
         ((torch.ones(4, 6), [0, 1, 2, 0]), r"is \(Tensor, list\)"),
+        ((torch.ones(6), 2), r"is \(Tensor, int\).* one by one, pass torch.utils.data.DataLoader"),
+        ((torch.ones(6), torch.tensor(2)), "has a single label, .* one by one, pass torch.utils.data.DataLoader"),
         ((torch.ones(4, 6), torch.zeros(4)), "batch 1 of the loader: labels has dtype torch.float32"),
         ((torch.ones(4, 6), torch.zeros(3).long()), "batch 1 of the loader: labels has shape"),
         ((torch.ones(4, 6), torch.tensor([0, 3, 0, 0])), r"batch 1 of the loader: labels\[1\] is 3"),
@@ -690,6 +693,23 @@ def test_what_a_loader_may_not_give(batch: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError, IndexError), match=message):
         learn_relationship(model, [good, batch], 3, progress=False)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_a_classifier_that_ends_in_a_softmax(draw: torch.Generator) -> None:
+    """The softmax of probabilities is nearly uniform, and nothing in the relationship would look wrong."""
+    data, model = Images(30, draw), source_model().eval()
+    loader = DataLoader(data, batch_size=8)
+    with pytest.warns(UserWarning, match="probabilities do, and logits are expected; leave out the model's softmax"):
+        learn_relationship(nn.Sequential(model, nn.Softmax(1)), loader, progress=False)
+    # Logarithms of probabilities are logits, and what misses one of the two properties may be. One class has no others.
+    change = torch.zeros(11)
+    change[:2] = torch.tensor([1.0, -1.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn_relationship(nn.Sequential(model, nn.LogSoftmax(1)), loader, progress=False)
+        learn_relationship(lambda x: model(x).softmax(1) + 0.1, loader, progress=False)
+        learn_relationship(lambda x: model(x).softmax(1) + change, loader, progress=False)
+        learn_relationship(lambda x: x.new_ones(len(x), 1), loader, progress=False)
 
 
 def test_logits_of_tokens(draw: torch.Generator) -> None:

@@ -316,6 +316,70 @@ def test_export(backend: Backend, seed: int) -> None:
     loaded = torch.export.load(file).module()
     features, labels = torch.randn(13, 8), torch.arange(13) % 6
     assert torch.allclose(loaded(features, labels), module(features, labels), rtol=1e-6)
+    # It can be trained: the upstream gradient is not 1, and a second backward pass finds what the first one found.
+    loss, scale = loaded(features, labels), 1.0 + torch.rand(())
+    for _ in range(2):
+        loaded.zero_grad()
+        (scale * loss).backward(retain_graph=True)
+        module.zero_grad()
+        (scale * module(features, labels)).backward()
+        for name, parameter in module.named_parameters():
+            given = loaded.get_parameter(name).grad
+            assert given is not None, name
+            assert torch.allclose(given, parameter.grad, rtol=1e-5, atol=1e-7), name
+    if backend.argument != "reference":
+        with pytest.raises(RuntimeError, match="create_graph"):
+            torch.autograd.grad(loaded(features, labels), loaded.get_parameter("source.weight"), create_graph=True)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_the_operation_has_a_derivative_of_its_own(reduction: str, dtype: torch.dtype, seed: int) -> None:
+    """For whoever calls it without the Function: the Function's, bit by bit; an error where there is none."""
+    problem = _problem("pair", dtype, seed, reduction=reduction).map(lambda _, x: x.clone())
+    heads = problem.source_logits.requires_grad_(), problem.target_logits.requires_grad_()
+    call = torch.ops.cotuning_kernels.co_tuning_loss
+    arguments = _op_arguments(problem)
+
+    def gradients(loss: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, heads, problem.upstream, **options)
+
+    loss, terms, factors, *stored = call(*arguments, True, True)
+    assert not any(x.requires_grad for x in (terms, factors, *stored))
+    expected = gradients(
+        functional.co_tuning_loss(*heads, problem.target, problem.relationship, **problem.options, backend="cpp")
+    )
+    for _ in range(2):  # what is stored stays as it is
+        for given, right in zip(gradients(loss, retain_graph=True), expected, strict=True):
+            assert torch.equal(bits(given), bits(right))
+    with pytest.raises(RuntimeError, match="create_graph"):
+        gradients(loss, create_graph=True)
+    for stored_for in ((False, True), (True, False)):
+        with pytest.raises(RuntimeError, match="source_gradient=False" if stored_for[1] else "target_gradient=False"):
+            gradients(call(*arguments, *stored_for)[0])
+
+
+def test_vmap_has_a_gradient(backend: Backend, seed: int) -> None:
+    """Of each problem what it has alone; torch's other transforms are refused (test_eager.py, test_gradcheck.py)."""
+    problems = [_problem("labels", torch.float32, seed + k) for k in range(3)]
+    first = problems[0]
+
+    def loss_of(source: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = functional.co_tuning_loss(
+            source, target, first.target, first.relationship, backend=backend.argument
+        )
+        return loss
+
+    stacked = [torch.stack([getattr(each, head) for each in problems]) for head in ("source_logits", "target_logits")]
+    together = [x.clone().requires_grad_() for x in stacked]
+    alone = [x.clone().requires_grad_() for x in stacked]
+    weights = torch.rand(3)
+    (weights * torch.func.vmap(loss_of)(*together)).sum().backward()
+    sum(weight * loss_of(*each) for weight, *each in zip(weights, *alone, strict=True)).backward()
+    for a, b in zip(together, alone, strict=True):
+        assert a.grad is not None
+        assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-8)
 
 
 # ------------------------------------------------------------------------------------------ autocast and half precision
