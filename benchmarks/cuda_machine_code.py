@@ -240,18 +240,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Loop(NamedTuple):
     """A vector of 16 bytes of logits in one of the three sweeps, and the accesses that it takes."""
 
-    instructions: int
+    instructions: float
     accesses: dict[str, int]
+
+
+AT_ONCE = 4
+"""Vectors that a thread has on their way in the first sweep: what csrc/kernels/cuda/row.cuh says."""
 
 
 KEPT = {"staged_target": "shared memory", "kept_target": "registers"}
 """Where R is kept from sweep to sweep, by the plan's words for how much of it; else ``"nowhere"``."""
 
 
-def sweeps(code: Code, dtype: torch.dtype, alike: bool, where: str) -> dict[str, Loop]:
+def sweeps(code: Code, dtype: torch.dtype, alike: bool, where: str, at_once: int = AT_ONCE) -> dict[str, Loop]:
     """The three loops of the source head over a row whose logits are staged, R in float32; of the target head's loops,
     those with as many accesses are longer. ``alike``: the row of R starts where the logits do, in 16 bytes. ``where`` R
-    is kept."""
+    is kept. ``at_once``: so many vectors a thread has of the row, and no more than AT_ONCE."""
     count = 16 // dtype.itemsize
     # Of a row of R that starts elsewhere, one aligned vector more is read than these elements of it fill.
     of_r = count // 4 + (0 if alike else 1)
@@ -269,18 +273,21 @@ def sweeps(code: Code, dtype: torch.dtype, alike: bool, where: str) -> dict[str,
     }
     found = {}
     for sweep, accesses in wanted.items():
-        instructions = around_a_loop(code, accesses)
+        vectors = at_once if sweep == "maximum" else 1
+        instructions = around_a_loop(code, {what: vectors * count for what, count in accesses.items()})
         if instructions is None:
-            raise LookupError(f"{dtype}: there is no way around a loop with the accesses {accesses} ({sweep})")
-        found[sweep] = Loop(instructions, accesses)
+            raise LookupError(f"{dtype}: there is no way around a loop with {vectors} times {accesses} ({sweep})")
+        found[sweep] = Loop(instructions / vectors, accesses)
     return found
 
 
 @functools.cache
-def _sweeps(file: Path, architecture: str, dtype: torch.dtype, alike: bool, where: str) -> dict[str, Loop]:
+def _sweeps(
+    file: Path, architecture: str, dtype: torch.dtype, alike: bool, where: str, at_once: int = AT_ONCE
+) -> dict[str, Loop]:
     name = f"loss, {str(dtype).removeprefix('torch.')}"
     (code,) = (code for kernel, code in disassemble(file, architecture).items() if readable(kernel) == name)
-    return sweeps(code, dtype, alike, where)
+    return sweeps(code, dtype, alike, where, at_once)
 
 
 def instructions_of_a_row(file: Path, architecture: str, classes: int, dtype: torch.dtype, alike: bool) -> float:
@@ -291,10 +298,11 @@ def instructions_of_a_row(file: Path, architecture: str, classes: int, dtype: to
         raise ValueError(f"classes is {classes}, whose {dtype} logits no block can keep: expected fewer")
     vectors = {where: plan[name] for name, where in KEPT.items()}
     vectors["nowhere"] = plan["vectors"] - sum(vectors.values())
+    at_once = min(AT_ONCE, plan["vectors"] // plan["threads_per_row"] + 1)
     total = 0.0
     for where, count in vectors.items():
         if count > 0:
-            loops = _sweeps(file, architecture, dtype, alike, where)
+            loops = _sweeps(file, architecture, dtype, alike, where, at_once)
             total += count / plan["vectors"] * sum(loop.instructions for loop in loops.values())
     return total * dtype.itemsize / 16
 
@@ -423,7 +431,7 @@ def sweeps_table(file: Path, architecture: str) -> str:
                 row: list[object] = [str(dtype).removeprefix("torch."), "alike" if alike else "elsewhere", where]
                 for loop in _sweeps(file, architecture, dtype, alike, where).values():
                     accesses = ", ".join(f"{count} {what}" for what, count in loop.accesses.items())
-                    row.append(f"{loop.instructions}: {accesses}")
+                    row.append(f"{loop.instructions:.3g}: {accesses}")
                 rows.append(row)
     return _table(["logits", "R starts", "R is kept", "maximum", "sums", "gradient"], rows)
 

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 # Every generation from Turing on. A card runs what was compiled for an earlier member of its generation (8.6 and 8.9
-# what 8.0 runs: the kernels use nothing newer, and each more costs a sixth of the build); one that is newer than all of
-# these compiles the PTX of the last when it first meets it.
-ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")
+# what 8.0 runs: the kernels use nothing newer, and each more costs a sixth of the build). One of a generation that is
+# not here (11.0, or newer than all) compiles the last PTX before it when it first meets it.
+ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0+PTX", "12.0+PTX")
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 
@@ -38,11 +38,12 @@ def architectures(nvcc: Path) -> list[str]:
             )
         if asked := [name for name in asked if name]:
             return asked
-    if cards := _cards():
-        return cards
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    known = set(re.findall(r"compute_(\d+)", listed))
-    chosen = [name for name in ARCHITECTURES if _number(name) in known]
+    known = set(map(int, re.findall(r"compute_(\d+)", listed)))
+    # A card that nvcc is too new for gets no kernels; where there is no other, the library is made for cards elsewhere.
+    if cards := {name for card in _cards() if (name := _for_card(card, known)) is not None}:
+        return sorted(cards, key=lambda name: int(_number(name)))
+    chosen = [name for name in ARCHITECTURES if int(_number(name)) in known]
     # An older nvcc lacks the newest cards: the last that it knows is the one that they get PTX of.
     return [*chosen[:-1], chosen[-1].removesuffix("+PTX") + "+PTX"]
 
@@ -72,6 +73,15 @@ def version(nvcc: Path) -> str:
 
 def _number(name: str) -> str:
     return name.removesuffix("+PTX").replace(".", "")
+
+
+def _for_card(card: str, known: set[int]) -> str | None:
+    """What a card gets of an nvcc that knows these: itself, an earlier member of its generation, or earlier PTX."""
+    number = int(_number(card))
+    earlier = max((each for each in known if each <= number), default=None)
+    if earlier is None:
+        return None
+    return f"{earlier // 10}.{earlier % 10}" + ("" if earlier // 10 == number // 10 else "+PTX")
 
 
 def _cards() -> list[str]:

@@ -83,6 +83,43 @@ def test_cmake_builds_the_same(tmp_path: Path) -> None:
     assert len(used) == KERNELS - KERNELS_OF_THE_LOSS
 
 
+# ---------------------------------------------------------------------------------------------------- what it runs on
+
+
+@pytest.mark.parametrize(
+    ("cards", "driver", "reason"),
+    [
+        (["7.5", "8.6", "9.0"], 13000, None),
+        (["12.1"], 14020, None),  # later in its generation
+        (["13.0"], 13000, None),  # PTX
+        (["8.0"], 12080, "need a driver for CUDA 13, and this one is for 12"),
+        (["9.0", "10.3"], 13000, r"built for 7\.5 8\.0 9\.0 12\.0\+PTX, and the card is 10\.3"),
+        (["7.0"], 13000, r"the card is 7\.0"),
+    ],
+)
+def test_the_kernels_step_back_where_they_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, cards: list[str], driver: int, reason: str | None
+) -> None:
+    """Looked at once, with the first tensor on a GPU. They would raise at every call where others could serve."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(map(int, cards[device].split("."))))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(backends, "cuda_build", lambda: "nvcc 13.0: 7.5 8.0 9.0 12.0+PTX")
+    monkeypatch.setattr(backends, "_served_by", {"cuda": ["cuda", "triton"]})
+    monkeypatch.setattr(backends, "_missing", {})
+    monkeypatch.setattr(backends, "_devices_are_checked", False)
+    if reason is None:
+        assert backends.select("cuda") == "cuda"
+        return
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert backends.select("cuda") == "triton"
+    assert backends.select("cuda") == "triton"
+    with pytest.raises(RuntimeError, match=reason):
+        backends.select("cuda", "cuda")
+
+
 # ------------------------------------------------------------------------------------------------- what is compiled for
 
 
@@ -112,17 +149,39 @@ def test_the_architectures_asked_for(choice: dict[str, Any], monkeypatch: pytest
 
 def test_the_cards_that_are_there(choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    nvcc = require("nvcc")
     _no_cards(choice, monkeypatch, ["8.9"])
-    assert choice["architectures"]("nvcc") == ["8.9"]
+    assert choice["architectures"](nvcc) == ["8.9"]
+    # Older than all that this nvcc knows, one that it knows, and newer.
+    _no_cards(choice, monkeypatch, ["1.0", "8.9", "99.0"])
+    mine, newest = choice["architectures"](nvcc)
+    assert mine == "8.9"
+    assert newest.endswith("+PTX")
+    _no_cards(choice, monkeypatch, ["1.0"])
+    assert choice["architectures"](nvcc) == _of_no_cards(choice, monkeypatch, nvcc)
+
+
+@pytest.mark.parametrize(
+    ("card", "given"),
+    [("7.0", None), ("7.5", "7.5"), ("8.6", "8.0"), ("9.0", "9.0"), ("10.3", "10.0"), ("11.0", "10.0+PTX")],
+)
+def test_a_card_that_nvcc_does_not_know(choice: dict[str, Any], card: str, given: str | None) -> None:
+    assert choice["_for_card"](card, {75, 80, 90, 100}) == given
+
+
+def _of_no_cards(choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch, nvcc: str) -> list[str]:
+    _no_cards(choice, monkeypatch)
+    chosen: list[str] = choice["architectures"](nvcc)
+    return chosen
 
 
 def test_else_all_that_nvcc_knows(choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = require("nvcc")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    _no_cards(choice, monkeypatch)
-    chosen = choice["architectures"](nvcc)
+    chosen = _of_no_cards(choice, monkeypatch, nvcc)
     assert {"7.5", "8.0", "9.0"} <= {name.removesuffix("+PTX") for name in chosen}
-    assert [name for name in chosen if name.endswith("+PTX")] == chosen[-1:]
+    assert chosen[-1].endswith("+PTX")
+    assert {"10.0", "11.0"}.isdisjoint(chosen)  # 10.0 is there with PTX, which is what 11.0 runs
 
 
 def test_nvcc_is_looked_for(choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from conformance import Case, Expectation, Placed, assert_same_bits, run_public
 from cpp_builds import ROOT, build, compiler, require, run, run_kernel_tests
 from torch import Tensor
 
-from cotuning_kernels import backends, functional
+from cotuning_kernels import autograd, backends, functional
 
 sys.path.append(str(ROOT))
 
@@ -201,17 +201,43 @@ def test_launches_of_a_training_step(emulated: None) -> None:
         assert emulated_cuda.take_counts().launches == 2  # heads of two types
 
 
-def test_launches_beside_the_kernels_of_pytorch(emulated: None) -> None:
+def _upstream_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an upstream gradient on the CPU, and of no other, it is looked whether it is 1."""
+    monkeypatch.setattr(autograd, "_is_known_to_be_one", lambda upstream: False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["labels", "ignoring"])
+def test_the_backward_pass_moves_gradients_only_where_it_changes_them(
+    emulated: None, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every row takes part they are stored as they are wanted. float16 would lose their digits."""
+    _upstream_as_on_a_device(monkeypatch)
+    problem = Case("step", "", (48, 20, 100), kind).build(dtype, 1)
+    heads = problem.source_logits.requires_grad_(), problem.target_logits.requires_grad_()
+    with emulated_cuda.emulated(PLAN):
+        loss = functional.co_tuning_loss(*heads, problem.target, problem.relationship, backend="cuda")
+        emulated_cuda.take_counts()
+        loss.backward()
+        counts = emulated_cuda.take_counts()
+    assert counts.launches == 1
+    written = counts.vector_bytes_written + counts.other_bytes_written
+    read = counts.vector_bytes_read + counts.other_bytes_read
+    whole = sum(x.numel() * x.element_size() for x in heads)
+    stays = kind == "labels" and dtype != torch.float16
+    assert read == written == (0 if stays else whole)
+
+
+def test_launches_beside_the_kernels_of_pytorch(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers of docs/cuda.md; theirs are one kernel an operation, at the least."""
+    _upstream_as_on_a_device(monkeypatch)
 
     def step(trade_off: float | Tensor) -> list[list[str]]:
         def loss(*operands: Any) -> Tensor:
             return functional.co_tuning_loss(*operands[:4], trade_off=trade_off, backend="cuda")
 
         with emulated_cuda.emulated(PLAN):
-            passes = launches.step(loss, launches.FORMULATIONS["log_softmax"][1])
-        # Of an upstream gradient on the CPU, and of no other, it is looked whether it is 1.
-        return [[name for name in names if name != "aten::_local_scalar_dense"] for names in passes]
+            return launches.step(loss, launches.FORMULATIONS["log_softmax"][1])
 
     loss, scaling = "cotuning_kernels::co_tuning_loss", "cotuning_kernels::scale_gradients_"
     assert step(torch.tensor(2.3, dtype=torch.float64)) == [[loss], [scaling]]

@@ -193,14 +193,17 @@ def test_bytes_moved(
         IMPLEMENTATIONS["co_tuning_loss"](*_op_arguments(problem))
     size = problem.source_logits.element_size()
     by_row = 5 * 4  # two losses, three counts
-    once = {"load": batch * (2 * 8 + by_row) + 2 * 8, "store": batch * by_row + 5 * 4 + 4}  # labels; scalars, a counter
-    programs = {"whole": 3 + 2, "kept": batch + 1, "packed": batch + 1, "long": batch + batch}
+    source_programs, target_programs = 3 if way == "whole" else batch, {"whole": 2, "long": batch}.get(way, 1)
+    # The loss and its factors take trade_off, or the loss and the gradients of each program.
+    trade_off = 8 * (2 if dtype == torch.float16 else 1 + source_programs)
+    # Labels and a row's numbers; scalars and a counter.
+    once = {"load": batch * (2 * 8 + by_row) + trade_off, "store": batch * by_row + 5 * 4 + 4}
     expected = {
         "load": batch * (reads_z * n_s + (2 if way == "long" else 1) * n_t) * size
         + batch * (reads_q * n_s + glance) * q_dtype.itemsize
         + once["load"],
         "store": batch * (writes * n_s + n_t) * size + once["store"],
-        "atomic": 4 * programs[way],
+        "atomic": 4 * (source_programs + target_programs),
     }
     if way == "long":  # a row is a group, with sums and a counter of its own
         expected["load"] += batch * by_row
@@ -236,6 +239,25 @@ def test_what_rows_are_kept(
             *logits, *logits, labels, None, None, new(n_t, n_s), None, new(), 0.0, -100, 0, kl_divergence
         )  # fmt: skip
     assert (launch.arguments["SOURCE_KEPT"], launch.threads) == (kept, threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["labels", "ignoring"])
+def test_the_backward_pass_moves_gradients_only_where_it_changes_them(kind: str, dtype: torch.dtype, seed: int) -> None:
+    """Where every row takes part they are stored as they are wanted. float16 would lose their digits."""
+    problem = Case("traffic", "", (6, 7, 130), kind).build(dtype, seed)
+    with triton_interpreted():
+        _, _, factors, *gradients = IMPLEMENTATIONS["co_tuning_loss"](*_op_arguments(problem))
+        with traffic() as moved:
+            IMPLEMENTATIONS["scale_gradients_"](*gradients, factors, torch.ones(()))
+    whole = sum(x.numel() * x.element_size() for x in gradients)
+    if kind == "labels" and dtype != torch.float16:
+        assert factors.tolist() == [1.0, 1.0]
+        assert moved["store"] == 0
+        assert moved["load"] <= 6 * 8  # factors and upstream, a program
+    else:
+        assert moved["store"] == whole
+        assert moved["load"] >= whole
 
 
 def test_rows_that_lie_further_apart_than_int32_counts(seed: int) -> None:

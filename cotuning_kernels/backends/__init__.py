@@ -123,6 +123,41 @@ def _load_cuda() -> ctypes.CDLL | None:
 
 _cuda = _load_cuda()
 
+
+def _unfit_devices() -> str | None:
+    """Why the CUDA kernels cannot run on what torch sees: an old driver, or a card that they were not compiled for."""
+    compiler, _, architectures = (cuda_build() or "").partition(": ")
+    needed = int(compiler.removeprefix("nvcc ").partition(".")[0])
+    driver: int = torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
+    if driver < needed:
+        return f"they were built with {compiler} and need a driver for CUDA {needed}, and this one is for {driver}"
+    for device in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_capability(device)
+        if not any(_runs_on(card, name) for name in architectures.split()):
+            name = torch.cuda.get_device_name(device)
+            return f"they were built for {architectures}, and the {name} is {card[0]}.{card[1]}; install again here"
+    return None
+
+
+def _runs_on(card: tuple[int, int], name: str) -> bool:
+    """Machine code runs on later members of its generation, PTX on every later card."""
+    major, minor = map(int, name.removesuffix("+PTX").rstrip("af").split("."))
+    return (major, minor) <= card and (major == card[0] or name.endswith("+PTX"))
+
+
+_devices_are_checked = False
+
+
+def _check_devices() -> None:
+    """Once, when there is a first tensor on a GPU: others must serve it where the CUDA kernels would only raise."""
+    global _devices_are_checked
+    _devices_are_checked = True
+    if "cuda" in _served_by["cuda"] and torch.cuda.is_available() and (reason := _unfit_devices()) is not None:
+        _served_by["cuda"].remove("cuda")
+        _missing["cuda"] = reason
+        warnings.warn(f"cotuning_kernels runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2)
+
+
 # The kernels that serve each device, fastest first.
 _served_by: dict[str, list[str]] = {
     "cpu": ["cpp"] if _extension is not None else [],
@@ -146,6 +181,8 @@ def select(device_type: str, backend: str = "auto") -> str:
         ValueError: ``backend`` is not a name of a backend.
         RuntimeError: the backend asked for is not built, or does not serve this device; says how to get it.
     """
+    if device_type == "cuda" and not _devices_are_checked and not torch.compiler.is_compiling():
+        _check_devices()
     kernels = _served_by.get(device_type, ())
     if backend == "auto":
         return kernels[0] if kernels else "reference"

@@ -163,6 +163,7 @@ cuda::LossProblem read_problem(const Place& place, const Tensor& source_logits, 
   problem.label_smoothing = label_smoothing;
   problem.ignore_index = ignore_index;
   problem.reduction = static_cast<cuda::Reduction>(reduction);
+  if (problem.reduction == cuda::Reduction::kMean && batch > 0) problem.per_row = 1.0 / static_cast<double>(batch);
   problem.kl_divergence = kl_divergence;
   return problem;
 }

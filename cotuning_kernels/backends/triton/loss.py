@@ -2,8 +2,11 @@
 
 Of a row, ``rows.py`` has the derivation and the traffic.
 
-The means need counts that are known only when every row has been looked at, so gradients are stored without the factor
-of the mean, and ``factors`` hold it for the backward pass. A row leaves 20 bytes of numbers, which the programs that
+The means need counts that are known only when every row has been looked at. So gradients are stored with a factor that
+is right where every row takes part (``trade_off / B`` and ``1 / B``), and ``factors`` hold what is left for the
+backward pass: then exactly 1, so that with an upstream gradient of 1 that pass touches no gradient, which is half the
+traffic of a step. In float16 they would lose their digits, divided by a large batch: it keeps them as large as
+probabilities, and ``factors`` hold it all. A row leaves 20 bytes of numbers, which the programs that
 are done last add up, and every program a count of 4.
 
 Sums over rows. Every program counts itself in where its rows' numbers are added up: a group of 256 rows, or of more
@@ -64,15 +67,16 @@ _FINISH_BLOCK = 128
 def _head(
     program, logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, columns_count,
     labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, pitch,
-    batch, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
-    GRADIENT: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEPT: tl.constexpr,
-    ACCESS: tl.constexpr, DTYPE: tl.constexpr,
+    batch, stored, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
+    KL: tl.constexpr, GRADIENT: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    KEPT: tl.constexpr, ACCESS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one head: their gradients, and their losses and counts to ``by_row``."""
     rows = program.to(tl.int64)
     if ACCESS == 0:
         rows = rows * ROWS + tl.arange(0, ROWS)[:, None]
     in_batch = rows < batch
+    stored = stored.to(DTYPE)
     label, share, label_b, share_b = rows, 0.0, rows, 0.0
     if FORM != 2:
         label, share, label_b, share_b = read_target(
@@ -91,23 +95,25 @@ def _head(
         POLICY: tl.constexpr = "" if FORM == 2 else "evict_last"
         if logits.dtype.element_ty.primitive_bitwidth + table.dtype.element_ty.primitive_bitwidth == 32:
             loss, size = packed_row(
-                logits, grad, table, columns_count, counts, GRADIENT, BLOCK, KEPT, ACCESS, POLICY, DTYPE
+                logits, grad, table, columns_count, counts, stored, GRADIENT, BLOCK, KEPT, ACCESS, POLICY, DTYPE
             )  # fmt: skip
         else:
             loss, size = kept_row(
-                logits, grad, table, columns_count, counts, supervised, GRADIENT, BLOCK, KEPT, ACCESS, POLICY, DTYPE
+                logits, grad, table, columns_count, counts, supervised, stored, GRADIENT, BLOCK, KEPT, ACCESS, POLICY,
+                DTYPE,
             )  # fmt: skip
         size_b = size
     elif ACCESS > 0:
         loss, size, size_b = long_row(
             logits + rows * logits_stride, grad, table, table_stride, weight, smoothing, classes, columns_count, label,
-            share, label_b, share_b, rows, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT, BLOCK, ACCESS, DTYPE,
+            share, label_b, share_b, rows, stored, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT, BLOCK, ACCESS,
+            DTYPE,
         )  # fmt: skip
     else:
         loss, size, size_b = whole_rows(
             logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
-            label, share, label_b, share_b, rows, in_batch, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT, BLOCK,
-            DTYPE,
+            label, share, label_b, share_b, rows, in_batch, stored, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT,
+            BLOCK, DTYPE,
         )  # fmt: skip
     if FORM != 2:
         # A label that names no class, where the device does not stop there (see targets.py): NaN, not a wrong number.
@@ -196,16 +202,22 @@ def _write_rows(terms, trade_off, loss, batch, first, count, BOTH_HEADS: tl.cons
 @triton.jit
 def _write_scalars(
     totals, trade_off, probabilities, probabilities_stride, loss, terms, factors, batch, classes,
-    MEAN: tl.constexpr, PROBABILITIES: tl.constexpr, BOTH_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    MEAN: tl.constexpr, PROBABILITIES: tl.constexpr, BOTH_HEADS: tl.constexpr, SOURCE_STORED: tl.constexpr,
+    TARGET_STORED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss, its two terms ``[target, source]`` and the factors of the gradients, from the sums over all rows."""
     dtype = totals.dtype
     target = _of_kind(totals, 0)
     source = _of_kind(totals, 1)
+    # Of the factors, what is left to multiply by, without the means' divisors.
     factor = tl.full([], 1.0, dtype)
     target_factor = tl.full([], 1.0, dtype)
-    if BOTH_HEADS:
+    if SOURCE_STORED:
+        factor = batch.to(dtype) if MEAN else factor
+    elif BOTH_HEADS:
         factor = tl.load(trade_off).to(dtype)
+    if TARGET_STORED and MEAN:
+        target_factor = batch.to(dtype)
     if MEAN:
         count = _of_kind(totals, 3)
         if PROBABILITIES:
@@ -238,7 +250,7 @@ def _write_scalars(
 def _finish(
     row, by_row, pitch, counters, group_bits, trade_off, probabilities, probabilities_stride, loss, terms, factors,
     batch, classes, FORM: tl.constexpr, REDUCTION: tl.constexpr, BOTH_HEADS: tl.constexpr, SOURCE_ROWS: tl.constexpr,
-    TARGET_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    TARGET_ROWS: tl.constexpr, SOURCE_STORED: tl.constexpr, TARGET_STORED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The last program of a group of rows adds up their numbers, and the last of these programs those of the groups.
 
@@ -259,7 +271,8 @@ def _finish(
             _write_rows(terms, trade_off, loss, batch, first, count, BOTH_HEADS, BLOCK * 8)
             if group == 0:
                 one = tl.full([], 1.0, factors.dtype.element_ty)
-                tl.store(factors, tl.load(trade_off).to(one.dtype) if BOTH_HEADS else one)
+                left = tl.load(trade_off).to(one.dtype) if BOTH_HEADS and not SOURCE_STORED else one
+                tl.store(factors, left)
                 tl.store(factors + 1, one)
     elif done:
         totals = _totals(by_row, pitch, first, count, KINDS, BLOCK)
@@ -273,7 +286,7 @@ def _finish(
         if done:
             _write_scalars(
                 totals, trade_off, probabilities, probabilities_stride, loss, terms, factors, batch, classes,
-                MEAN, FORM == 2, BOTH_HEADS, BLOCK * 8,
+                MEAN, FORM == 2, BOTH_HEADS, SOURCE_STORED, TARGET_STORED, BLOCK * 8,
             )  # fmt: skip
 
 
@@ -290,10 +303,10 @@ def co_tuning_loss_kernel(
     probabilities, probabilities_stride: tl.int64, weight, label_smoothing: tl.float64, labels, labels_stride: tl.int64,
     labels_b, labels_b_stride: tl.int64, mix, mix_stride: tl.int64, ignore_index: tl.int64, by_row, batch: tl.int64,
     classes: tl.int32, source_width: tl.int32, target_width: tl.int32, source_programs: tl.int32,
-    pitch: tl.int64, counters, group_bits: tl.int32, trade_off, loss, terms, factors,
+    pitch: tl.int64, counters, group_bits: tl.int32, trade_off, per_row: tl.float64, loss, terms, factors,
     FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr, REDUCTION: tl.constexpr,
     BOTH_HEADS: tl.constexpr, SOURCE_GRADIENT: tl.constexpr, TARGET_GRADIENT: tl.constexpr,
-    SOURCE_VEC: tl.constexpr, TARGET_VEC: tl.constexpr,
+    SOURCE_VEC: tl.constexpr, TARGET_VEC: tl.constexpr, SOURCE_STORED: tl.constexpr, TARGET_STORED: tl.constexpr,
     SOURCE_ROWS: tl.constexpr, SOURCE_BLOCK: tl.constexpr, SOURCE_KEPT: tl.constexpr, SOURCE_ACCESS: tl.constexpr,
     SOURCE_DTYPE: tl.constexpr,
     TARGET_ROWS: tl.constexpr, TARGET_BLOCK: tl.constexpr, TARGET_ACCESS: tl.constexpr, TARGET_DTYPE: tl.constexpr,
@@ -309,25 +322,30 @@ def co_tuning_loss_kernel(
     program = tl.program_id(0)
     row = program.to(tl.int64) * SOURCE_ROWS
     if program < source_programs:
+        stored = tl.full([], 1.0, tl.float64)
+        if SOURCE_STORED and SOURCE_GRADIENT:
+            stored = tl.load(trade_off) * per_row if BOTH_HEADS else per_row
         _head(
             program, source_logits, source_stride * SOURCE_VEC, source_grad, source_grad_stride * SOURCE_VEC,
             relationship, relationship_stride * SOURCE_VEC, weight, label_smoothing, source_width * SOURCE_VEC,
             labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, pitch,
-            batch, True, FORM, False, False, KL, SOURCE_GRADIENT, COUNTS, SOURCE_ROWS, SOURCE_BLOCK, SOURCE_KEPT,
-            SOURCE_ACCESS, SOURCE_DTYPE,
+            batch, stored, True, FORM, False, False, KL, SOURCE_GRADIENT, COUNTS, SOURCE_ROWS, SOURCE_BLOCK,
+            SOURCE_KEPT, SOURCE_ACCESS, SOURCE_DTYPE,
         )  # fmt: skip
     elif BOTH_HEADS:
         row = (program - source_programs).to(tl.int64) * TARGET_ROWS
+        stored = per_row if TARGET_STORED else tl.full([], 1.0, tl.float64)
         _head(
             program - source_programs, target_logits, target_stride * TARGET_VEC, target_grad,
             target_grad_stride * TARGET_VEC, probabilities, probabilities_stride * TARGET_VEC, weight, label_smoothing,
             target_width * TARGET_VEC, labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes,
-            ignore_index, by_row, pitch, batch, False, FORM, HAS_WEIGHT, SMOOTHS, False, TARGET_GRADIENT, COUNTS,
-            TARGET_ROWS, TARGET_BLOCK, 0, TARGET_ACCESS, TARGET_DTYPE,
+            ignore_index, by_row, pitch, batch, stored, False, FORM, HAS_WEIGHT, SMOOTHS, False, TARGET_GRADIENT,
+            COUNTS, TARGET_ROWS, TARGET_BLOCK, 0, TARGET_ACCESS, TARGET_DTYPE,
         )  # fmt: skip
     _finish(
         row, by_row, pitch, counters, group_bits, trade_off, probabilities, probabilities_stride * TARGET_VEC, loss,
-        terms, factors, batch, classes, FORM, REDUCTION, BOTH_HEADS, SOURCE_ROWS, TARGET_ROWS, FINISH_BLOCK,
+        terms, factors, batch, classes, FORM, REDUCTION, BOTH_HEADS, SOURCE_ROWS, TARGET_ROWS, SOURCE_STORED,
+        TARGET_STORED, FINISH_BLOCK,
     )  # fmt: skip
 
 
@@ -487,6 +505,7 @@ def plan(
             "counters": counters(source_logits.device),
             "group_bits": rows_of_group.bit_length() - 1,
             "trade_off": trade_off,
+            "per_row": 1.0 / batch if reduction == REDUCTIONS["mean"] and batch else 1.0,
             "loss": loss,
             "terms": terms,
             "factors": factors,
@@ -500,6 +519,8 @@ def plan(
             "TARGET_GRADIENT": target_grad is not None,
             "SOURCE_VEC": source_vec,
             "TARGET_VEC": target_vec,
+            "SOURCE_STORED": source_logits.dtype != torch.float16,
+            "TARGET_STORED": target_logits is not None and target_logits.dtype != torch.float16,
             "SOURCE_ROWS": source.rows,
             "SOURCE_BLOCK": source.block,
             "SOURCE_KEPT": source.kept,

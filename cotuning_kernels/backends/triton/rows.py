@@ -6,7 +6,8 @@ A row has logits ``z`` and a target distribution ``q`` (a row of R for the sourc
     loss     = Q log S - sum_{q != 0} q x               gradient = Q / S * e - q
     KL adds    sum_{q != 0} q log q                     (the same gradient)
 
-A row without any ``q != 0`` takes no part: loss 0 and gradient 0, whatever its logits are.
+A row without any ``q != 0`` takes no part: loss 0 and gradient 0, whatever its logits are. The gradient is multiplied
+by ``stored`` as it is written (see ``loss.py``).
 
 Traffic. Each logit is read once, each entry of its row of R once (mostly from L2, where R stays) and each gradient is
 written once: ``2 * itemsize`` bytes a logit, and R. By the length of the row there are four ways:
@@ -117,7 +118,7 @@ def _distribution(
 @triton.jit
 def whole_rows(
     logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
-    label, share, label_b, share_b, rows, in_batch,
+    label, share, label_b, share_b, rows, in_batch, stored,
     SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +151,7 @@ def whole_rows(
     if KL:
         loss += tl.sum(tl.where(q != 0, q * tl.log(q), 0.0), 1, keep_dims=True)
     if GRADIENT:
-        g = tl.where(takes_part, e * (mass / total) - q, 0.0)
+        g = tl.where(takes_part, stored * (e * (mass / total) - q), 0.0)
         tl.store(
             grad + rows * grad_stride + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first"
         )  # fmt: skip
@@ -190,7 +191,7 @@ def _product(q, x):
 
 @triton.jit
 def kept_row(
-    logits, grad, q_row, columns_count, has_label, supervised, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    logits, grad, q_row, columns_count, has_label, supervised, stored, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr, ACCESS: tl.constexpr, POLICY: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A source head's row of BLOCKS blocks, all full but the last. Its logits stay in registers, ``q`` passes through.
@@ -241,7 +242,7 @@ def kept_row(
                 mass += _lanes(q, "sum")
                 dot += _lanes(_product(q, x), "sum")
                 if GRADIENT:
-                    g = exp(x) * scale - q
+                    g = stored * (exp(x) * scale - q)
                     tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
             found = tl.sum(mass, 0)
             loss = found * tl.log(row_total) - tl.sum(dot, 0)
@@ -269,8 +270,8 @@ def _is_other(found, expected):
 
 @triton.jit
 def packed_row(
-    logits, grad, q_row, columns_count, has_label, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    ACCESS: tl.constexpr, POLICY: tl.constexpr, DTYPE: tl.constexpr,
+    logits, grad, q_row, columns_count, has_label, stored, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, ACCESS: tl.constexpr, POLICY: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A kept row whose logits and ``q`` both have 16 bits: two of either in a register, and so all of them there."""
     first = _columns_of_kept(BLOCK, ACCESS)
@@ -319,7 +320,7 @@ def packed_row(
             x = _unpacked(z[k // 2] + nothing, k % 2, logits.dtype.element_ty).to(DTYPE) - row_top
             dot += _lanes(_product(q_k, x), "sum")
             if GRADIENT:
-                g = exp(x) * scale - q_k
+                g = stored * (exp(x) * scale - q_k)
                 tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
         loss = row_mass * tl.log(row_total) - tl.sum(dot, 0)
     elif GRADIENT:
@@ -391,7 +392,7 @@ def _add_block(
 
 @triton.jit
 def _write_block(
-    grad, top, scale,
+    grad, top, scale, stored,
     logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
     columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
     FULL: tl.constexpr, DTYPE: tl.constexpr,
@@ -403,14 +404,14 @@ def _write_block(
     )  # fmt: skip
     if SOURCE and FORM == 1:
         q += q_b
-    g = exp(z - top) * scale - q
+    g = stored * (exp(z - top) * scale - q)
     tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
 def long_row(
     logits, grad, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
+    stored, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ACCESS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A row longer than the registers, a block of columns at a time: a sweep for the sums, one for the gradient.
@@ -460,13 +461,15 @@ def long_row(
             scale = row_mass / row_total
             for start in range(0, full, BLOCK):
                 _write_block(
-                    grad, row_top, scale, logits, table, table_stride, weight, smoothing, classes, columns_count,
-                    label, share, label_b, share_b, row, start + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, True, DTYPE,
+                    grad, row_top, scale, stored, logits, table, table_stride, weight, smoothing, classes,
+                    columns_count, label, share, label_b, share_b, row, start + first, SOURCE, FORM, HAS_WEIGHT,
+                    SMOOTHS, True, DTYPE,
                 )  # fmt: skip
             if full < columns_count:
                 _write_block(
-                    grad, row_top, scale, logits, table, table_stride, weight, smoothing, classes, columns_count,
-                    label, share, label_b, share_b, row, full + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, False, DTYPE,
+                    grad, row_top, scale, stored, logits, table, table_stride, weight, smoothing, classes,
+                    columns_count, label, share, label_b, share_b, row, full + first, SOURCE, FORM, HAS_WEIGHT,
+                    SMOOTHS, False, DTYPE,
                 )  # fmt: skip
         else:
             _write_zeros(grad, columns_count, first, BLOCK)

@@ -7,6 +7,8 @@
 // last block to finish turns the sums of all blocks into the loss, the terms and the factors.
 #pragma once
 
+#include <type_traits>
+
 #include "row.cuh"
 
 namespace cotuning::cuda {
@@ -52,6 +54,19 @@ __device__ __forceinline__ T* row_of(const Matrix& matrix, int64_t row) {
   return matrix.data == nullptr ? nullptr : static_cast<T*>(matrix.row(row));
 }
 
+// What the gradients of one head are multiplied by as they are stored: as much of the loss's factor as is known before
+// the rows are counted, which is all of it where each of them takes part. The factor of the backward pass is then
+// exactly 1, and where the upstream gradient is 1 as well, that pass touches no gradient: half the traffic of a step.
+// float16 keeps its gradients as large as probabilities: divided by a large batch, they would lose their digits.
+template <class T>
+constexpr bool kStoresFactor = !std::is_same_v<T, Float16>;
+
+template <class T>
+__device__ __forceinline__ ComputeType<T> stored_factor(const LossProblem& p, bool of_source) {
+  if (!kStoresFactor<T>) return 1;
+  return static_cast<ComputeType<T>>(of_source && p.target_logits.columns > 0 ? *p.trade_off * p.per_row : p.per_row);
+}
+
 // Whether a row of probabilities has any.
 __device__ __forceinline__ bool any_probability(const Team& team, const ConstMatrix& probabilities, int64_t row) {
   float any[1] = {0};
@@ -86,7 +101,8 @@ __device__ void source_row(const LossProblem& p, const Team& team, int64_t row, 
   if (target.rows[0] != nullptr || target.rows[1] != nullptr) {
     const T* logits = static_cast<const T*>(p.source_logits.row(row));
     if (gradient == nullptr || same_cut(gradient, logits)) target.find_plain(logits, columns);
-    result = soft_cross_entropy(team, logits, columns, target, gradient, stage);
+    result =
+        soft_cross_entropy(team, logits, columns, target, [&] { return stored_factor<T>(p, true); }, gradient, stage);
   } else if (gradient != nullptr) {
     zero_row(team, gradient, columns);
   }
@@ -129,36 +145,62 @@ __device__ void target_row(const LossProblem& p, const Team& team, int64_t row, 
   }
   target.base = static_cast<C>(smoothing / static_cast<double>(columns) * share);
   const T* logits = static_cast<const T*>(p.target_logits.row(row));
-  const auto result = soft_cross_entropy(team, logits, columns, target, row_of<T>(p.target_gradient, row), stage);
+  const auto result = soft_cross_entropy(
+      team, logits, columns, target, [&] { return stored_factor<T>(p, false); }, row_of<T>(p.target_gradient, row),
+      stage);
   if (team.rank() != 0) return;
   totals[kTargetLoss] += result.loss;
   totals[kWeight] += weight;
   if (p.reduction == Reduction::kNone) store_result(p.terms, p.results_in_double, row, result.loss);
 }
 
+// The loss of every row, from its terms. One block does them all: several are read before one is written, since what
+// waits for a store waits for the memory.
+template <int kAtOnce>
+__device__ inline void finish_rows(const LossProblem& p, double trade_off) {
+  const bool both = p.target_logits.columns > 0, in_double = p.results_in_double;
+  const int64_t rows = p.source_logits.rows, step = blockDim.x;
+  const auto term = [&](int64_t k) {
+    return in_double ? static_cast<const double*>(p.terms)[k] : static_cast<const float*>(p.terms)[k];
+  };
+  for (int64_t start = threadIdx.x; start < rows; start += kAtOnce * step) {
+    double losses[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int64_t i = start + k * step;
+      losses[k] = i >= rows ? 0 : both ? term(i) + trade_off * term(rows + i) : term(rows + i);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int64_t i = start + k * step;
+      if (i >= rows) break;
+      if (!both) store_result(p.terms, in_double, i, 0);
+      store_result(p.loss, in_double, i, losses[k]);
+    }
+  }
+}
+
 // Scalars from the sums of all rows; without a reduction, the loss of every row from its terms.
+template <class T>
 __device__ inline void finish_loss(const LossProblem& p, const double* sums) {
   const bool both = p.target_logits.columns > 0, in_double = p.results_in_double;
   const double trade_off = both ? *p.trade_off : 1.0;
   if (p.reduction == Reduction::kNone) {
-    const int64_t rows = p.source_logits.rows;
-    for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) {
-      const auto term = [&](int64_t k) {
-        return in_double ? static_cast<double*>(p.terms)[k] : static_cast<float*>(p.terms)[k];
-      };
-      if (!both) store_result(p.terms, in_double, i, 0);
-      const double source = term(rows + i);
-      store_result(p.loss, in_double, i, both ? term(i) + trade_off * source : source);
-    }
+    finish_rows<sizeof(T) == 8 ? 8 : 4>(p, trade_off);  // of float64, nvcc spills with 4 on 12.0
   }
   if (threadIdx.x != 0) return;
   const bool mean = p.reduction == Reduction::kMean, any_valid = sums[kValid] > 0;
   // No supervised row is an ordinary batch, and its source term 0; no valid row at all has no mean.
   const double source_divisor = !mean || (sums[kSupervised] == 0 && any_valid) ? 1 : sums[kSupervised];
   const double target_divisor = mean ? sums[kWeight] : 1;
-  // Without a valid row every gradient is 0, and must stay 0 when it is multiplied by the factor.
-  store_result(p.factors, in_double, 0, source_divisor == 0 && !any_valid ? 0 : trade_off / source_divisor);
-  store_result(p.factors, in_double, 1, target_divisor == 0 && !any_valid ? 0 : 1 / target_divisor);
+  // What is left of the factors. Without a valid row every gradient is 0, and must stay 0 when it is multiplied by one.
+  const auto left = [&](ScalarType type, double factor, double divisor) {
+    if (divisor == 0 && !any_valid) return 0.0;
+    if (type == ScalarType::kFloat16) return factor / divisor;
+    return mean ? static_cast<double>(p.source_logits.rows) / divisor : 1.0;
+  };
+  store_result(p.factors, in_double, 0, left(p.source_logits.type, trade_off, source_divisor));
+  store_result(p.factors, in_double, 1, left(p.target_logits.type, 1, target_divisor));
   if (p.reduction == Reduction::kNone) return;
   const double source = sums[kSourceLoss] / source_divisor;  // no valid row: 0 / 0, as F.cross_entropy
   const double target = both ? sums[kTargetLoss] / target_divisor : 0;
@@ -214,7 +256,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) loss_kernel(LossProblem p, L
   if (plan.part == LossPart::kFirst) return;
   if (threadIdx.x < kLossSums && plan.part == LossPart::kLast) all_totals[threadIdx.x] += p.first_sums[threadIdx.x];
   __syncthreads();
-  finish_loss(p, all_totals);
+  finish_loss<T>(p, all_totals);
 }
 
 }  // namespace cotuning::cuda

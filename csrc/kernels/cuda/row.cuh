@@ -265,23 +265,38 @@ __device__ __forceinline__ ComputeType<T> row_maximum(const Team& team, const T*
   using C = ComputeType<T>;
   const Columns cut = columns_of(logits, columns);
   C top[1] = {-static_cast<C>(INFINITY)};
-  for (int k = team.rank(); k < cut.vectors; k += team.threads()) {
-    const int first = cut.first + k * kLanes<T>;
-    const auto pack = load_logits(logits, columns, first);
-    if (stage != nullptr && stage->has_logits()) stage->put_logits(k, pack);
-    C z[kLanes<T>];
-    widen_all<T>(pack, z);
+  // This sweep is the one that waits for the memory, and too few warps fit on a processor to hide that with one load a
+  // thread on its way: several are, before the first is looked at.
+  constexpr int kAtOnce = 4;
+  for (int start = team.rank(); start < cut.vectors; start += kAtOnce * team.threads()) {
+    Pack<T, kLanes<T>> packs[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kLanes<T>; ++i) top[0] = Largest::of(z[i], top[0]);
+    for (int b = 0; b < kAtOnce; ++b) {
+      const int k = start + b * team.threads();
+#pragma unroll
+      for (int i = 0; i < kLanes<T>; ++i) packs[b].at[i] = minus_infinity<T>();
+      if (k < cut.vectors) packs[b] = load_logits(logits, columns, cut.first + k * kLanes<T>);
+    }
+#pragma unroll
+    for (int b = 0; b < kAtOnce; ++b) {
+      const int k = start + b * team.threads();
+      if (stage != nullptr && stage->has_logits() && k < cut.vectors) stage->put_logits(k, packs[b]);
+      C z[kLanes<T>];
+      widen_all<T>(packs[b], z);
+#pragma unroll
+      for (int i = 0; i < kLanes<T>; ++i) top[0] = Largest::of(z[i], top[0]);
+    }
   }
   team.reduce<Largest>(top);
   return top[0];
 }
 
-// `gradient` may be null, and may be the logits themselves.
-template <class T, class Target>
+// `gradient` may be null, and may be the logits themselves; it is multiplied by what `stored_factor` says (loss.cuh),
+// which is asked late: the sums need the registers.
+template <class T, class Target, class StoredFactor>
 __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Team& team, const T* logits, int columns,
-                                                                        const Target& target, T* gradient,
+                                                                        const Target& target,
+                                                                        const StoredFactor& stored_factor, T* gradient,
                                                                         const Stage<T>& stage) {
   using C = ComputeType<T>;
   constexpr int kCount = kLanes<T>;
@@ -338,7 +353,7 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
     zero_row(team, gradient, columns);
     return result;
   }
-  const C factor = sums[2] / sums[0];
+  const C factor = sums[2] / sums[0], stored = stored_factor();
   const Columns written = columns_of(gradient, columns);
   const bool same = same_cut(gradient, logits);  // else a thread takes other vectors than it has staged
   const bool kept = stage.has_logits() && same;
@@ -353,7 +368,7 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
     }
     Pack<T, kCount> pack;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) narrow(factor * e[i] - q[i], &pack.at[i]);
+    for (int i = 0; i < kCount; ++i) narrow(stored * (factor * e[i] - q[i]), &pack.at[i]);
     store_vector(gradient, columns, first, pack);
   };
   // From the last vector to the first, as `rest` gives them back.

@@ -91,12 +91,22 @@ __device__ __forceinline__ bool sum_over_blocks(const BlockSums& sums, double* t
   }
   __syncthreads();
   if (!is_last[0]) return false;
-  const int lane = thread % kWarpThreads;
-  for (int k = thread / kWarpThreads; k < kCount; k += warps) {
-    double sum = 0;
-    for (unsigned b = lane; b < gridDim.x; b += kWarpThreads) sum += sums.parts[b * kCount + k];
-    for (int other = kWarpThreads / 2; other > 0; other /= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
-    if (lane == 0) totals[k] = sum;
+  // All others have finished: the device waits for this block alone, and so all its threads read, several parts at
+  // once.
+  double sum[kCount] = {};
+#pragma unroll 4
+  for (unsigned b = thread; b < gridDim.x; b += blockDim.x) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) sum[k] += sums.parts[b * kCount + k];
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    for (int other = kWarpThreads / 2; other > 0; other /= 2) sum[k] += __shfl_xor_sync(kAllLanes, sum[k], other);
+    if (thread % kWarpThreads == 0) totals[thread / kWarpThreads * kCount + k] = sum[k];
+  }
+  __syncthreads();
+  if (thread < kCount) {  // nobody else reads what it writes
+    for (int w = 1; w < warps; ++w) totals[thread] += totals[w * kCount + thread];
   }
   __syncthreads();
   return true;

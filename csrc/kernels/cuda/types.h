@@ -70,9 +70,10 @@ struct LossProblem {
   double label_smoothing = 0;
   int64_t ignore_index = -100;
   Reduction reduction = Reduction::kMean;
+  double per_row = 1;  // in a mean, 1 / B: what a row counts where all of them take part
   bool kl_divergence = false;
 
-  // May be the logits themselves. The gradient of the loss is factor * what is written.
+  // May be the logits themselves. The gradient of the loss is factor * what is written (loss.cuh, stored_factor).
   Matrix source_gradient, target_gradient;
   // () or (B); (2) or (2, B), the target's first; (2), the source's first. All float, or all double.
   void *loss = nullptr, *terms = nullptr, *factors = nullptr;

@@ -85,6 +85,8 @@ struct Run {
     problem.label_smoothing = c.problem.label_smoothing;
     problem.ignore_index = c.problem.ignore_index;
     problem.reduction = static_cast<cuda::Reduction>(c.problem.reduction);
+    if (problem.reduction == cuda::Reduction::kMean && c.batch > 0)
+      problem.per_row = 1.0 / static_cast<double>(c.batch);
     problem.kl_divergence = c.problem.kl_divergence;
     problem.results_in_double = true;
     problem.loss = loss.data();
@@ -140,14 +142,24 @@ void check_term(const Run& run, int64_t offset, const ExpectedLoss::Head& head, 
         sum / divisor);
 }
 
-// What is stored is the gradient without its factor.
-void check_gradient(const Grid& gradient, const ExpectedLoss::Head& head, const std::string& text) {
+// What a head's gradient is multiplied by as it is stored; its factor has the rest.
+long double stored_factor(const LossCase& c, const Grid& logits, bool of_source) {
+  if (logits.type() == ScalarType::kFloat16) return 1;
+  const bool mean = c.problem.reduction == cpu::Reduction::kMean && c.batch > 0;
+  const long double trade_off = of_source && c.target_logits != nullptr ? c.problem.trade_off : 1;
+  return mean ? trade_off / c.batch : trade_off;
+}
+
+void check_gradient(const Grid& gradient, const ExpectedLoss::Head& head, long double stored, const std::string& text) {
+  // The factor itself is rounded, to what is computed in.
+  const long double of_factor = gradient.type() == ScalarType::kFloat64 ? 0x1p-52L : 0x1p-23L;
   CHECK(gradient.gaps_untouched(), "%s: written between rows", text.c_str());
   for (int64_t i = 0; i < gradient.rows(); ++i) {
     for (int64_t j = 0; j < gradient.columns(); ++j) {
-      const long double expected = head.gradient[i][j], given = gradient.at(i, j);
+      const long double expected = stored * head.gradient[i][j], given = gradient.at(i, j);
       // An exponential is off by as many ulps as its argument is large, up to about 100 in float.
-      const long double tolerance = 4 * head.gradient_tolerance[i][j] + 0.51L * ulp(gradient.type(), expected);
+      const long double tolerance = 4 * std::fabs(stored) * head.gradient_tolerance[i][j] +
+                                    of_factor * std::fabs(expected) + 0.51L * ulp(gradient.type(), expected);
       CHECK(close(given, expected, tolerance), "%s: gradient [%lld, %lld] is %.9Lg, expected %.9Lg", text.c_str(),
             static_cast<long long>(i), static_cast<long long>(j), given, expected);
       if (head.gradient_tolerance[i][j] == 0)
@@ -160,12 +172,15 @@ void check_factors(const Run& run, const ExpectedLoss& expected, const std::stri
   const bool both = run.c.target_logits != nullptr, mean = run.c.problem.reduction == cpu::Reduction::kMean;
   const long double trade_off = both ? run.c.problem.trade_off : 1;
   const long double source = mean ? expected.source.divisor : 1, target = mean ? expected.target.divisor : 1;
-  if (source != 0) {
-    CHECK(close(run.factors[0], trade_off / source, 1e-12L * std::fabs(trade_off / source)), "%s: %g", text.c_str(),
-          run.factors[0]);
-  }
-  if (both && target != 0)
-    CHECK(close(run.factors[1], 1 / target, 1e-12L / target), "%s: %g", text.c_str(), run.factors[1]);
+  const auto check = [&](const char* head, double given, long double whole, const Grid& logits, bool of_source) {
+    const long double stored = stored_factor(run.c, logits, of_source);
+    CHECK(close(given * stored, whole, 1e-12L * std::fabs(whole)), "%s: %s %g", text.c_str(), head, given);
+    // Where every row counts as one, there is nothing left for the backward pass: not even a rounding.
+    const bool counts = close(stored, whole, 1e-14L * std::fabs(whole)) && logits.type() != ScalarType::kFloat16;
+    if (counts) CHECK(static_cast<float>(given) == 1, "%s: %s %.17g, expected 1", text.c_str(), head, given);
+  };
+  if (source != 0) check("source", run.factors[0], trade_off / source, *run.c.source_logits, true);
+  if (both && target != 0) check("target", run.factors[1], 1 / target, *run.c.target_logits, false);
 }
 
 void check_loss(LossCase& c, bool in_place, const cuda::PlanRules& rules) {
@@ -181,8 +196,10 @@ void check_loss(LossCase& c, bool in_place, const cuda::PlanRules& rules) {
   check_term(run, 1, expected.source, text + ", source term");
   if (both) check_term(run, 0, expected.target, text + ", target term");
   check_factors(run, expected, text);
-  check_gradient(*source_gradient, expected.source, text + ", source");
-  if (both) check_gradient(*target_gradient, expected.target, text + ", target");
+  check_gradient(*source_gradient, expected.source, stored_factor(c, *c.source_logits, true), text + ", source");
+  if (both) {
+    check_gradient(*target_gradient, expected.target, stored_factor(c, *c.target_logits, false), text + ", target");
+  }
 }
 
 TEST(cuda_loss) {
@@ -278,8 +295,9 @@ TEST(cuda_scale) {
     for (int repetition = 0; repetition < 4; ++repetition) {
       const int64_t rows = random_integer(1, 5), columns = random_integer(1, 300);
       auto first = random_grid(type, rows, columns, 1), second = random_grid(ScalarType::kFloat32, rows, 3, 1);
-      if (one_in(2)) first->set(0, 0, 0);
-      const bool infinite = one_in(4), by_row = one_in(2);
+      // A zero stays one, whatever it is multiplied by: once for certain.
+      if (repetition == 0 || one_in(2)) first->set(0, 0, 0);
+      const bool infinite = repetition == 0 || one_in(4), by_row = one_in(2);
       const float factors[2] = {infinite ? INFINITY : 1.5f, -0.25f};
       double upstream[5];
       for (double& x : upstream) x = by_row ? static_cast<double>(normal(1)) : 0.75;
