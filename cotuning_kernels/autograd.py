@@ -71,7 +71,10 @@ def co_tuning_loss(
     target_gradient = target_logits is not None and target_logits.requires_grad
     wants_gradient = torch.is_grad_enabled() and (source_gradient or target_gradient)
     _refuse_tangents(source_logits, target_logits)
-    if inplace and wants_gradient:
+    # Of vmap alone; all else is refused. It hides which tensors require a gradient, and finds them again, one by one,
+    # when it calls the operation.
+    is_mapped = torch.is_grad_enabled() and _is_mapped()
+    if inplace and wants_gradient and not is_mapped:
         validation.check_inplace("source_logits", source_logits)
         if target_logits is not None:
             validation.check_inplace("target_logits", target_logits)
@@ -81,15 +84,14 @@ def co_tuning_loss(
         return result if return_terms else (result, None)
     source_logits = dense_columns(source_logits)
     target_logits = None if target_logits is None else dense_columns(target_logits)
+    if is_mapped:
+        both = (True, target_logits is not None)
+        loss, terms, *_ = operation("co_tuning_loss", backend)(source_logits, target_logits, *arguments, *both)
+        return loss, terms
     if wants_gradient:
         arguments = (*arguments, source_gradient, target_gradient)
         result = _CoTuningLoss.apply(source_logits, target_logits, arguments, return_terms, backend)
         return result if return_terms else (result, None)
-    if torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
-        # vmap hides which tensors require a gradient, and finds them again, one by one, when it calls the operation.
-        both = (True, target_logits is not None)
-        loss, terms, *_ = operation("co_tuning_loss", backend)(source_logits, target_logits, *arguments, *both)
-        return loss, terms
     loss, terms, *_ = _below_autograd("co_tuning_loss", backend, source_logits, target_logits, *arguments, False, False)
     return loss, terms
 
@@ -120,6 +122,23 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
             "the fused Co-Tuning loss has no forward-mode derivative (jvp, jacfwd, dual tensors); use "
             'backend="reference"'
         )
+
+
+def _is_mapped() -> bool:
+    """Whether this is within torch.func.vmap.
+
+    Raises:
+        RuntimeError: it is within another transform of functorch, none of which can differentiate the loss.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if any(each.key() != torch._C._functorch.TransformType.Vmap for each in transforms):
+        raise RuntimeError(
+            "the fused Co-Tuning loss cannot be differentiated by torch.func (grad, jacrev, functorch's transforms but "
+            'vmap); use loss.backward() or torch.autograd.grad, or backend="reference"'
+        )
+    return True
 
 
 def _compute_dtype(source_logits: Tensor) -> torch.dtype:

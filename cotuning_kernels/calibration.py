@@ -19,6 +19,7 @@ from torch import Tensor
 from cotuning_kernels import backends, plots, reference
 from cotuning_kernels.backends.schema import operation
 from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
+from cotuning_kernels.validation import check_ignore_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,8 +107,9 @@ def fit_temperature(
             -inf at its label, which no temperature makes possible.
         IndexError: a label out of range; names the row and the value.
     """
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations is {max_iterations}, expected at least 1")
+    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations!r:.80}, expected a positive int")
+    check_ignore_index(ignore_index)
     positive_number("tolerance", tolerance)
     num_classes = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
     logits, labels = check_labelled_logits("logits", logits, labels, num_classes, ignore_index)
@@ -150,7 +152,8 @@ def fit_temperature(
         elif sample_terms_at is not None and step != 0:
             step = _step_with_sample(sample_terms_at, b, slope / rows, curvature / rows, step)
         # Two passes with equal curvatures, one on either side of where it is largest, do not mean that it is constant.
-        bend = max(abs(curvature - last_curvature) / abs(b - last_b), curvature / b)
+        moved = abs(b - last_b) or math.inf  # a step below b's last digit has moved nothing
+        bend = max(abs(curvature - last_curvature) / moved, curvature / b)
         if _error_left(step, curvature, bend) <= tolerance * b:
             # The NLL at the end of the last step from its parabola: the error is of third order in a tiny step.
             nll_after = (nll + slope * step / 2) / rows

@@ -84,6 +84,7 @@ def co_tuning_loss(
         IndexError: a label is out of range (CPU); on an accelerator an assertion of the device, as ``F.cross_entropy``.
         RuntimeError: the backend asked for does not serve the logits' device; says how to get it.
     """
+    check_there_are_target_logits(target_logits)
     return evaluate(
         source_logits, target_logits, target, matrix_of(relationship), trade_off, weight, label_smoothing, ignore_index,
         reduction, source_loss, inplace, backend, return_terms,
@@ -140,6 +141,12 @@ def translate_labels(
     if probabilities or served_by == "reference":
         return reference.translate_labels(target, relationship, ignore_index=ignore_index)
     return autograd.translate_labels(target, relationship, ignore_index, served_by)
+
+
+def check_there_are_target_logits(target_logits: Tensor | None) -> None:
+    """Without them there would be no target term, and the source term without its factor: nobody's loss."""
+    if target_logits is None:
+        raise TypeError("target_logits is None, expected a Tensor; source_label_loss is the source term alone")
 
 
 def evaluate(

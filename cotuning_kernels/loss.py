@@ -125,6 +125,7 @@ class FusedCoTuningLoss(nn.Module):
             IndexError: a label is out of range (CPU); on an accelerator an assertion of the device.
             RuntimeError: the backend asked for does not serve the logits' device; says how to get it.
         """
+        functional.check_there_are_target_logits(target_logits)
         # nn.Module finds a buffer as an attribute only after it has looked elsewhere, which costs 1 us for two.
         buffers: dict[str, Any] = self._buffers
         return functional.evaluate(

@@ -249,7 +249,8 @@ class CoTuningModel(nn.Module):
             The number of batches used.
 
         Raises:
-            ValueError: the loader is empty, or the model has no BatchNorm layer with running statistics.
+            ValueError: the loader is empty, its statistics are not finite, or the model has no BatchNorm layer with
+                running statistics.
         """
         layers = [layer for layer in _batchnorm_layers(self.network) if layer.track_running_stats]
         if not layers:
@@ -268,6 +269,9 @@ class CoTuningModel(nn.Module):
                 layer.train()
             for batch in loader:
                 inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+                first = next(iter(inputs.values())) if isinstance(inputs, Mapping) and inputs else inputs
+                if isinstance(first, Tensor) and first.dim() and len(first) == 0:
+                    continue  # no rows: their mean would be 0, and their variance 1
                 _call(self.network, inputs, device)
                 batches += 1
             if batches == 0:
@@ -275,6 +279,8 @@ class CoTuningModel(nn.Module):
             for layer, (state, _) in zip(layers, before, strict=True):
                 if layer.num_batches_tracked == 0:  # its statistics are of nothing: mean 0, variance 1
                     layer.load_state_dict(state)
+                elif not all(x is None or x.isfinite().all() for x in (layer.running_mean, layer.running_var)):
+                    raise ValueError("BatchNorm statistics that are not finite; is there a NaN in the loader's inputs?")
         except BaseException:
             for layer, (state, _) in zip(layers, before, strict=True):
                 layer.load_state_dict(state)

@@ -30,6 +30,7 @@ from cotuning_kernels import backends, plots, reference, relationship_file
 from cotuning_kernels.backends.schema import operation
 from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
 from cotuning_kernels.relationship_file import RelationshipFileError
+from cotuning_kernels.validation import check_ignore_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -160,9 +161,18 @@ class Relationship:
         For classes that mean "none of the others" and have no counterpart in the source, such as "O" in named entity
         recognition or "background": their mean prediction would teach the source head noise.
 
+        Args:
+            classes: one or several, by name or index; or a boolean tensor ``(N_t,)`` that is true for them.
+
         Raises:
             IndexError, TypeError, ValueError: no such target class.
         """
+        if isinstance(classes, Tensor) and classes.dtype == torch.bool:
+            if classes.shape != (self.num_target_classes,):
+                raise ValueError(
+                    f"classes is a mask of shape {tuple(classes.shape)}, expected ({self.num_target_classes},)"
+                )
+            classes = classes.nonzero().flatten().tolist()
         several = isinstance(classes, Iterable) and not isinstance(classes, str) and _as_index(classes) is None
         chosen: list[Any] = list(classes) if several else [classes]  # type: ignore[arg-type]
         matrix = self.matrix.clone()
@@ -197,7 +207,7 @@ class Relationship:
         return dataclasses.replace(
             self,
             matrix=self.matrix[taken].masked_fill(none[:, None], 0),
-            target_classes=None if target_classes is None else tuple(target_classes),
+            target_classes=class_names("target_classes", target_classes, len(rows)),
             counts=counts,
         )
 
@@ -308,8 +318,10 @@ class Relationship:
                 )
             return matches[0]
         index = _as_index(target_class)
-        if index is None:
-            raise TypeError(f"target class {target_class!r:.80}, expected a name or an index")
+        if index is None or type(target_class) is bool or getattr(target_class, "dtype", None) == torch.bool:
+            raise TypeError(
+                f"target class {target_class!r:.80}, expected a name or an index (torch.tensor(mask).nonzero())"
+            )
         if not 0 <= index < self.num_target_classes:
             raise IndexError(f"target class {index}, expected an index in [0, {self.num_target_classes})")
         return index
@@ -376,6 +388,7 @@ class RelationshipEstimator:
                 f"temperature is {self.temperature:.4g}, expected at least {least:.4g}: its inverse is not finite in "
                 "float32"
             )
+        check_ignore_index(ignore_index)
         self.ignore_index = ignore_index
         # Ordinary tensors, also when an estimator is made under torch.inference_mode: it may be updated outside.
         with torch.inference_mode(False):
@@ -416,7 +429,13 @@ class RelationshipEstimator:
         Raises:
             TypeError, ValueError: a wrong type, shape or device, or a row with NaN, +inf or nothing but -inf.
             IndexError: a label out of range; names the row and the value.
+            RuntimeError: the estimator holds the sums of all processes already (:meth:`all_reduce`).
         """
+        if self._all_reduced:
+            raise RuntimeError(
+                "this estimator holds the sums of all processes; what one of them adds now the others would not have. "
+                "Count everything before all_reduce"
+            )
         logits, labels = check_labelled_logits(
             "source_logits", source_logits, labels, self.num_target_classes, self.ignore_index
         )
@@ -690,8 +709,8 @@ def class_names(argument: str, names: Iterable[str] | None, expected: int) -> tu
     if names is None:
         return None
     # A string is a sequence of strings too: one class a letter is never what was meant.
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"{argument} is {names!r:.80}, expected a sequence of names or None")
+    if isinstance(names, str | set | frozenset) or not isinstance(names, Iterable):
+        raise TypeError(f"{argument} is {names!r:.80}, expected a sequence of names in the classes' order, or None")
     names = tuple(names)
     strange = [name for name in names if not isinstance(name, str)]
     if strange:

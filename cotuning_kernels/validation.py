@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -173,9 +174,9 @@ def check_options(label_smoothing: float, reduction: str, source_loss: str) -> N
         raise TypeError(f"label_smoothing is {label_smoothing!r:.80}, expected a number in [0, 1]")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1]")
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
-    if source_loss not in KL_DIVERGENCE:
+    if not isinstance(source_loss, str) or source_loss not in KL_DIVERGENCE:
         raise ValueError(f"source_loss is {source_loss!r}, expected 'cross_entropy' or 'kl'")
 
 
@@ -193,6 +194,8 @@ def check_trade_off(trade_off: float | Tensor, device: torch.device) -> None:
         raise TypeError(
             f"trade_off is a {type(trade_off).__name__}, expected a number or a floating tensor of shape ()"
         )
+    elif isinstance(trade_off, int) and abs(trade_off) > sys.float_info.max:
+        raise ValueError("trade_off is an int beyond float64, expected a finite number")
     elif not -math.inf < trade_off < math.inf:  # math.isfinite would end the trace of a symbolic number
         raise ValueError(f"trade_off is {trade_off}, expected a finite number")
 

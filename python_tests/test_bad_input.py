@@ -59,6 +59,7 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         TypeError,
         ["target_logits", "bool", "float32"],
     ),
+    "no target logits": ({"target_logits": None}, TypeError, ["target_logits is None", "source_label_loss"]),
     "3-D logits": ({"source_logits": _Z.reshape(2, 2, _S)}, ValueError, ["source_logits", r"\(2, 2, 20\)", "flatten"]),
     "3-D target logits": (
         {"target_logits": torch.zeros(2, 2, _T)},
@@ -122,6 +123,9 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         ["share", "requires grad"],
     ),
     "share as a word": ({"target": _pair(share="half")}, TypeError, ["share"]),
+    "reduction as a list": ({"reduction": ["mean"]}, ValueError, ["reduction", "mean", "none"]),
+    "source_loss as a list": ({"source_loss": []}, ValueError, ["source_loss", "kl"]),
+    "trade_off beyond float64": ({"trade_off": 10**400}, ValueError, ["trade_off", "finite"]),
     "relationship as a list": ({"relationship": [[1.0]]}, TypeError, ["relationship", "list", "Tensor"]),
     "relationship as integers": ({"relationship": _R.long()}, ValueError, ["relationship", "int64", "float"]),
     "relationship of one dimension": (

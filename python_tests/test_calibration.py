@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,6 +371,8 @@ def test_bad_rows_are_named(backend: Backend, fault: str, dtype: torch.dtype, dr
         (torch.ones(3, 4).long(), torch.tensor([0, 1, 0]), {}, TypeError, "logits has dtype torch.int64"),
         (torch.ones(3, 4), torch.ones(3), {}, TypeError, "labels has dtype torch.float32"),
         (torch.ones(3, 4), torch.ones(3).long(), {"max_iterations": 0}, ValueError, "max_iterations is 0"),
+        (torch.ones(3, 4), torch.ones(3).long(), {"max_iterations": 1.5}, ValueError, "max_iterations is 1.5"),
+        (torch.ones(3, 4), torch.ones(3).long(), {"ignore_index": None}, TypeError, "ignore_index is None"),
         (torch.ones(3, 4), torch.ones(3).long(), {"tolerance": 0}, ValueError, "tolerance is 0"),
         (torch.ones(3, 4), torch.ones(3).long(), {"backend": "abacus"}, ValueError, "abacus"),
     ],
@@ -377,6 +380,17 @@ def test_bad_rows_are_named(backend: Backend, fault: str, dtype: torch.dtype, dr
 def test_bad_input(logits: Any, labels: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fit_temperature(logits, labels, **options)
+
+
+def test_a_tolerance_that_no_number_has(draw: torch.Generator) -> None:
+    """Steps end below the last digit of the temperature: it stays where it is, in peace."""
+    logits, labels = 2 * torch.randn(500, 7, generator=draw), torch.randint(7, (500,), generator=draw)
+    logits += 2 * F.one_hot(labels, 7)
+    fit = fit_temperature(logits, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fine = fit_temperature(logits, labels, tolerance=1e-17)
+    assert fine.temperature == pytest.approx(fit.temperature, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- calibration error

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import cotuning_kernels as ck
 from cotuning_kernels import backends, functional
@@ -262,6 +263,22 @@ def test_a_hook_that_raises_is_heard(seed: int) -> None:
     with saved_tensors_hooks(pack, lambda x: x), pytest.raises(ValueError, match="planted"):
         loss_of(arguments(seed))
     assert served_by_eager(arguments(seed))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_activation_checkpointing(last: bool, seed: int) -> None:
+    """A checkpoint's hook raises when it has seen all that it wants, in the middle of the loss where that is last."""
+    given = arguments(seed)
+
+    def run(source_logits: Tensor, target_logits: Tensor) -> Tensor:
+        loss = loss_of({**given, "source_logits": source_logits * 0.7, "target_logits": target_logits.sin()})
+        return loss if last else loss.exp()
+
+    heads = given["source_logits"], given["target_logits"]
+    expected = torch.autograd.grad(run(*heads), heads)
+    found = torch.autograd.grad(checkpoint(run, *heads, use_reentrant=False), heads)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("frozen", [None, "source_logits", "target_logits"])

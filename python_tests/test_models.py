@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -776,7 +777,10 @@ def test_reestimation_that_fails_changes_nothing() -> None:
         yield images()
         raise OSError("the disk is gone")
 
-    for loader, error in (([], ValueError), (broken_loader(), OSError), ([torch.randn(2, 4, 9, 9)], RuntimeError)):
+    for loader, error in (
+        ([], ValueError), (broken_loader(), OSError), ([torch.randn(2, 4, 9, 9)], RuntimeError),
+        ([images()[:0]], ValueError), ([images(), math.nan * images()], ValueError),
+    ):  # fmt: skip
         with pytest.raises(error):
             model.reestimate_batchnorm(loader)
         torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
@@ -784,6 +788,11 @@ def test_reestimation_that_fails_changes_nothing() -> None:
         assert all(module.training for module in model.modules())
     with pytest.raises(ValueError, match="no BatchNorm layer"):
         CoTuningModel.from_classifier(SqueezeNetLike(), N_TARGET).reestimate_batchnorm([images()])
+    # A batch without rows says nothing.
+    assert model.reestimate_batchnorm([images()[:0], (batch := images())]) == 1
+    found = copy.deepcopy(model.state_dict())
+    assert model.reestimate_batchnorm([batch]) == 1
+    torch.testing.assert_close(dict(model.state_dict()), dict(found), rtol=0, atol=0)
 
 
 def test_end_to_end_on_the_reference_loss() -> None:

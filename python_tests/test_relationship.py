@@ -431,6 +431,9 @@ def test_sums_of_all_processes_are_not_merged_with_those_of_one(draw: torch.Gene
     assert state_of(fresh) == state_of(reduced)
     with pytest.raises(RuntimeError, match="already holds the sums of all processes"):
         fresh.all_reduce()
+    with pytest.raises(RuntimeError, match="the others would not have. Count everything before all_reduce"):
+        fresh.update(*random_batch(draw, 10))
+    assert state_of(fresh) == state_of(reduced)
 
 
 @pytest.mark.parametrize(
@@ -905,9 +908,13 @@ def test_without_supervision() -> None:
     assert changed.source_classes == result.source_classes
     with pytest.raises(ValueError, match="no target class 'B-PER'"):
         result.without_supervision("B-PER")
-    for classes in (1.9, [1.9], None):
+    for classes in (1.9, [1.9], None, True, [True, False, False, False], np.array([True, False, False, False])):
         with pytest.raises(TypeError, match="expected a name or an index"):
             result.without_supervision(classes)  # type: ignore[arg-type]
+    mask = torch.tensor([True, False, False, True])
+    assert torch.equal(result.without_supervision(mask).matrix, changed.matrix)
+    with pytest.raises(ValueError, match=r"classes is a mask of shape \(3,\), expected \(4,\)"):
+        result.without_supervision(mask[:3])
 
 
 def test_regrouped(draw: torch.Generator) -> None:

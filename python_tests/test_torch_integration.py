@@ -380,6 +380,12 @@ def test_vmap_has_a_gradient(backend: Backend, seed: int) -> None:
     for a, b in zip(together, alone, strict=True):
         assert a.grad is not None
         assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-8)
+    # One head for all of them, which requires a gradient as well.
+    shared = stacked[1][0].clone().requires_grad_()
+    torch.func.vmap(lambda source: loss_of(source, shared))(stacked[0]).sum().backward()
+    assert shared.grad is not None
+    expected = torch.autograd.grad(sum(loss_of(source, shared) for source in stacked[0]), shared)[0]
+    assert torch.allclose(shared.grad, expected, rtol=1e-5, atol=1e-8)
 
 
 # ------------------------------------------------------------------------------------------ autocast and half precision

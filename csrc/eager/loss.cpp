@@ -16,6 +16,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -295,7 +296,12 @@ PyObject* python_co_tuning_loss(PyObject*, PyObject* const* arguments, Py_ssize_
     PyObject* loss = THPVariable_Wrap(std::move(losses->loss));
     if (!options->return_terms) return loss;
     return Py_BuildValue("(NN)", loss, THPVariable_Wrap(std::move(losses->terms)));
-  } catch (const std::exception&) {  // a shape, a dtype, memory, a hook of the user's: Python says what it is
+  } catch (python_error& error) {
+    // A hook for saved tensors raised, as that of a checkpoint does to say that it has seen enough: it is the caller's,
+    // and would not bear to be called once more for the same tensor.
+    error.restore();
+    return nullptr;
+  } catch (const std::exception&) {  // a shape, a dtype, memory: Python says what it is
     PyErr_Clear();
     return decline();
   }

@@ -35,16 +35,18 @@ bool is_double(const ConstMatrix& matrix) { return matrix.type == ScalarType::kF
 
 // scale = stored * factor. Half precision cannot hold a gradient divided by a large batch, or multiplied by a class
 // weight of 1e-3: it would lose what is below 6e-8. Such a gradient is stored with a scale that makes the row of the
-// largest mass one of [1, 2), and the rest is a power of two, which rounds nothing when the backward pass multiplies by
-// it.
+// largest mass one of [2^13, 2^14), as near to its largest number, 65504, as a row whose entries cancel allows: no
+// gradient is larger than twice that mass. Rows of little mass then keep their digits. The rest is a power of two,
+// which rounds nothing when the backward pass multiplies by it.
 double split_scale(ScalarType type, double scale, double largest_mass, double* stored) {
   *stored = scale;
   const double largest = std::fabs(scale * largest_mass);
   if (type != ScalarType::kFloat16 || !(largest > 0) || !std::isfinite(largest)) return 1.0;
+  constexpr int kLargestExponent = 14;
   int exponent;
   std::frexp(largest, &exponent);
-  *stored = std::ldexp(scale, 1 - exponent);
-  return std::ldexp(1.0, exponent - 1);
+  *stored = std::ldexp(scale, kLargestExponent - exponent);
+  return std::ldexp(1.0, exponent - kLargestExponent);
 }
 
 // Where the exponentials of a row wait for the second pass: in scratch, which stays in the first-level cache together
@@ -66,13 +68,18 @@ constexpr double kUnknown = -INFINITY;
 
 double loss_of(const SweepResult& s) { return s.mass * std::log(s.sum) - s.dot; }
 
-// Where a row's maximum comes late and is far above the first elements, the shift is far below it: log sum and q (z -
-// shift) are large, and so is the rounding of their difference. Whether the difference is smaller than they are by a
-// factor of 8 (in rows that are confident and right: their loss is near 0). The sum alone, above exp(8), tells most
-// rows.
-bool cancels(const SweepResult& s) {
+// Where a row's maximum comes late and is far above the first elements, the shift is far below it. Then z - shift is
+// rounded coarsely where it counts, and with it the exponentials; by exp(12), which rows in no order hardly reach, that
+// is 7e-7 of them.
+constexpr double kFarSum = 162755;
+
+// And log sum and q (z - shift) are large, and so is the rounding of their difference. Whether the difference is
+// smaller than they are by a factor of 8 (in rows that are confident and right: their loss is near 0). The sum alone,
+// above exp(8), tells most rows.
+bool is_coarse(const SweepResult& s) {
   constexpr double kMost = 8, kLeastSum = 2981;
   if (!(s.sum > kLeastSum)) return false;
+  if (s.sum > kFarSum) return true;
   return std::fabs(s.mass) * std::log(s.sum) > kMost * (std::fabs(s.mass) + std::fabs(loss_of(s)));
 }
 
@@ -318,8 +325,9 @@ class Loss {
   }
 
   // Cross entropy of a row against the distribution q, and its gradient; no q: no loss, and a gradient of zeros.
+  // `mass`: that of q, where it is known better than from a sum in the type that is computed in.
   double dense_row(const ConstMatrix& logits, int64_t row, const void* q, void* scratch, const void* next, double scale,
-                   const Matrix& gradient) {
+                   const Matrix& gradient, const double* mass = nullptr) {
     const int type = static_cast<int>(logits.type);
     if (q == nullptr) {
       zero_gradient(logits, row, gradient);
@@ -328,12 +336,14 @@ class Loss {
     void* gradient_row = gradient.data != nullptr ? gradient.row(row) : nullptr;
     const bool kept = keeps_exponentials(gradient, logits);
     void* exponentials = kept || gradient_row == nullptr ? gradient_row : scratch;
+    if (gradient.stream) look_up_pages(gradient_row, logits.columns * size_of(logits.type));
     SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next,
                                       kept || gradient.stream ? nullptr : gradient_row, kUnknown);
-    if (cancels(s)) {  // once more, relative to what was found
+    if (is_coarse(s)) {  // once more, relative to what was found
       const double shift = s.shift + std::log(s.sum);
       s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, nullptr, nullptr, shift);
     }
+    if (mass != nullptr) s.mass = *mass;
     if (gradient_row != nullptr) {
       rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, gradient.stream,
                            gradient_row);
@@ -343,16 +353,19 @@ class Loss {
 
   void target_row(int64_t row, void* scratch, const void* next) {
     if (has_probabilities() || p_.label_smoothing > 0) {
-      const void* q = is_double(p_.target_logits) ? target_distribution<double>(row) : target_distribution<float>(row);
-      target_rows_[row] = dense_row(p_.target_logits, row, q, scratch, next, target_scale_, p_.target_gradient);
+      double mass = 0;
+      const void* q = is_double(p_.target_logits) ? target_distribution<double>(row, &mass)
+                                                  : target_distribution<float>(row, &mass);
+      target_rows_[row] = dense_row(p_.target_logits, row, q, scratch, next, target_scale_, p_.target_gradient, &mass);
     } else {
       target_rows_[row] = sparse_target_row(row, scratch, next);
     }
   }
 
-  // weight * ((1 - smoothing) * target + smoothing / N_t), or null where it is all zeros.
+  // weight * ((1 - smoothing) * target + smoothing / N_t), or null where it is all zeros; and its mass. (Of smoothed
+  // labels: thousands of small numbers, added in float to the label's, would lose their digits to it.)
   template <class C>
-  const void* target_distribution(int64_t row) const {
+  const void* target_distribution(int64_t row, double* mass) const {
     const double smoothing = p_.label_smoothing;
     const double share = has_probabilities() ? 1.0 : parts_[row].total();
     const double base = smoothing / static_cast<double>(target_classes_) * share;
@@ -370,6 +383,7 @@ class Loss {
     bool any = false;
     for (int64_t j = 0; j < target_classes_; ++j) {
       q[j] *= static_cast<C>(weight_of(j));
+      *mass += q[j];
       any |= q[j] != 0;
     }
     return any ? q : nullptr;
@@ -406,8 +420,12 @@ class Loss {
     void* exponentials = gradient_row != nullptr ? scratch : nullptr;
     // Relative to the labels' higher logit where that is high: of a confident row, log sum is nearly that logit.
     const double highest = parts.count == 2 && logit[1] > logit[0] ? logit[1] : logit[0];
-    const SweepResult s =
+    SweepResult s =
         rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, next, gradient_row, highest);
+    if (s.sum > kFarSum) {
+      const double shift = s.shift + std::log(s.sum);
+      s = rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, nullptr, nullptr, shift);
+    }
     const double mass = parts.total();
     double loss = mass * std::log(s.sum);
     for (int k = 0; k < parts.count; ++k) loss -= parts.share[k] * (logit[k] - s.shift);
