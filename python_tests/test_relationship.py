@@ -431,7 +431,7 @@ def test_sums_of_all_processes_are_not_merged_with_those_of_one(draw: torch.Gene
     assert state_of(fresh) == state_of(reduced)
     with pytest.raises(RuntimeError, match="already holds the sums of all processes"):
         fresh.all_reduce()
-    with pytest.raises(RuntimeError, match="the others would not have. Count everything before all_reduce"):
+    with pytest.raises(RuntimeError, match=r"the others would not have\. Count everything before all_reduce"):
         fresh.update(*random_batch(draw, 10))
     assert state_of(fresh) == state_of(reduced)
 
