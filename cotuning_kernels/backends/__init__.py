@@ -128,8 +128,8 @@ def _unfit_devices() -> str | None:
     """Why the CUDA kernels cannot run on what torch sees: an old driver, or a card that they were not compiled for."""
     compiler, _, architectures = (cuda_build() or "").partition(": ")
     needed = int(compiler.removeprefix("nvcc ").partition(".")[0])
-    driver: int = torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
-    if driver < needed:
+    driver = _driver_version()
+    if driver is not None and driver < needed:
         return f"they were built with {compiler} and need a driver for CUDA {needed}, and this one is for {driver}"
     for device in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_capability(device)
@@ -137,6 +137,16 @@ def _unfit_devices() -> str | None:
             name = torch.cuda.get_device_name(device)
             return f"they were built for {architectures}, and the {name} is {card[0]}.{card[1]}; install again here"
     return None
+
+
+def _driver_version() -> int | None:
+    """The major version of CUDA that the driver is for; None where it does not say."""
+    version = ctypes.c_int()
+    try:
+        status: int = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000 if status == 0 else None
 
 
 def _runs_on(card: tuple[int, int], name: str) -> bool:
