@@ -324,6 +324,14 @@ class Loss {
     source_rows_[row] = dense_row(p_.source_logits, row, q, scratch, next, source_scale_, source_gradient_) + q_log_q;
   }
 
+  // Relative to the logarithm of the sum that the sweep before has found.
+  SweepResult sweep_again(const SweepResult& s, const ConstMatrix& logits, int64_t row, const void* q,
+                          void* exponentials) const {
+    const double shift = s.shift + std::log(s.sum);
+    return rows_.sweep[static_cast<int>(logits.type)](logits.row(row), q, logits.columns, exponentials, nullptr,
+                                                      nullptr, shift);
+  }
+
   // Cross entropy of a row against the distribution q, and its gradient; no q: no loss, and a gradient of zeros.
   // `mass`: that of q, where it is known better than from a sum in the type that is computed in.
   double dense_row(const ConstMatrix& logits, int64_t row, const void* q, void* scratch, const void* next, double scale,
@@ -339,10 +347,7 @@ class Loss {
     if (gradient.stream) look_up_pages(gradient_row, logits.columns * size_of(logits.type));
     SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next,
                                       kept || gradient.stream ? nullptr : gradient_row, kUnknown);
-    if (is_coarse(s)) {  // once more, relative to what was found
-      const double shift = s.shift + std::log(s.sum);
-      s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, nullptr, nullptr, shift);
-    }
+    if (is_coarse(s)) s = sweep_again(s, logits, row, q, exponentials);
     if (mass != nullptr) s.mass = *mass;
     if (gradient_row != nullptr) {
       rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, gradient.stream,
@@ -422,10 +427,7 @@ class Loss {
     const double highest = parts.count == 2 && logit[1] > logit[0] ? logit[1] : logit[0];
     SweepResult s =
         rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, next, gradient_row, highest);
-    if (s.sum > kFarSum) {
-      const double shift = s.shift + std::log(s.sum);
-      s = rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, nullptr, nullptr, shift);
-    }
+    if (s.sum > kFarSum) s = sweep_again(s, logits, row, nullptr, exponentials);
     const double mass = parts.total();
     double loss = mass * std::log(s.sum);
     for (int k = 0; k < parts.count; ++k) loss -= parts.share[k] * (logit[k] - s.shift);
