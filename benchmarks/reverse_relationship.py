@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.contestants import OURS, DisagreementError
-from cotuning_kernels.reverse_relationship import INVERSE_PENALTIES, regression_path
+from cotuning_kernels.relationship.reverse import INVERSE_PENALTIES, regression_path
 
 __all__ = ["SCIKIT_LEARN", "SIZES", "check_objectives", "make_problem", "measure", "objective", "ours", "scikit_learn"]
 

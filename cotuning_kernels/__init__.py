@@ -16,10 +16,10 @@ from cotuning_kernels.targets import MixedTarget
 
 if TYPE_CHECKING:
     from cotuning_kernels.calibration import TemperatureFit, expected_calibration_error, fit_temperature
-    from cotuning_kernels.learning import learn_relationship
     from cotuning_kernels.models import CoTuningLogits, CoTuningModel
     from cotuning_kernels.relationship import Relationship, RelationshipEstimator
-    from cotuning_kernels.reverse_relationship import learn_reverse_relationship
+    from cotuning_kernels.relationship.learn import learn_relationship
+    from cotuning_kernels.relationship.reverse import learn_reverse_relationship
 
 __version__ = "0.1.0"
 
@@ -32,8 +32,8 @@ _LAZY = {
     "TemperatureFit": "calibration",
     "expected_calibration_error": "calibration",
     "fit_temperature": "calibration",
-    "learn_relationship": "learning",
-    "learn_reverse_relationship": "reverse_relationship",
+    "learn_relationship": "relationship.learn",
+    "learn_reverse_relationship": "relationship.reverse",
 }
 
 __all__ = [

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import cotuning_kernels
 from cotuning_kernels import backends, plots, reference, relationship
-from cotuning_kernels.learning import learn_relationship
 from cotuning_kernels.relationship import Relationship, RelationshipEstimator
+from cotuning_kernels.relationship.learn import learn_relationship
 
 N_T, N_S = 5, 37
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from test_relationship import run_script
 from torch import Tensor
 
-from cotuning_kernels import relationship_file
 from cotuning_kernels.relationship import Relationship, RelationshipFileError
+from cotuning_kernels.relationship import file as relationship_file
 
 
 def random_relationship(draw: torch.Generator, rows: int = 3, columns: int = 5, **fields: Any) -> Relationship:
@@ -433,7 +433,7 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(
 _KILLED = """
 import json, os, random, signal, sys, time
 import torch
-from cotuning_kernels import relationship_file
+from cotuning_kernels.relationship import file as relationship_file
 from cotuning_kernels.relationship import Relationship, RelationshipFileError
 torch.set_num_threads(1)
 folder, careless, rounds, seed = sys.argv[1], sys.argv[2] == "careless", int(sys.argv[3]), int(sys.argv[4])

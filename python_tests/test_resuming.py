@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import cotuning_kernels
 from cotuning_kernels import learn_relationship
-from cotuning_kernels.learning import CheckpointError
+from cotuning_kernels.relationship.learn import CheckpointError
 
 N_T, N_S = 4, 12
 Batches = list[tuple[Tensor, Tensor]]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from cotuning_kernels import learn_relationship, learn_reverse_relationship, reverse_relationship
-from cotuning_kernels.relationship import Relationship
-from cotuning_kernels.reverse_relationship import INVERSE_PENALTIES, bayes, regression_path
+from cotuning_kernels import learn_relationship, learn_reverse_relationship
+from cotuning_kernels.relationship import Relationship, reverse
+from cotuning_kernels.relationship.reverse import INVERSE_PENALTIES, bayes, regression_path
 
 N_T, N_S = 6, 40
 PENALTIES = INVERSE_PENALTIES[4:14]  # scikit-learn takes long to converge at the others
@@ -223,7 +223,7 @@ def test_the_comparison_sees_a_wrong_step(draw: torch.Generator, monkeypatch: py
 
     for wrong in (without_the_marginal, without_the_temperature):
         with monkeypatch.context() as patched:
-            patched.setattr(reverse_relationship, "bayes", wrong)
+            patched.setattr(reverse, "bayes", wrong)
             ours = learn_reverse_relationship(*train, *validation, N_T, inverse_penalties=PENALTIES)
         assert (ours.matrix.double() - expected).abs().sum(dim=1).max() / 2 > 1e-2
 

@@ -8,7 +8,7 @@ predictions over the target images of class ``t``,
 
 :class:`RelationshipEstimator` counts, batch by batch; :class:`Relationship` is the result, with class names, pictures
 and a file format. :func:`cotuning_kernels.learn_relationship` does all of it for a model and a loader, and
-:mod:`cotuning_kernels.reverse_relationship` has the paper's other method.
+:mod:`cotuning_kernels.relationship.reverse` has the paper's other method.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cotuning_kernels import backends, plots, reference, relationship_file
+from cotuning_kernels import backends, plots, reference
 from cotuning_kernels.backends.schema import operation
 from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
-from cotuning_kernels.relationship_file import RelationshipFileError
+from cotuning_kernels.relationship import file
 from cotuning_kernels.validation import check_ignore_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.distributed import ProcessGroup
 
-__all__ = ["Relationship", "RelationshipEstimator", "RelationshipFileError", "class_names", "settle_empty_classes"]
+__all__ = ["Relationship", "RelationshipEstimator", "class_names", "settle_empty_classes"]
 
 _METHODS = ("direct", "reverse", "given")
 # How far a row may be from summing to 1: what hand-made tables and rounding to half precision bring about.
@@ -270,7 +270,7 @@ class Relationship:
             "temperature": self.temperature,
             "metadata": self.metadata,
         }
-        relationship_file.write(path, tensors, record)
+        file.write(path, tensors, record)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Relationship:
@@ -280,7 +280,7 @@ class Relationship:
             FileNotFoundError: there is no such file.
             RelationshipFileError: a directory, a damaged, truncated or foreign file, or one of a newer version.
         """
-        tensors, record = relationship_file.read(path)
+        tensors, record = file.read(path)
         try:
             return cls(
                 matrix=tensors["matrix"],
@@ -292,7 +292,7 @@ class Relationship:
                 metadata=record["metadata"],
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise RelationshipFileError(
+            raise file.RelationshipFileError(
                 f"{os.fspath(path)} does not hold a relationship ({type(error).__name__}: {error}); "
                 "learn the relationship again, or take the file from a copy"
             ) from error

@@ -2,7 +2,7 @@
 
 :func:`learn_relationship` runs the pretrained classifier over the data once and hands what it predicts to a *sink*: for
 the direct method a :class:`~cotuning_kernels.relationship.RelationshipEstimator`, for the reverse one a list of the
-logits, from which :mod:`cotuning_kernels.reverse_relationship` learns. A pass may be interrupted and resumed
+logits, from which :mod:`cotuning_kernels.relationship.reverse` learns. A pass may be interrupted and resumed
 (``checkpoint=``), or shared by the processes of torch.distributed (``distributed=True``).
 """
 
@@ -29,8 +29,8 @@ from cotuning_kernels import backends
 from cotuning_kernels.atomic_file import write_atomically
 from cotuning_kernels.distributed import rank_and_size
 from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
-from cotuning_kernels.relationship import Relationship, RelationshipEstimator, check_empty_policy, class_names
-from cotuning_kernels.reverse_relationship import INVERSE_PENALTIES, checked_penalties, learn_reverse_relationship
+from cotuning_kernels.relationship.matrix import Relationship, RelationshipEstimator, check_empty_policy, class_names
+from cotuning_kernels.relationship.reverse import INVERSE_PENALTIES, checked_penalties, learn_reverse_relationship
 
 __all__ = ["CheckpointError", "learn_relationship"]
 

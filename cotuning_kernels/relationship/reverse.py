@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from cotuning_kernels import functional
 from cotuning_kernels.calibration import fit_temperature
 from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
-from cotuning_kernels.relationship import Relationship, settle_empty_classes
+from cotuning_kernels.relationship.matrix import Relationship, settle_empty_classes
 from cotuning_kernels.targets import without_autocast
 
 __all__ = ["INVERSE_PENALTIES", "RegressionFit", "learn_reverse_relationship", "regression_path"]
