@@ -15,7 +15,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 SOURCES := setup.py pyproject.toml $(shell find build_support cotuning_kernels csrc -name __pycache__ -prune -o \
 	-type f \( -name '*.py' -o -name '*.typed' -o -name '*.txt' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*' \) -print)
-CPP = $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP = $(shell find csrc tools benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # The extras of pyproject.toml that a target needs.
 EXTRAS_demo := demo

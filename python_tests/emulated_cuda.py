@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: compiled by g++ against csrc/emulator, once a session, and put in place of the CPU's.
+"""The CUDA kernels on the CPU: g++ compiles them against tools/cuda_emulator, and they take the CPU kernels' place.
 
 What runs is what runs on a GPU, from the checks of csrc/ops/cuda.cpp down to the kernels; only the device is another.
 """
@@ -35,9 +35,13 @@ def sources(root: Path, *groups: str) -> list[Path]:
     return [root / "csrc" / path for path, group, *_ in fields if group in groups]
 
 
+def emulator_sources(root: Path) -> list[Path]:
+    return sorted((root / "tools" / "cuda_emulator").glob("*.cpp"))
+
+
 def missing() -> str | None:
     """Why there is no emulated library here."""
-    if not (ROOT / "csrc" / "sources.txt").is_file():
+    if not (ROOT / "csrc" / "sources.txt").is_file() or not emulator_sources(ROOT):
         return "the sources of the kernels are not here"
     return None if tool("g++", "c++") else "there is no g++ that could compile the kernels for the CPU"
 
@@ -59,7 +63,7 @@ def build(root: Path, folder: Path) -> Path:
     path = folder / "emulated_cuda.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        listed = sources(root, "cuda", "cuda_extension", "emulator")
+        listed = [*sources(root, "cuda", "cuda_extension"), *emulator_sources(root)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(functools.partial(_compile, folder=folder), listed))
         linked = run([compiler(), "-shared", *objects, "-o", path, f"-L{TORCH / 'lib'}", "-ltorch_cpu"])

@@ -3,11 +3,11 @@
     python python_tests/simulated_gpu.py -m pytest python_tests/test_cuda_device.py
 
 The CUDA extension is the one that ``pip install .`` makes, from the same sources by nvcc, linked to the CUDA runtime
-as a library of its own; in the place of that library's functions come those of csrc/emulator/runtime, which run our
-kernels through the emulator. So everything from the public functions down to ``<<<...>>>`` is what runs on a GPU:
+as a library of its own; in the place of that library's functions come those of tools/cuda_emulator/runtime, which run
+our kernels through the emulator. So everything from the public functions down to ``<<<...>>>`` is what runs on a GPU:
 dispatch to CUDA, device guards, streams, the caching allocator, autograd's threads, captured graphs. What the runtime
-holds to, and what it cannot show, is said in csrc/emulator/runtime/runtime.cpp; how torch's own kernels are replaced,
-in simulated_gpu_operations.py.
+holds to, and what it cannot show, is said in tools/cuda_emulator/runtime/runtime.cpp; how torch's own kernels are
+replaced, in simulated_gpu_operations.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def missing() -> str | None:
     """Why no device can be simulated here."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
-    if not (ROOT / "csrc").is_dir():
+    if not (ROOT / "csrc").is_dir() or not emulated_cuda.emulator_sources(ROOT):
         return "the sources of the kernels are not here"
     if sys.platform != "linux" or _toolkit() is None:
         return "there is no CUDA toolkit (nvcc)"
@@ -61,8 +61,8 @@ def _extension(root: Path) -> list[Path]:
 
 def _runtime(root: Path) -> list[Path]:
     # The controls are of the emulated extension, and reach into its plans.
-    emulator = [path for path in emulated_cuda.sources(root, "emulator") if path.name != "controls.cpp"]
-    return [*emulator, *emulated_cuda.sources(root, "runtime")]
+    emulator = [path for path in emulated_cuda.emulator_sources(root) if path.name != "controls.cpp"]
+    return [*emulator, *sorted((root / "tools" / "cuda_emulator" / "runtime").glob("*.cpp"))]
 
 
 def object_name(source: Path) -> str:

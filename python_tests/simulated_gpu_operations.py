@@ -1,7 +1,7 @@
 """torch's operations for the simulated devices: the CPU's, done when the stream has come so far.
 
-torch's own CUDA kernels do not run there (csrc/emulator/runtime/runtime.cpp), and what the tests need of torch beside
-our kernels, a linear layer, a sum of gradients, must come from somewhere. The memory of a simulated device is memory of
+torch's own CUDA kernels do not run there (tools/cuda_emulator/runtime/runtime.cpp), and what the tests need of torch
+beside our kernels, a linear layer, a sum of gradients, must come from somewhere. The memory of a simulated device is memory of
 this process, so that the CPU's operation works on it in place. It is put on the current stream as a host function,
 which keeps its order there, and is captured with the rest. All of it is in the CUDA dispatch key, below autograd and
 autocast.

@@ -48,7 +48,7 @@ def unlisted_and_missing(csrc: Path) -> tuple[set[str], set[str]]:
     listed = {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
     found = {
         str(path.relative_to(csrc))
-        for folder in ("kernels", "ops", "eager", "bindings", "emulator")
+        for folder in ("kernels", "ops", "eager", "bindings")
         for path in (csrc / folder).rglob("*")
         if path.suffix in (".cpp", ".cu")
     }
@@ -403,7 +403,9 @@ def test_a_source_distribution_has_what_the_build_reads(tmp_path: Path) -> None:
     with tarfile.open(archive) as file:
         packed = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
     needed = {
-        str(path.relative_to(ROOT)) for folder in ("csrc", "build_support") for path in (ROOT / folder).rglob("*.*")
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "build_support", "tools")
+        for path in (ROOT / folder).rglob("*.*")
     }
     missing = {name for name in needed if "__pycache__" not in name} - packed
     assert not missing, f"not in the source distribution: {sorted(missing)}"

@@ -110,7 +110,7 @@ def test_every_fault_of_the_textbook_kernel_is_in_the_table() -> None:
 def test_what_the_emulator_does_not_cover_does_not_compile(code: str, why: str, tmp_path: object) -> None:
     source = f"{tmp_path}/uncovered.cpp"
     with open(source, "w") as file:
-        file.write(f'#include "{ROOT}/csrc/emulator/emulator.h"\nvoid kernel() {{ {code} }}\n')
+        file.write(f'#include "{ROOT}/tools/cuda_emulator/emulator.h"\nvoid kernel() {{ {code} }}\n')
     compiled = run([compiler(), "-std=c++17", "-fsyntax-only", source])
     assert compiled.returncode != 0
     assert why in compiled.stdout

@@ -167,6 +167,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("planted")
     shutil.copy(ROOT / "CMakeLists.txt", folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copytree(ROOT / "tools", folder / "tools")
     return folder
 
 

@@ -119,6 +119,7 @@ BUGS = (
 def test_a_bug_on_the_way_to_the_kernels_is_found(bug: Bug, tmp_path: Path) -> None:
     root, folder = tmp_path / "checkout", tmp_path / "built"
     shutil.copytree(ROOT / "csrc", root / "csrc")
+    shutil.copytree(ROOT / "tools", root / "tools")
     source = root / "csrc" / bug.file
     text = source.read_text()
     assert text.count(bug.old) == 1, f"{bug.file} has no longer what {bug.name!r} changes"

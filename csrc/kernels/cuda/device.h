@@ -1,9 +1,9 @@
-// The vocabulary of the kernels: CUDA's own when nvcc compiles them, the emulator's (csrc/emulator) when g++ does.
+// The vocabulary of the kernels: CUDA's own when nvcc compiles them, the emulator's (tools/cuda_emulator) when g++ does.
 #pragma once
 
 #ifdef COTUNING_EMULATE
 
-#include "../../emulator/emulator.h"
+#include "../../../tools/cuda_emulator/emulator.h"
 
 namespace cotuning::cuda {
 

@@ -1,6 +1,6 @@
 // What the Python tests set and read, through ctypes.
-#include "../kernels/cuda/device.h"
-#include "../kernels/cuda/launch.h"
+#include "../../csrc/kernels/cuda/device.h"
+#include "../../csrc/kernels/cuda/launch.h"
 
 namespace cotuning::cuda {
 

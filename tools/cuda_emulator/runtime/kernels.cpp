@@ -7,9 +7,9 @@
 #include <unordered_map>
 #include <utility>
 
-#include "../../kernels/cuda/device.h"
-#include "../../kernels/cuda/loss.cuh"
-#include "../../kernels/cuda/passes.cuh"
+#include "../../../csrc/kernels/cuda/device.h"
+#include "../../../csrc/kernels/cuda/loss.cuh"
+#include "../../../csrc/kernels/cuda/passes.cuh"
 
 namespace cotuning::emulator {
 namespace {
