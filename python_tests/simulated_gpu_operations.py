@@ -1,8 +1,8 @@
 """torch's operations for the simulated devices: the CPU's, done when the stream has come so far.
 
-torch's own CUDA kernels do not run there (tools/cuda_emulator/runtime/runtime.cpp), and what the tests need of torch
-beside our kernels, a linear layer, a sum of gradients, must come from somewhere. The memory of a simulated device is memory of
-this process, so that the CPU's operation works on it in place. It is put on the current stream as a host function,
+torch's own CUDA kernels do not run there (tools/cuda_emulator/runtime/runtime.cpp), but the tests need more of torch
+than our kernels: a linear layer, a sum of gradients. The memory of a simulated device is memory of this process, so the
+CPU's operation works on it in place. It is put on the current stream as a host function,
 which keeps its order there, and is captured with the rest. All of it is in the CUDA dispatch key, below autograd and
 autocast.
 
