@@ -4,7 +4,7 @@
 torch. ``cotuning_kernels._eager`` spares a small batch the way through Python's autograd; it needs torch's C++
 interface and serves only beside the torch it was built with; where it does not compile, the rest installs without it.
 
-``cotuning_kernels._cuda`` is built where nvcc is, for the cards that build_support/cuda.py chooses. It goes through the
+``cotuning_kernels._cuda`` is built where nvcc is, for the cards that build_support/nvcc.py chooses. It goes through the
 stable ABI too and links nothing of a CUDA torch, so it builds and loads beside a CPU torch as well.
 
 No C++ compiler, or ``COTUNING_KERNELS_PURE_PYTHON=1``: the package installs without the extension, the reference serves
@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_support"))
 
-import cuda  # noqa: E402
+import nvcc  # noqa: E402  (not called cuda: cuda-bindings, which torch brings, has a module of that name)
 from backend import TORCH_REQUIREMENT, find_compiler, find_torch, pure_python  # noqa: E402
 
 CSRC = ROOT / "csrc"
@@ -44,7 +44,7 @@ LINKS = {
 
 
 LONG = ("cuda", "eager")
-NVCC = None if pure_python() else cuda.find_nvcc()
+NVCC = None if pure_python() else nvcc.find_nvcc()
 EXTENSIONS = [] if pure_python() else [name for name in LINKS if name != "_cuda" or NVCC is not None]
 
 
@@ -140,14 +140,14 @@ class BuildWithNinja(build_ext):
             # Linked by name and without a path to it: `import torch` has loaded the libraries by then.
             writer.rule("link", f"{compiler} -shared $in -o $out {library_path} $libraries")
             if NVCC is not None:
-                nvcc = shell_words([str(NVCC)])
+                nvcc_command = shell_words([str(NVCC)])
                 writer.rule(
                     "compile_cuda",
-                    f"{nvcc} -MD -MF $out.d {' '.join(cuda.COMPILE_FLAGS)} $flags -c $in -o $out",
+                    f"{nvcc_command} -MD -MF $out.d {' '.join(nvcc.COMPILE_FLAGS)} $flags -c $in -o $out",
                     depfile="$out.d",
                     deps="gcc",
                 )
-                writer.rule("link_cuda", f"{nvcc} -shared -cudart static $in -o $out {library_path} $libraries")
+                writer.rule("link_cuda", f"{nvcc_command} -shared -cudart static $in -o $out {library_path} $libraries")
             objects: dict[str, list[str]] = {group: [] for group in group_flags}
             # The longest compilations first.
             for source in sorted(read_sources(platform.machine()), key=lambda source: source.group not in LONG):
@@ -169,10 +169,10 @@ class BuildWithNinja(build_ext):
     def _cuda_flags(self, torch_flags: list[str]) -> dict[str, list[str]]:
         if NVCC is None:
             return {}
-        names = cuda.architectures(NVCC)
-        built = f'-DCOTUNING_CUDA_BUILD="nvcc {cuda.version(NVCC)}: {" ".join(names)}"'
+        names = nvcc.architectures(NVCC)
+        built = f'-DCOTUNING_CUDA_BUILD="nvcc {nvcc.version(NVCC)}: {" ".join(names)}"'
         return {
-            "cuda": cuda.architecture_flags(names),
+            "cuda": nvcc.architecture_flags(names),
             "cuda_extension": [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", built, *torch_flags],
         }
 

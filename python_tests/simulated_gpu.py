@@ -73,7 +73,7 @@ def _command(source: Path) -> list[str | Path]:
     toolkit, nvcc = _toolkit(), tool("nvcc")
     assert toolkit is not None
     assert nvcc is not None
-    if source.suffix == ".cu":  # as build_support/cuda.py says; PTX alone, since no device will run it
+    if source.suffix == ".cu":  # as build_support/nvcc.py says; PTX alone, since no device will run it
         flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         return [nvcc, *flags, "-gencode", "arch=compute_90,code=compute_90"]
     if source.parent.name == "ops":

@@ -409,3 +409,12 @@ def test_a_source_distribution_has_what_the_build_reads(tmp_path: Path) -> None:
     }
     missing = {name for name in needed if "__pycache__" not in name} - packed
     assert not missing, f"not in the source distribution: {sorted(missing)}"
+
+
+def test_a_module_of_another_package_does_not_hide_the_build() -> None:
+    """A ``.pth`` file of cuda-bindings, which torch 2.10 requires, imports a module ``cuda`` when Python starts."""
+    code = "sys.modules['cuda'] = types.ModuleType('cuda'); runpy.run_path('setup.py', run_name='__main__')"
+    command = [sys.executable, "-c", f"import runpy, sys, types; {code}", "--name"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == "cotuning-kernels"

@@ -125,7 +125,7 @@ def test_the_kernels_step_back_where_they_cannot_run(
 
 @pytest.fixture(scope="module")
 def choice() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "build_support" / "cuda.py"))
+    return runpy.run_path(str(ROOT / "build_support" / "nvcc.py"))
 
 
 def _no_cards(choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch, cards: list[str] | None = None) -> None:
