@@ -1,7 +1,7 @@
 """Builds the extensions with ninja from the sources in ``csrc/sources.txt``.
 
 ``cotuning_kernels._C`` holds the kernels and the operations; it goes through torch's stable ABI and loads in newer
-torch. ``cotuning_kernels._eager`` spares a small batch the way through Python's autograd; it needs torch's C++
+torch. ``cotuning_kernels._fast_path`` spares a small batch the way through Python's autograd; it needs torch's C++
 interface and serves only beside the torch it was built with; where it does not compile, the rest installs without it.
 
 ``cotuning_kernels._cuda`` is built where nvcc is, for the cards that build_support/nvcc.py chooses. It goes through the
@@ -38,12 +38,12 @@ COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-W
 # The groups of sources that each extension links, and the libraries.
 LINKS = {
     "_C": (("kernels", "extension"), ("torch_cpu",)),
-    "_eager": (("eager",), ("torch_cpu", "torch_python", "c10")),
+    "_fast_path": (("fast_path",), ("torch_cpu", "torch_python", "c10")),
     "_cuda": (("cuda", "cuda_extension"), ("torch_cpu",)),
 }
 
 
-LONG = ("cuda", "eager")
+LONG = ("cuda", "fast_path")
 NVCC = None if pure_python() else nvcc.find_nvcc()
 EXTENSIONS = [] if pure_python() else [name for name in LINKS if name != "_cuda" or NVCC is not None]
 
@@ -99,8 +99,8 @@ class BuildWithNinja(build_ext):
                 "COTUNING_KERNELS_CUDA=0 pip install ."
             )
         print(
-            "cotuning_kernels: _eager did not compile (the compiler's words are above) and is left out: small batches "
-            "on the CPU will take longer, nothing else changes",
+            "cotuning_kernels: _fast_path did not compile (the compiler's words are above) and is left out: small "
+            "batches on the CPU will take longer, nothing else changes",
             file=sys.stderr,
         )
 
@@ -125,7 +125,7 @@ class BuildWithNinja(build_ext):
             "extension": [
                 f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f'-DCOTUNING_COMPILER="{version}"', *torch_flags
             ],
-            "eager": torch_flags,
+            "fast_path": torch_flags,
             **self._cuda_flags(torch_flags),
         }  # fmt: skip
         with path.open("w") as file:
@@ -181,6 +181,6 @@ if pure_python():
     print("cotuning_kernels: no C++ compiler is used; installing the pure Python part", file=sys.stderr)
 
 setup(
-    ext_modules=[Extension(f"cotuning_kernels.{name}", [], optional=name == "_eager") for name in EXTENSIONS],
+    ext_modules=[Extension(f"cotuning_kernels.{name}", [], optional=name == "_fast_path") for name in EXTENSIONS],
     cmdclass={"build_ext": BuildWithNinja},
 )

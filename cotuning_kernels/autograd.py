@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cotuning_kernels import validation
-from cotuning_kernels.backends import schema
-from cotuning_kernels.backends.schema import operation
+from cotuning_kernels.backends import operations
+from cotuning_kernels.backends.operations import operation
 from cotuning_kernels.targets import Target, dense_columns, operand_target
 
 __all__ = ["co_tuning_loss", "translate_labels", "weights_of_size_one"]
@@ -65,8 +65,8 @@ def co_tuning_loss(
         half = target_logits is not None and target_logits.dtype is torch.float16
         if half and not operand[0].is_floating_point():
             weight = weights_of_size_one(weight)
-    arguments = (*operand, weight, trade_off, label_smoothing, ignore_index, schema.REDUCTIONS[reduction],
-                 schema.KL_DIVERGENCE[source_loss])  # fmt: skip
+    arguments = (*operand, weight, trade_off, label_smoothing, ignore_index, operations.REDUCTIONS[reduction],
+                 operations.KL_DIVERGENCE[source_loss])  # fmt: skip
     source_gradient = source_logits.requires_grad
     target_gradient = target_logits is not None and target_logits.requires_grad
     wants_gradient = torch.is_grad_enabled() and (source_gradient or target_gradient)

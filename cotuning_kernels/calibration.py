@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cotuning_kernels import backends, plots, reference
-from cotuning_kernels.backends.schema import operation
+from cotuning_kernels.backends.operations import operation
 from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
 from cotuning_kernels.validation import check_ignore_index
 

@@ -80,7 +80,7 @@ def _extension() -> list[tuple[str, str]]:
         ("compiler", extension.compiler),
         ("built with torch", extension.built_with_torch),
         ("instruction sets", isas),
-        ("eager path", f"missing: {reason}" if (reason := backends.missing_reason("eager")) else "in use"),
+        ("fast path", f"missing: {reason}" if (reason := backends.missing_reason("fast_path")) else "in use"),
         ("in use", f"{backends.cpu_isa()} ({'COTUNING_KERNELS_CPU_ISA' if forced else 'the fastest of them'})"),
     ]
 

@@ -30,7 +30,7 @@ Target = Tensor | MixedTarget | tuple[Tensor, Tensor, Tensor | float]
 
 
 class OperandTarget(NamedTuple):
-    """A target and its relationship as the operations take them (see :mod:`cotuning_kernels.backends.schema`)."""
+    """A target and its relationship as the operations take them (see :mod:`cotuning_kernels.backends.operations`)."""
 
     target: Tensor
     target_b: Tensor | None

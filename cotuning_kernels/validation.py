@@ -14,7 +14,7 @@ import sys
 import torch
 from torch import Tensor
 
-from cotuning_kernels.backends.schema import KL_DIVERGENCE, REDUCTIONS
+from cotuning_kernels.backends.operations import KL_DIVERGENCE, REDUCTIONS
 from cotuning_kernels.targets import Target
 
 __all__ = [

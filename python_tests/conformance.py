@@ -384,8 +384,8 @@ TRITON_ON_GPU = Backend(
 
 # inplace=True is refused by the reference: there is no kernel that could write in place.
 REFERENCE = Backend("reference", "reference", forms=("both heads", "source head"))
-# Plain labels take the eager path where it is there; the last row is what everybody else gets.
-_OPERATIONS = Backend("cpp-operations", "cpp", backends.without_eager, lambda: backends.missing_reason("cpp"))
+# Plain labels take the fast path where it is there; the last row is what everybody else gets.
+_OPERATIONS = Backend("cpp-operations", "cpp", backends.without_fast_path, lambda: backends.missing_reason("cpp"))
 
 
 def _emulated_cuda(name: str, plan: emulated_cuda.Plan, least_columns: int = 0) -> Backend:

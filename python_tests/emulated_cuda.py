@@ -19,7 +19,7 @@ import torch
 from cpp_builds import ROOT, alone, compiler, run, tool, workspace
 from stand_in import cpu_served_by
 
-from cotuning_kernels.backends import schema
+from cotuning_kernels.backends.operations import SCHEMAS
 
 NAMESPACE = "cotuning_kernels_emulated"
 TORCH = Path(torch.__file__).parent
@@ -77,7 +77,7 @@ def library() -> ctypes.CDLL:
     with alone("emulated"):
         path = build(ROOT, workspace() / "emulated")
     definitions = torch.library.Library(NAMESPACE, "DEF")
-    for name, signature in schema._SCHEMAS.items():
+    for name, signature in SCHEMAS.items():
         definitions.define(name + signature)
     library.definitions = definitions  # type: ignore[attr-defined]  # as long as the process lives
     torch.ops.load_library(str(path))
@@ -89,7 +89,7 @@ def library() -> ctypes.CDLL:
 
 def operations() -> dict[str, Callable[..., Any]]:
     library()
-    return {name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in schema._SCHEMAS}
+    return {name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in SCHEMAS}
 
 
 @dataclass(frozen=True)

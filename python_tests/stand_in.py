@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from cotuning_kernels import backends
-from cotuning_kernels.backends import schema
+from cotuning_kernels.backends import operations
 
 __all__ = ["cpu_served_by"]
 
@@ -27,14 +27,14 @@ def cpu_served_by(backend: str, implementations: dict[str, Callable[..., Any]]) 
 
     An operation that is not among them keeps its CPU implementation.
     """
-    library = torch.library.Library(schema.NAMESPACE, "IMPL")
+    library = torch.library.Library(operations.NAMESPACE, "IMPL")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
             for operation, function in implementations.items():
                 library.impl(operation, function, "CPU", allow_override=True)
         with (
-            backends.without_eager(),  # which goes past the operations
+            backends.without_fast_path(),  # which goes past the operations
             mock.patch.dict(backends._served_by, {"cpu": [backend]}),
             mock.patch.object(backends, "_NAMES", tuple(dict.fromkeys((*backends._NAMES, backend)))),
         ):

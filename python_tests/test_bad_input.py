@@ -319,7 +319,7 @@ def test_a_large_batch_with_one_bad_label_names_it(backend: Backend) -> None:
 
 def test_a_backend_that_is_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_extension", None)
-    monkeypatch.setattr(backends, "eager_loss", None)
+    monkeypatch.setattr(backends, "fast_path_loss", None)
     monkeypatch.setitem(backends._served_by, "cpu", [])
     monkeypatch.setitem(backends._missing, "cpp", "the C++ extension is not available (planted); run `pip install .`")
     with pytest.raises(RuntimeError, match=_says(["'cpp'", "planted", "pip install"])):
@@ -597,7 +597,7 @@ def test_the_fuzz_of_the_function_finds(fault: Callable[..., Any], monkeypatch: 
     if backends.extension() is None:
         pytest.skip(str(backends.missing_reason("cpp")))
     monkeypatch.setattr(autograd, "co_tuning_loss", fault)
-    with backends.without_eager():
+    with backends.without_fast_path():
         _assert_that_it_fails(test_whatever_is_passed_ends_in_a_result_or_in_an_ordinary_error, monkeypatch)
 
 

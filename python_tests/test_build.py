@@ -48,7 +48,7 @@ def unlisted_and_missing(csrc: Path) -> tuple[set[str], set[str]]:
     listed = {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
     found = {
         str(path.relative_to(csrc))
-        for folder in ("kernels", "ops", "eager", "bindings")
+        for folder in ("kernels", "ops", "fast_path", "bindings")
         for path in (csrc / folder).rglob("*")
         if path.suffix in (".cpp", ".cu")
     }
@@ -179,13 +179,13 @@ def test_an_import_of_what_is_above_is_noticed(tmp_path: Path) -> None:
             file.write(f"\n\n{line}\n")
 
     add("targets.py", "def late():\n    from cotuning_kernels.loss import FusedCoTuningLoss")  # imported by autograd
-    add("backends/schema.py", "from .. import autograd")
+    add("backends/operations.py", "from .. import autograd")
     add("backends/triton/scale.py", "import cotuning_kernels.functional")
     add("backends/triton/checks.py", "if TYPE_CHECKING:\n    from cotuning_kernels import loss")
     add("reference.py", "from cotuning_kernels import backends")
     found = upward_imports(copy)
     assert "autograd -> loss" in found
-    assert "backends.schema -> autograd" in found
+    assert "backends.operations -> autograd" in found
     assert "backends.triton.scale -> functional" in found
     assert not [line for line in found if line.startswith("backends.triton.checks")]
     assert imports_of(copy)["reference"] == {"backends"}

@@ -217,7 +217,7 @@ def test_the_loss_is_the_unfused_one(
 
     if not kernels:
         monkeypatch.setattr(backends, "_served_by", {})
-        monkeypatch.setattr(backends, "eager_loss", None)
+        monkeypatch.setattr(backends, "fast_path_loss", None)
     inputs: dict[str, Any] = {"input_ids": torch.randint(5, 50, (3, 7), generator=draw)}
     labels = torch.randint(0, 5, (3, 7), generator=draw)
     labels[0, :3] = labels[2, 5] = -100

@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 
 import cotuning_kernels as ck
 from cotuning_kernels import backends, functional
-from cotuning_kernels.backends import schema
+from cotuning_kernels.backends import operations
 from cotuning_kernels.targets import operand_target
 
 _KINDS = ("labels", "ignoring", "pair", "pair, float share", "probabilities")
@@ -61,7 +61,7 @@ def _op_arguments(problem: Problem) -> tuple[Any, ...]:
     trade_off = torch.tensor(problem.trade_off, dtype=torch.float64)
     return (
         problem.source_logits, problem.target_logits, *operand, problem.weight, trade_off, problem.label_smoothing,
-        problem.ignore_index, schema.REDUCTIONS[problem.reduction], schema.KL_DIVERGENCE[problem.source_loss],
+        problem.ignore_index, operations.REDUCTIONS[problem.reduction], operations.KL_DIVERGENCE[problem.source_loss],
     )  # fmt: skip
 
 
@@ -361,7 +361,7 @@ def test_the_operation_has_a_derivative_of_its_own(reduction: str, dtype: torch.
 
 
 def test_vmap_has_a_gradient(backend: Backend, seed: int) -> None:
-    """Of each problem what it has alone; torch's other transforms are refused (test_eager.py, test_gradcheck.py)."""
+    """Of each problem what it has alone; torch's other transforms are refused (test_fast_path, test_gradcheck)."""
     problems = [_problem("labels", torch.float32, seed + k) for k in range(3)]
     first = problems[0]
 

@@ -27,8 +27,8 @@ from test_conformance import check_class_sums, check_temperature_terms
 from torch import Tensor
 
 from cotuning_kernels import backends, environment, functional
-from cotuning_kernels.backends import schema, triton_operations
-from cotuning_kernels.backends.schema import operation
+from cotuning_kernels.backends import operations, triton_version
+from cotuning_kernels.backends.operations import operation
 from cotuning_kernels.targets import operand_target
 
 _MISSING = backends.missing_reason("triton")
@@ -53,8 +53,8 @@ def _op_arguments(problem: Problem) -> tuple[Any, ...]:
     operand = operand_target(problem.target, problem.relationship)
     return (
         problem.source_logits, problem.target_logits, *operand, problem.weight, torch.tensor(2.3, dtype=torch.float64),
-        problem.label_smoothing, problem.ignore_index, schema.REDUCTIONS[problem.reduction],
-        schema.KL_DIVERGENCE[problem.source_loss], True, True,
+        problem.label_smoothing, problem.ignore_index, operations.REDUCTIONS[problem.reduction],
+        operations.KL_DIVERGENCE[problem.source_loss], True, True,
     )  # fmt: skip
 
 
@@ -412,7 +412,7 @@ def test_the_overload_chooses_triton_where_another_backend_serves_too(seed: int)
         assert source.grad is not None
         return source.grad
 
-    library = torch.library.Library(schema.NAMESPACE, "IMPL")
+    library = torch.library.Library(operations.NAMESPACE, "IMPL")
     try:
         for name in IMPLEMENTATIONS:
             library.impl(f"{name}.triton", counted(name), "CPU")
@@ -428,7 +428,7 @@ def test_the_overload_chooses_triton_where_another_backend_serves_too(seed: int)
 
 
 def test_names_of_operations() -> None:
-    for name in schema.OPERATIONS:
+    for name in operations.OPERATIONS:
         assert operation(name, "triton") is getattr(torch.ops.cotuning_kernels, name).triton
         assert operation(name, "cpp") is getattr(torch.ops.cotuning_kernels, name).default
 
@@ -453,7 +453,7 @@ def test_a_missing_or_old_triton_is_one_sentence(source: str | None, reason: str
     file.write_text(source or "")
     spec = None if source is None else mock.Mock(origin=str(file))
     with mock.patch("importlib.util.find_spec", return_value=spec):
-        said = triton_operations.missing_reason()
+        said = triton_version.missing_reason()
     assert said is None if reason is None else (said is not None and reason in said and "\n" not in said)
 
 
@@ -464,7 +464,7 @@ def test_importing_the_kernels_of_a_missing_triton_is_that_sentence() -> None:
         for name in [name for name in sys.modules if name.startswith(package) and not name.endswith("_operations")]:
             del sys.modules[name]
         with (
-            mock.patch.object(triton_operations, "missing_reason", return_value="triton 3.6.1 is too old; install it"),
+            mock.patch.object(triton_version, "missing_reason", return_value="triton 3.6.1 is too old; install it"),
             pytest.raises(ImportError, match=r"^the Triton kernels cannot be used: triton 3\.6\.1 is too old; install"),
         ):
             importlib.import_module(package)

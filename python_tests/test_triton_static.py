@@ -38,7 +38,7 @@ from conformance import (
 )
 
 from cotuning_kernels import backends
-from cotuning_kernels.backends import schema
+from cotuning_kernels.backends import operations
 
 _MISSING = backends.missing_reason("triton")
 pytestmark = pytest.mark.skipif(_MISSING is not None, reason=f"triton: {_MISSING}")
@@ -237,7 +237,7 @@ def test_the_last_program_sees_what_all_have_stored(name: str, target: str) -> N
 
 def test_without_a_reduction_programs_are_counted_once() -> None:
     with static.compiled_for(static.TARGETS["sm_90"]) as launches:
-        static._loss(torch.bfloat16, 200, 1000, reduction=schema.REDUCTIONS["none"])()
+        static._loss(torch.bfloat16, 200, 1000, reduction=operations.REDUCTIONS["none"])()
     (compiled,) = launches
     assert static.measure(compiled)["atomics"] == 1
     assert [*objections(compiled.kernel.asm["ttir"]), *disorder(compiled)] == []
@@ -362,7 +362,7 @@ def _found_by_another_order(planted: tuple[ModuleType, ModuleType], seed: int) -
         ):
             loss_of_rows, *_ = planted[0].co_tuning_loss(
                 logits, None, torch.arange(29), None, None, relationship, None, trade_off, 0.0, -100,
-                schema.REDUCTIONS["sum"], False, False, False,
+                operations.REDUCTIONS["sum"], False, False, False,
             )  # fmt: skip
             results.append(loss_of_rows.item())
     return [f"{results[0]} is {other} in another order" for other in results[1:] if other != results[0]]

@@ -1,8 +1,8 @@
 """Which backend serves a call, and why another one does not.
 
 ``cpp`` is the C++ extension ``cotuning_kernels._C``: importing it registers the CPU implementations of the operations
-in :mod:`cotuning_kernels.backends.schema`. Beside it, ``cotuning_kernels._eager`` serves the ordinary call of the loss
-with the same kernels but without the way through the dispatcher and Python's autograd. ``cuda`` is
+in :mod:`cotuning_kernels.backends.operations`. Beside it, ``cotuning_kernels._fast_path`` serves the ordinary call of
+the loss with the same kernels but without the way through the dispatcher and Python's autograd. ``cuda`` is
 ``cotuning_kernels._cuda``, a library of operations for the CUDA dispatch key; it loads beside a CPU torch too, which
 then has no tensors for it. ``triton`` serves NVIDIA and AMD GPUs without a toolkit; triton is imported with the first
 call. ``reference`` is plain PyTorch and runs on every device.
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from cotuning_kernels.backends import schema as schema
-from cotuning_kernels.backends import triton_operations
+from cotuning_kernels.backends import operations as operations
+from cotuning_kernels.backends import triton_version
 
 __all__ = [
     "available",
@@ -36,7 +36,7 @@ __all__ = [
     "missing_reason",
     "select",
     "use_cpu_isa",
-    "without_eager",
+    "without_fast_path",
 ]
 
 _REBUILD = (
@@ -77,22 +77,22 @@ else:
             f"COTUNING_KERNELS_CPU_ISA is {_request!r}, expected one of {', '.join(_extension.cpu_isas())} (or unset)"
         )
 
-_eager: ModuleType | None = None
+_fast_path: ModuleType | None = None
 if _extension is not None:
     # Against another torch than its own it could do anything, a crash included: the version decides, not the loader.
     _torch_version = torch.__version__.partition("+")[0]
     if _extension.built_with_torch != _torch_version:
-        _missing["eager"] = f"it was built with torch {_extension.built_with_torch}, and this is {_torch_version}"
+        _missing["fast_path"] = f"it was built with torch {_extension.built_with_torch}, and this is {_torch_version}"
     else:
         try:
-            _eager = importlib.import_module("cotuning_kernels._eager")
+            _fast_path = importlib.import_module("cotuning_kernels._fast_path")
         except ModuleNotFoundError:
-            _missing["eager"] = "it did not compile when the package was installed; `pip install -v .` shows why"
+            _missing["fast_path"] = "it did not compile when the package was installed; `pip install -v .` shows why"
         except ImportError as error:
-            _missing["eager"] = str(error)
+            _missing["fast_path"] = str(error)
 
-# Serves the ordinary call of the loss, or returns NotImplemented; None where the eager path is missing.
-eager_loss: Callable[..., Any] | None = None if _eager is None else _eager.co_tuning_loss
+# Serves the ordinary call of the loss, or returns NotImplemented; None where the fast path is missing.
+fast_path_loss: Callable[..., Any] | None = None if _fast_path is None else _fast_path.co_tuning_loss
 
 
 def _load_cuda() -> ctypes.CDLL | None:
@@ -175,8 +175,8 @@ _served_by: dict[str, list[str]] = {
 }
 _NAMES = ("auto", "cpp", "cuda", "triton", "reference")
 
-if (_reason := triton_operations.missing_reason()) is None:
-    triton_operations.register(as_default=not _served_by["cuda"])
+if (_reason := triton_version.missing_reason()) is None:
+    triton_version.register(as_default=not _served_by["cuda"])
     _served_by["cuda"].append("triton")
 else:
     _missing["triton"] = _reason
@@ -291,11 +291,11 @@ def use_cpu_isa(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def without_eager() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """Every call goes through the operations within a ``with`` block, in the whole process. For tests."""
-    global eager_loss
-    before, eager_loss = eager_loss, None
+    global fast_path_loss
+    before, fast_path_loss = fast_path_loss, None
     try:
         yield
     finally:
-        eager_loss = before
+        fast_path_loss = before

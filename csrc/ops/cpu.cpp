@@ -1,4 +1,4 @@
-// The operations of cotuning_kernels/backends/schema.py for the CPU dispatch key, through torch's stable ABI: checks,
+// What cotuning_kernels/backends/operations.py defines, for the CPU dispatch key, through torch's stable ABI: checks,
 // views, allocation. The mathematics is in csrc/kernels/cpu.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,4 +1,4 @@
-// The operations of cotuning_kernels/backends/schema.py for the CUDA dispatch key: checks, views, allocation, launches.
+// What cotuning_kernels/backends/operations.py defines, for the CUDA dispatch key: checks, views, allocation, launches.
 // The mathematics is in csrc/kernels/cuda. Nothing here waits for the device or reads from it, so a CUDA graph can
 // capture all of it.
 //

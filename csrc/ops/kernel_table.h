@@ -1,4 +1,4 @@
-// What the eager extension (csrc/eager) calls of the kernels that `_C` holds, handed over in a Python capsule: one copy
+// What the fast path (csrc/fast_path) calls of the kernels that `_C` holds, handed over in a Python capsule: one copy
 // of the kernels, and one choice of instruction set, in the process.
 #pragma once
 

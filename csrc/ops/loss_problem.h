@@ -1,5 +1,5 @@
 // The arguments of the loss, from torch's tensors to the problem that the kernels solve, and its numbers back into
-// tensors: shared by the operations (cpu.cpp) and by the eager path (csrc/eager).
+// tensors: shared by the operations (cpu.cpp) and by the fast path (csrc/fast_path).
 //
 // The Python layer has already checked its arguments, in words for people. What is checked here again is what would
 // let a direct caller read or write outside a tensor.

@@ -1,5 +1,5 @@
 // From torch's tensors to the views that the kernels take: for the stable ABI's tensors (cpu.cpp) and for the ordinary
-// ones (csrc/eager), which have these members in common.
+// ones (csrc/fast_path), which have these members in common.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cotuning_kernels.backends.triton_operations import missing_reason
+from cotuning_kernels.backends.triton_version import missing_reason
 
 if (_reason := missing_reason()) is not None:
     raise ImportError(f"the Triton kernels cannot be used: {_reason}")

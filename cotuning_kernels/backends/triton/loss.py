@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cotuning_kernels.backends.schema import REDUCTIONS
+from cotuning_kernels.backends.operations import REDUCTIONS
 from cotuning_kernels.backends.triton.checks import check_loss, check_writable
 from cotuning_kernels.backends.triton.counters import MOST, counters
 from cotuning_kernels.backends.triton.launch import (
@@ -368,7 +368,7 @@ def co_tuning_loss(
     source_gradient: bool,
     target_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``cotuning_kernels::co_tuning_loss``; see :mod:`cotuning_kernels.backends.schema`."""
+    """``cotuning_kernels::co_tuning_loss``; see :mod:`cotuning_kernels.backends.operations`."""
     arguments = (target, target_b, mix, relationship, weight, trade_off, label_smoothing, ignore_index, reduction,
                  kl_divergence)  # fmt: skip
     check_loss(source_logits, target_logits, *arguments)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cotuning_kernels.backends.schema import KL_DIVERGENCE, REDUCTIONS
+from cotuning_kernels.backends.operations import KL_DIVERGENCE, REDUCTIONS
 from cotuning_kernels.backends.triton import loss, scale
 
 __all__ = ["warmup"]

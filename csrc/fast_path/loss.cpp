@@ -1,4 +1,4 @@
-// The eager path: what autograd.py's _CoTuningLoss does, as a C++ autograd node.
+// The fast path: what autograd.py's _CoTuningLoss does, as a C++ autograd node.
 //
 // With 48 rows the kernel takes about as long as everything around it: a Python autograd.Function, its backward in
 // Python, and the dispatcher with the stable ABI's boxing of 14 arguments. None of that is needed for the call that
@@ -31,7 +31,7 @@
 #include "../ops/kernel_table.h"
 #include "../ops/loss_problem.h"
 
-namespace cotuning::eager {
+namespace cotuning::fast_path {
 namespace {
 
 namespace autograd = torch::autograd;
@@ -311,7 +311,8 @@ void connect(const pybind11::capsule& capsule) {
   const auto* table = static_cast<const ops::KernelTable*>(PyCapsule_GetPointer(capsule.ptr(), ops::kKernelTableName));
   if (table == nullptr) throw pybind11::error_already_set();
   if (table->problem_size != sizeof(cpu::LossProblem)) {
-    throw pybind11::import_error("cotuning_kernels._eager and cotuning_kernels._C were built from different sources");
+    throw pybind11::import_error(
+        "cotuning_kernels._fast_path and cotuning_kernels._C were built from different sources");
   }
   kernels = table;
 }
@@ -323,9 +324,9 @@ PyMethodDef methods[] = {
 };
 
 }  // namespace
-}  // namespace cotuning::eager
+}  // namespace cotuning::fast_path
 
-PYBIND11_MODULE(_eager, m) {
-  cotuning::eager::connect(pybind11::module_::import("cotuning_kernels._C").attr("kernel_table"));
-  PyModule_AddFunctions(m.ptr(), cotuning::eager::methods);
+PYBIND11_MODULE(_fast_path, m) {
+  cotuning::fast_path::connect(pybind11::module_::import("cotuning_kernels._C").attr("kernel_table"));
+  PyModule_AddFunctions(m.ptr(), cotuning::fast_path::methods);
 }

@@ -1,4 +1,4 @@
-"""The eager path: which calls it serves, that it gives the operations' bits, and what autograd may ask of its node.
+"""The fast path: which calls it serves, that it gives the operations' bits, and what autograd may ask of its node.
 
 The conformance table runs through it (labels, by the ``cpp-`` rows) and past it (``cpp-operations``); here is what the
 table does not see.
@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 import cotuning_kernels as ck
 from cotuning_kernels import backends, functional
 
-if backends.eager_loss is None:
-    pytest.skip(f"no eager path: {backends.missing_reason('eager')}", allow_module_level=True)
+if backends.fast_path_loss is None:
+    pytest.skip(f"no fast path: {backends.missing_reason('fast_path')}", allow_module_level=True)
 
 Arguments = dict[str, Any]
 NODE = "CoTuningLossBackward"
@@ -57,7 +57,7 @@ def gradients(given: Arguments, upstream: Tensor | None = None) -> tuple[Tensor,
     return torch.autograd.grad(loss_of(given), leaves, upstream)
 
 
-def served_by_eager(given: Arguments) -> bool:
+def served_by_fast_path(given: Arguments) -> bool:
     node = loss_of(given).grad_fn
     return node is not None and node.name() == NODE
 
@@ -83,13 +83,13 @@ def test_ordinary_calls_are_served_with_the_bits_of_the_operations(
     options: Arguments, dtype: torch.dtype, seed: int
 ) -> None:
     given = arguments(seed, dtype, **options)
-    assert served_by_eager(given)
+    assert served_by_fast_path(given)
     loss = loss_of(given)
     upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(seed + 1)).to(loss.dtype)
     terms = functional.co_tuning_loss(**given, return_terms=True)
     ours = (*gradients(given, upstream), *terms)
-    with backends.without_eager():
-        assert not served_by_eager(given)
+    with backends.without_fast_path():
+        assert not served_by_fast_path(given)
         theirs = (*gradients(given, upstream), *functional.co_tuning_loss(**given, return_terms=True))
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == other.dtype
@@ -129,7 +129,7 @@ def _identity(given: Arguments) -> Arguments:
     return given
 
 
-# Each is served by the operations, with the same numbers: what the eager path would get wrong, or has no code for.
+# Each is served by the operations, with the same numbers: what the fast path would get wrong, or has no code for.
 NOT_ORDINARY: dict[str, tuple[Callable[[Arguments], Arguments], Callable[[], AbstractContextManager[Any]]]] = {
     "a subclass": (_changed(source_logits=lambda x: x.as_subclass(Subclass)), nullcontext),
     "probabilities": (_changed(target=lambda y: torch.nn.functional.one_hot(y, 5).float()), nullcontext),
@@ -156,9 +156,9 @@ def test_what_is_not_ordinary_is_declined(
 ) -> None:
     given = change(arguments(seed))
     with mode():
-        assert not served_by_eager(given)
+        assert not served_by_fast_path(given)
         loss = loss_of(given)
-    with backends.without_eager():
+    with backends.without_fast_path():
         assert torch.equal(loss, loss_of(given))
 
 
@@ -198,7 +198,7 @@ def test_a_frozen_head_gets_no_gradient(frozen: str, seed: int) -> None:
     given = arguments(seed)
     both = dict(zip(("source_logits", "target_logits"), gradients(given), strict=True))
     one = {**given, frozen: given[frozen].detach()}
-    assert served_by_eager(one)
+    assert served_by_fast_path(one)
     loss_of(one).backward()
     (other,) = set(both) - {frozen}
     assert torch.equal(one[other].grad, both[other])
@@ -223,7 +223,7 @@ def test_backward_again(seed: int) -> None:
 
 def test_a_second_derivative_raises(seed: int) -> None:
     given = arguments(seed)
-    assert served_by_eager(given)
+    assert served_by_fast_path(given)
     with pytest.raises(RuntimeError, match=r"create_graph=True .* once.*reference"):
         torch.autograd.grad(loss_of(given), given["source_logits"], create_graph=True)
 
@@ -262,7 +262,7 @@ def test_a_hook_that_raises_is_heard(seed: int) -> None:
 
     with saved_tensors_hooks(pack, lambda x: x), pytest.raises(ValueError, match="planted"):
         loss_of(arguments(seed))
-    assert served_by_eager(arguments(seed))
+    assert served_by_fast_path(arguments(seed))
 
 
 @pytest.mark.parametrize("last", [True, False])
@@ -333,7 +333,7 @@ def test_a_training_step_runs_one_operation_of_ours(seed: int) -> None:
     loss = loss_of(given)
     scaled = _operations(lambda: loss.backward(torch.tensor(0.5)))
     assert not [name for name in scaled if name.startswith("cotuning_kernels")]
-    with backends.without_eager():  # the count would notice: here is one more for the half
+    with backends.without_fast_path():  # the count would notice: here is one more for the half
         loss = loss_of(given)
         assert "cotuning_kernels::scale_gradients_" in _operations(lambda: loss.backward(torch.tensor(0.5)))
 
@@ -395,8 +395,8 @@ def test_beside_another_torch_it_is_not_even_loaded() -> None:
         torch.__version__ = "2.99.0"
         import cotuning_kernels as ck
         from cotuning_kernels import backends, environment
-        assert backends.eager_loss is None
-        assert "cotuning_kernels._eager" not in sys.modules
+        assert backends.fast_path_loss is None
+        assert "cotuning_kernels._fast_path" not in sys.modules
         assert backends.select("cpu") == "cpp"
         logits = torch.randn(3, 4, requires_grad=True), torch.randn(3, 2, requires_grad=True)
         ck.FusedCoTuningLoss(torch.full((2, 4), 0.25))(*logits, torch.tensor([0, 1, 0])).backward()
@@ -405,5 +405,5 @@ def test_beside_another_torch_it_is_not_even_loaded() -> None:
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "2.99.0" in result.stdout
-    (line,) = (line for line in result.stdout.splitlines() if "eager path" in line)
+    (line,) = (line for line in result.stdout.splitlines() if "fast path" in line)
     assert "built with torch" in line

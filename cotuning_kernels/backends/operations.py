@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["KL_DIVERGENCE", "NAMESPACE", "OPERATIONS", "REDUCTIONS", "operation"]
+__all__ = ["KL_DIVERGENCE", "NAMESPACE", "OPERATIONS", "REDUCTIONS", "SCHEMAS", "operation"]
 
 NAMESPACE = "cotuning_kernels"
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -39,7 +39,7 @@ _LOSS_ARGUMENTS = (
     "float label_smoothing, int ignore_index, int reduction, bool kl_divergence"
 )
 
-_SCHEMAS = {
+SCHEMAS = {
     # Loss, terms [target, source] and both gradients in one pass. `target_logits=None` leaves the source term alone
     # (the loss is then the source term, without trade_off). A gradient that is not asked for is an empty tensor.
     # The true gradient of the loss is `factors[0] * source_grad` and `factors[1] * target_grad`: a half-precision
@@ -63,11 +63,11 @@ _SCHEMAS = {
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _schema in _SCHEMAS.items():
+for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
     _library.define(f"{_name}.triton{_schema}")
 
-OPERATIONS = tuple(_SCHEMAS)
+OPERATIONS = tuple(SCHEMAS)
 # By name, and whether Triton is to serve. An operation's default overload is served by the fastest kernels there are
 # for its device. Where those are not Triton's, an overload of its own makes Triton a choice of every single call, which
 # a compiled graph keeps.

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from cotuning_kernels.backends import schema
+from cotuning_kernels.backends import operations
 
 __all__ = ["missing_reason", "register"]
 
 _LEAST_VERSION = (3, 7)
 _INSTALL = "pip install 'triton>=3.7' (Linux; a torch for GPUs brings its own)"
 
-_library = torch.library.Library(schema.NAMESPACE, "IMPL")
+_library = torch.library.Library(operations.NAMESPACE, "IMPL")
 
 
 def missing_reason() -> str | None:
@@ -36,7 +36,7 @@ def missing_reason() -> str | None:
 
 def register(*, as_default: bool) -> None:
     """Serve GPU tensors where Triton is asked for by name and, ``as_default``, where no backend is."""
-    for name in schema.OPERATIONS:
+    for name in operations.OPERATIONS:
         for overload in (f"{name}.triton", name) if as_default else (f"{name}.triton",):
             _library.impl(overload, _imported_when_called(name), "CUDA")
 
