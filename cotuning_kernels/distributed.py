@@ -12,7 +12,6 @@ by the counts of all processes instead.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sized
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from torch.utils.data import Sampler
 from cotuning_kernels import functional
 from cotuning_kernels.autograd import weights_of_size_one
 from cotuning_kernels.functional import CoTuningTerms
+from cotuning_kernels.processes import rank_and_size
 from cotuning_kernels.targets import Target
 
 if TYPE_CHECKING:
@@ -146,21 +146,3 @@ def _counts(criterion: FusedCoTuningLoss, weight: Tensor | None, target: Target)
         labels_a, labels_b, share = target
         return of_labels(labels_a, share) + of_labels(labels_b, 1 - share)
     return of_labels(target, 1.0)
-
-
-def rank_and_size(group: ProcessGroup | None = None) -> tuple[int, int]:
-    """This process's rank, and how many there are; ``(0, 1)`` without a launcher.
-
-    Raises:
-        RuntimeError: a launcher started several processes, but ``init_process_group`` was not called.
-    """
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(group), distributed.get_world_size(group)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RuntimeError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialised; call "
-            "torch.distributed.init_process_group() first"
-        )
-    return 0, 1

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cotuning_kernels.calling import call, evaluating, logits_in
+
 __all__ = ["CoTuningLogits", "CoTuningModel"]
 
 
@@ -258,29 +260,30 @@ class CoTuningModel(nn.Module):
                 "the model has no BatchNorm layer with running statistics, so there is nothing to estimate"
             )
         before = [(copying.deepcopy(layer.state_dict()), layer.momentum) for layer in layers]
-        modes = [(module, module.training) for module in self.modules()]
         device = next(self.parameters()).device
         batches = 0
         try:
-            self.eval()
-            for layer in layers:
-                layer.reset_running_stats()
-                layer.momentum = None
-                layer.train()
-            for batch in loader:
-                inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-                first = next(iter(inputs.values())) if isinstance(inputs, Mapping) and inputs else inputs
-                if isinstance(first, Tensor) and first.dim() and len(first) == 0:
-                    continue  # no rows: their mean would be 0, and their variance 1
-                _call(self.network, inputs, device)
-                batches += 1
-            if batches == 0:
-                raise ValueError("loader is empty: BatchNorm statistics need at least one batch")
-            for layer, (state, _) in zip(layers, before, strict=True):
-                if layer.num_batches_tracked == 0:  # its statistics are of nothing: mean 0, variance 1
-                    layer.load_state_dict(state)
-                elif not all(x is None or x.isfinite().all() for x in (layer.running_mean, layer.running_var)):
-                    raise ValueError("BatchNorm statistics that are not finite; is there a NaN in the loader's inputs?")
+            with evaluating(self):
+                for layer in layers:
+                    layer.reset_running_stats()
+                    layer.momentum = None
+                    layer.train()
+                for batch in loader:
+                    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+                    first = next(iter(inputs.values())) if isinstance(inputs, Mapping) and inputs else inputs
+                    if isinstance(first, Tensor) and first.dim() and len(first) == 0:
+                        continue  # no rows: their mean would be 0, and their variance 1
+                    call(self.network, inputs, device)
+                    batches += 1
+                if batches == 0:
+                    raise ValueError("loader is empty: BatchNorm statistics need at least one batch")
+                for layer, (state, _) in zip(layers, before, strict=True):
+                    if layer.num_batches_tracked == 0:  # its statistics are of nothing: mean 0, variance 1
+                        layer.load_state_dict(state)
+                    elif not all(x is None or x.isfinite().all() for x in (layer.running_mean, layer.running_var)):
+                        raise ValueError(
+                            "BatchNorm statistics that are not finite; is there a NaN in the loader's inputs?"
+                        )
         except BaseException:
             for layer, (state, _) in zip(layers, before, strict=True):
                 layer.load_state_dict(state)
@@ -288,8 +291,6 @@ class CoTuningModel(nn.Module):
         finally:
             for layer, (_, momentum) in zip(layers, before, strict=True):
                 layer.momentum = momentum
-            for module, mode in modes:
-                module.training = mode
         return batches
 
     def _with_one_head(self, head: nn.Module) -> nn.Module:
@@ -440,38 +441,21 @@ def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     return network
 
 
+@torch.no_grad()
+def _evaluate(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
+    """The model's (source) logits in evaluation mode."""
+    with evaluating(model):
+        return _logits(call(model, inputs, next(model.parameters()).device))
+
+
 def _logits(output: Any) -> Tensor:
-    """The logits in what a classifier returns: a tensor, ``.logits``, ``["logits"]`` or the first item of a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, Mapping):
-        logits = output.get("logits")
-    if logits is None and isinstance(output, (tuple, list)) and output:
-        logits = output[0]
-    if not isinstance(logits, Tensor):
+    logits = logits_in(output)
+    if logits is None:
         raise TypeError(
             f"the classifier returned {type(output).__name__}, expected logits: a tensor, an object or mapping with "
             "logits, or a tuple that begins with them"
         )
     return logits
-
-
-def _call(model: nn.Module, inputs: Tensor | Mapping[str, Any], device: torch.device) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()})
-    return model(inputs.to(device))
-
-
-@torch.no_grad()
-def _evaluate(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
-    """The model's (source) logits in evaluation mode; the modes of its modules are as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        return _logits(_call(model.eval(), inputs, next(model.parameters()).device))
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _check_source_logits(got: Tensor, expected: Tensor, head_name: str) -> None:

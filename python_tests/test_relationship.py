@@ -27,8 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import cotuning_kernels
-from cotuning_kernels import backends, plots, reference, relationship
+from cotuning_kernels import backends, plots, reference
 from cotuning_kernels.relationship import Relationship, RelationshipEstimator
+from cotuning_kernels.relationship import estimator as estimator_module
 from cotuning_kernels.relationship.learn import learn_relationship
 
 N_T, N_S = 5, 37
@@ -222,7 +223,7 @@ def test_a_bad_row_is_named_and_leaves_the_state_as_it_was(
 ) -> None:
     estimator = estimator_of(*[] if fresh else [random_batch(draw, 9, dtype)], backend=backend.argument)
     before = state_of(estimator)
-    rows = relationship._UNDO_ROWS_PER_CLASS * N_T + 3 if large else 7
+    rows = estimator_module._UNDO_ROWS_PER_CLASS * N_T + 3 if large else 7
     logits, labels = random_batch(draw, rows, dtype)
     labels[:] = torch.arange(rows) % N_T
     bad = int(torch.randint(1, rows, (), generator=draw))
@@ -256,7 +257,7 @@ def test_the_test_of_bad_rows_can_fail(large: bool, draw: torch.Generator, monke
     if large:
         monkeypatch.setattr(torch, "isfinite", lambda tensor: torch.ones_like(tensor, dtype=torch.bool))
     else:
-        monkeypatch.setattr(relationship, "unusable_row", lambda *arguments: None)
+        monkeypatch.setattr(estimator_module, "unusable_row", lambda *arguments: None)
     estimator.update(logits, labels)
     assert state_of(estimator) != before
     assert bool(estimator.sums[1].isnan().all())
@@ -416,6 +417,44 @@ def test_learning_goes_on_after_an_interruption(draw: torch.Generator) -> None:
     resumed.load_state_dict(torch.load(file, weights_only=True))
     resumed.update(*second)
     assert state_of(resumed) == state_of(estimator)
+
+
+def test_an_estimator_takes_the_number_of_source_classes_from_its_first_batch(draw: torch.Generator) -> None:
+    first, second = random_batch(draw, 40), random_batch(draw, 9)
+    expected = estimator_of(first, second)
+    for device in ("cpu", None):
+        sized = RelationshipEstimator(N_T, device=device)
+        assert sized.num_source_classes is None
+        with pytest.raises(ValueError, match="nothing was counted"):
+            sized.compute()
+        sized.merge(RelationshipEstimator(N_T))  # which has counted nothing either
+        sized.update(*first)
+        assert sized.num_source_classes == N_S
+        with pytest.raises(ValueError, match=f"has {N_S - 1} classes, but the estimator was made for {N_S}"):
+            sized.update(second[0][:, 1:], second[1])
+        sized.update(*second)
+        assert state_of(sized) == state_of(expected)
+        merged, loaded = RelationshipEstimator(N_T, device=device), RelationshipEstimator(N_T, device=device)
+        merged.merge(sized)
+        loaded.load_state_dict(sized.state_dict())
+        assert state_of(merged) == state_of(loaded) == state_of(expected)
+        assert torch.equal(loaded.compute().matrix, expected.compute().matrix)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        RelationshipEstimator(N_T + 1).merge(expected)
+    with pytest.raises(ValueError, match=r"state\['sums'\] is \(6, 37\), expected a Tensor of shape \(5, 37\)"):
+        RelationshipEstimator(N_T).load_state_dict(RelationshipEstimator(N_T + 1, N_S).state_dict())
+
+
+def test_an_estimator_without_a_device_follows_the_batches(draw: torch.Generator) -> None:
+    logits, labels = random_batch(draw, 4)
+    estimator = RelationshipEstimator(N_T, device=None, backend="reference")
+    estimator.update(logits, labels)
+    estimator._move_to(torch.device("meta"))  # a stand-in for a state that a checkpoint left elsewhere
+    assert estimator.device.type == "meta"
+    with pytest.raises(NotImplementedError, match="meta"):
+        estimator.update(logits, labels)
+    with pytest.raises(ValueError, match="source_logits is on cpu, but the estimator on meta"):
+        RelationshipEstimator(N_T, N_S, device="meta", backend="reference").update(logits, labels)
 
 
 def test_sums_of_all_processes_are_not_merged_with_those_of_one(draw: torch.Generator) -> None:

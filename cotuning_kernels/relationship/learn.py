@@ -1,45 +1,35 @@
 """The relationship of a model and a loader: both methods of the paper behind one call.
 
-:func:`learn_relationship` runs the pretrained classifier over the data once and hands what it predicts to a *sink*: for
-the direct method a :class:`~cotuning_kernels.relationship.RelationshipEstimator`, for the reverse one a list of the
-logits, from which :mod:`cotuning_kernels.relationship.reverse` learns. A pass may be interrupted and resumed
-(``checkpoint=``), or shared by the processes of torch.distributed (``distributed=True``).
+:func:`learn_relationship` runs the pretrained classifier over the data once. The direct method counts on the way
+(:mod:`cotuning_kernels.relationship.estimator`), the reverse one keeps the logits and learns at the end
+(:mod:`cotuning_kernels.relationship.reverse`). A pass may be interrupted and resumed (``checkpoint=``), or shared by
+the processes of torch.distributed (``distributed=True``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import itertools
 import operator
 import os
-import pickle
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from numbers import Integral
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cotuning_kernels import backends
-from cotuning_kernels.atomic_file import write_atomically
-from cotuning_kernels.distributed import rank_and_size
-from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
-from cotuning_kernels.relationship.matrix import Relationship, RelationshipEstimator, check_empty_policy, class_names
+from cotuning_kernels.labelled_logits import positive_number
+from cotuning_kernels.processes import rank_and_size, several_processes
+from cotuning_kernels.relationship import passes
+from cotuning_kernels.relationship.estimator import RelationshipEstimator
+from cotuning_kernels.relationship.matrix import Relationship, check_empty_policy, class_names
+from cotuning_kernels.relationship.passes import CheckpointError
 from cotuning_kernels.relationship.reverse import INVERSE_PENALTIES, checked_penalties, learn_reverse_relationship
 
 __all__ = ["CheckpointError", "learn_relationship"]
 
 METHODS = ("direct", "reverse")
-_CHECKPOINT_FORMAT = "cotuning_kernels.statistics"
-
-
-class CheckpointError(ValueError):
-    """The statistics on disk are damaged, or belong to another model, other data or other settings."""
 
 
 def learn_relationship(
@@ -135,22 +125,36 @@ def learn_relationship(
     checked_penalties(inverse_penalties)
     if place is not None:
         backends.select(place.type, backend)
-    settings = (num_target_classes, ignore_index)
+    # What a checkpoint's statistics depend on.
+    settings: dict[str, Any] = {
+        "num_target_classes": num_target_classes, "ignore_index": ignore_index, "temperature": temperature,
+    }  # fmt: skip
 
-    def run(sink: Any, batches: Iterable[Any], what: str) -> None:
-        file = None if checkpoint is None else _Checkpoint(checkpoint, what, source_model, sink, checkpoint_every)
-        _collect(source_model, batches, sink, what, source_classes, place, progress, max_batches, file)
+    def run(collector: Any, batches: Iterable[Any], what: str) -> None:
+        file = None
+        if checkpoint is not None:
+            path = passes.checkpoint_path(checkpoint, what)
+            file = passes.Checkpoint(path, source_model, settings, collector, checkpoint_every, place)
+        count = passes.run(
+            source_model, batches, collector, what, source_classes, place, progress, max_batches, file
+        )  # fmt: skip
         if distributed:
-            _check_every_process_counted(sink)
-            sink.all_reduce()
-        sink.check_counted(what)
+            _check_every_process_counted(count)
+            collector.all_reduce()
+        if count == 0:
+            raise ValueError(f"the {what} gave no batch; is its dataset empty, or was it an iterator that is used up?")
 
     if validation_loader is None:
-        means = _ClassMeans(*settings, temperature=temperature, dtype=dtype, backend=backend, device=place)
-        run(means, loader, "loader")
-        relationship = means.compute(empty, target_classes, source_classes)
+        settings |= {"dtype": str(dtype), "backend": backend}
+        estimator = RelationshipEstimator(
+            num_target_classes, temperature=temperature, ignore_index=ignore_index, dtype=dtype, device=None,
+            backend=backend,
+        )  # fmt: skip
+        run(estimator, loader, "loader")
+        relationship = estimator.compute(empty=empty, target_classes=target_classes, source_classes=source_classes)
     else:
-        train, validation = _Rows(*settings, temperature=temperature), _Rows(*settings, temperature=temperature)
+        train = passes.LogitCollector(num_target_classes, ignore_index)
+        validation = passes.LogitCollector(num_target_classes, ignore_index)
         run(train, loader, "loader")
         run(validation, validation_loader, "validation_loader")
         relationship = learn_reverse_relationship(
@@ -162,306 +166,27 @@ def learn_relationship(
             relationship = _of_first_process(relationship)
     if checkpoint is not None:
         for what in ("loader", "validation_loader"):
-            _checkpoint_path(checkpoint, what).unlink(missing_ok=True)
-    metadata = relationship.metadata | {"source_model": _type_name(source_model)}
+            passes.checkpoint_path(checkpoint, what).unlink(missing_ok=True)
+    metadata = relationship.metadata | {"source_model": passes.type_name(source_model)}
     return dataclasses.replace(relationship, metadata=metadata)
 
 
-# ------------------------------------------------------------------------------------------------ what a pass gathers
-
-
-class _Sink(Protocol):
-    """Takes logits and labels batch by batch."""
-
-    def update(self, logits: Tensor, labels: Tensor) -> None: ...
-    def all_reduce(self) -> None: ...
-    def check_counted(self, what: str) -> None: ...
-    def settings(self) -> dict[str, Any]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class _ClassMeans:
-    """The sink of the direct method: an estimator that is made when the number of source classes is known."""
-
-    def __init__(
-        self,
-        num_target_classes: int,
-        ignore_index: int,
-        *,
-        temperature: float,
-        dtype: torch.dtype,
-        backend: str,
-        device: torch.device | None,
-    ) -> None:
-        self._num_target_classes = num_target_classes
-        self._options: dict[str, Any] = {
-            "ignore_index": ignore_index, "temperature": temperature, "dtype": dtype, "backend": backend
-        }  # fmt: skip
-        self._device = device
-        self._estimator: RelationshipEstimator | None = None
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        if self._estimator is None:
-            self._estimator = self._make(logits.shape[1], logits.device)
-        elif self._estimator.device != logits.device:
-            # One from a checkpoint: where a function, or a model on several devices, leaves its logits shows only now.
-            elsewhere = self._estimator
-            self._estimator = self._make(elsewhere.num_source_classes, logits.device)
-            self._estimator.load_state_dict(elsewhere.state_dict())
-        self._estimator.update(logits, labels)
-
-    def all_reduce(self) -> None:
-        if self._estimator is not None:
-            self._estimator.all_reduce()
-
-    def check_counted(self, what: str) -> None:
-        if self._estimator is None:
-            raise ValueError(_NO_BATCH.format(what))
-
-    def settings(self) -> dict[str, Any]:
-        return {"num_target_classes": self._num_target_classes} | {k: str(v) for k, v in self._options.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        assert self._estimator is not None  # a checkpoint is written after a batch
-        return self._estimator.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        estimator = self._make(state["sums"].shape[1], self._device or torch.device("cpu"))
-        estimator.load_state_dict(state)
-        self._estimator = estimator
-
-    def compute(
-        self, empty: str, target_classes: Sequence[str] | None, source_classes: Sequence[str] | None
-    ) -> Relationship:
-        assert self._estimator is not None  # check_counted
-        return self._estimator.compute(empty=empty, target_classes=target_classes, source_classes=source_classes)
-
-    def _make(self, num_source_classes: int, device: torch.device) -> RelationshipEstimator:
-        return RelationshipEstimator(self._num_target_classes, num_source_classes, device=device, **self._options)
-
-
-class _Rows:
-    """The sink of the reverse method: the logits and labels of the rows that have one."""
-
-    def __init__(self, num_target_classes: int, ignore_index: int, *, temperature: float) -> None:
-        self._num_target_classes, self._ignore_index = num_target_classes, ignore_index
-        self._temperature = temperature
-        self._logits: list[Tensor] = []
-        self._labels: list[Tensor] = []
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        logits, labels = check_labelled_logits(
-            "source_logits", logits, labels, self._num_target_classes, self._ignore_index
-        )
-        if self._logits and logits.shape[1] != self._logits[0].shape[1]:
-            raise ValueError(
-                f"source_logits has {logits.shape[1]} classes, but those before had {self._logits[0].shape[1]}"
-            )
-        found = unusable_row(logits, labels, self._ignore_index)
-        if found is not None:
-            raise ValueError(f"source_logits[{found[0]}] has no softmax: {found[1]}")
-        labelled = labels != self._ignore_index
-        self._logits.append(logits[labelled])
-        self._labels.append(labels[labelled].long())
-
-    def rows(self) -> tuple[Tensor, Tensor]:
-        device = self._logits[-1].device  # what a checkpoint gave is on the CPU
-        return torch.cat([x.to(device) for x in self._logits]), torch.cat([x.to(device) for x in self._labels])
-
-    def all_reduce(self) -> None:
-        """The rows of all processes, in the order of their ranks."""
-        from torch import distributed
-
-        if not _several_processes():
-            return
-        logits, labels = self.rows()
-        everyones: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(everyones, (logits.cpu(), labels.cpu()))
-        self._logits = [theirs.to(logits.device) for theirs, _ in everyones]
-        self._labels = [theirs.to(logits.device) for _, theirs in everyones]
-
-    def check_counted(self, what: str) -> None:
-        if not self._logits:
-            raise ValueError(_NO_BATCH.format(what))
-
-    def settings(self) -> dict[str, Any]:
-        # The temperature is applied later, but who changes it should not have to wonder whether it was.
-        return {
-            "num_target_classes": self._num_target_classes,
-            "ignore_index": self._ignore_index,
-            "temperature": self._temperature,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        logits, labels = self.rows()
-        return {"logits": logits, "labels": labels}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._logits, self._labels = [state["logits"]], [state["labels"]]
-
-
-_DESCRIPTIONS = {"loader": "learning the relationship", "validation_loader": "reading the validation data"}
-_NO_BATCH = "the {} gave no batch; is its dataset empty, or was it an iterator that is used up?"
-
-
-def _collect(
-    source_model: Callable[..., Any],
-    loader: Iterable[Any],
-    sink: _Sink,
-    what: str,
-    source_classes: Sequence[str] | None,
-    device: torch.device | None,
-    progress: bool,
-    max_batches: int | None,
-    checkpoint: _Checkpoint | None,
-) -> None:
-    """Run the model over the batches of a loader, and give what it predicts to the sink."""
-    # Not inference_mode: what a model caches in its first forward pass (rotary tables, resized position embeddings)
-    # would be inference tensors, and the same model could not be trained afterwards.
-    with _evaluating(source_model), torch.no_grad():
-        for index, batch in enumerate(_batches(loader, max_batches, progress, what)):
-            where = f"batch {index} of the {what}"
-            inputs, labels = _inputs_and_labels(batch, where)
-            if checkpoint is not None and checkpoint.has_counted(index, labels):
-                continue
-            logits = _logits(_apply(source_model, inputs, device), labels, where)
-            if index == 0:
-                class_names("source_classes", source_classes, logits.shape[1])
-                _warn_of_probabilities(logits)
-            try:
-                sink.update(logits, labels.flatten())
-            except (TypeError, ValueError, IndexError) as error:
-                raise type(error)(f"{where}: {error}") from error
-            if checkpoint is not None:
-                checkpoint.counted(index)
-    if checkpoint is not None:
-        checkpoint.finish()
-
-
-class _Checkpoint:
-    """What a pass has gathered, on disk, with the number of its batches and a digest of their labels.
-
-    The digest tells a loader that gives the same batches again from one that does not.
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str], what: str, source_model: Callable[..., Any], sink: _Sink, every: int
-    ) -> None:
-        self._path = _checkpoint_path(path, what)
-        self._sink, self._every = sink, every
-        self._identity = {"model": _digest_of_model(source_model), "settings": sink.settings()}
-        self._labels, self._seen = hashlib.sha256(), 0
-        self._batches, self._expected_labels = 0, ""
-        if self._path.exists():
-            self._load()
-
-    def has_counted(self, index: int, labels: Tensor) -> bool:
-        """Whether batch ``index`` is in the statistics already; to be asked for every batch, in order."""
-        self._labels.update(labels.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        self._seen = index + 1
-        if index + 1 == self._batches and self._labels.hexdigest() != self._expected_labels:
-            raise CheckpointError(
-                f"{self._path} was written after {self._batches} batches with other labels than the loader gives now: "
-                f"does it shuffle, or is it other data? Use shuffle=False, or remove the file to start again"
-            )
-        return index < self._batches
-
-    def counted(self, index: int) -> None:
-        if (index + 1) % self._every == 0:
-            self._save()
-
-    def finish(self) -> None:
-        """The pass is over: a later one may still be interrupted."""
-        if self._seen > self._batches:
-            self._save()
-        if self._seen < self._batches:
-            raise CheckpointError(
-                f"{self._path} was written after {self._batches} batches, but the loader has fewer: it is other data. "
-                "Remove the file to start again"
-            )
-
-    def _save(self) -> None:
-        buffer = io.BytesIO()
-        content = {
-            "format": _CHECKPOINT_FORMAT,
-            "identity": self._identity,
-            "batches": self._seen,
-            "labels": self._labels.hexdigest(),
-            "state": self._sink.state_dict(),
-        }
-        torch.save(content, buffer)
-        write_atomically(self._path, buffer.getvalue())
-        self._batches = self._seen
-
-    def _load(self) -> None:
-        try:
-            content = torch.load(self._path, map_location="cpu", weights_only=True)
-            found = content["format"], content["identity"], content["batches"], content["labels"], content["state"]
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self._path} is not a checkpoint of learn_relationship, or is damaged ({type(error).__name__}: "
-                f"{error!s:.200}); remove it to start again"
-            ) from error
-        format_, identity, self._batches, self._expected_labels, state = found
-        if format_ != _CHECKPOINT_FORMAT or identity != self._identity:
-            changed = [name for name in self._identity if identity.get(name) != self._identity[name]]
-            raise CheckpointError(
-                f"{self._path} is of another {' and other '.join(changed) or 'program'}; remove it to start again, or "
-                "use the same model and settings as before"
-            )
-        self._sink.load_state_dict(state)
-
-
-def _checkpoint_path(path: str | os.PathLike[str], what: str) -> Path:
-    """One file a pass, and a process."""
-    name = os.fspath(path) + ("" if what == "loader" else f".{what}")
-    if _several_processes():
-        name += f".{torch.distributed.get_rank()}"
-    return Path(name)
-
-
-def _digest_of_model(model: Callable[..., Any]) -> str:
-    """Of the type and the weights: statistics of another model must not be continued."""
-    digest = hashlib.sha256(_type_name(model).encode())
-    if isinstance(model, nn.Module):
-        for name, tensor in model.state_dict().items():
-            digest.update(name.encode())
-            if isinstance(tensor, Tensor):
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-# -------------------------------------------------------------------------------------------------- several processes
-
-
-def _several_processes() -> bool:
-    from torch import distributed
-
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _check_every_process_counted(sink: _Sink) -> None:
-    """A process without a batch does not know how wide the sums are; the others would wait for it for ever."""
-    if not _several_processes():
+def _check_every_process_counted(batches: int) -> None:
+    """A process without a batch does not know ``N_s``, and the others would wait for its sums for ever."""
+    if not several_processes():
         return
     from torch import distributed
 
-    try:
-        sink.check_counted("")
-        mine = True
-    except ValueError:
-        mine = False
     counted: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(counted, mine)
+    distributed.all_gather_object(counted, batches)
     if not all(counted):
         idle = [rank for rank, some in enumerate(counted) if not some]
         raise ValueError(f"processes {idle} had no batch; start fewer processes, or use smaller batches")
 
 
 def _of_first_process(relationship: Relationship) -> Relationship:
-    """All processes compute the same from the same rows; on unlike machines a tie may still be broken otherwise."""
-    if not _several_processes():
+    """All processes compute the same from the same rows, but unlike machines may round a tie differently."""
+    if not several_processes():
         return relationship
     from torch import distributed
 
@@ -469,9 +194,6 @@ def _of_first_process(relationship: Relationship) -> Relationship:
     held = [relationship.to("cpu")]
     distributed.broadcast_object_list(held)
     return held[0].to(device)
-
-
-# --------------------------------------------------------------------------------------------- the model and the loader
 
 
 def _target_classes(
@@ -501,108 +223,8 @@ def _dataset_classes(loader: Iterable[Any]) -> tuple[str, ...] | None:
     return tuple(map(str, classes)) if isinstance(classes, list | tuple) and classes else None
 
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Eval mode; afterwards every submodule is in the mode that it was in, frozen BatchNorm layers included."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    try:
-        if isinstance(model, nn.Module):
-            model.eval()
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-
-
 def _device_of(model: Any) -> torch.device | None:
     if not isinstance(model, nn.Module):
         return None
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     return None if tensor is None else tensor.device
-
-
-def _batches(loader: Iterable[Any], max_batches: int | None, progress: bool, what: str) -> Iterable[Any]:
-    batches = itertools.islice(loader, max_batches)
-    if not progress:
-        return batches
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-    except ImportError:
-        return batches
-    try:
-        total: int | None = len(loader)  # type: ignore[arg-type]
-    except TypeError:  # an iterable dataset has no length
-        total = None
-    if max_batches is not None:
-        total = max_batches if total is None else min(total, max_batches)
-    bar: Iterable[Any] = tqdm(batches, total=total, desc=_DESCRIPTIONS[what], unit="batch")
-    return bar
-
-
-def _inputs_and_labels(batch: Any, where: str) -> tuple[Any, Tensor]:
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
-        size = f" of {len(batch)}" if isinstance(batch, list | tuple | Mapping) else ""
-        raise TypeError(
-            f"{where} is a {type(batch).__name__}{size}, expected (inputs, labels); for another form write the loop "
-            "with RelationshipEstimator.update"
-        )
-    inputs, labels = batch
-    if not isinstance(inputs, Tensor | Mapping) or not isinstance(labels, Tensor):
-        raise TypeError(
-            f"{where} is ({type(inputs).__name__}, {type(labels).__name__}), expected inputs as a Tensor or a mapping "
-            f"of Tensors, and labels as a Tensor of class indices{_ONE_BY_ONE if isinstance(labels, Integral) else ''}"
-        )
-    if labels.dim() == 0:
-        raise TypeError(f"{where} has a single label, expected a Tensor of them{_ONE_BY_ONE}")
-    return inputs, labels
-
-
-_ONE_BY_ONE = "; a dataset gives its examples one by one, pass torch.utils.data.DataLoader(dataset, batch_size=64)"
-
-
-def _warn_of_probabilities(logits: Tensor) -> None:
-    """Their softmax is nearly uniform, and the relationship learnt from it says nothing; nothing else would tell."""
-    rows = logits.double()
-    if rows.numel() > len(rows) and bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
-        warnings.warn(
-            "learn_relationship: the source model's outputs are not negative and sum to 1 in every row, as "
-            "probabilities do, and logits are expected; leave out the model's softmax, or pass the logarithm of what "
-            "it gives",
-            stacklevel=4,
-        )
-
-
-def _apply(model: Callable[..., Any], inputs: Tensor | Mapping[str, Any], device: torch.device | None) -> Any:
-    def moved(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) and device is not None else value
-
-    if isinstance(inputs, Tensor):
-        return model(moved(inputs))
-    return model(**{name: moved(value) for name, value in inputs.items()})
-
-
-def _logits(output: Any, labels: Tensor, where: str) -> Tensor:
-    """``(rows, N_s)``: what the model gave, one row a label."""
-    logits = output
-    if isinstance(output, Mapping) and "logits" in output:
-        logits = output["logits"]
-    elif hasattr(output, "logits"):
-        logits = output.logits
-    elif isinstance(output, tuple | list) and output:
-        logits = output[0]
-    if isinstance(logits, Tensor) and logits.dim() > 2 and logits.shape[:-1] == labels.shape:
-        return logits.flatten(0, -2)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        found = f"a Tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
-        keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
-        raise TypeError(
-            f"{where}: the source model gave {found}{keys}, expected logits (B, N_s) as a Tensor, output.logits, "
-            "output['logits'] or the first of a tuple; wrap the model, or write the loop with "
-            "RelationshipEstimator.update"
-        )
-    return logits
-
-
-def _type_name(model: Any) -> str:
-    return str(getattr(model, "__name__", type(model).__name__))

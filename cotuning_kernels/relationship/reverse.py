@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from cotuning_kernels import functional
 from cotuning_kernels.calibration import fit_temperature
 from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
-from cotuning_kernels.relationship.matrix import Relationship, settle_empty_classes
+from cotuning_kernels.relationship.matrix import Relationship, fill_empty_classes
 from cotuning_kernels.targets import without_autocast
 
 __all__ = ["INVERSE_PENALTIES", "RegressionFit", "learn_reverse_relationship", "regression_path"]
@@ -140,7 +140,7 @@ def learn_reverse_relationship(
     matrix = bayes(best.coefficients, regression_temperature, marginal)
     counts = torch.bincount(train_labels, minlength=num_target_classes)
     return Relationship(
-        settle_empty_classes(matrix.to(train.dtype), counts, empty, target_classes),
+        fill_empty_classes(matrix.to(train.dtype), counts, empty, target_classes),
         target_classes=None if target_classes is None else tuple(target_classes),
         source_classes=None if source_classes is None else tuple(source_classes),
         method="reverse",

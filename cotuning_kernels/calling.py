@@ -1,0 +1,54 @@
+"""Running somebody's classifier: its inputs, its logits, and its modules' training modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["call", "evaluating", "logits_in"]
+
+
+def call(model: Callable[..., Any], inputs: Tensor | Mapping[str, Any], device: torch.device | None) -> Any:
+    """``model(inputs)``, or ``model(**inputs)`` for a mapping, its tensors moved to ``device`` if one is given."""
+
+    def moved(value: Any) -> Any:
+        if device is None or not isinstance(value, Tensor):
+            return value
+        # A copy to the CPU that does not block may be read before it has arrived.
+        return value.to(device, non_blocking=device.type != "cpu")
+
+    if isinstance(inputs, Mapping):
+        return model(**{name: moved(value) for name, value in inputs.items()})
+    return model(moved(inputs))
+
+
+def logits_in(output: Any) -> Tensor | None:
+    """The logits in a classifier's output: a tensor, ``.logits``, ``["logits"]`` or the first item of a tuple or list.
+
+    ``None`` where none of these is a tensor.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, tuple | list) and output:
+        logits = output[0]
+    return logits if isinstance(logits, Tensor) else None
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule has its own mode back, frozen BatchNorm layers included."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        if isinstance(model, nn.Module):
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,318 @@
+"""One pass of the pretrained classifier over a loader, and its checkpoint on disk.
+
+:func:`run` gives the classifier's logits to a *collector*, batch by batch: for the direct method a
+:class:`~cotuning_kernels.relationship.RelationshipEstimator`, for the reverse one a :class:`LogitCollector`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cotuning_kernels.atomic_file import write_atomically
+from cotuning_kernels.calling import call, evaluating, logits_in
+from cotuning_kernels.labelled_logits import check_labelled_logits, unusable_row
+from cotuning_kernels.processes import several_processes
+from cotuning_kernels.relationship.matrix import class_names
+
+__all__ = ["Checkpoint", "CheckpointError", "Collector", "LogitCollector", "checkpoint_path", "run", "type_name"]
+
+_CHECKPOINT_FORMAT = "cotuning_kernels.statistics"
+_DESCRIPTIONS = {"loader": "learning the relationship", "validation_loader": "reading the validation data"}
+
+
+class Collector(Protocol):
+    """Takes logits and labels batch by batch."""
+
+    def update(self, source_logits: Tensor, labels: Tensor, /) -> None: ...
+    def all_reduce(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+class LogitCollector:
+    """Keeps the logits and labels of the labelled rows, for the reverse method."""
+
+    def __init__(self, num_target_classes: int, ignore_index: int) -> None:
+        self._num_target_classes, self._ignore_index = num_target_classes, ignore_index
+        self._logits: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        logits, labels = check_labelled_logits(
+            "source_logits", logits, labels, self._num_target_classes, self._ignore_index
+        )
+        if self._logits and logits.shape[1] != self._logits[0].shape[1]:
+            raise ValueError(
+                f"source_logits has {logits.shape[1]} classes, but those before had {self._logits[0].shape[1]}"
+            )
+        found = unusable_row(logits, labels, self._ignore_index)
+        if found is not None:
+            raise ValueError(f"source_logits[{found[0]}] has no softmax: {found[1]}")
+        labelled = labels != self._ignore_index
+        self._logits.append(logits[labelled])
+        self._labels.append(labels[labelled].long())
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        device = self._logits[-1].device  # a checkpoint's may be elsewhere
+        return torch.cat([x.to(device) for x in self._logits]), torch.cat([x.to(device) for x in self._labels])
+
+    def all_reduce(self) -> None:
+        """The rows of all processes, in the order of their ranks."""
+        from torch import distributed
+
+        if not several_processes():
+            return
+        logits, labels = self.rows()
+        everyones: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(everyones, (logits.cpu(), labels.cpu()))
+        self._logits = [theirs.to(logits.device) for theirs, _ in everyones]
+        self._labels = [theirs.to(logits.device) for _, theirs in everyones]
+
+    def state_dict(self) -> dict[str, Any]:
+        logits, labels = self.rows()
+        return {"logits": logits, "labels": labels}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._logits, self._labels = [state["logits"]], [state["labels"]]
+
+
+def run(
+    source_model: Callable[..., Any],
+    loader: Iterable[Any],
+    collector: Collector,
+    what: str,
+    source_classes: Sequence[str] | None,
+    device: torch.device | None,
+    progress: bool,
+    max_batches: int | None,
+    checkpoint: Checkpoint | None,
+) -> int:
+    """Run the model over the batches of a loader and give its logits to the collector.
+
+    Returns:
+        The number of batches, those that the checkpoint holds already included.
+
+    Raises:
+        TypeError, ValueError, IndexError: from a batch, from the model or from the collector; names the batch.
+        CheckpointError: the loader gives other data than before.
+    """
+    count = 0
+    # Not inference_mode: tensors that a model caches in its first forward pass (rotary tables, resized position
+    # embeddings) would be inference tensors, and the same model could not be trained afterwards.
+    with evaluating(source_model), torch.no_grad():
+        for index, batch in enumerate(_batches(loader, max_batches, progress, what)):
+            where = f"batch {index} of the {what}"
+            inputs, labels = _inputs_and_labels(batch, where)
+            count = index + 1
+            if checkpoint is not None and checkpoint.has_counted(index, labels):
+                continue
+            logits = _logits(call(source_model, inputs, device), labels, where)
+            if index == 0:
+                class_names("source_classes", source_classes, logits.shape[1])
+                _warn_of_probabilities(logits)
+            try:
+                collector.update(logits, labels.flatten())
+            except (TypeError, ValueError, IndexError) as error:
+                raise type(error)(f"{where}: {error}") from error
+            if checkpoint is not None:
+                checkpoint.counted(index)
+    if checkpoint is not None:
+        checkpoint.finish()
+    return count
+
+
+class CheckpointError(ValueError):
+    """The statistics on disk are damaged, or belong to another model, other data or other settings."""
+
+
+class Checkpoint:
+    """A collector's state on disk, with the number of its batches and a digest of their labels.
+
+    The digest shows whether a loader gives the same batches again.
+
+    Args:
+        path: the file of this pass and process (:func:`checkpoint_path`).
+        source_model: its type and weights must be those of the checkpoint.
+        settings: must be those of the checkpoint.
+        collector: gets the state where the file exists.
+        every: batches between two saves.
+        device: where the state goes; the CPU by default.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another model or other settings.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        source_model: Callable[..., Any],
+        settings: dict[str, Any],
+        collector: Collector,
+        every: int,
+        device: torch.device | None,
+    ) -> None:
+        self._path, self._collector, self._every, self._device = path, collector, every, device
+        self._identity = {"model": _digest_of_model(source_model), "settings": settings}
+        self._labels, self._seen = hashlib.sha256(), 0
+        self._batches, self._expected_labels = 0, ""
+        if self._path.exists():
+            self._load()
+
+    def has_counted(self, index: int, labels: Tensor) -> bool:
+        """Whether batch ``index`` is in the state already. Ask for every batch, in order."""
+        self._labels.update(labels.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        self._seen = index + 1
+        if index + 1 == self._batches and self._labels.hexdigest() != self._expected_labels:
+            raise CheckpointError(
+                f"{self._path} was written after {self._batches} batches with other labels than the loader gives now: "
+                f"does it shuffle, or is it other data? Use shuffle=False, or remove the file to start again"
+            )
+        return index < self._batches
+
+    def counted(self, index: int) -> None:
+        if (index + 1) % self._every == 0:
+            self._save()
+
+    def finish(self) -> None:
+        """Save at the end of the pass: a later pass may still be interrupted."""
+        if self._seen > self._batches:
+            self._save()
+        if self._seen < self._batches:
+            raise CheckpointError(
+                f"{self._path} was written after {self._batches} batches, but the loader has fewer: it is other data. "
+                "Remove the file to start again"
+            )
+
+    def _save(self) -> None:
+        buffer = io.BytesIO()
+        content = {
+            "format": _CHECKPOINT_FORMAT,
+            "identity": self._identity,
+            "batches": self._seen,
+            "labels": self._labels.hexdigest(),
+            "state": self._collector.state_dict(),
+        }
+        torch.save(content, buffer)
+        write_atomically(self._path, buffer.getvalue())
+        self._batches = self._seen
+
+    def _load(self) -> None:
+        try:
+            content = torch.load(self._path, map_location=self._device or "cpu", weights_only=True)
+            found = content["format"], content["identity"], content["batches"], content["labels"], content["state"]
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self._path} is not a checkpoint of learn_relationship, or is damaged ({type(error).__name__}: "
+                f"{error!s:.200}); remove it to start again"
+            ) from error
+        format_, identity, self._batches, self._expected_labels, state = found
+        if format_ != _CHECKPOINT_FORMAT or identity != self._identity:
+            changed = [name for name in self._identity if identity.get(name) != self._identity[name]]
+            raise CheckpointError(
+                f"{self._path} is of another {' and other '.join(changed) or 'program'}; remove it to start again, or "
+                "use the same model and settings as before"
+            )
+        self._collector.load_state_dict(state)
+
+
+def checkpoint_path(path: str | os.PathLike[str], what: str) -> Path:
+    """The file of one pass and one process."""
+    name = os.fspath(path) + ("" if what == "loader" else f".{what}")
+    if several_processes():
+        name += f".{torch.distributed.get_rank()}"
+    return Path(name)
+
+
+def _digest_of_model(model: Callable[..., Any]) -> str:
+    """Digest of the model's type and weights, so that a checkpoint is not resumed with another model."""
+    digest = hashlib.sha256(type_name(model).encode())
+    if isinstance(model, nn.Module):
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode())
+            if isinstance(tensor, Tensor):
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _batches(loader: Iterable[Any], max_batches: int | None, progress: bool, what: str) -> Iterable[Any]:
+    batches = itertools.islice(loader, max_batches)
+    if not progress:
+        return batches
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        return batches
+    try:
+        total: int | None = len(loader)  # type: ignore[arg-type]
+    except TypeError:  # an iterable dataset has no length
+        total = None
+    if max_batches is not None:
+        total = max_batches if total is None else min(total, max_batches)
+    bar: Iterable[Any] = tqdm(batches, total=total, desc=_DESCRIPTIONS[what], unit="batch")
+    return bar
+
+
+def _inputs_and_labels(batch: Any, where: str) -> tuple[Any, Tensor]:
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        size = f" of {len(batch)}" if isinstance(batch, list | tuple | Mapping) else ""
+        raise TypeError(
+            f"{where} is a {type(batch).__name__}{size}, expected (inputs, labels); for another form write the loop "
+            "with RelationshipEstimator.update"
+        )
+    inputs, labels = batch
+    if not isinstance(inputs, Tensor | Mapping) or not isinstance(labels, Tensor):
+        raise TypeError(
+            f"{where} is ({type(inputs).__name__}, {type(labels).__name__}), expected inputs as a Tensor or a mapping "
+            f"of Tensors, and labels as a Tensor of class indices{_ONE_BY_ONE if isinstance(labels, Integral) else ''}"
+        )
+    if labels.dim() == 0:
+        raise TypeError(f"{where} has a single label, expected a Tensor of them{_ONE_BY_ONE}")
+    return inputs, labels
+
+
+_ONE_BY_ONE = "; a dataset gives its examples one by one, pass torch.utils.data.DataLoader(dataset, batch_size=64)"
+
+
+def _warn_of_probabilities(logits: Tensor) -> None:
+    """Warn of softmax outputs: their own softmax is nearly uniform, and so is the relationship, without an error."""
+    rows = logits.double()
+    if rows.numel() > len(rows) and bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
+        warnings.warn(
+            "learn_relationship: the source model's outputs are not negative and sum to 1 in every row, as "
+            "probabilities do, and logits are expected; leave out the model's softmax, or pass the logarithm of what "
+            "it gives",
+            stacklevel=4,
+        )
+
+
+def _logits(output: Any, labels: Tensor, where: str) -> Tensor:
+    """The model's logits as ``(rows, N_s)``, one row a label."""
+    logits = logits_in(output)
+    if isinstance(logits, Tensor) and logits.dim() > 2 and logits.shape[:-1] == labels.shape:
+        return logits.flatten(0, -2)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = f"a Tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+        keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+        raise TypeError(
+            f"{where}: the source model gave {found}{keys}, expected logits (B, N_s) as a Tensor, output.logits, "
+            "output['logits'] or the first of a tuple; wrap the model, or write the loop with "
+            "RelationshipEstimator.update"
+        )
+    return logits
+
+
+def type_name(model: Any) -> str:
+    """The model's name in a checkpoint and in a relationship's metadata."""
+    return str(getattr(model, "__name__", type(model).__name__))
