@@ -22,6 +22,7 @@ EXTRAS_demo := demo
 EXTRAS_test := test,demo
 EXTRAS_bench := bench
 EXTRAS_lint := lint,plot
+EXTRAS_docs := docs,plot
 # nvcc takes minutes for all the cards that there are. Where there is none, only the tests have the CUDA kernels built, to
 # read what nvcc makes of them: for one card, or those in TORCH_CUDA_ARCH_LIST, and if that is empty for all.
 NO_CARD := $(if $(shell command -v nvidia-smi),,1)
@@ -30,6 +31,7 @@ CUDA_test := $(if $(NO_CARD),TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-9.0+P
 CUDA_demo := $(NO_CUDA)
 CUDA_bench := $(NO_CUDA)
 CUDA_lint := COTUNING_KERNELS_CUDA=0
+CUDA_docs := COTUNING_KERNELS_CUDA=0
 
 # The installed package instead of the source tree beside it, which has no compiled extension; and `benchmarks`, which is
 # not installed.
@@ -38,7 +40,7 @@ INSTALLED = PYTHONSAFEPATH=1 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint clean distclean
+.PHONY: help demo test bench lint docs clean distclean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS=\"...\"] [PYTHON=python3.12] [TORCH=\"torch==2.13.0\"]"
@@ -62,6 +64,10 @@ lint: .venv/installed-lint ## ruff, mypy, clang-format
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+docs: .venv/installed-docs ## build the documentation site into build/docs, with warnings as errors
+	@$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 clean: ## remove what was built, written or cached here; .venv and the downloaded images stay
 	rm -rf build dist *.egg-info demo_output benchmark_page .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -277,7 +277,7 @@ def expected_calibration_error(
     """The expected gap between confidence and accuracy of the predicted class, in [0, 1]; 0 is perfectly calibrated.
 
     The top-label ECE of Guo et al. 2017 (eq. 3) with ``bins`` bins of equal width. Arguments and errors are those of
-    :func:`reliability`.
+    :func:`cotuning_kernels.calibration.reliability`.
     """
     return reliability(
         logits, labels, bins=bins, temperature=temperature, probabilities=probabilities, ignore_index=ignore_index

@@ -71,7 +71,7 @@ def learn_relationship(
         validation_loader: as ``loader``; data on which the reverse method chooses the regression's penalty and its
             temperature. The direct method has nothing to choose and takes none.
         temperature: of the source classifier, see :func:`cotuning_kernels.fit_temperature`.
-        empty: see :meth:`RelationshipEstimator.compute`.
+        empty: see :meth:`cotuning_kernels.RelationshipEstimator.compute`.
         target_classes, source_classes: names; those of the target from ``loader.dataset.classes`` by default.
         device: where the batches go; by default where the model's parameters are. The model is not moved.
         progress: show a progress bar (if tqdm is installed).

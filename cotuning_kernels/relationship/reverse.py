@@ -91,10 +91,10 @@ def learn_reverse_relationship(
         temperature: of the source classifier, see :func:`cotuning_kernels.fit_temperature`.
         inverse_penalties: the values of ``C`` to choose from. Of several with the same validation accuracy the weakest
             penalty (the largest ``C``) is taken, as the authors do.
-        tolerance: see :func:`regression_path`. It bounds the regression's objective, and its minimum is the flatter the
-            weaker the penalty is: with another order of the rows, which is another rounding, elements of the
-            relationship of 100 rows moved by 1e-4 at ``C = 100`` and by 4e-3 at ``C = 1e4``. Float64 logits and 1e-8
-            left 1e-5 and 4e-4.
+        tolerance: see :func:`cotuning_kernels.relationship.reverse.regression_path`. It bounds the regression's
+            objective, whose minimum is the flatter the weaker the penalty is: with another order of the rows, which is
+            another rounding, elements of the relationship of 100 rows moved by 1e-4 at ``C = 100`` and by 4e-3 at
+            ``C = 1e4``. Float64 logits and 1e-8 left 1e-5 and 4e-4.
         empty: what becomes of a target class without a training row; see
             :meth:`cotuning_kernels.RelationshipEstimator.compute`.
         target_classes, source_classes: names to keep with the relationship.
