@@ -105,6 +105,19 @@ def test_every_prepared_page_has_blocks() -> None:
     assert set(PREPARED) <= {name_of(page) for page in WITH_BLOCKS}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_links_of_a_page_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    gone = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not gone
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (PROJECT / "docs/api/cotuning_kernels.rst").read_text()
+    described = set(re.findall(r"auto(?:class|function):: (\w+)", page))
+    assert described == set(ck.__all__) - {"functional"}  # a page of its own
+
+
 # ---- what a page's blocks find, and what they must have computed -----------------------------------------------------
 
 
