@@ -56,7 +56,7 @@ try:
     from tqdm import tqdm
 
     import cotuning_kernels as ck
-    from cotuning_kernels.atomic_file import remove_leftovers, write_atomically
+    from cotuning_kernels.atomic_file import remove, write_atomically
     from cotuning_kernels.distributed import ShardSampler, global_mean_loss, rank_and_size
 except ImportError as missing:
     sys.exit(f"image_classification: {missing}: pip install '.[demo]' in the project's folder.")
@@ -523,7 +523,7 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
         }
         torch_save(options.output / f"{method}.weights.pt", head.state_dict())
         write_atomically(result_file, (json.dumps(result, indent=2) + "\n").encode())
-        progress.path.unlink(missing_ok=True)
+        remove(progress.path)
         return result
 
     return by_the_first(tested)
@@ -666,7 +666,6 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def check_folder(options: argparse.Namespace, parts: Parts) -> None:
     """A folder of results is of one protocol, and of the same images as far as their names tell."""
-    remove_leftovers(options.output)
     names = (*RECORDED, "data", "weights", "head", "pixels", "batchnorm_momentum")
     settings = {name: str(getattr(options, name)) for name in names}
     settings |= {"images": summary(parts, options.data), "processes": str(rank_and_size()[1])}

@@ -531,14 +531,18 @@ def test_other_images_do_not_join_the_results(
 
 
 def test_what_killed_writes_left_is_removed(runner: ModuleType, data: Path, tmp_path: Path) -> None:
-    leftover = tmp_path / "out/.cotuning-0123456789abcdef.tmp"
-    leftover.parent.mkdir()
-    leftover.write_bytes(b"half a checkpoint")
-    others = [tmp_path / ".cotuning-0123456789abcdef.tmp", tmp_path / "out/notes.tmp"]
+    leftovers = [
+        tmp_path / f"out/.{name}.0123456789abcdef.tmp"
+        for name in ("plain.checkpoint.pt", "plain.weights.pt", "plain.json", "results.csv")
+    ]
+    leftovers[0].parent.mkdir()
+    for path in leftovers:
+        path.write_bytes(b"half a file")
+    others = [tmp_path / ".plain.checkpoint.pt.0123456789abcdef.tmp", tmp_path / "out/notes.tmp"]
     for path in others:
         path.write_bytes(b"somebody else's")
     assert runner.main(arguments(data, tmp_path / "out", "--iterations=1", "--methods", "plain")) == 0
-    assert not leftover.exists()
+    assert not any(path.exists() for path in leftovers)
     assert all(path.exists() for path in others)
 
 

@@ -20,8 +20,9 @@ from safetensors import safe_open
 from test_relationship import run_script
 from torch import Tensor
 
+from cotuning_kernels import tensor_file
 from cotuning_kernels.relationship import Relationship, RelationshipFileError
-from cotuning_kernels.relationship import file as relationship_file
+from cotuning_kernels.relationship.file import RELATIONSHIP_FILE
 
 
 def random_relationship(draw: torch.Generator, rows: int = 3, columns: int = 5, **fields: Any) -> Relationship:
@@ -192,7 +193,7 @@ def test_without_the_checksum_a_flipped_bit_would_be_another_relationship(
     tmp_path: Path, draw: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plants the fault that the test above is there for."""
-    monkeypatch.setattr(relationship_file, "_digest", lambda text, tensors: "constant")
+    monkeypatch.setattr(tensor_file, "_digest", lambda text, tensors: "constant")
     saved = full_relationship(draw)
     content = bytearray(save_bytes(saved, tmp_path / "r"))
     content[8 + int.from_bytes(content[:8], "little")] ^= 1  # the first byte after the header: a count
@@ -211,7 +212,7 @@ def header_only(header: bytes) -> bytes:
         (b"1234567", r"is not a safetensors file \(7 bytes"),
         (b"class,probability\ncat,0.5\n" * 9, "is not a safetensors file"),
         (b"\x80\x02}q\x00." * 20, "is not a safetensors file"),  # a pickle
-        (b"PK\x03\x04" + bytes(100), "truncated or not a safetensors file"),  # torch.save
+        (b"PK\x03\x04" + bytes(100), "is not a safetensors file"),  # torch.save
         (b"\xff" * 64, "is not a safetensors file"),
         (struct.pack("<Q", 10**7) + b"{}", "header should be 10000000 bytes, but the whole file has 10"),
         (header_only(b"[" * 100_000), "header is not JSON"),
@@ -304,24 +305,30 @@ RECORD = {"target_classes": None, "source_classes": None, "method": "direct", "t
 def test_a_whole_file_with_the_wrong_things_in_it(
     tensors: dict[str, Tensor], record: Any, message: str, tmp_path: Path
 ) -> None:
-    relationship_file.write(tmp_path / "r", tensors, record)
+    RELATIONSHIP_FILE.write(tmp_path / "r", tensors, record)
     with pytest.raises(RelationshipFileError, match=message) as caught:
         Relationship.load(tmp_path / "r")
     assert str(tmp_path / "r") in str(caught.value)
 
 
+def write_record_as(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file's writer takes ``text`` for the record; only the header is written with options."""
+    dumps = json.dumps
+    monkeypatch.setattr(tensor_file.json, "dumps", lambda x, **options: dumps(x, **options) if options else text)
+
+
 def test_deeply_nested_json_does_not_end_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = "[" * 100_000 + "]" * 100_000
-    monkeypatch.setattr(relationship_file.json, "dumps", lambda record: deep)
-    relationship_file.write(tmp_path / "r", {"matrix": torch.eye(2)}, {})
+    write_record_as(deep, monkeypatch)
+    RELATIONSHIP_FILE.write(tmp_path / "r", {"matrix": torch.eye(2)}, {})
     with pytest.raises(RelationshipFileError, match="its record is not JSON"):
         Relationship.load(tmp_path / "r")
 
 
 def test_a_temperature_of_thousands_of_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = json.dumps(RECORD).replace("1.0", "9" * 5000)
-    monkeypatch.setattr(relationship_file.json, "dumps", lambda _: record)
-    relationship_file.write(tmp_path / "r", {"matrix": torch.eye(2)}, {})
+    write_record_as(record, monkeypatch)
+    RELATIONSHIP_FILE.write(tmp_path / "r", {"matrix": torch.eye(2)}, {})
     with pytest.raises(RelationshipFileError, match="its record is not JSON"):
         Relationship.load(tmp_path / "r")
 
@@ -337,6 +344,55 @@ def test_paths_that_are_not_files(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="dangling"):
         Relationship.load(tmp_path / "dangling")
+
+
+def test_a_long_header_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """33 million lists in a header of 99 MB took 2.8 GB."""
+    path = tmp_path / "bomb"
+    path.write_bytes(header_only(b"[" + b"[]," * (6 << 20) + b"[]]"))
+    monkeypatch.setattr(tensor_file.json, "loads", lambda text: pytest.fail("it was parsed"))
+    with pytest.raises(RelationshipFileError, match=r"not the length of a header of at most 16777216\)"):
+        Relationship.load(path)
+
+
+def test_a_header_that_load_would_refuse_is_not_saved(tmp_path: Path) -> None:
+    relationship = Relationship(torch.eye(2), metadata={"notes": "x" * (16 << 20)})
+    with pytest.raises(ValueError, match=r"take 16777[0-9]{3} bytes, expected at most 16777216; shorten the metadata"):
+        relationship.save(tmp_path / "r")
+    assert os.listdir(tmp_path) == []
+
+
+def test_long_names_of_many_classes_come_back(tmp_path: Path) -> None:
+    """As many as ImageNet-21k has, each as long as the longest there and outside ASCII."""
+    names = [f"{i:05}" + "é" * 100 for i in range(21841)]
+    saved = Relationship(torch.full((1, 21841), 1 / 21841), source_classes=names)
+    saved.save(tmp_path / "r")
+    assert Relationship.load(tmp_path / "r").source_classes == tuple(names)
+
+
+_SAVED = """
+import sys, torch
+from cotuning_kernels import Relationship
+r = Relationship(torch.eye(3), ["a", "b", "c"], counts=torch.tensor([1, 2, 3]), metadata={"a": "1", "b": "2"})
+r.save(sys.argv[1])
+"""
+
+
+def test_every_process_saves_the_same_bytes(tmp_path: Path) -> None:
+    """safetensors' own writer puts the metadata into the order of a hash table that each process seeds anew."""
+    for name in "123":
+        done = run_script(_SAVED, str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    assert len({(tmp_path / name).read_bytes() for name in "123"}) == 1
+
+
+def test_a_file_of_the_first_release_comes_back(tmp_path: Path) -> None:
+    """Version 1 as safetensors' own writer laid it out."""
+    matrix, text = torch.tensor([[0.25, 0.75]]), json.dumps(RECORD)
+    metadata = {"format": "cotuning_kernels.relationship", "version": "1", "record": text}
+    metadata["sha256"] = "8a01547474024555e1a0b34d8397e327bcd4c240a19c8f9237afa3b31161c054"
+    write_safetensors(tmp_path / "r", {"matrix": matrix}, **metadata)
+    assert torch.equal(Relationship.load(tmp_path / "r").matrix, matrix)
 
 
 def test_paths_that_cannot_be_written(tmp_path: Path, draw: torch.Generator) -> None:
@@ -433,7 +489,6 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(
 _KILLED = """
 import json, os, random, signal, sys, time
 import torch
-from cotuning_kernels.relationship import file as relationship_file
 from cotuning_kernels.relationship import Relationship, RelationshipFileError
 torch.set_num_threads(1)
 folder, careless, rounds, seed = sys.argv[1], sys.argv[2] == "careless", int(sys.argv[3]), int(sys.argv[4])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cotuning_kernels import plots
 from cotuning_kernels.labelled_logits import positive_number
-from cotuning_kernels.relationship import file
+from cotuning_kernels.relationship.file import RELATIONSHIP_FILE, RelationshipFileError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -245,8 +245,14 @@ class Relationship:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with everything in it. An interrupted save leaves an older file whole.
 
+        The same relationship gives the same bytes in every process. A file that is replaced keeps its mode, and its
+        owner where the system allows it.
+
         Raises:
-            OSError: the path cannot be written (a directory, no such directory, disk full, not permitted).
+            FileNotFoundError, IsADirectoryError, PermissionError, OSError: the path cannot be written (no such
+                directory, disk full), or is no regular file (a device, a pipe, a loop of links); an older file is
+                untouched.
+            ValueError: names and metadata take more than 16 MiB, which :meth:`load` would refuse.
         """
         tensors = {"matrix": self.matrix} | ({} if self.counts is None else {"counts": self.counts})
         record = {
@@ -256,7 +262,7 @@ class Relationship:
             "temperature": self.temperature,
             "metadata": self.metadata,
         }
-        file.write(path, tensors, record)
+        RELATIONSHIP_FILE.write(path, tensors, record)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Relationship:
@@ -264,9 +270,10 @@ class Relationship:
 
         Raises:
             FileNotFoundError: there is no such file.
+            PermissionError, OSError: the file cannot be read.
             RelationshipFileError: a directory, a damaged, truncated or foreign file, or one of a newer version.
         """
-        tensors, record = file.read(path)
+        tensors, record = RELATIONSHIP_FILE.read(path)
         try:
             return cls(
                 matrix=tensors["matrix"],
@@ -278,7 +285,7 @@ class Relationship:
                 metadata=record["metadata"],
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise file.RelationshipFileError(
+            raise RelationshipFileError(
                 f"{os.fspath(path)} does not hold a relationship ({type(error).__name__}: {error}); "
                 "learn the relationship again, or take the file from a copy"
             ) from error
