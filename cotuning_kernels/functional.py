@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cotuning_kernels import autograd, backends, reference, validation
+from cotuning_kernels.backends.registry import REGISTRY
 from cotuning_kernels.targets import Target
 
 if TYPE_CHECKING:
@@ -169,8 +170,8 @@ def evaluate(
     arguments = (source_logits, target_logits, target, relationship, weight, label_smoothing, ignore_index, reduction,
                  source_loss, trade_off)  # fmt: skip
     tracing = torch.compiler.is_compiling()
-    if not (tracing or inplace or backends.fast_path_loss is None) and backend in ("auto", "cpp"):
-        result = backends.fast_path_loss(*arguments, return_terms)
+    if not (tracing or inplace or REGISTRY.fast_path_loss is None) and backend in ("auto", "cpp"):
+        result = REGISTRY.fast_path_loss(*arguments, return_terms)
         if result is not NotImplemented:  # what is not ordinary, or wrong, goes on below
             return CoTuningTerms(result[0], *result[1].unbind()) if return_terms else result
     validation.check_is_tensor("source_logits", source_logits)

@@ -11,12 +11,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 
-from cotuning_kernels import backends
 from cotuning_kernels.backends import operations
+from cotuning_kernels.backends.registry import REGISTRY
 
 __all__ = ["cpu_served_by"]
 
@@ -33,11 +32,7 @@ def cpu_served_by(backend: str, implementations: dict[str, Callable[..., Any]]) 
             warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
             for operation, function in implementations.items():
                 library.impl(operation, function, "CPU", allow_override=True)
-        with (
-            backends.without_fast_path(),  # which goes past the operations
-            mock.patch.dict(backends._served_by, {"cpu": [backend]}),
-            mock.patch.object(backends, "_NAMES", tuple(dict.fromkeys((*backends._NAMES, backend)))),
-        ):
+        with REGISTRY.override(serving={"cpu": [backend]}):
             yield
     finally:
         library._destroy()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import cotuning_kernels as ck
 from cotuning_kernels import autograd, backends, functional
+from cotuning_kernels.backends.registry import REGISTRY
 
 _B, _T, _S = 4, 3, 20
 
@@ -317,19 +318,17 @@ def test_a_large_batch_with_one_bad_label_names_it(backend: Backend) -> None:
         functional.co_tuning_loss(torch.zeros(3000, _S), torch.zeros(3000, _T), labels, _R, backend=backend.argument)
 
 
-def test_a_backend_that_is_absent_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_extension", None)
-    monkeypatch.setattr(backends, "fast_path_loss", None)
-    monkeypatch.setitem(backends._served_by, "cpu", [])
-    monkeypatch.setitem(backends._missing, "cpp", "the C++ extension is not available (planted); run `pip install .`")
-    with pytest.raises(RuntimeError, match=_says(["'cpp'", "planted", "pip install"])):
-        functional.co_tuning_loss(**_arguments(), backend="cpp")
-    with pytest.raises(RuntimeError, match=_says(["'cpp'", "planted", "pip install"])):
-        ck.FusedCoTuningLoss(_R, backend="cpp")
-    with pytest.raises(RuntimeError, match="planted"), backends.use_cpu_isa("portable"):
-        pass
-    assert backends.select("cpu") == "reference"
-    assert torch.isfinite(functional.co_tuning_loss(**_arguments()))  # type: ignore[arg-type]
+def test_a_backend_that_is_absent_says_how_to_get_it() -> None:
+    reason = "the C++ extension is not available (planted); run `pip install .`"
+    with REGISTRY.override(missing={"cpp": reason}):
+        with pytest.raises(RuntimeError, match=_says(["'cpp'", "planted", "pip install"])):
+            functional.co_tuning_loss(**_arguments(), backend="cpp")
+        with pytest.raises(RuntimeError, match=_says(["'cpp'", "planted", "pip install"])):
+            ck.FusedCoTuningLoss(_R, backend="cpp")
+        with pytest.raises(RuntimeError, match="planted"), backends.use_cpu_isa("portable"):
+            pass
+        assert backends.select("cpu") == "reference"
+        assert torch.isfinite(functional.co_tuning_loss(**_arguments()))  # type: ignore[arg-type]
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -17,6 +17,8 @@ from test_cuda_machine_code import KERNELS, KERNELS_OF_THE_LOSS, resources_of
 
 import cotuning_kernels
 from cotuning_kernels import backends
+from cotuning_kernels.backends import cuda
+from cotuning_kernels.backends.registry import REGISTRY
 
 PACKAGE = Path(cotuning_kernels.__file__).parent
 
@@ -105,19 +107,19 @@ def test_the_kernels_step_back_where_they_cannot_run(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(map(int, cards[device].split("."))))
-    monkeypatch.setattr(backends, "_driver_version", lambda: driver)
-    monkeypatch.setattr(backends, "cuda_build", lambda: "nvcc 13.0: 7.5 8.0 9.0 12.0+PTX")
-    monkeypatch.setattr(backends, "_served_by", {"cuda": ["cuda", "triton"]})
-    monkeypatch.setattr(backends, "_missing", {})
-    monkeypatch.setattr(backends, "_devices_are_checked", False)
-    if reason is None:
-        assert backends.select("cuda") == "cuda"
-        return
-    with pytest.warns(RuntimeWarning, match=reason):
+    monkeypatch.setattr(cuda, "driver_version", lambda: driver)
+    monkeypatch.setattr(cuda, "cuda_build", lambda: "nvcc 13.0: 7.5 8.0 9.0 12.0+PTX")
+    with REGISTRY.override(serving={"cuda": []}):
+        REGISTRY.add("cuda", "cuda", check=cuda.unfit_devices)
+        REGISTRY.add("triton", "cuda")
+        if reason is None:
+            assert backends.select("cuda") == "cuda"
+            return
+        with pytest.warns(RuntimeWarning, match=reason):
+            assert backends.select("cuda") == "triton"
         assert backends.select("cuda") == "triton"
-    assert backends.select("cuda") == "triton"
-    with pytest.raises(RuntimeError, match=reason):
-        backends.select("cuda", "cuda")
+        with pytest.raises(RuntimeError, match=reason):
+            backends.select("cuda", "cuda")
 
 
 # ------------------------------------------------------------------------------------------------- what is compiled for

@@ -27,8 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 import cotuning_kernels as ck
 from cotuning_kernels import backends, functional
+from cotuning_kernels.backends.registry import REGISTRY
 
-if backends.fast_path_loss is None:
+if REGISTRY.fast_path_loss is None:
     pytest.skip(f"no fast path: {backends.missing_reason('fast_path')}", allow_module_level=True)
 
 Arguments = dict[str, Any]
@@ -395,7 +396,7 @@ def test_beside_another_torch_it_is_not_even_loaded() -> None:
         torch.__version__ = "2.99.0"
         import cotuning_kernels as ck
         from cotuning_kernels import backends, environment
-        assert backends.fast_path_loss is None
+        assert backends.registry.REGISTRY.fast_path_loss is None
         assert "cotuning_kernels._fast_path" not in sys.modules
         assert backends.select("cpu") == "cpp"
         logits = torch.randn(3, 4, requires_grad=True), torch.randn(3, 2, requires_grad=True)

@@ -29,6 +29,7 @@ from torch import Tensor
 from cotuning_kernels import backends, environment, functional
 from cotuning_kernels.backends import operations, triton_version
 from cotuning_kernels.backends.operations import operation
+from cotuning_kernels.backends.registry import REGISTRY
 from cotuning_kernels.targets import operand_target
 
 _MISSING = backends.missing_reason("triton")
@@ -416,8 +417,8 @@ def test_the_overload_chooses_triton_where_another_backend_serves_too(seed: int)
     try:
         for name in IMPLEMENTATIONS:
             library.impl(f"{name}.triton", counted(name), "CPU")
-        served = {"cpu": [*backends.available("cpu")[:-1], "triton"]}
-        with mock.patch.dict(backends._served_by, served), interpreted(*MODULES):
+        serving = {"cpu": [*backends.available("cpu")[:-1], "triton"]}
+        with REGISTRY.override(serving=serving), interpreted(*MODULES):
             theirs = step("auto")
             assert called == []
             ours = step("triton")
@@ -461,17 +462,17 @@ def test_importing_the_kernels_of_a_missing_triton_is_that_sentence() -> None:
     """For who imports ``warmup``: not the name of what is missing inside of triton."""
     package = "cotuning_kernels.backends.triton"
     with mock.patch.dict(sys.modules):
-        for name in [name for name in sys.modules if name.startswith(package) and not name.endswith("_operations")]:
+        for name in [name for name in sys.modules if f"{name}.".startswith(f"{package}.")]:
             del sys.modules[name]
         with (
-            mock.patch.object(triton_version, "missing_reason", return_value="triton 3.6.1 is too old; install it"),
+            REGISTRY.override(missing={"triton": "triton 3.6.1 is too old; install it"}),
             pytest.raises(ImportError, match=r"^the Triton kernels cannot be used: triton 3\.6\.1 is too old; install"),
         ):
             importlib.import_module(package)
 
 
 def test_the_environment_report_says_why_triton_is_missing() -> None:
-    with mock.patch.dict(backends._missing, {"triton": "triton 3.6.1 is too old"}):
+    with REGISTRY.override(missing={"triton": "triton 3.6.1 is too old"}):
         assert "missing: triton 3.6.1 is too old" in environment.report()
 
 

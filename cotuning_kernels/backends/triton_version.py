@@ -1,4 +1,4 @@
-"""Puts the Triton kernels behind the operations, for tensors on GPUs; triton itself is imported with the first call."""
+"""Finds Triton and enters its kernels for tensors on GPUs; triton itself is imported with the first call."""
 
 from __future__ import annotations
 
@@ -10,35 +10,28 @@ from typing import Any
 
 import torch
 
-from cotuning_kernels.backends import operations
+from cotuning_kernels.backends.cuda import cuda_build
+from cotuning_kernels.backends.operations import NAMESPACE, OPERATIONS
+from cotuning_kernels.backends.registry import REGISTRY
 
-__all__ = ["missing_reason", "register"]
+__all__ = ["missing_reason"]
 
 _LEAST_VERSION = (3, 7)
 _INSTALL = "pip install 'triton>=3.7' (Linux; a torch for GPUs brings its own)"
 
-_library = torch.library.Library(operations.NAMESPACE, "IMPL")
-
 
 def missing_reason() -> str | None:
-    """Why Triton cannot serve, in one sentence, or ``None``. Does not import it, which takes a second."""
+    """Return in one sentence why Triton cannot serve, or ``None``. Does not import triton, which takes a second."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return f"triton is not installed; {_INSTALL}"
-    # The package itself knows its version; its distribution has other names for other GPUs.
+    # Read the package's own version: its distribution has other names for other GPUs.
     found = re.search(r"__version__\s*=\s*[\"']((\d+)\.(\d+)[^\"']*)", Path(spec.origin).read_text(encoding="utf-8"))
     if found is None:
         return f"the triton in {spec.origin} does not say its version; {_INSTALL}"
     if (int(found[2]), int(found[3])) < _LEAST_VERSION:
         return f"triton {found[1]} is too old, 3.7 or newer is needed; {_INSTALL}"
     return None
-
-
-def register(*, as_default: bool) -> None:
-    """Serve GPU tensors where Triton is asked for by name and, ``as_default``, where no backend is."""
-    for name in operations.OPERATIONS:
-        for overload in (f"{name}.triton", name) if as_default else (f"{name}.triton",):
-            _library.impl(overload, _imported_when_called(name), "CUDA")
 
 
 def _imported_when_called(name: str) -> Callable[..., Any]:
@@ -48,3 +41,20 @@ def _imported_when_called(name: str) -> Callable[..., Any]:
         return IMPLEMENTATIONS[name](*args, **kwargs)
 
     return call
+
+
+_library = torch.library.Library(NAMESPACE, "IMPL")
+
+
+def _register(*, as_default: bool) -> None:
+    """Serve GPU tensors where Triton is asked for by name and, if ``as_default``, where no backend is."""
+    for name in OPERATIONS:
+        for overload in (f"{name}.triton", name) if as_default else (f"{name}.triton",):
+            _library.impl(overload, _imported_when_called(name), "CUDA")
+
+
+if (_reason := missing_reason()) is None:
+    _register(as_default=cuda_build() is None)
+    REGISTRY.add("triton", "cuda")
+else:
+    REGISTRY.add_missing("triton", _reason)

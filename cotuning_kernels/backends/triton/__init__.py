@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cotuning_kernels.backends.triton_version import missing_reason
+from cotuning_kernels.backends.registry import REGISTRY
 
-if (_reason := missing_reason()) is not None:
+if (_reason := REGISTRY.missing_reason("triton")) is not None:
     raise ImportError(f"the Triton kernels cannot be used: {_reason}")
 
 from cotuning_kernels.backends.triton.class_sums import add_class_sums_

@@ -1,0 +1,147 @@
+"""Loads ``cotuning_kernels._cuda``, the operations for the CUDA dispatch key, and checks the cards that it meets.
+
+The library loads beside a CPU torch too, which then has no tensors for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cotuning_kernels.backends.cpp import extension, shadowing
+from cotuning_kernels.backends.registry import REGISTRY
+
+__all__ = ["cuda_build", "cuda_loss_plan", "driver_version", "unfit_reason"]
+
+_REBUILD = "run `pip install --force-reinstall --no-deps .` in a checkout of cotuning_kernels"
+
+
+def _load() -> str | None:
+    """Load the library; return what it was compiled with and for, or ``None`` where it cannot serve."""
+    folder = Path(__file__).parents[1]
+    paths = [folder / f"_cuda{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        not_built = (
+            f"the CUDA kernels were not built; have the CUDA toolkit (nvcc) on the path and {_REBUILD}, without "
+            "COTUNING_KERNELS_CUDA=0 (which make sets where there is no card)"
+        )
+        checkout = shadowing() if REGISTRY.missing_reason("cpp") else None
+        REGISTRY.add_missing("cuda", checkout or not_built)
+        return None
+    if torch.version.hip is not None:
+        REGISTRY.add_missing("cuda", "this torch is for ROCm, and the kernels are for NVIDIA's cards")
+        return None
+    try:
+        torch.ops.load_library(str(path))
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        reason = f"the CUDA kernels do not load ({error}); {_REBUILD}"
+        REGISTRY.add_missing("cuda", reason)
+        warnings.warn(f"cotuning_kernels runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2)
+        return None
+    library.cotuning_kernels_cuda_build.restype = ctypes.c_char_p
+    REGISTRY.add("cuda", "cuda", check=unfit_devices)
+    build: bytes = library.cotuning_kernels_cuda_build()
+    return build.decode()
+
+
+def unfit_devices() -> str | None:
+    """Return why the kernels cannot run on the cards that torch sees, or ``None`` where they can."""
+    cards = [
+        (torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+        for device in range(torch.cuda.device_count())
+    ]
+    return unfit_reason(cuda_build() or "", driver_version(), cards)
+
+
+def unfit_reason(build: str, driver: int | None, cards: list[tuple[str, tuple[int, int]]]) -> str | None:
+    """Return why kernels cannot run: the driver is too old, or they were not compiled for a card.
+
+    Args:
+        build: what :func:`cuda_build` returns.
+        driver: the major version of CUDA that the driver serves; ``None`` if unknown.
+        cards: name and compute capability of each.
+    """
+    compiler, _, architectures = build.partition(": ")
+    needed = int(compiler.removeprefix("nvcc ").partition(".")[0])
+    if driver is not None and driver < needed:
+        return f"they were built with {compiler} and need a driver for CUDA {needed}, and this one is for {driver}"
+    for name, (major, minor) in cards:
+        if not any(_runs_on((major, minor), built_for) for built_for in architectures.split()):
+            return f"they were built for {architectures}, and the {name} is {major}.{minor}; install again here"
+    return None
+
+
+def _runs_on(card: tuple[int, int], built_for: str) -> bool:
+    """Machine code runs on later members of its generation, PTX on every later card."""
+    major, minor = map(int, built_for.removesuffix("+PTX").rstrip("af").split("."))
+    return (major, minor) <= card and (major == card[0] or built_for.endswith("+PTX"))
+
+
+def driver_version() -> int | None:
+    """Return the major version of CUDA that the driver serves; ``None`` where the driver does not say it."""
+    version = ctypes.c_int()
+    try:
+        status: int = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000 if status == 0 else None
+
+
+_BUILD = _load()
+
+
+def cuda_build() -> str | None:
+    """Return what the kernels were compiled with and for, ``"nvcc 13.0: 8.0 9.0+PTX"``; ``None`` where none loaded."""
+    return _BUILD
+
+
+def cuda_loss_plan(
+    rows: int,
+    source_classes: int,
+    target_classes: int = 0,
+    *,
+    source_dtype: torch.dtype = torch.float32,
+    target_dtype: torch.dtype | None = None,
+    shared_memory: int = 227 << 10,
+) -> dict[str, Any]:
+    """Return what the CUDA backend launches for the loss of a batch. Needs the C++ extension, but no device.
+
+    Args:
+        rows: ``B``, the rows of the batch.
+        source_classes: ``N_s``, the columns of the source logits.
+        target_classes: ``N_t``, the columns of the target logits; 0 leaves the source term alone.
+        source_dtype: the dtype of the source logits.
+        target_dtype: the dtype of the target logits; by default that of the source logits.
+        shared_memory: the bytes of shared memory that a block may ask for on the card: 64 KB on compute capability
+            7.5, 163 KB on 8.0, 99 KB on 8.6 and 12.0, 227 KB on 9.0 and 10.0.
+
+    Returns:
+        ``blocks``, ``threads`` a block and ``shared_bytes``, the dynamic shared memory a block. ``source`` and
+        ``target`` hold for each head: ``threads_per_row``; ``vectors``, the most vectors of 16 bytes that a row of
+        logits touches; ``staged_logits`` and ``staged_target``, for how many of these the logits and the target
+        distribution stay in shared memory, so that they are read once; ``kept_target``, for how many more the target
+        distribution stays in registers.
+
+    Raises:
+        RuntimeError: the C++ extension is missing.
+        ValueError: a dtype that logits cannot have.
+    """
+    loaded = extension()
+    if loaded is None:
+        reason = REGISTRY.missing_reason("cpp")
+        raise RuntimeError(f"the plans are part of backend 'cpp', which cannot be used: {reason}")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in the order of ScalarType
+    target_dtype = target_dtype or source_dtype
+    for name, dtype in (("source_dtype", source_dtype), ("target_dtype", target_dtype)):
+        if dtype not in dtypes:
+            raise ValueError(f"{name} is {dtype}, expected one of {', '.join(map(str, dtypes))}")
+    types = dtypes.index(source_dtype), dtypes.index(target_dtype)
+    plan: dict[str, Any] = loaded.cuda_loss_plan(rows, source_classes, target_classes, *types, shared_memory)
+    return plan
