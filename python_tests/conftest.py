@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Iterator
 from dataclasses import astuple
 from typing import Any
 
-import cpp_builds
 import pytest
 import torch
-from conformance import BACKENDS, RECORDS, TABLE_BACKENDS, Backend, Record
+
+from support import cpp_builds
+from support.conformance import BACKENDS, RECORDS, Backend, Record, error_lines
+from support.paths import ROOT
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    sys.path.append(str(ROOT))  # `benchmarks` and `tools`; behind site-packages, where an installed cotuning_kernels is
     if hasattr(config, "workerinput"):
         config.option.seed = config.workerinput["seed"]
     else:
@@ -138,14 +142,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
         for line in lines:
             terminalreporter.line(line)
-
-
-def error_lines(records: dict[tuple[str, str], Record]) -> list[str]:
-    """The table: of those whom the conformance table judges, not of the kernels that faults are planted in."""
-    names = [*(backend.name for backend in TABLE_BACKENDS), "triton-ttsem"]
-    lines = [f"{'backend':20}{'logits':16}{'checks':>8}{'loss':>12}{'torch':>12}{'gradient':>12}{'torch':>12}"]
-    for (name, dtype), record in sorted(records.items(), key=lambda item: item[0]):
-        if name in names:
-            errors = (record.loss, record.torch_loss, record.gradient, record.torch_gradient)
-            lines.append(f"{name:20}{dtype:16}{record.checks:8}" + "".join(f"{error:12.1e}" for error in errors))
-    return lines if len(lines) > 1 else []

@@ -1,7 +1,8 @@
 // Counts the machine instructions of the CPU kernels, by running them one instruction at a time under ptrace.
 //
 // A step takes about 20 us. Unlike a time, the count is the same on every run and on a busy machine, so that a test can
-// hold it (python_tests/test_instruction_counts.py). It is no time: an instruction may take one cycle or a cache miss.
+// hold it (python_tests/builds/test_instruction_counts.py). It is no time: an instruction may take one cycle or a cache
+// miss.
 //
 // Prints a line a case: instruction set, operation, dtype of the logits, target classes, source classes, and the
 // instructions of one more row divided by its elements (what a call costs once is not in it).

@@ -13,7 +13,7 @@
 //   - What waits is refused in a capture, and ends it.
 //   - An error in a kernel stays with the device: every later call returns it. A bad launch is refused at once.
 // Of kernels there are only those of csrc/kernels/cuda. torch's own are refused with their name; the tests put
-// operations of the CPU in their place, by cudaLaunchHostFunc (python_tests/simulated_gpu_operations.py).
+// operations of the CPU in their place, by cudaLaunchHostFunc (python_tests/support/simulated_gpu_operations.py).
 //
 // What it cannot show is what the emulator cannot (docs/cuda.md), and anything of the driver: times, contexts, several
 // processes on a device, page-locked memory's effect, peer access.

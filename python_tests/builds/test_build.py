@@ -1,0 +1,393 @@
+"""What is built, and of what: one list of sources, no torch below the kernels, no module that imports one above it, no
+symbol that the linker could mix up, the instruction set on request, and life without the extension. Each checker is
+shown to find a planted fault."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import platform
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+import torch
+
+import cotuning_kernels
+from cotuning_kernels import backends
+from support.binaries import needed_libraries, symbols, unstable_symbols
+from support.cpp_builds import build, compiler, require, run
+from support.paths import ROOT
+
+CSRC = ROOT / "csrc"
+PACKAGE = Path(cotuning_kernels.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def setup_py() -> dict[str, Any]:
+    """The names that setup.py defines, without building anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        patch.setattr(sys, "path", list(sys.path))
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+# ------------------------------------------------------------------------------------------------- one list of sources
+
+
+def unlisted_and_missing(csrc: Path) -> tuple[set[str], set[str]]:
+    """Sources on the disk that csrc/sources.txt lacks, and sources in it that are not on the disk."""
+    lines = (csrc / "sources.txt").read_text().splitlines()
+    listed = {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
+    found = {
+        str(path.relative_to(csrc))
+        for folder in ("kernels", "ops", "fast_path", "bindings")
+        for path in (csrc / folder).rglob("*")
+        if path.suffix in (".cpp", ".cu")
+    }
+    return found - listed, listed - found
+
+
+def test_every_source_is_in_the_list() -> None:
+    assert unlisted_and_missing(CSRC) == (set(), set())
+
+
+def test_a_forgotten_source_is_noticed(tmp_path: Path) -> None:
+    copy = tmp_path / "csrc"
+    shutil.copytree(CSRC, copy)
+    (copy / "kernels" / "cpu" / "forgotten.cpp").touch()
+    (copy / "ops" / "cpu.cpp").unlink()
+    assert unlisted_and_missing(copy) == ({"kernels/cpu/forgotten.cpp"}, {"ops/cpu.cpp"})
+
+
+def test_cmake_compiles_what_setup_py_compiles(setup_py: dict[str, Any]) -> None:
+    sources = [source for source in setup_py["read_sources"](platform.machine()) if source.group in ("kernels", "cuda")]
+    compiled = {
+        Path(entry["file"]): shlex.split(entry["command"])
+        for entry in json.loads((build() / "compile_commands.json").read_text())
+    }
+    kernels = {path for path in compiled if CSRC / "kernels" in path.parents}
+    assert kernels == {source.path for source in sources}
+    sources = [source for source in sources if source.group == "kernels"]  # the others have nvcc's flags
+    options_of_all = set.intersection(*(set(compiled[source.path]) for source in sources))
+    for source in sources:
+        assert set(source.flags) <= set(compiled[source.path]), source.path
+        own = {option for option in compiled[source.path] if option.startswith("-m")} - options_of_all
+        assert own == {flag for flag in source.flags if flag.startswith("-m")}, source.path
+
+
+def test_cmake_names_a_sanitizer_it_does_not_know(tmp_path: Path) -> None:
+    cxx = f"-DCMAKE_CXX_COMPILER={compiler()}"
+    configured = run([require("cmake"), "-S", ROOT, "-B", tmp_path, cxx, "-DCOTUNING_SANITIZE=adress"])
+    assert configured.returncode != 0
+    words = " ".join(configured.stdout.split())
+    assert "COTUNING_SANITIZE is adress, expected some of address, undefined and thread" in words
+
+
+# --------------------------------------------------------------------------------------------------------- no torch
+
+
+def includes_of_torch(folder: Path) -> list[str]:
+    """Lines of the sources below ``folder`` that include torch, Python or pybind11."""
+    foreign = re.compile(r"\s*#\s*include\s*[<\"](torch|ATen|c10|caffe2|pybind11|Python\.h)")
+    return [
+        f"{path.name}: {line.strip()}"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        for line in path.read_text().splitlines()
+        if foreign.match(line)
+    ]
+
+
+def test_kernels_know_nothing_of_torch() -> None:
+    assert includes_of_torch(CSRC / "kernels") == []
+
+
+def test_an_include_of_torch_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "kernel.h").write_text(
+        '#pragma once\n#include <cstdint>\n# include <ATen/Parallel.h>\n#include "c10/x.h"\n'
+    )
+    assert includes_of_torch(tmp_path) == ["kernel.h: # include <ATen/Parallel.h>", 'kernel.h: #include "c10/x.h"']
+
+
+# ------------------------------------------------------------------------------------------------ arrows go one way
+
+_FROM_TOP_TO_BOTTOM = ("cotuning_kernels", "loss", "functional", "autograd", "backends")  # CONTRIBUTING.md
+
+
+def imports_of(package: Path) -> dict[str, set[str]]:
+    """By module of ``package``: the modules of it that it imports, in functions too, but not for types alone."""
+    files = {".".join(file.relative_to(package).with_suffix("").parts): file for file in package.rglob("*.py")}
+    files = {name.removesuffix("__init__").rstrip(".") or package.name: file for name, file in files.items()}
+
+    def imported(module: str, file: Path) -> set[str]:
+        tree = ast.parse(file.read_text())
+        types_only = {
+            node for test in ast.walk(tree) if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
+            for statement in test.body for node in ast.walk(statement)
+        }  # fmt: skip
+        names = []
+        for node in set(ast.walk(tree)) - types_only:
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                own = [package.name, *(module.split(".") if module != package.name else []), "__init__"]
+                above = own[: -node.level - (file.name != "__init__.py")] if node.level else []
+                names += [".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names]
+        within = [name.removeprefix(f"{package.name}.") for name in names if name.split(".")[0] == package.name]
+        # The last part is a module, or a name in one.
+        return {name if name in files else name.rpartition(".")[0] or package.name for name in within} - {module}
+
+    return {module: imported(module, file) for module, file in files.items()}
+
+
+def upward_imports(package: Path) -> list[str]:
+    """Modules of a layer that import one above, or a module that does."""
+    imports = imports_of(package)
+
+    def layer(module: str) -> int:
+        name = module.split(".")[0]
+        return _FROM_TOP_TO_BOTTOM.index(name) if name in _FROM_TOP_TO_BOTTOM else -1
+
+    found = []
+    for module in imports:
+        reached, news = {module}, {module}
+        while news := set().union(*(imports[name] for name in news)) - reached:
+            reached |= news
+        found += [f"{module} -> {name}" for name in reached if 0 <= layer(name) < layer(module)]
+    return sorted(found)
+
+
+def test_no_module_imports_what_is_above_it() -> None:
+    assert upward_imports(PACKAGE) == []
+    assert imports_of(PACKAGE)["reference"] == set()
+
+
+def test_an_import_of_what_is_above_is_noticed(tmp_path: Path) -> None:
+    copy = tmp_path / "cotuning_kernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+
+    def add(module: str, line: str) -> None:
+        with (copy / module).open("a") as file:
+            file.write(f"\n\n{line}\n")
+
+    add("targets.py", "def late():\n    from cotuning_kernels.loss import FusedCoTuningLoss")  # imported by autograd
+    add("backends/operations.py", "from .. import autograd")
+    add("backends/triton/scale.py", "import cotuning_kernels.functional")
+    add("backends/triton/checks.py", "if TYPE_CHECKING:\n    from cotuning_kernels import loss")
+    add("reference.py", "from cotuning_kernels import backends")
+    found = upward_imports(copy)
+    assert "autograd -> loss" in found
+    assert "backends.operations -> autograd" in found
+    assert "backends.triton.scale -> functional" in found
+    assert not [line for line in found if line.startswith("backends.triton.checks")]
+    assert imports_of(copy)["reference"] == {"backends"}
+
+
+# ---------------------------------------------------------------------------------------------------------- symbols
+
+
+def foreign_symbols(object_file: Path, isa: str) -> list[str]:
+    """What an object compiled for ``isa`` exports outside its own namespace.
+
+    The linker keeps one copy of an inline function or a template. Were it that of an object compiled for AVX-512, other
+    objects would call it on a processor without.
+    """
+    own = re.compile(rf"_ZN?K?(N8cotuning3cpu|8cotuning3cpu)({len(isa)}{isa}|{len(isa) + 6}kRows_{isa}E)")
+    return [name for name in symbols("--extern-only", "--defined-only", object_file) if not own.match(name)]
+
+
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
+def test_an_instruction_set_shares_no_symbol(isa: str, setup_py: dict[str, Any]) -> None:
+    require("nm")
+    built = {source.path.name for source in setup_py["read_sources"](platform.machine())}
+    if f"rows_{isa}.cpp" not in built:
+        pytest.skip(f"{isa} is not built for {platform.machine()}")
+    (object_file,) = build().rglob(f"rows_{isa}.cpp.*")
+    assert len(symbols("--extern-only", "--defined-only", object_file)) > 1
+    assert foreign_symbols(object_file, isa) == []
+
+
+def test_a_shared_symbol_is_noticed(tmp_path: Path) -> None:
+    source, object_file = tmp_path / "rows_avx2.cpp", tmp_path / "rows_avx2.o"
+    source.write_text(
+        "#include <algorithm>\n"
+        "namespace cotuning::cpu { inline int shared(int x) { return x + 1; } int kRows_avx2; }\n"
+        "namespace cotuning::cpu::avx2 { int own(int x) { return std::max(shared(x), 3); } }\n"
+        "namespace cotuning::cpu::avx512 { int other(int x) { return x; } }\n"
+    )
+    compiled = run([compiler(), "-std=c++17", "-O0", "-c", source, "-o", object_file])
+    assert compiled.returncode == 0, compiled.stdout
+    found = foreign_symbols(object_file, "avx2")
+    assert [name for name in found if "shared" in name]
+    assert [name for name in found if "St3max" in name]
+    assert [name for name in found if "other" in name]
+    assert not [name for name in found if "own" in name or "kRows_avx2" in name]
+
+
+def test_the_extension_needs_only_the_stable_abi() -> None:
+    extension = backends.extension()
+    if extension is None:
+        pytest.skip(f"no extension: {backends.missing_reason('cpp')}")
+    library = Path(str(extension.__file__))
+    assert "aoti_torch_get_dim" in symbols("-D", "--undefined-only", library)
+    assert unstable_symbols(library) == []
+    assert [name for name in needed_libraries(library) if re.search("torch|c10|python", name)] == ["libtorch_cpu.so"]
+
+
+def test_an_unstable_symbol_is_noticed(tmp_path: Path) -> None:
+    source, library = tmp_path / "unstable.cpp", tmp_path / "unstable.so"
+    source.write_text(
+        "#include <vector>\n"
+        "namespace c10 { int get_num_threads(); }\n"
+        "namespace at { struct Tensor {}; void fill(std::vector<Tensor>); }\n"
+        'extern "C" { int THPVariable_Wrap(); int aoti_torch_get_dim(); int PyList_New(); }\n'
+        "int f() { at::fill({}); return c10::get_num_threads() + THPVariable_Wrap(); }\n"
+        "int g() { return aoti_torch_get_dim() + PyList_New(); }\n"
+    )
+    compiled = run([compiler(), "-std=c++17", "-shared", "-fPIC", source, "-o", library])
+    assert compiled.returncode == 0, compiled.stdout
+    found = "\n".join(unstable_symbols(library))
+    assert "c10::get_num_threads" in found
+    assert "at::fill" in found
+    assert "THPVariable_Wrap" in found
+    assert "aoti_torch_get_dim" not in found
+    assert "PyList_New" not in found
+
+
+# ------------------------------------------------------------------------------------------- in a process of its own
+
+
+def python(code: str, *, package: Path = PACKAGE, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` with this copy of the package, whatever else is installed or lies in the working folder."""
+    path = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
+    return run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **environment},
+    )
+
+
+_LOSS = """
+import torch
+import cotuning_kernels as ck
+from cotuning_kernels import backends
+draw = torch.Generator().manual_seed(5)
+source, target = (torch.randn(6, n, generator=draw).requires_grad_() for n in (37, 4))
+labels = torch.randint(0, 4, (6,), generator=draw)
+relationship = torch.rand(4, 37, generator=draw).softmax(1)
+loss = ck.functional.co_tuning_loss(source, target, labels, relationship, trade_off=1.7)
+loss.backward()
+"""
+
+
+def expected_loss() -> float:
+    draw = torch.Generator().manual_seed(5)
+    source, target = (torch.randn(6, n, generator=draw) for n in (37, 4))
+    labels = torch.randint(0, 4, (6,), generator=draw)
+    relationship = torch.rand(4, 37, generator=draw).softmax(1)
+    cross_entropy = torch.nn.functional.cross_entropy
+    return float(cross_entropy(target, labels) + 1.7 * cross_entropy(source, relationship[labels]))
+
+
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
+def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
+    if isa not in backends.cpu_isas():
+        pytest.skip(f"{isa} is not built, or not for this processor: {backends.cpu_isas()}")
+    code = _LOSS + "print(backends.cpu_isa(), backends.select('cpu'), float(loss.detach()))"
+    finished = python(code, COTUNING_KERNELS_CPU_ISA=isa)
+    assert finished.returncode == 0, finished.stdout
+    used, backend, loss = finished.stdout.split()
+    assert (used, backend) == (isa, "cpp")
+    assert float(loss) == pytest.approx(expected_loss(), rel=1e-6)
+
+
+def test_an_unknown_instruction_set_is_a_clear_error() -> None:
+    if backends.extension() is None:
+        pytest.skip(f"no extension: {backends.missing_reason('cpp')}")
+    finished = python("import cotuning_kernels", COTUNING_KERNELS_CPU_ISA="sse9")
+    assert finished.returncode == 1
+    error = finished.stdout.splitlines()[-1]
+    assert "COTUNING_KERNELS_CPU_ISA is 'sse9', expected one of " + ", ".join(backends.cpu_isas()) in error
+
+
+def test_without_the_extension_the_reference_serves(tmp_path: Path) -> None:
+    """The package as a machine without a compiler has it: everything but ``_C``."""
+    copy = tmp_path / "cotuning_kernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    code = _LOSS + (
+        "assert backends.extension() is None and backends.cpu_isas() == []\n"
+        "print(ck.__file__, backends.select('cpu'), float(loss.detach()), float(source.grad.abs().sum()) > 0)\n"
+        "ck.functional.co_tuning_loss(source, target, labels, relationship, backend='cpp')\n"
+    )
+    finished = python(code, package=copy)
+    assert finished.returncode == 1, finished.stdout
+    path, backend, loss, has_gradient = finished.stdout.splitlines()[0].split()
+    assert Path(path).parent == copy
+    assert (backend, has_gradient) == ("reference", "True")
+    assert float(loss) == pytest.approx(expected_loss(), rel=1e-6)
+    error = finished.stdout.splitlines()[-1]
+    assert error.startswith("RuntimeError: backend 'cpp' cannot be used: the C++ extension")
+    assert "install a C++17 compiler" in error
+
+
+def test_sources_that_hide_the_installed_package_say_so(tmp_path: Path) -> None:
+    """In a checkout Python finds its folder first: the reason is not that nothing was built."""
+    copy, installed = tmp_path / "checkout" / "cotuning_kernels", tmp_path / "installed"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C*", "_cuda*", "__pycache__"))
+    (installed / "cotuning_kernels").mkdir(parents=True)
+    (installed / "cotuning_kernels" / "_C.abi3.so").touch()
+    code = (
+        f"import sys; sys.path.append({str(installed)!r})\n"
+        "from cotuning_kernels import backends\n"
+        "print(*(backends.missing_reason(name) for name in ('cpp', 'cuda')), sep='\\n')\n"
+    )
+    finished = python(code, package=copy)
+    assert finished.stdout.startswith("the C++ extension was not built; ")
+    (copy.parent / "pyproject.toml").touch()
+    finished = python(code, package=copy)
+    assert finished.returncode == 0, finished.stdout
+    cpp, cuda = finished.stdout.splitlines()
+    assert cpp == cuda
+    said = re.fullmatch(
+        rf"these are the sources in {re.escape(str(copy))}, which Python finds before the installed package, (.*); "
+        r"start Python in another folder, or run `pip install -e \.` in this one",
+        cpp,
+    )
+    assert said is not None, cpp
+    assert any(Path(said[1]).glob("_C.*"))
+
+
+def test_a_source_distribution_has_what_the_build_reads(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    skipped = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", ".cache")
+    shutil.copytree(ROOT, tree, ignore=skipped)
+    code = "import sys; sys.path.insert(0, 'build_support'); import backend; print(backend.build_sdist('dist'))"
+    subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        packed = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
+    needed = {
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "build_support", "tools")
+        for path in (ROOT / folder).rglob("*.*")
+    }
+    missing = {name for name in needed if "__pycache__" not in name} - packed
+    assert not missing, f"not in the source distribution: {sorted(missing)}"
+
+
+def test_a_module_of_another_package_does_not_hide_the_build() -> None:
+    """A ``.pth`` file of cuda-bindings, which torch 2.10 requires, imports a module ``cuda`` when Python starts."""
+    code = "sys.modules['cuda'] = types.ModuleType('cuda'); runpy.run_path('setup.py', run_name='__main__')"
+    command = [sys.executable, "-c", f"import runpy, sys, types; {code}", "--name"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == "cotuning-kernels"

@@ -1,0 +1,136 @@
+"""The tests of a GPU on simulated devices, and bugs planted between torch and the kernels, which they must find.
+
+Wherever torch is built with CUDA and there is an nvcc, a GPU or none: simulated_gpu.py says what is simulated."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support import simulated_gpu
+from support.cpp_builds import alone, run, workspace
+from support.paths import ROOT, TESTS
+
+pytestmark = pytest.mark.skipif(
+    simulated_gpu.missing() is not None or "COTUNING_SIMULATED_GPU" in os.environ,
+    reason=simulated_gpu.missing() or "within the simulation",
+)
+
+
+def _pytest(folder: Path, *arguments: str) -> tuple[int, str]:
+    environment = {name: x for name, x in simulated_gpu.environment(folder).items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", *arguments]
+    finished = run(command, cwd=ROOT, env=environment)
+    return finished.returncode, finished.stdout
+
+
+def _built() -> Path:
+    folder = workspace() / "simulated_gpu"
+    with alone("simulated_gpu"):
+        simulated_gpu.build(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "chosen", "least"),
+    [
+        ("gpu/test_cuda_device.py", "not stand-in and not cpu and not benchmarks", 25),
+        ("conformance/test_conformance.py", "cuda and not emulated and table", 200),
+        ("conformance/test_conformance.py", "cuda and not emulated and not table", 50),
+    ],
+)
+def test_what_runs_on_a_gpu(file: str, chosen: str, least: int) -> None:
+    status, words = _pytest(_built(), str(TESTS / file), "-k", chosen)
+    assert status == 0, words
+    passed = re.search(r"(\d+) passed", words)
+    assert passed, words
+    assert int(passed[1]) >= least, words
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    file: str
+    old: str
+    new: str
+    found: dict[str, str]  # by each of these tests of test_cuda_device.py, in these words
+
+
+BUGS = (
+    Bug(
+        "launched on the default stream", "ops/cuda.cpp",
+        "void* stream() const { return stream_.nativeHandle(); }", "void* stream() const { return nullptr; }",
+        {"current_stream": "AssertionError"},
+    ),
+    Bug(
+        "on the device that is current", "ops/cuda.cpp", "guard_(tensor.get_device_index())", "guard_(0)",
+        {"devices_in_turn": "AssertionError"},
+    ),
+    Bug(
+        "the host reads a number of the device", "ops/cuda.cpp",
+        "  problem.label_smoothing = label_smoothing;",
+        "  problem.label_smoothing = *problem.trade_off > 0 ? label_smoothing : 0;",
+        {"nothing_waits": "Segmentation fault"},
+    ),
+    Bug(
+        "the host waits", "kernels/cuda/device.cu",
+        "  PlanRules rules;\n  rules.shared_bytes = shared",
+        '  check(cudaDeviceSynchronize(), "waiting");\n  PlanRules rules;\n  rules.shared_bytes = shared',
+        {
+            "launch_forward": "AssertionError",
+            "graph_captures": "operation not permitted when stream is capturing",
+        },
+    ),
+    Bug(
+        "a counter in a graph is not cleared", "kernels/cuda/device.cu",
+        "cudaMemsetAsync(own, 0, sizeof *own, static_cast<cudaStream_t>(stream))", "cudaSuccess",
+        {"graph_captures": "AssertionError"},
+    ),
+    Bug(
+        "the counters of the first device are everybody's", "kernels/cuda/device.cu",
+        "  void* first = nullptr;\n  check(cudaGetSymbolAddress(&first, counters)",
+        "  static void* first = nullptr;\n  if (first == nullptr) check(cudaGetSymbolAddress(&first, counters)",
+        {"devices_in_turn": "Segmentation fault"},
+    ),
+    Bug(
+        "shared memory is not asked for", "kernels/cuda/loss.cu",
+        "  allow_dynamic_shared(kernel, plan.shared_bytes);\n", "",
+        {"devices_in_turn": "launching a kernel: invalid argument"},
+    ),
+    Bug(
+        "shared memory is asked for once, of one device", "kernels/cuda/loss.cu",
+        "  allow_dynamic_shared(kernel, plan.shared_bytes);\n",
+        "  static const bool asked = (allow_dynamic_shared(kernel, 227 << 10), true);\n  (void)asked;\n",
+        {"devices_in_turn": "launching a kernel: invalid argument"},
+    ),
+    Bug(
+        "nobody asks whether a launch was refused", "kernels/cuda/loss.cu", "  check_launch();\n", "",
+        {"refused_launch": "DID NOT RAISE"},
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", [pytest.param(bug, id=bug.name) for bug in BUGS])
+def test_a_bug_on_the_way_to_the_kernels_is_found(bug: Bug, tmp_path: Path) -> None:
+    root, folder = tmp_path / "checkout", tmp_path / "built"
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    shutil.copytree(ROOT / "tools", root / "tools")
+    source = root / "csrc" / bug.file
+    text = source.read_text()
+    assert text.count(bug.old) == 1, f"{bug.file} has no longer what {bug.name!r} changes"
+    source.write_text(text.replace(bug.old, bug.new))
+    folder.mkdir()
+    for compiled in _built().glob("*.o"):  # the others are as they were
+        if compiled.name != simulated_gpu.object_name(source):
+            (folder / compiled.name).symlink_to(compiled)
+    simulated_gpu.build(folder, root)
+    for test, expected in bug.found.items():
+        status, words = _pytest(folder, str(TESTS / "gpu/test_cuda_device.py"), "-x", "-k", f"{test} and not stand-in")
+        assert status != 0, f"{bug.name!r} is not found by {test}:\n{words}"
+        assert expected in words, words

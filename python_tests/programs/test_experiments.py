@@ -1,0 +1,321 @@
+"""The experiments: what is planned, resumed, shared between methods, kept apart, and computed from the results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from support.paths import EXAMPLES
+
+pytest.importorskip("PIL", reason="Pillow is not installed: pip install '.[demo]'")
+pytest.importorskip("tqdm")
+from PIL import Image
+
+PROJECT = EXAMPLES.parent
+
+
+@pytest.fixture(autouse=True)
+def examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+@pytest.fixture
+def experiments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """On a tiny network and random images, with results in a folder of the test's own."""
+    module = importlib.import_module("experiments")
+    demo_data = importlib.import_module("demo_data")
+    generator = torch.Generator().manual_seed(1)
+    sets = []
+    for number in (6, 9, 12):
+        colours = torch.randint(256, (number, 3, 1, 1), generator=generator, dtype=torch.uint8)
+        sets.append(demo_data.ImageSet(colours.expand(-1, -1, 160, 160), torch.arange(number) % 3))
+    torch.manual_seed(2)
+    classifier = nn.Sequential(
+        nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Dropout(0.2), nn.Linear(16, 7),
+    ).eval()  # fmt: skip
+    monkeypatch.setattr(module, "images_of", lambda data, n, seed: demo_data.Images(["a", "b", "c"], *sets))
+    monkeypatch.setattr(module, "classifier_of", lambda network: classifier)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    module.relationship_of.cache_clear()
+    return module
+
+
+PLAN = """
+[[grid]]
+data = ["made"]
+network = ["tiny"]
+images_per_class = [2]
+iterations = [4]
+lr = [0.01]
+method = ["plain", "linear-probe", "co-tuning", "co-tuning-reverse"]
+trade_off = [0.0, 2.3]
+warm_up = [0.0, 0.5]
+temperature = [1]
+seed = [0, 1]
+"""
+
+
+def test_the_committed_plan_and_results_are_read(tmp_path: Path) -> None:
+    module = importlib.import_module("experiments")
+    for name in ("plan.toml", "plan_wider.toml"):
+        plan = module.read_plan(PROJECT / "docs/results" / name)
+        assert len(set(plan)) == len(plan) > 0
+        assert [s.seed for s in plan] == sorted(s.seed for s in plan)
+    files = sorted((PROJECT / "docs/results").glob("*.jsonl"))
+    assert files
+    for file in files:
+        results = module.read_results(file)
+        assert len(results) == len(file.read_text().splitlines())  # no setting twice
+        for setting, result in results.items():
+            assert module.results_file(setting).name == file.name
+            assert 0 <= result["test_accuracy"] <= 1
+
+
+def test_a_grid_is_a_product_without_repetition(experiments: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN)
+    plan = experiments.read_plan(path)
+    # Per seed one run of each method without source term, and 2 x 2 of both with one.
+    assert len(plan) == len(set(plan)) == 2 * (2 + 8)
+    assert [setting.seed for setting in plan] == [0] * 10 + [1] * 10
+    assert {s.trade_off for s in plan if s.method == "plain"} == {0.0}
+    path.write_text(PLAN.replace('method = ["plain"', 'method = ["simple"'))
+    with pytest.raises(experiments.UserError, match="simple"):
+        experiments.read_plan(path)
+    path.write_text(PLAN.replace("lr = ", "rate = "))
+    with pytest.raises(experiments.UserError, match="rate"):
+        experiments.read_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{json: 1}", "is no TOML"),
+        (b"\xff\xfe\x00", "is no TOML"),
+        (b"", "has no grids"),
+        (b"grid = 3", "has no grids"),
+        (PLAN.replace("seed = [0, 1]", "seed = 0").encode(), "seed is 0, expected a list"),
+    ],
+)
+def test_what_is_no_plan_ends_in_a_sentence(
+    experiments: ModuleType, content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_bytes(content)
+    assert experiments.main(["--plan", str(plan)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"experiments: {plan}")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_killed_runs_are_run_again_and_finished_ones_are_not(
+    experiments: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, file = tmp_path / "plan.toml", tmp_path / "made_tiny.jsonl"
+    plan.write_text(PLAN)
+    original, runs = experiments.run, []
+
+    def run(setting: Any) -> dict[str, Any]:
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        runs.append(setting)
+        result: dict[str, Any] = original(setting)
+        return result
+
+    monkeypatch.setattr(experiments, "run", run)
+    assert experiments.main(["--plan", str(plan)]) == 130
+    whole = file.read_text()
+    assert len(whole.splitlines()) == 3
+    file.write_text(whole[: len(whole) - 20])  # as if the process had been killed while it wrote the last line
+    runs.clear()
+    assert experiments.main(["--plan", str(plan)]) == 130
+    wanted = experiments.read_plan(plan)
+    assert runs == wanted[2:5]
+    assert list(experiments.read_results(file)) == wanted[:5]
+    # The same run gives the same line, but for its time.
+    again, before = (json.loads(text.splitlines()[2]) for text in (file.read_text(), whole))
+    assert {**again, "processor_seconds": 0} == {**before, "processor_seconds": 0}
+
+
+def test_methods_differ_in_the_method_alone(experiments: ModuleType) -> None:
+    setting = experiments.Setting("made", "tiny", 2, 20, 0.003, "plain", 0.0, 0.0, 1.0, 5)
+    measures = ("validation_accuracy", "validation_nll", "test_accuracy", "test_nll")
+
+    def measured(**changes: Any) -> np.ndarray:
+        result = experiments.run(replace(setting, **changes))
+        return np.array([result[name] for name in measures])
+
+    plain = measured()
+    np.testing.assert_allclose(measured(method="co-tuning", trade_off=0.0), plain, rtol=1e-4)
+    co_tuned = measured(method="co-tuning", trade_off=2.3)
+    assert np.abs(co_tuned - plain).max() > 1e-2
+    assert np.abs(measured(method="co-tuning", trade_off=2.3, warm_up=1.0) - co_tuned).max() > 1e-2
+    assert np.abs(measured(method="co-tuning", trade_off=2.3, temperature=0.3) - co_tuned).max() > 1e-2
+    assert np.abs(measured(seed=6) - plain).max() > 1e-2
+
+
+def test_the_trade_off_warms_up(experiments: ModuleType) -> None:
+    runner, ck = importlib.import_module("image_classification"), importlib.import_module("cotuning_kernels")
+    model = ck.CoTuningModel.from_classifier(experiments.classifier_of("tiny"), 3)
+    images, labels = torch.randn(4, 3, 128, 128), torch.tensor([0, 1, 2, 0])
+    relationship = experiments.relationship_of("made", "tiny", 2, 0, False, 1.0)
+    loss_of = runner.objective_of("co-tuning", model, relationship, trade_off=2.0, warm_up=4)
+    plain_loss = runner.objective_of("plain", model, None)(images, labels, 0)
+    losses = torch.stack([loss_of(images, labels, iteration) for iteration in range(6)]) - plain_loss
+    torch.testing.assert_close(losses / losses[-1], torch.tensor([0.25, 0.5, 0.75, 1.0, 1.0, 1.0]))
+
+
+# --------------------------------------------------------------------------------------------------- Tux Paint's stamps
+
+
+def test_families_of_stamps() -> None:
+    module = importlib.import_module("tux_paint")
+    names = [
+        "dumper", "dumper_mirror", "towTruck", "truck", "blue_bike", "blue_ball", "cherries2", "Cherry_Stella",
+        "red", "green", "heron_flying", "heron_greatblue", "greatblue",
+    ]  # fmt: skip
+    found = module.families([Path("things") / f"{name}.png" for name in names])
+    assert sorted(sorted(path.stem for path in group) for group in found) == sorted([
+        ["dumper", "dumper_mirror"], ["towTruck", "truck"], ["blue_bike"], ["blue_ball"],
+        ["Cherry_Stella", "cherries2"], ["green", "red"], ["greatblue", "heron_flying", "heron_greatblue"],
+    ])  # fmt: skip
+
+
+def test_no_family_is_in_two_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("tux_paint")
+    monkeypatch.setattr(module, "INSTALLED_AT", tmp_path / "not there")
+    words = [a + b for a in ("ba", "ko", "li", "mu", "re") for b in ("bat", "dok", "fim", "gul")]
+    colour = {}  # a family's own
+    for label, name in enumerate(module.CLASSES):
+        folder = tmp_path / "tuxpaint-stamps" / module.CLASSES[name][0][-1]
+        folder.mkdir(parents=True)
+        for i, word in enumerate(words):
+            colour[label, i] = (10 * label, 10 * i, 77)
+            for variant in ("", "_mirror", "2")[: 1 + i % 3]:
+                Image.new("RGBA", (30, 20), (*colour[label, i], 255)).save(folder / f"{word}{variant}.png")
+    (tmp_path / "tuxpaint-stamps/animals").mkdir(exist_ok=True)
+    images = module.tux_paint(tmp_path, images_per_class=5, seed=3)
+    assert images.classes == list(module.CLASSES)
+
+    def of_part(part: Any) -> list[tuple[int, tuple[int, ...]]]:
+        centres = part.images[:, :, 80, 80].tolist()
+        return [(label, tuple(centre)) for label, centre in zip(part.labels.tolist(), centres, strict=True)]
+
+    parts = [of_part(part) for part in (images.train, images.validation, images.test)]
+    assert all(colour[label, centre[1] // 10] == centre for part in parts for label, centre in part)
+    assert len(parts[0]) == len(set(parts[0])) == 12 * 5  # five families, one image each
+    assert sum(len(set(part)) for part in parts) == len(set().union(*parts)) == 12 * len(words)
+    assert images.train.images[0, :, 2, 2].tolist() == [255, 255, 255]  # on white
+    again, other = (module.tux_paint(tmp_path, images_per_class=5, seed=seed) for seed in (3, 4))
+    assert torch.equal(again.test.images, images.test.images)
+    assert of_part(other.train) != parts[0]
+    with pytest.raises(importlib.import_module("command_line").UserError, match="expected 24 or more"):
+        module.tux_paint(tmp_path, images_per_class=20, seed=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- the tables
+
+
+def made_results(experiments: ModuleType) -> dict[Any, dict[str, float]]:
+    random, results = np.random.default_rng(0), {}
+    for seed in range(6):
+        base = random.normal(0.6, 0.05)
+        for method, trade_off, gain in (("plain", 0.0, 0.0), ("co-tuning", 0.5, 0.01), ("co-tuning", 2.3, 0.04)):
+            if (seed, trade_off) == (5, 2.3):
+                continue  # not run yet
+            setting = experiments.Setting("made", "tiny", 2, 4, 0.01, method, trade_off, 0.0, 1.0, seed)
+            accuracy = base + gain + random.normal(0, 0.02)
+            results[setting] = {
+                "test_accuracy": accuracy, "test_nll": 1 - accuracy, "validation_nll": 1.0,
+                "validation_accuracy": 0.9 if trade_off == (0.5 if seed % 2 else 2.3) else 0.5,
+            }  # fmt: skip
+    return results
+
+
+def test_differences_are_paired_and_intervals_are_those_of_student(experiments: ModuleType) -> None:
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install scipy")
+    tables = importlib.import_module("experiment_tables")
+    results = made_results(experiments)
+    ((task, arms),) = tables.collect(results).items()
+    assert list(arms) == ["plain", "Co-Tuning, trade-off 0.5", "Co-Tuning, trade-off 2.3", tables.CHOSEN]
+    strong, plain = arms["Co-Tuning, trade-off 2.3"], arms["plain"]
+    found = tables.paired(strong, plain, "test_accuracy")
+    both = [[arm[seed]["test_accuracy"] for seed in range(5)] for arm in (strong, plain)]  # seed 5 is not in both
+    low, high = stats.ttest_rel(*both).confidence_interval(0.95)
+    np.testing.assert_allclose([found.mean - found.half_width, found.mean + found.half_width], [low, high], rtol=1e-9)
+    weak = arms["Co-Tuning, trade-off 0.5"]
+    assert arms[tables.CHOSEN] == {seed: (weak if seed % 2 else strong)[seed] for seed in range(5)}
+    text = "\n".join(tables.table(task, arms))
+    assert f"| Co-Tuning, trade-off 2.3 | 5 | {np.mean(both[0]):.1%} | {100 * found.mean:+.1f} ± " in text
+
+
+def test_the_page_keeps_what_is_written_by_hand(
+    experiments: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install scipy")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[plot]'")
+    tables = importlib.import_module("experiment_tables")
+    for setting, result in made_results(experiments).items():
+        experiments.append_result(tmp_path / "made_tiny.jsonl", setting, result)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{tables.BEGIN}old\n{tables.END}after\n")
+    for _ in range(2):
+        tables.main(["--results", str(tmp_path), "--page", str(page)])
+        text = page.read_text()
+        assert (text[:7], text[-6:], text.count("old")) == ("before\n", "after\n", 0)
+        assert text.count("### made, tiny, 2 images a class, 4 iterations") == 1
+    figure = (tmp_path / "differences.svg").read_bytes()
+    tables.main(["--results", str(tmp_path), "--page", str(page)])
+    assert (tmp_path / "differences.svg").read_bytes() == figure
+    text = page.read_text()
+    for folder in (tmp_path / "nonexistent", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert tables.main(["--results", str(folder), "--page", str(page)]) == 1
+        assert f"experiment_tables: {folder} has no .jsonl file with runs" in capsys.readouterr().err
+        assert page.read_text() == text
+    page.write_text("no marks")
+    assert tables.main(["--results", str(tmp_path), "--page", str(page)]) == 1
+    assert "has no place for the tables" in capsys.readouterr().err
+
+
+def test_a_setting_survives_its_line(experiments: ModuleType, tmp_path: Path) -> None:
+    setting = experiments.Setting("made", "tiny", 2, 4, 0.1 + 0.2, "co-tuning", 2.3, 1 / 3, 1.0, 5)
+    experiments.append_result(tmp_path / "x.jsonl", setting, {"test_accuracy": 0.5})
+    assert experiments.read_results(tmp_path / "x.jsonl") == {setting: {"test_accuracy": 0.5}}
+    assert set(asdict(setting)) == {field.name for field in fields(experiments.Setting)}
+
+
+def test_cutting_off_half_a_line_is_whole_or_not_at_all(
+    experiments: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk while the results are written anew without what a killed run left."""
+    setting = experiments.Setting("made", "tiny", 2, 4, 0.1, "plain", 0.0, 0.0, 1.0, 5)
+    file = tmp_path / "x.jsonl"
+    experiments.append_result(file, setting, {"test_accuracy": 0.5})
+    with file.open("a") as half:
+        half.write('{"data": "ma')
+    before = file.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            experiments.read_results(file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+    assert experiments.read_results(file) == {setting: {"test_accuracy": 0.5}}
+    assert file.read_bytes() == before[: before.rfind(b"\n") + 1]

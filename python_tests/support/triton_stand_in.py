@@ -1,0 +1,70 @@
+"""The Triton kernels, interpreted, in the place of the CPU's: how they run the conformance table without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
+from unittest import mock
+
+from cotuning_kernels.backends.triton import (
+    IMPLEMENTATIONS,
+    class_sums,
+    counters,
+    exponential,
+    launch,
+    loss,
+    rows,
+    scale,
+    targets,
+    temperature,
+    translate,
+)
+from support.stand_in import cpu_served_by
+from support.triton_interpreter import interpreted
+
+__all__ = ["MODULES", "long_rows", "triton_interpreted"]
+
+MODULES: tuple[ModuleType, ...] = (class_sums, exponential, loss, rows, scale, targets, temperature, translate)
+"""Where the kernels are, and the functions that they call."""
+
+_active: list[bool] = []
+
+
+@contextmanager
+def long_rows(kernels: ModuleType = loss) -> Iterator[None]:
+    """Rows of more than 64 columns are long ones, taken 128 columns at a time; otherwise those above 16384 are. Up to
+    200 columns they may be kept, in blocks of 64 or 128; otherwise up to 32768, in blocks of 2048 or 4096. And a group
+    of rows whose numbers are added up is as small as can be; otherwise it has 256. ``kernels``: the loss's."""
+    with (
+        mock.patch.object(launch, "MAX_WHOLE_ROW_BYTES", 256),
+        mock.patch.object(launch, "MAX_KEPT_ROW_BYTES", 4 * 200),
+        mock.patch.object(launch, "KEPT_THREADS", 16),
+        mock.patch.object(launch, "LOOP_COLUMNS", 128),
+        mock.patch.object(kernels, "GROUP_ROWS", 1),
+    ):
+        yield
+
+
+@contextmanager
+def triton_interpreted(*, loops: bool = False) -> Iterator[None]:
+    """``backend="triton"`` and ``"auto"`` mean the interpreted kernels, for tensors on the CPU.
+
+    ``loops``: with :func:`long_rows`. A launch that stops at an error leaves its counters as they are, so that every
+    block has counters of its own.
+    """
+    if _active[-1:] == [loops]:  # a test within a fixture
+        yield
+        return
+    both_overloads = {f"{name}{overload}": f for name, f in IMPLEMENTATIONS.items() for overload in ("", ".triton")}
+    with (
+        cpu_served_by("triton", both_overloads),
+        interpreted(*MODULES),
+        long_rows() if loops else nullcontext(),
+        mock.patch.dict(counters.of_streams, clear=True),
+    ):
+        _active.append(loops)
+        try:
+            yield
+        finally:
+            _active.pop()

@@ -1,0 +1,1 @@
+"""Tools for those who work on cotuning_kernels. No tool is installed with the package."""

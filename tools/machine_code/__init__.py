@@ -1,0 +1,1 @@
+"""What compilers made of the kernels: instructions, registers, launches. Nothing here needs a GPU."""

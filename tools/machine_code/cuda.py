@@ -1,0 +1,471 @@
+"""What nvcc made of the CUDA kernels, read out of the built library: the tables of docs/cuda.md. It needs no GPU.
+
+    python -m tools.machine_code.cuda             # of the library that is installed, or of LIBRARY
+    python -m tools.machine_code.cuda --write     # and writes python_tests/recorded/cuda_machine_code.json
+
+The disassembler is ``cuobjdump`` of the CUDA toolkit, or the one that the triton wheel carries.
+
+Instructions an element are counted on the shortest way once around each loop over a row, among the ways that access
+memory just as the plan for the shape says: so many loads and stores of 16 bytes and no narrower ones. A loop that is
+not found, because it accesses memory in another way, is an error and not a number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import importlib.util
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import cotuning_kernels
+from cotuning_kernels import backends
+
+__all__ = [
+    "TABLE",
+    "Instruction",
+    "Usage",
+    "around_a_loop",
+    "cuobjdump",
+    "differences",
+    "disassemble",
+    "instructions_of_a_row",
+    "measure",
+    "parse",
+    "resources",
+]
+
+TABLE = Path(__file__).resolve().parents[2] / "python_tests" / "recorded" / "cuda_machine_code.json"
+TOLERANCE = 0.05
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def library() -> Path:
+    """The built library; LookupError, with the reason, where there is none."""
+    if reason := backends.missing_reason("cuda"):
+        raise LookupError(reason)
+    return next(Path(cotuning_kernels.__file__).parent.glob("_cuda*.so"))
+
+
+def cuobjdump() -> str:
+    """Its path; LookupError where there is none."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        carried = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if carried.is_file():
+            return str(carried)
+    raise LookupError("needs cuobjdump, of the CUDA toolkit or of the triton wheel, which are not here")
+
+
+def run_cuobjdump(*arguments: str | Path) -> str:
+    """What it prints."""
+    finished = subprocess.run([cuobjdump(), *map(str, arguments)], capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise RuntimeError(f"cuobjdump {' '.join(map(str, arguments))} failed: {finished.stderr.strip()}")
+    return finished.stdout
+
+
+class Usage(NamedTuple):
+    """What a thread of one kernel uses; ``shared`` is a block's static shared memory, in bytes."""
+
+    architecture: str
+    kernel: str
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+
+def resources(file: Path) -> list[Usage]:
+    """Every kernel of every architecture."""
+    found, architecture, kernel = [], "", ""
+    for line in run_cuobjdump("-res-usage", file).splitlines():
+        if match := re.search(r"arch = (sm_\d+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            kernel = match[1]
+        elif kernel:
+            used = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", line)}
+            found.append(Usage(architecture, kernel, used["REG"], used["STACK"], used["LOCAL"], used["SHARED"]))
+            kernel = ""
+    return found
+
+
+class Instruction(NamedTuple):
+    """``@P0 LDG.E.128 R4, [R2.64]`` is ``("LDG.E.128", "R4, [R2.64]", True)``."""
+
+    operation: str
+    operands: str
+    predicated: bool
+
+
+Code = dict[int, Instruction]  # by address
+
+
+def parse(sass: str) -> dict[str, Code]:
+    """The kernels in a disassembly."""
+    kernels: dict[str, Code] = {}
+    for text in re.split(r"^\s*Function : ", sass, flags=re.M)[1:]:
+        kernels[text.split(maxsplit=1)[0]] = {
+            int(line[1], 16): Instruction(line[3], line[4], line[2] is not None)
+            for line in re.finditer(
+                r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*) *([^;\n]*?) *;", text, re.M
+            )
+        }
+    return kernels
+
+
+@functools.cache
+def disassemble(file: Path, architecture: str) -> dict[str, Code]:
+    """The kernels for ``"sm_90"``, say. Asked again, nothing is done again: it takes a second."""
+    return parse(run_cuobjdump("-arch", architecture, "-sass", file))
+
+
+_TYPES = {"f": "float32", "d": "float64", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"}
+
+
+def readable(kernel: str) -> str:
+    """``"loss, bfloat16"`` for its mangled name."""
+    match = re.search(r"\d+([a-z_]+)_kernel(?:I(f|d|NS_8BFloat16E|NS_7Float16E)E)?", kernel)
+    if match is None:
+        return kernel
+    return match[1].replace("_", " ") + (f", {_TYPES[match[2]]}" if match[2] else "")
+
+
+# ------------------------------------------------------------------------------------------------------ around a loop
+
+
+def access(operation: str) -> str | None:
+    """What is counted on the way: ``"LDG 16"``, ``"STS 4"``; ``"EX2"``, an exponential; None for all else."""
+    name, *modifiers = operation.split(".")
+    if name == "MUFU":
+        return "EX2" if "EX2" in modifiers else None
+    if name not in ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LD", "ST"):
+        return None
+    widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return f"{name} {next((widths[m] for m in modifiers if m in widths), 4)}"
+
+
+def target(instruction: Instruction) -> int | None:
+    """Where a branch goes. One of BRA.DIV is taken by warps whose lanes have parted, and not followed."""
+    if instruction.operation.split(".")[0] != "BRA" or ".DIV" in instruction.operation:
+        return None
+    match = re.search(r"0x([0-9a-f]+)", instruction.operands)
+    return int(match[1], 16) if match else None
+
+
+def successors(code: Code, address: int, following: dict[int, int]) -> Iterator[int]:
+    instruction = code[address]
+    branch = target(instruction)
+    if branch is not None:
+        yield branch
+    ends = instruction.operation.split(".")[0] in ("BRA", "EXIT", "RET") and ".DIV" not in instruction.operation
+    # The condition is a predicate before the instruction, or one among its operands.
+    conditional = instruction.predicated or re.match(r"!?U?P\d", instruction.operands)
+    if address in following and (not ends or conditional):
+        yield following[address]
+
+
+def around_a_loop(code: Code, wanted: dict[str, int]) -> int | None:
+    """Instructions on the shortest way once around any loop that makes just the accesses ``wanted``; None where no loop
+    has such a way. A loop is from the target of a branch back to that branch; a way does not leave it."""
+    addresses = sorted(code)
+    following = dict(itertools.pairwise(addresses))
+    loops = [(head, address) for address in addresses if (head := target(code[address])) is not None and head < address]
+    shortest: int | None = None
+    for head, last in sorted(loops, key=lambda loop: loop[1] - loop[0]):
+        inside = {address: code[address] for address in addresses if head <= address <= last}
+        has = collections.Counter(access(instruction.operation) for instruction in inside.values())
+        if all(has[what] >= count for what, count in wanted.items()):
+            way = _once_around(inside, head, last, wanted, following, shortest)
+            shortest = way or shortest
+    return shortest
+
+
+def _once_around(
+    code: Code, head: int, last: int, wanted: dict[str, int], following: dict[int, int], limit: int | None
+) -> int | None:
+    """Breadth first, over addresses with what has been accessed on the way there; shorter than ``limit``, or None."""
+    names = list(wanted)
+    goal = tuple(wanted.values())
+    wave, seen, steps = {(head, (0,) * len(names))}, set(), 0
+    while wave and (limit is None or steps + 1 < limit):
+        steps += 1
+        seen |= wave
+        further = set()
+        for address, counts in wave:
+            for counts_after in _after(code[address], counts, names, goal):
+                if address != last:
+                    further |= {
+                        (after, counts_after) for after in successors(code, address, following) if after in code
+                    }
+                elif counts_after == goal:
+                    return steps
+        wave = further - seen
+    return None
+
+
+def _after(
+    instruction: Instruction, counts: tuple[int, ...], names: list[str], goal: tuple[int, ...]
+) -> Iterator[tuple[int, ...]]:
+    """The counts after an instruction. Where it has a predicate it is issued in any case, and may access nothing."""
+    what = access(instruction.operation)
+    if what is None or instruction.predicated:
+        yield counts
+    if what in names:
+        k = names.index(what)
+        if counts[k] < goal[k]:
+            yield (*counts[:k], counts[k] + 1, *counts[k + 1 :])
+
+
+# ---------------------------------------------------------------------------------------------------- a row of a shape
+
+SHAPES = (1000, 21841, 30522)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Loop(NamedTuple):
+    """A vector of 16 bytes of logits in one of the three sweeps, and the accesses that it takes."""
+
+    instructions: float
+    accesses: dict[str, int]
+
+
+AT_ONCE = 4
+"""Vectors that a thread has on their way in the first sweep: what csrc/kernels/cuda/row.cuh says."""
+
+
+KEPT = {"staged_target": "shared memory", "kept_target": "registers"}
+"""Where R is kept from sweep to sweep, by the plan's words for how much of it; else ``"nowhere"``."""
+
+
+def sweeps(code: Code, dtype: torch.dtype, alike: bool, where: str, at_once: int = AT_ONCE) -> dict[str, Loop]:
+    """The three loops of the source head over a row whose logits are staged, R in float32; of the target head's loops,
+    those with as many accesses are longer. ``alike``: the row of R starts where the logits do, in 16 bytes. ``where`` R
+    is kept. ``at_once``: so many vectors a thread has of the row, and no more than AT_ONCE."""
+    count = 16 // dtype.itemsize
+    # Of a row of R that starts elsewhere, one aligned vector more is read than these elements of it fill.
+    of_r = count // 4 + (0 if alike else 1)
+    kept = {"STS 16": count // 4} if where == "shared memory" else {}
+    again = {"shared memory": {"LDS 16": 1 + count // 4}, "registers": {"LDS 16": 1}}
+    read = again.get(where, {"LDS 16": 1, "LDG 16": of_r})
+    # float32 exponentials take the place of the logits.
+    if dtype == torch.float32:
+        kept["STS 16"] = kept.get("STS 16", 0) + 1
+    exponentials = {} if dtype == torch.float32 else {"EX2": count}
+    wanted = {
+        "maximum": {"LDG 16": 1, "STS 16": 1},
+        "sums": {"LDG 16": of_r, "LDS 16": 1, "EX2": count} | kept,
+        "gradient": {"STG 16": 1} | read | exponentials,
+    }
+    found = {}
+    for sweep, accesses in wanted.items():
+        vectors = at_once if sweep == "maximum" else 1
+        instructions = around_a_loop(code, {what: vectors * count for what, count in accesses.items()})
+        if instructions is None:
+            raise LookupError(f"{dtype}: there is no way around a loop with {vectors} times {accesses} ({sweep})")
+        found[sweep] = Loop(instructions / vectors, accesses)
+    return found
+
+
+@functools.cache
+def _sweeps(
+    file: Path, architecture: str, dtype: torch.dtype, alike: bool, where: str, at_once: int = AT_ONCE
+) -> dict[str, Loop]:
+    name = f"loss, {str(dtype).removeprefix('torch.')}"
+    (code,) = (code for kernel, code in disassemble(file, architecture).items() if readable(kernel) == name)
+    return sweeps(code, dtype, alike, where, at_once)
+
+
+def instructions_of_a_row(file: Path, architecture: str, classes: int, dtype: torch.dtype, alike: bool) -> float:
+    """By element: the source head with its gradient, staged as the plan for the shape says, but for what comes once a
+    row and for the ends of rows."""
+    plan = backends.cuda_loss_plan(256, classes, source_dtype=dtype)["source"]
+    if plan["staged_logits"] == 0:
+        raise ValueError(f"classes is {classes}, whose {dtype} logits no block can keep: expected fewer")
+    vectors = {where: plan[name] for name, where in KEPT.items()}
+    vectors["nowhere"] = plan["vectors"] - sum(vectors.values())
+    at_once = min(AT_ONCE, plan["vectors"] // plan["threads_per_row"] + 1)
+    total = 0.0
+    for where, count in vectors.items():
+        if count > 0:
+            loops = _sweeps(file, architecture, dtype, alike, where, at_once)
+            total += count / plan["vectors"] * sum(loop.instructions for loop in loops.values())
+    return total * dtype.itemsize / 16
+
+
+def share_elsewhere(classes: int, dtype: torch.dtype) -> float:
+    """Of all pairs of a row of logits and a row of R in float32, those that start differently in 16 bytes, where both
+    matrices are dense."""
+    vector, rows = 16 // dtype.itemsize, range(16)
+    pairs = [(classes * i % vector, classes * j % 4) for i in rows for j in rows]
+    return sum((b - a) % 4 != 0 for a, b in pairs) / len(pairs)
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+class Measured(NamedTuple):
+    """What the committed table holds: that of which less is better."""
+
+    nvcc: str
+    registers: dict[str, int]
+    instructions: dict[str, float]
+
+
+def measure(file: Path) -> Measured:
+    """Of all kernels the registers; where the library is for sm_90, instructions an element."""
+    used = resources(file)
+    registers = {f"{usage.architecture}: {readable(usage.kernel)}": usage.registers for usage in used}
+    instructions = {}
+    if any(usage.architecture == "sm_90" for usage in used):
+        for classes in SHAPES:
+            for dtype in DTYPES:
+                for alike in (True, False) if share_elsewhere(classes, dtype) else (True,):
+                    name = f"sm_90: {classes}, {str(dtype).removeprefix('torch.')}, {'alike' if alike else 'elsewhere'}"
+                    instructions[name] = round(instructions_of_a_row(file, "sm_90", classes, dtype, alike), 2)
+    return Measured((backends.cuda_build() or "").partition(":")[0], registers, instructions)
+
+
+def recorded() -> Measured:
+    return Measured(**json.loads(TABLE.read_text()))
+
+
+def differences(now: Measured, before: Measured) -> list[str]:
+    """In words, what is off by more than a twentieth: worse, or so much better that the table hides the next change.
+    Cards that the table or the library lacks are left out."""
+    said = []
+    for what in ("registers", "instructions"):
+        numbers, table = getattr(now, what), getattr(before, what)
+        cards = {name.partition(":")[0] for name in numbers} & {name.partition(":")[0] for name in table}
+        for name in sorted(numbers.keys() | table.keys()):
+            if name.partition(":")[0] not in cards:
+                continue
+            if name not in numbers or name not in table:
+                said.append(f"{name}: {what} only in {'the table' if name in table else 'the library'}")
+                continue
+            ratio = numbers[name] / table[name]
+            change = f"{name}: {what} {table[name]} -> {numbers[name]}"
+            if ratio > 1 + TOLERANCE:
+                said.append(f"{change}, worse")
+            elif ratio < 1 - TOLERANCE:
+                said.append(f"{change}, better: renew the table (python -m tools.machine_code.cuda --write)")
+    return said
+
+
+# ------------------------------------------------------------------------------------------------------------- printing
+
+
+def _table(head: list[str], rows: list[list[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def usage_table(file: Path) -> str:
+    """By kernel and architecture; what is the same for kernels of one name has one line for them."""
+    used = resources(file)
+    architectures = sorted({usage.architecture for usage in used}, key=lambda name: int(name.removeprefix("sm_")))
+    rows: list[list[object]] = []
+    for kernel in sorted({usage.kernel for usage in used}, key=readable):
+        of = {usage.architecture: usage.registers for usage in used if usage.kernel == kernel}
+        rows.append([readable(kernel), *(of.get(architecture, "") for architecture in architectures)])
+    for name in sorted({readable(usage.kernel).partition(",")[0] for usage in used}):
+        named = [usage for usage in used if readable(usage.kernel).partition(",")[0] == name]
+        bytes_of = [{usage.shared for usage in named if usage.architecture == a} for a in architectures]
+        rows.append([f"bytes of static shared memory, {name}", *("-".join(map(str, sorted(x))) for x in bytes_of)])
+    for what, count in (("stack or local memory", _stack), ("spills (loads and stores of local memory)", _spills)):
+        rows.append([f"{what}, all kernels", *(count(file, architecture, used) for architecture in architectures)])
+    return _table(["registers", *architectures], rows)
+
+
+def _stack(_file: Path, architecture: str, used: list[Usage]) -> int:
+    return sum(usage.stack + usage.local for usage in used if usage.architecture == architecture)
+
+
+def _spills(file: Path, architecture: str, _used: list[Usage]) -> int:
+    return sum(
+        instruction.operation.split(".")[0] in ("LDL", "STL")
+        for code in disassemble(file, architecture).values()
+        for instruction in code.values()
+    )
+
+
+def instructions_table(file: Path, architecture: str) -> str:
+    """By shape: instructions an element, what the plan keeps, and of which shapes rows start elsewhere."""
+    rows: list[list[object]] = []
+    for dtype in DTYPES:
+        row: list[object] = [str(dtype).removeprefix("torch.")]
+        for classes in SHAPES:
+            plan = backends.cuda_loss_plan(256, classes, source_dtype=dtype)["source"]
+            elsewhere = share_elsewhere(classes, dtype)
+            numbers = [instructions_of_a_row(file, architecture, classes, dtype, alike=True)]
+            if elsewhere:
+                numbers.append(instructions_of_a_row(file, architecture, classes, dtype, alike=False))
+            kept = sum(plan[name] for name in KEPT) / plan["vectors"]
+            row.append(f"{', '.join(f'{x:.1f}' for x in numbers)} (R kept {kept:.0%}, {elsewhere:.0%} elsewhere)")
+        rows.append(row)
+    return _table([f"{architecture}: logits, R in float32", *(f"{n} alike, elsewhere" for n in SHAPES)], rows)
+
+
+def sweeps_table(file: Path, architecture: str) -> str:
+    """By loop: instructions for a vector of 16 bytes of logits, and what it accesses."""
+    rows: list[list[object]] = []
+    for dtype in DTYPES:
+        for alike in (True, False):
+            for where in (*KEPT.values(), "nowhere"):
+                if where == "registers" and dtype != torch.float32:
+                    continue
+                row: list[object] = [str(dtype).removeprefix("torch."), "alike" if alike else "elsewhere", where]
+                for loop in _sweeps(file, architecture, dtype, alike, where).values():
+                    accesses = ", ".join(f"{count} {what}" for what, count in loop.accesses.items())
+                    row.append(f"{loop.instructions:.3g}: {accesses}")
+                rows.append(row)
+    return _table(["logits", "R starts", "R is kept", "maximum", "sums", "gradient"], rows)
+
+
+def widths_table(file: Path, architecture: str) -> str:
+    """All accesses to global memory that stand in a kernel, by bytes; the narrow ones are for ends of rows, for labels
+    and results, and for what starts at no multiple of 16 bytes."""
+    rows: list[list[object]] = []
+    for kernel, code in sorted(disassemble(file, architecture).items(), key=lambda item: readable(item[0])):
+        counts = collections.Counter(access(instruction.operation) for instruction in code.values())
+        loads, stores = (
+            ", ".join(f"{counts[f'{name} {width}']} of {width}" for width in (16, 8, 4, 2) if counts[f"{name} {width}"])
+            for name in ("LDG", "STG")
+        )
+        rows.append([readable(kernel), loads, stores])
+    return _table([f"{architecture}", "loads, bytes", "stores, bytes"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="what nvcc made of the CUDA kernels; it needs no GPU")
+    parser.add_argument("library", nargs="?", type=Path, help="default: that of the installed cotuning_kernels")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    arguments = parser.parse_args()
+    try:
+        file = arguments.library or library()
+        if arguments.write:
+            TABLE.write_text(json.dumps(measure(file)._asdict(), indent=1) + "\n")
+        print(usage_table(file), end="\n\n")
+        if any(usage.architecture == "sm_90" for usage in resources(file)):
+            for table in (instructions_table, sweeps_table, widths_table):
+                print(table(file, "sm_90"), end="\n\n")
+    except LookupError as error:
+        sys.exit(f"tools.machine_code.cuda: {error}")
+
+
+if __name__ == "__main__":
+    main()
