@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cotuning_kernels import validation
-from cotuning_kernels.backends import operations
 from cotuning_kernels.backends.operations import operation
+from cotuning_kernels.options import LossOptions, check_trade_off
 from cotuning_kernels.targets import Target, dense_columns, operand_target
 
-__all__ = ["co_tuning_loss", "translate_labels", "weights_of_size_one"]
+__all__ = ["co_tuning_loss", "normalized_class_weights", "translate_labels"]
 
 
 def co_tuning_loss(
@@ -27,12 +27,7 @@ def co_tuning_loss(
     target_logits: Tensor | None,
     target: Target,
     relationship: Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    source_loss: str,
-    trade_off: float | Tensor,
+    options: LossOptions,
     inplace: bool,
     return_terms: bool,
     backend: str,
@@ -40,39 +35,39 @@ def co_tuning_loss(
     """``(loss, [target_term, source_term])``: the loss is differentiable in both logits, the terms are not. Without
     ``return_terms`` the second is None.
 
-    Only what the operation would accept although it is wrong is checked here.
+    Checks only what the operation would wrongly accept.
     """
+    weight, trade_off = options.weight, options.trade_off
     relationship = dense_columns(relationship)
     operand: tuple[Tensor, Tensor | None, Tensor | None, Tensor]
     if isinstance(target, Tensor) and not target.is_floating_point():
         operand = (target, None, None, relationship)
     else:
         validation.check_target(
-            target, source_logits.shape[0], relationship.shape[0], source_logits.device, ignore_index
+            target, source_logits.shape[0], relationship.shape[0], source_logits.device, options.ignore_index
         )
         operand = operand_target(target, relationship, _compute_dtype(source_logits))
     if relationship.requires_grad or (weight is not None and weight.requires_grad):
         raise ValueError("relationship and weight must not require grad")
     if not isinstance(trade_off, Tensor):
-        validation.check_trade_off(trade_off, source_logits.device)
+        check_trade_off(trade_off, source_logits.device)
         trade_off = torch.full((), trade_off * 1.0, dtype=torch.float64, device=source_logits.device)
     elif trade_off.requires_grad:
         raise ValueError("trade_off must not require grad")
     elif trade_off.dtype is not torch.float64:
-        validation.check_trade_off(trade_off, source_logits.device)
+        check_trade_off(trade_off, source_logits.device)
         trade_off = trade_off.to(torch.float64)
-    if weight is not None and reduction == "mean" and backend != "cpp":
+    if weight is not None and options.reduction == "mean" and backend != "cpp":
         half = target_logits is not None and target_logits.dtype is torch.float16
         if half and not operand[0].is_floating_point():
-            weight = weights_of_size_one(weight)
-    arguments = (*operand, weight, trade_off, label_smoothing, ignore_index, operations.REDUCTIONS[reduction],
-                 operations.KL_DIVERGENCE[source_loss])  # fmt: skip
+            weight = normalized_class_weights(weight)
+    arguments: tuple[Any, ...] = (*operand, *options.in_operations(weight, trade_off))
     source_gradient = source_logits.requires_grad
     target_gradient = target_logits is not None and target_logits.requires_grad
     wants_gradient = torch.is_grad_enabled() and (source_gradient or target_gradient)
-    _refuse_tangents(source_logits, target_logits)
-    # Of vmap alone; all else is refused. It hides which tensors require a gradient, and finds them again, one by one,
-    # when it calls the operation.
+    _reject_forward_mode(source_logits, target_logits)
+    # True only under vmap; other functorch transforms raise. vmap hides requires_grad, so both gradients are requested
+    # and chosen when vmap calls the operation.
     is_mapped = torch.is_grad_enabled() and _is_mapped()
     if inplace and wants_gradient and not is_mapped:
         validation.check_inplace("source_logits", source_logits)
@@ -103,18 +98,19 @@ def translate_labels(target: Target, relationship: Tensor, ignore_index: int, ba
     return translated
 
 
-def weights_of_size_one(weight: Tensor) -> Tensor:
-    """Class weights as large as half precision wants them. In a mean over labels only their ratios count.
+def normalized_class_weights(weight: Tensor) -> Tensor:
+    """Class weights divided by the largest, so that float16 gradients keep their digits.
 
-    Gradients are stored before they are divided by the sum of the weights, which a kernel on an accelerator does not
-    know earlier: of weights of 1e-4, float16 would keep hardly a digit. (The C++ kernels choose a power of two.)
+    A mean over labels depends only on the weights' ratios. A kernel on an accelerator stores the gradients before it
+    knows the sum of the weights that divides them: with weights of 1e-4, float16 would keep hardly a digit. (The C++
+    kernels choose a power of two.)
     """
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return weight / weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
-def _refuse_tangents(*tensors: Tensor | None) -> None:
-    """Forward-mode differentiation would pass the operations by and leave a derivative of 0."""
+def _reject_forward_mode(*tensors: Tensor | None) -> None:
+    """Forward-mode differentiation would bypass the operations and leave a derivative of 0."""
     if forward_ad._current_level < 0:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
@@ -199,7 +195,7 @@ def _below_autograd(name: str, backend: str, *arguments: Any) -> Any:
 # Function that called it. (The in-place one is not: an operation that writes over its arguments cannot be.)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *_, source_gradient, target_gradient = inputs
     _, terms, factors, source_grad, target_grad = output
     ctx.mark_non_differentiable(terms, factors, source_grad, target_grad)
@@ -207,7 +203,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.save_for_backward(source_grad, target_grad, factors)
 
 
-def _differentiate(backend: str, ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _operation_backward(backend: str, ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     _refuse_second_derivatives()
     gradients = tuple(each.clone() for each in ctx.saved_tensors[:2])  # results of the operation: others may have them
     wanted = ctx.needs_input_grad[:2]
@@ -221,7 +217,7 @@ def _differentiate(backend: str, ctx: Any, upstream: Tensor, *_: Tensor) -> tupl
 
 for _backend in ("auto", "triton"):
     torch.library.register_autograd(
-        operation("co_tuning_loss", _backend), partial(_differentiate, _backend), setup_context=_remember
+        operation("co_tuning_loss", _backend), partial(_operation_backward, _backend), setup_context=_setup_context
     )
 
 

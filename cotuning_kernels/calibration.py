@@ -18,7 +18,12 @@ from torch import Tensor
 
 from cotuning_kernels import backends, plots, reference
 from cotuning_kernels.backends.operations import operation
-from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
+from cotuning_kernels.labelled_logits import (
+    REFERENCE_ROWS,
+    check_labelled_logits,
+    first_row_without_softmax,
+    positive_number,
+)
 from cotuning_kernels.validation import check_ignore_index
 
 if TYPE_CHECKING:
@@ -34,8 +39,6 @@ __all__ = [
 ]
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-4, 1e4
-# Temporaries of (rows, classes) are made for this many rows at a time.
-_ROWS = 4096
 # (NLL, slope, curvature, rows), summed over rows.
 _Terms = tuple[float, float, float, float]
 # A sample is every 32nd row, but at least 512 rows, and worth its passes if it is an eighth of all rows or less.
@@ -245,10 +248,10 @@ def reliability(
     count = torch.zeros(bins, dtype=torch.int64, device="cpu")
     confidence = torch.zeros(bins, dtype=torch.float64, device="cpu")
     right = torch.zeros(bins, dtype=torch.float64, device="cpu")
-    for row, (some, truth) in enumerate(zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)):
-        found = unusable_row(some, truth, ignore_index)
+    for row, (some, truth) in enumerate(zip(logits.split(REFERENCE_ROWS), labels.split(REFERENCE_ROWS), strict=True)):
+        found = first_row_without_softmax(some, truth, ignore_index)
         if found is not None:
-            raise ValueError(f"logits[{row * _ROWS + found[0]}] has no softmax: {found[1]}")
+            raise ValueError(f"logits[{row * REFERENCE_ROWS + found[0]}] has no softmax: {found[1]}")
         valid = truth != ignore_index
         some = some[valid].double()
         top, predicted = some.max(dim=1)
@@ -317,7 +320,7 @@ def plot_reliability(
 def _terms_of(logits: Tensor, labels: Tensor, ignore_index: int, backend: str) -> Callable[[float], _Terms]:
     def reference_terms(b: float) -> Tensor:
         total = torch.zeros(4, dtype=torch.float64, device=logits.device)
-        for some, truth in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True):
+        for some, truth in zip(logits.split(REFERENCE_ROWS), labels.split(REFERENCE_ROWS), strict=True):
             total += reference.temperature_terms(some, truth, inverse_temperature=b, ignore_index=ignore_index)
         return total
 
@@ -373,7 +376,7 @@ def _step_with_sample(
 
 
 def _raise_not_finite(logits: Tensor, labels: Tensor, ignore_index: int) -> NoReturn:
-    found = unusable_row(logits, labels, ignore_index)
+    found = first_row_without_softmax(logits, labels, ignore_index)
     if found is not None:
         raise ValueError(f"logits[{found[0]}] has no softmax: {found[1]}")
     valid = labels != ignore_index

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from cotuning_kernels import functional
-from cotuning_kernels.autograd import weights_of_size_one
+from cotuning_kernels.autograd import normalized_class_weights
 from cotuning_kernels.functional import CoTuningTerms
 from cotuning_kernels.processes import rank_and_size
 from cotuning_kernels.targets import Target
@@ -100,7 +100,7 @@ def global_mean_loss(
         return terms
     weight = criterion.weight
     if weight is not None and not (isinstance(target, Tensor) and target.is_floating_point()):
-        weight = weights_of_size_one(weight)  # of a sum the kernels do not know that it becomes a mean
+        weight = normalized_class_weights(weight)  # the kernels see a sum, which becomes a mean only here
     counts = _counts(criterion, weight, target)
     from torch import distributed
 
@@ -110,12 +110,20 @@ def global_mean_loss(
     target_count, source_count, _ = torch.where(counts == 0, 1, counts).unbind()
     without_target, _, without_rows = torch.where(counts == 0, math.nan, 0.0).unbind()
     # One fused call gives target_sum + x * source_sum; the global mean needs the sums divided by different counts.
-    terms = functional.co_tuning_loss(
-        source_logits, target_logits, target, criterion.relationship,
-        trade_off=criterion.trade_off * target_count / source_count, weight=weight,
-        label_smoothing=criterion.label_smoothing, ignore_index=criterion.ignore_index, reduction="sum",
-        source_loss=criterion.source_loss, return_terms=True, inplace=criterion.inplace, backend=criterion.backend,
-    )  # fmt: skip
+    functional.require_target_logits(target_logits)
+    options = criterion.options._replace(
+        weight=weight, trade_off=criterion.trade_off * target_count / source_count, reduction="sum"
+    )
+    terms = functional.compute_loss(
+        source_logits,
+        target_logits,
+        target,
+        criterion.relationship,
+        options,
+        criterion.inplace,
+        criterion.backend,
+        True,
+    )
     assert isinstance(terms, CoTuningTerms)
     loss, target_sum, source_sum = terms
     return CoTuningTerms(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from cotuning_kernels import autograd, backends, reference, validation
 from cotuning_kernels.backends.registry import REGISTRY
-from cotuning_kernels.targets import Target
-
-if TYPE_CHECKING:
-    from cotuning_kernels.relationship import Relationship
+from cotuning_kernels.options import LossOptions, check_options
+from cotuning_kernels.targets import RelationshipLike, Target
 
 __all__ = ["CoTuningTerms", "co_tuning_loss", "source_label_loss", "translate_labels"]
 
@@ -33,7 +31,7 @@ def co_tuning_loss(
     source_logits: Tensor,
     target_logits: Tensor,
     target: Target,
-    relationship: Tensor | Relationship,
+    relationship: Tensor | RelationshipLike,
     *,
     trade_off: float | Tensor = 2.3,
     weight: Tensor | None = None,
@@ -85,17 +83,17 @@ def co_tuning_loss(
         IndexError: a label is out of range (CPU); on an accelerator an assertion of the device, as ``F.cross_entropy``.
         RuntimeError: the backend asked for does not serve the logits' device; says how to get it.
     """
-    check_there_are_target_logits(target_logits)
-    return evaluate(
-        source_logits, target_logits, target, matrix_of(relationship), trade_off, weight, label_smoothing, ignore_index,
-        reduction, source_loss, inplace, backend, return_terms,
-    )  # fmt: skip
+    require_target_logits(target_logits)
+    options = LossOptions(weight, trade_off, label_smoothing, ignore_index, reduction, source_loss)
+    return compute_loss(
+        source_logits, target_logits, target, matrix_of(relationship), options, inplace, backend, return_terms
+    )
 
 
 def source_label_loss(
     source_logits: Tensor,
     target: Target,
-    relationship: Tensor | Relationship,
+    relationship: Tensor | RelationshipLike,
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -107,15 +105,13 @@ def source_label_loss(
 
     Args, Returns, Raises: as for :func:`co_tuning_loss`.
     """
-    loss = evaluate(
-        source_logits, None, target, matrix_of(relationship), 1.0, None, 0.0, ignore_index, reduction, source_loss,
-        inplace, backend, False,
-    )  # fmt: skip
+    options = LossOptions(trade_off=1.0, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss)
+    loss = compute_loss(source_logits, None, target, matrix_of(relationship), options, inplace, backend, False)
     return cast(Tensor, loss)
 
 
 def translate_labels(
-    target: Target, relationship: Tensor | Relationship, *, ignore_index: int = -100, backend: str = "auto"
+    target: Target, relationship: Tensor | RelationshipLike, *, ignore_index: int = -100, backend: str = "auto"
 ) -> Tensor:
     """Rows of ``p(y_source | target)``: the labels that the source head is trained on, for those who want to look.
 
@@ -144,53 +140,56 @@ def translate_labels(
     return autograd.translate_labels(target, relationship, ignore_index, served_by)
 
 
-def check_there_are_target_logits(target_logits: Tensor | None) -> None:
-    """Without them there would be no target term, and the source term without its factor: nobody's loss."""
+def require_target_logits(target_logits: Tensor | None) -> None:
+    """Reject None: the result would be the source term without trade_off."""
     if target_logits is None:
         raise TypeError("target_logits is None, expected a Tensor; source_label_loss is the source term alone")
 
 
-def evaluate(
+def compute_loss(
     source_logits: Tensor,
     target_logits: Tensor | None,
     target: Target,
     relationship: Tensor,
-    trade_off: float | Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    source_loss: str,
+    options: LossOptions,
     inplace: bool,
     backend: str,
     return_terms: bool,
 ) -> Tensor | CoTuningTerms:
-    """The loss from the backend that serves the call; without ``target_logits`` it is the source term. What the public
-    functions and the module share: they differ in how they take their arguments."""
-    arguments = (source_logits, target_logits, target, relationship, weight, label_smoothing, ignore_index, reduction,
-                 source_loss, trade_off)  # fmt: skip
+    """The loss from the backend that serves the call; without ``target_logits`` the source term alone.
+
+    The public functions and the module end here. Errors are those of :func:`co_tuning_loss`.
+    """
     tracing = torch.compiler.is_compiling()
     if not (tracing or inplace or REGISTRY.fast_path_loss is None) and backend in ("auto", "cpp"):
-        result = REGISTRY.fast_path_loss(*arguments, return_terms)
-        if result is not NotImplemented:  # what is not ordinary, or wrong, goes on below
+        result = REGISTRY.fast_path_loss(source_logits, target_logits, target, relationship, options, return_terms)
+        if result is not NotImplemented:  # declined: take the general path, which also explains errors
             return CoTuningTerms(result[0], *result[1].unbind()) if return_terms else result
     validation.check_is_tensor("source_logits", source_logits)
     served_by = backends.select(source_logits.device.type, backend)
+    inputs = source_logits, target_logits, target, relationship
     if served_by == "reference":
-        validation.check_loss(*arguments)
-        terms = _reference(*arguments, inplace)
+        _check_call(*inputs, options)
+        terms = _reference(*inputs, options, inplace)
         return terms if return_terms else terms.loss
-    # A small batch takes about as long as checking its arguments in Python. The kernels refuse what they cannot take,
-    # so the words for people are looked for when something has gone wrong. A trace checks once, and at no cost later.
+    # Checking a small batch's arguments in Python takes about as long as its loss. The kernels reject what they cannot
+    # take, and only then is the error put into words. A trace checks first: that costs nothing when it runs.
     if tracing:
-        validation.check_loss(*arguments)
+        _check_call(*inputs, options)
     try:
-        loss, both_terms = autograd.co_tuning_loss(*arguments, inplace, return_terms, served_by)
+        loss, both_terms = autograd.co_tuning_loss(*inputs, options, inplace, return_terms, served_by)
     except Exception:
         if not tracing:
-            validation.check_loss(*arguments)
+            _check_call(*inputs, options)
         raise
     return CoTuningTerms(loss, *both_terms.unbind()) if return_terms and both_terms is not None else loss
+
+
+def _check_call(
+    source_logits: Tensor, target_logits: Tensor | None, target: Target, relationship: Tensor, options: LossOptions
+) -> None:
+    validation.check_inputs(source_logits, target_logits, target, relationship, options.ignore_index)
+    check_options(options, relationship.shape[0], source_logits.device)
 
 
 def _reference(
@@ -198,12 +197,7 @@ def _reference(
     target_logits: Tensor | None,
     target: Target,
     relationship: Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    source_loss: str,
-    trade_off: float | Tensor,
+    options: LossOptions,
     inplace: bool,
 ) -> CoTuningTerms:
     wants_gradient = source_logits.requires_grad or (target_logits is not None and target_logits.requires_grad)
@@ -211,18 +205,18 @@ def _reference(
         raise ValueError("inplace=True needs a kernel, but the reference serves this call; leave inplace out")
     if target_logits is None:
         loss = reference.source_label_loss(
-            source_logits, target, relationship, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss
-        )
+            source_logits, target, relationship, ignore_index=options.ignore_index, reduction=options.reduction,
+            source_loss=options.source_loss,
+        )  # fmt: skip
         return CoTuningTerms(loss, torch.zeros_like(loss).detach(), loss.detach())
     loss, target_term, source_term = reference.co_tuning_loss(
-        source_logits, target_logits, target, relationship, trade_off=trade_off, weight=weight,
-        label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss,
-    )  # fmt: skip
+        source_logits, target_logits, target, relationship, **options._asdict()
+    )
     return CoTuningTerms(loss, target_term.detach(), source_term.detach())
 
 
-def matrix_of(relationship: Tensor | Relationship) -> Tensor:
-    """The matrix of a Relationship; anything else as it is, for the checks to speak of."""
+def matrix_of(relationship: Tensor | RelationshipLike) -> Tensor:
+    """The matrix of a Relationship. Anything else is returned unchanged, and the checks name it."""
     if isinstance(relationship, Tensor):
         return relationship
     return cast(Tensor, getattr(relationship, "matrix", relationship))

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_labelled_logits", "positive_number", "unusable_row"]
+from cotuning_kernels.dtypes import FLOATING, INDICES, named
 
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+__all__ = ["REFERENCE_ROWS", "check_labelled_logits", "first_row_without_softmax", "positive_number"]
+
+REFERENCE_ROWS = 4096
+"""The reference copies its logits to float64; it gets this many rows at a time."""
 
 
 def check_labelled_logits(
@@ -33,11 +36,11 @@ def check_labelled_logits(
             f"{logits_name} has shape {tuple(logits.shape)}, expected (B, classes); flatten leading dimensions first, "
             f"for instance {logits_name}.flatten(0, -2) and labels.flatten()"
         )
-    if logits.dtype not in _LOGIT_DTYPES:
-        raise TypeError(f"{logits_name} has dtype {logits.dtype}, expected one of {', '.join(map(str, _LOGIT_DTYPES))}")
+    if logits.dtype not in FLOATING:
+        raise TypeError(f"{logits_name} has dtype {logits.dtype}, expected one of {named(FLOATING)}")
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is a {type(labels).__name__}, expected a Tensor of class indices (B,)")
-    if labels.dtype not in (torch.int64, torch.int32):
+    if labels.dtype not in INDICES:
         raise TypeError(f"labels has dtype {labels.dtype}, expected int64 or int32 class indices; use labels.long()")
     if labels.shape != logits.shape[:1]:
         raise ValueError(
@@ -67,7 +70,7 @@ def _first_wrong_label(labels: Tensor, num_classes: int, ignore_index: int) -> i
     return int(wrong.nonzero()[0]) if wrong.any() else None
 
 
-def unusable_row(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[int, str] | None:
+def first_row_without_softmax(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[int, str] | None:
     """The first row that has no softmax, and why; ``None`` when there is none. Rows with an ignored label do not count.
 
     One read of the logits and no temporary: their sum is finite only if all of them are. Where it is not, a masked

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cotuning_kernels import backends, functional, validation
 from cotuning_kernels.functional import CoTuningTerms
-from cotuning_kernels.targets import Target
-
-if TYPE_CHECKING:
-    from cotuning_kernels.relationship import Relationship
+from cotuning_kernels.options import LossOptions, check_options, check_trade_off
+from cotuning_kernels.targets import RelationshipLike, Target
 
 __all__ = ["FusedCoTuningLoss"]
+
+
+def _option(name: str) -> Any:
+    """An attribute of the module that is a field of its :class:`LossOptions`, checked when it is set."""
+
+    def get(module: FusedCoTuningLoss) -> Any:
+        return getattr(module.options, name)
+
+    def set_(module: FusedCoTuningLoss, value: Any) -> None:
+        module._set_options(**{name: value})
+
+    return property(get, set_, doc=f"``{name}`` of :func:`cotuning_kernels.functional.co_tuning_loss`; may be set.")
 
 
 class FusedCoTuningLoss(nn.Module):
@@ -34,22 +44,26 @@ class FusedCoTuningLoss(nn.Module):
         relationship: ``R[t, s] = p(y_source = s | y_target = t)``, a floating tensor ``(N_t, N_s)`` or a
             :class:`cotuning_kernels.Relationship`. It becomes a buffer: it moves with ``.to()`` and is part of the
             ``state_dict``. A row of zeros is a target class without source supervision.
-        trade_off: the factor of the source term. The attribute may be set between steps (a warm-up).
+        trade_off: the factor of the source term. The attribute may be set between steps, for instance in a warm-up.
         weight, label_smoothing, ignore_index, reduction, source_loss, inplace, backend: see
-            :func:`cotuning_kernels.functional.co_tuning_loss`.
+            :func:`cotuning_kernels.functional.co_tuning_loss`. They are attributes too, and may be set.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or value; a relationship that is negative or not
             finite.
-        RuntimeError: the backend asked for is not there; says how to get it.
+        RuntimeError: the requested backend is unavailable; the message says how to install it.
     """
 
     relationship: Tensor
     weight: Tensor | None
+    label_smoothing = _option("label_smoothing")
+    ignore_index = _option("ignore_index")
+    reduction = _option("reduction")
+    source_loss = _option("source_loss")
 
     def __init__(
         self,
-        relationship: Tensor | Relationship,
+        relationship: Tensor | RelationshipLike,
         trade_off: float = 2.3,
         *,
         weight: Tensor | None = None,
@@ -72,36 +86,43 @@ class FusedCoTuningLoss(nn.Module):
                 f"relationship[{row}, {column}] is {float(matrix[row, column])}, expected a probability; a target "
                 "class without training images has no mean: see the `empty` argument of RelationshipEstimator.compute"
             )
-        validation.check_weight(weight, matrix.shape[0], matrix.device)
+        options = LossOptions(weight, trade_off, label_smoothing, ignore_index, reduction, source_loss)
+        check_options(options, matrix.shape[0], matrix.device)
         if weight is not None and not torch.isfinite(weight).all():
             raise ValueError(f"weight is {weight!r:.120}, expected finite numbers")
-        validation.check_ignore_index(ignore_index)
-        validation.check_options(label_smoothing, reduction, source_loss)
-        validation.check_trade_off(trade_off, matrix.device)
         backends.select(matrix.device.type, backend)
         self.register_buffer("relationship", matrix.clone(memory_format=torch.contiguous_format))
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
-        # As a tensor, so that a compiled or captured training step sees a new value without being made anew. Not a
-        # buffer: .half() would round it.
-        self._trade_off_value = float(trade_off)
-        self._trade_off = self._trade_off_on(matrix.device)
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.source_loss = source_loss
+        self._trade_off = float(trade_off)
+        # Its trade-off is a tensor, so that a compiled or captured training step sees a new value. It is not a buffer:
+        # .half() would round it.
+        self._options = options._replace(weight=self.weight, trade_off=self._trade_off_on(matrix.device))
         self.inplace = inplace
         self.backend = backend
 
     @property
     def trade_off(self) -> float:
         """The factor of the source term. May be set between steps, for instance in a warm-up."""
-        return self._trade_off_value
+        return self._trade_off
 
     @trade_off.setter
     def trade_off(self, value: float) -> None:
-        validation.check_trade_off(value, self._trade_off.device)
-        self._trade_off_value = float(value)
-        self._trade_off.fill_(self._trade_off_value)
+        check_trade_off(value, self.relationship.device)
+        self._trade_off = float(value)
+        assert isinstance(self._options.trade_off, Tensor)
+        self._options.trade_off.fill_(self._trade_off)
+
+    @property
+    def options(self) -> LossOptions:
+        """All options of the loss. The trade-off is a float64 tensor on the module's device."""
+        options, weight = self._options, self._buffers["weight"]
+        # The weight is another one where it was assigned, or swapped by torch.func.functional_call.
+        return options if options.weight is weight else options._replace(weight=weight)
+
+    def _set_options(self, **changes: Any) -> None:
+        options = self.options._replace(**changes)
+        check_options(options, self.relationship.shape[0], self.relationship.device)
+        self._options = options
 
     def forward(
         self, source_logits: Tensor, target_logits: Tensor, target: Target, *, return_terms: bool = False
@@ -123,39 +144,38 @@ class FusedCoTuningLoss(nn.Module):
         Raises:
             TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
             IndexError: a label is out of range (CPU); on an accelerator an assertion of the device.
-            RuntimeError: the backend asked for does not serve the logits' device; says how to get it.
+            RuntimeError: the requested backend does not serve the logits' device; the message says how to install it.
         """
-        functional.check_there_are_target_logits(target_logits)
-        # nn.Module finds a buffer as an attribute only after it has looked elsewhere, which costs 1 us for two.
-        buffers: dict[str, Any] = self._buffers
-        return functional.evaluate(
-            source_logits, target_logits, target, buffers["relationship"], self._trade_off, buffers["weight"],
-            self.label_smoothing, self.ignore_index, self.reduction, self.source_loss, self.inplace, self.backend,
-            return_terms,
-        )  # fmt: skip
+        functional.require_target_logits(target_logits)
+        # As an attribute, nn.Module finds a buffer only after it has looked elsewhere, which costs 0.5 us.
+        relationship: Any = self._buffers["relationship"]
+        return functional.compute_loss(
+            source_logits, target_logits, target, relationship, self.options, self.inplace, self.backend, return_terms
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedCoTuningLoss:
-        """What ``.to()``, ``.cuda()``, ``.half()`` go through: the trade-off changes device, not dtype."""
+        """``.to()``, ``.cuda()`` and ``.half()`` call this: the trade-off changes device, not dtype."""
         super()._apply(fn, recurse)
-        self._trade_off = self._trade_off_on(self.relationship.device)
+        trade_off = self._trade_off_on(self.relationship.device)
+        self._options = self._options._replace(weight=self.weight, trade_off=trade_off)
         return self
 
     def _replicate_for_data_parallel(self) -> FusedCoTuningLoss:
         """A replica of nn.DataParallel gets buffers of its device; the trade-off goes with the logits as a number."""
         replica: FusedCoTuningLoss = super()._replicate_for_data_parallel()
-        replica.__dict__["_trade_off"] = self._trade_off_value
+        replica.__dict__["_options"] = self._options._replace(trade_off=self._trade_off)
         return replica
 
     def __copy__(self) -> FusedCoTuningLoss:
-        """A shallow copy shares the relationship, but its trade-off is set apart."""
+        """A shallow copy shares the relationship, but not the trade-off."""
         copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
-        copied._trade_off = self._trade_off_on(self._trade_off.device)
+        copied._options = self._options._replace(trade_off=self._trade_off_on(self.relationship.device))
         return copied
 
     def _trade_off_on(self, device: torch.device) -> Tensor:
         with torch.inference_mode(False):  # a tensor made in inference mode could not be set later
-            return torch.tensor(self._trade_off_value, dtype=torch.float64, device=device)
+            return torch.tensor(self._trade_off, dtype=torch.float64, device=device)
 
     def extra_repr(self) -> str:
         target_classes, source_classes = self.relationship.shape

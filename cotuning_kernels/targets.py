@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["MixedTarget", "OperandTarget", "Target", "dense_columns", "operand_target"]
+__all__ = [
+    "MixedTarget",
+    "OperandTarget",
+    "RelationshipLike",
+    "Target",
+    "dense_columns",
+    "operand_target",
+    "without_autocast",
+]
 
 
 class MixedTarget(NamedTuple):
@@ -27,6 +35,14 @@ class MixedTarget(NamedTuple):
 
 Target = Tensor | MixedTarget | tuple[Tensor, Tensor, Tensor | float]
 """Class indices ``(B,)``, class probabilities ``(B, N_t)``, or a mixup pair."""
+
+
+class RelationshipLike(Protocol):
+    """Anything with a relationship's matrix, such as :class:`cotuning_kernels.Relationship`."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """``R[t, s] = p(y_source = s | y_target = t)``, ``(N_t, N_s)``."""
 
 
 class OperandTarget(NamedTuple):

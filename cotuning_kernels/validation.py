@@ -1,52 +1,40 @@
-"""What every argument must be, said in words when it is not.
+"""Errors in words for the tensors of a call.
 
-Of tensors these functions read shapes, dtypes and devices: no data, no device synchronisation. Labels are checked where
-they are used.
+These functions read shapes, dtypes and devices, but no data, so they never wait for a device. Labels are checked where
+they are used; :mod:`cotuning_kernels.options` checks the options.
 """
 
 from __future__ import annotations
 
-import math
 import numbers
 import os
-import sys
 
 import torch
 from torch import Tensor
 
-from cotuning_kernels.backends.operations import KL_DIVERGENCE, REDUCTIONS
+from cotuning_kernels.dtypes import FLOATING, INDICES, named
 from cotuning_kernels.targets import Target
 
 __all__ = [
+    "check_device",
     "check_ignore_index",
     "check_inplace",
     "check_inplace_memory",
+    "check_inputs",
     "check_is_tensor",
-    "check_loss",
-    "check_options",
     "check_relationship",
     "check_target",
-    "check_trade_off",
-    "check_weight",
 ]
 
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LABEL_DTYPES = (torch.int64, torch.int32)
 
-
-def check_loss(
-    source_logits: Tensor,
-    target_logits: Tensor | None,
-    target: Target,
-    relationship: Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    source_loss: str,
-    trade_off: float | Tensor,
+def check_inputs(
+    source_logits: Tensor, target_logits: Tensor | None, target: Target, relationship: Tensor, ignore_index: int
 ) -> None:
-    """All the arguments of the loss, and how they fit together."""
+    """The logits, the target and the relationship of the loss, and how they fit together.
+
+    Raises:
+        TypeError, ValueError: one of them has a wrong type, dtype, shape, device or value.
+    """
     _check_logits("source_logits", source_logits)
     device, batch = source_logits.device, source_logits.shape[0]
     num_target_classes = None
@@ -60,17 +48,22 @@ def check_loss(
             )
     check_relationship(relationship, num_target_classes, source_logits.shape[1], device)
     check_target(target, batch, relationship.shape[0], device, ignore_index)
-    check_weight(weight, relationship.shape[0], device)
-    check_options(label_smoothing, reduction, source_loss)
-    check_trade_off(trade_off, device)
 
 
 def check_is_tensor(name: str, value: Tensor) -> None:
+    """``value`` is a Tensor; the message helps with arrays and paths."""
     if not isinstance(value, Tensor):
         mend = "; torch.from_numpy makes one of an array" if hasattr(value, "__array__") else ""
         if name == "relationship" and isinstance(value, (str, os.PathLike)):
             mend = "; Relationship.load reads one from a file"
         raise TypeError(f"{name} is a {type(value).__name__}, expected a Tensor{mend}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """``tensor`` is on the logits' device."""
+    if tensor.device != device:
+        move = f"move it with .to({str(device)!r})"
+        raise ValueError(f"{name} is on {tensor.device}, but the logits are on {device}; {move}")
 
 
 def _check_logits(name: str, logits: Tensor) -> None:
@@ -80,8 +73,8 @@ def _check_logits(name: str, logits: Tensor) -> None:
             f"{name} has shape {tuple(logits.shape)}, expected (B, classes); flatten leading dimensions first, "
             f"for instance {name}.flatten(0, -2) and target.flatten()"
         )
-    if logits.dtype not in _LOGIT_DTYPES:
-        raise TypeError(f"{name} has dtype {logits.dtype}, expected one of {', '.join(map(str, _LOGIT_DTYPES))}")
+    if logits.dtype not in FLOATING:
+        raise TypeError(f"{name} has dtype {logits.dtype}, expected one of {named(FLOATING)}")
     if logits.shape[1] == 0:
         raise ValueError(f"{name} has shape {tuple(logits.shape)}, expected at least one class")
 
@@ -117,7 +110,7 @@ def check_target(target: Target, batch: int, num_target_classes: int, device: to
         raise ValueError("target requires grad, but the loss is not differentiated in it; pass target.detach()")
     if ignore_index >= 0:
         raise ValueError(f"ignore_index is {ignore_index}, but it has no meaning with class probabilities as target")
-    _check_device("target", target, device)
+    check_device("target", target, device)
 
 
 def check_relationship(
@@ -132,8 +125,8 @@ def check_relationship(
             f"relationship is {relationship.dtype} of shape {tuple(relationship.shape)}, expected a floating tensor "
             "(N_t, N_s): one row of source-class probabilities a target class"
         )
-    if relationship.dtype not in _LOGIT_DTYPES:
-        raise TypeError(f"relationship has dtype {relationship.dtype}, expected {', '.join(map(str, _LOGIT_DTYPES))}")
+    if relationship.dtype not in FLOATING:
+        raise TypeError(f"relationship has dtype {relationship.dtype}, expected {named(FLOATING)}")
     if relationship.shape[1] != num_source_classes:
         raise ValueError(
             f"relationship has {relationship.shape[1]} columns, but source_logits has {num_source_classes} classes; "
@@ -150,54 +143,7 @@ def check_relationship(
         )
     if relationship.requires_grad:
         raise ValueError("relationship requires grad, but the loss is not differentiated in it; pass .detach()")
-    _check_device("relationship", relationship, device)
-
-
-def check_weight(weight: Tensor | None, num_target_classes: int, device: torch.device) -> None:
-    if weight is None:
-        return
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(
-            f"weight is {weight!r:.80}, expected a floating Tensor of shape ({num_target_classes},) or None"
-        )
-    if weight.dim() != 1 or weight.shape[0] != num_target_classes:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, expected ({num_target_classes},): one a target class"
-        )
-    if weight.requires_grad:
-        raise ValueError("weight requires grad, but the loss is not differentiated in it; pass weight.detach()")
-    _check_device("weight", weight, device)
-
-
-def check_options(label_smoothing: float, reduction: str, source_loss: str) -> None:
-    if not isinstance(label_smoothing, numbers.Real):
-        raise TypeError(f"label_smoothing is {label_smoothing!r:.80}, expected a number in [0, 1]")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1]")
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
-    if not isinstance(source_loss, str) or source_loss not in KL_DIVERGENCE:
-        raise ValueError(f"source_loss is {source_loss!r}, expected 'cross_entropy' or 'kl'")
-
-
-def check_trade_off(trade_off: float | Tensor, device: torch.device) -> None:
-    if isinstance(trade_off, Tensor):
-        if trade_off.dim() != 0 or not trade_off.is_floating_point():
-            raise ValueError(
-                f"trade_off is {trade_off.dtype} of shape {tuple(trade_off.shape)}, expected a number or a floating "
-                "tensor of shape ()"
-            )
-        if trade_off.requires_grad:
-            raise ValueError("trade_off requires grad, but the loss is not differentiated in it; pass .detach()")
-        _check_device("trade_off", trade_off, device)
-    elif not isinstance(trade_off, numbers.Real):
-        raise TypeError(
-            f"trade_off is a {type(trade_off).__name__}, expected a number or a floating tensor of shape ()"
-        )
-    elif isinstance(trade_off, int) and abs(trade_off) > sys.float_info.max:
-        raise ValueError("trade_off is an int beyond float64, expected a finite number")
-    elif not -math.inf < trade_off < math.inf:  # math.isfinite would end the trace of a symbolic number
-        raise ValueError(f"trade_off is {trade_off}, expected a finite number")
+    check_device("relationship", relationship, device)
 
 
 def check_inplace(name: str, logits: Tensor) -> None:
@@ -252,7 +198,7 @@ def _are_disjoint_columns(a: Tensor, b: Tensor) -> bool:
 def _check_labels(name: str, labels: Tensor, batch: int, device: torch.device) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} is a {type(labels).__name__}, expected a Tensor of class indices")
-    if labels.dtype not in _LABEL_DTYPES:
+    if labels.dtype not in INDICES:
         raise TypeError(
             f"{name} has dtype {labels.dtype}, expected class indices as int64 or int32; convert with {name}.long()"
         )
@@ -260,7 +206,7 @@ def _check_labels(name: str, labels: Tensor, batch: int, device: torch.device) -
         raise ValueError(
             f"{name} has shape {tuple(labels.shape)}, expected ({batch},): one class index a row of logits"
         )
-    _check_device(name, labels, device)
+    check_device(name, labels, device)
 
 
 def _check_share(share: Tensor | float, batch: int) -> None:
@@ -275,9 +221,3 @@ def _check_share(share: Tensor | float, batch: int) -> None:
         raise TypeError(f"target[2], the share of labels_a, is {share!r:.80}, expected a number in [0, 1] or a tensor")
     elif not isinstance(share, torch.SymFloat) and not 0.0 <= share <= 1.0:
         raise ValueError(f"target[2], the share of labels_a, is {share}, expected a number in [0, 1]")
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        move = f"move it with .to({str(device)!r})"
-        raise ValueError(f"{name} is on {tensor.device}, but the logits are on {device}; {move}")

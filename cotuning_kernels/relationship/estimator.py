@@ -15,7 +15,12 @@ from torch import Tensor
 
 from cotuning_kernels import backends, reference
 from cotuning_kernels.backends.operations import operation
-from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
+from cotuning_kernels.labelled_logits import (
+    REFERENCE_ROWS,
+    check_labelled_logits,
+    first_row_without_softmax,
+    positive_number,
+)
 from cotuning_kernels.processes import rank_and_size
 from cotuning_kernels.relationship.matrix import Relationship, check_empty_policy, class_names, fill_empty_classes
 from cotuning_kernels.validation import check_ignore_index
@@ -27,8 +32,6 @@ __all__ = ["RelationshipEstimator"]
 
 # From this many rows a target class on, undoing a bad batch is cheaper than reading the whole batch beforehand.
 _UNDO_ROWS_PER_CLASS = 4
-# The reference copies its logits to float64; it gets this many rows at a time.
-_REFERENCE_ROWS = 4096
 
 
 class RelationshipEstimator:
@@ -164,7 +167,7 @@ class RelationshipEstimator:
         # the cache, and as dear as adding it when it is not. So a large batch is added first, and then the sums, which
         # are much smaller, are checked.
         if len(labels) < _UNDO_ROWS_PER_CLASS * self.num_target_classes:
-            self._raise_if_unusable(logits, labels)
+            self._raise_without_softmax(logits, labels)
             self._add(logits, labels)
             return
         before = (self._sums.clone(), self._counts.clone()) if self._counts.any() else None
@@ -176,7 +179,7 @@ class RelationshipEstimator:
             else:
                 self._sums.copy_(before[0])
                 self._counts.copy_(before[1])
-            self._raise_if_unusable(logits, labels)
+            self._raise_without_softmax(logits, labels)
             raise ValueError("the softmax of finite source_logits is not finite; are they within the range of float32?")
 
     @torch.no_grad()
@@ -342,7 +345,7 @@ class RelationshipEstimator:
                 self._sums, self._counts, logits, labels, 1 / self.temperature, self.ignore_index
             )
             return
-        for some_logits, some_labels in zip(logits.split(_REFERENCE_ROWS), labels.split(_REFERENCE_ROWS), strict=True):
+        for some_logits, some_labels in zip(logits.split(REFERENCE_ROWS), labels.split(REFERENCE_ROWS), strict=True):
             sums, counts = reference.softmax_class_sums(
                 some_logits,
                 some_labels,
@@ -353,8 +356,8 @@ class RelationshipEstimator:
             self._sums += sums
             self._counts += counts
 
-    def _raise_if_unusable(self, logits: Tensor, labels: Tensor) -> None:
-        found = unusable_row(logits, labels, self.ignore_index)
+    def _raise_without_softmax(self, logits: Tensor, labels: Tensor) -> None:
+        found = first_row_without_softmax(logits, labels, self.ignore_index)
         if found is not None:
             row, reason = found
             raise ValueError(f"source_logits[{row}] has no softmax: {reason}. The batch was not counted")

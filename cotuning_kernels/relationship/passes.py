@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cotuning_kernels.atomic_file import write_atomically
 from cotuning_kernels.calling import call, evaluating, logits_in
-from cotuning_kernels.labelled_logits import check_labelled_logits, unusable_row
+from cotuning_kernels.labelled_logits import check_labelled_logits, first_row_without_softmax
 from cotuning_kernels.processes import several_processes
 from cotuning_kernels.relationship.matrix import class_names
 
@@ -57,7 +57,7 @@ class LogitCollector:
             raise ValueError(
                 f"source_logits has {logits.shape[1]} classes, but those before had {self._logits[0].shape[1]}"
             )
-        found = unusable_row(logits, labels, self._ignore_index)
+        found = first_row_without_softmax(logits, labels, self._ignore_index)
         if found is not None:
             raise ValueError(f"source_logits[{found[0]}] has no softmax: {found[1]}")
         labelled = labels != self._ignore_index

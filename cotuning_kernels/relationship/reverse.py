@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from cotuning_kernels import functional
 from cotuning_kernels.calibration import fit_temperature
-from cotuning_kernels.labelled_logits import check_labelled_logits, positive_number, unusable_row
+from cotuning_kernels.labelled_logits import check_labelled_logits, first_row_without_softmax, positive_number
 from cotuning_kernels.relationship.matrix import Relationship, fill_empty_classes
 from cotuning_kernels.targets import without_autocast
 
@@ -369,7 +369,7 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor]:
     """The calibrated probabilities of the rows that have a label, and the labels as int64."""
     logits, labels = check_labelled_logits(f"{name}_logits", logits, labels, num_target_classes, ignore_index)
-    found = unusable_row(logits, labels, ignore_index)
+    found = first_row_without_softmax(logits, labels, ignore_index)
     if found is not None:
         raise ValueError(f"{name}_logits[{found[0]}] has no softmax: {found[1]}")
     labelled = labels != ignore_index

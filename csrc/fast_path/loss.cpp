@@ -270,15 +270,19 @@ std::optional<Options> read_options(PyObject* trade_off, PyObject* label_smoothi
   return known && overflow == 0 ? std::optional<Options>(options) : std::nullopt;
 }
 
-// co_tuning_loss(source_logits, target_logits or None, target, relationship, weight or None, label_smoothing,
-// ignore_index, reduction, source_loss, trade_off, return_terms) -> loss, or (loss, terms), or NotImplemented.
+// co_tuning_loss(source_logits, target_logits or None, target, relationship, LossOptions, return_terms)
+// -> loss, or (loss, terms), or NotImplemented. The order of LossOptions is that of options.py.
 PyObject* python_co_tuning_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 11 || !is_ordinary_moment()) return decline();
+  if (count != 6 || !PyTuple_Check(arguments[4]) || PyTuple_GET_SIZE(arguments[4]) != 6 || !is_ordinary_moment()) {
+    return decline();
+  }
+  const auto option = [&](Py_ssize_t k) { return PyTuple_GET_ITEM(arguments[4], k); };
+  PyObject* const objects[] = {arguments[0], arguments[1], arguments[2], arguments[3], option(0)};
   const Tensor* tensors[5];
   for (int k = 0; k < 5; ++k) {
-    const bool optional = k == 1 || k == 4;
-    tensors[k] = optional && arguments[k] == Py_None ? nullptr : ordinary_tensor(arguments[k]);
-    if (tensors[k] == nullptr && !(optional && arguments[k] == Py_None)) return decline();
+    const bool is_none = (k == 1 || k == 4) && objects[k] == Py_None;
+    tensors[k] = is_none ? nullptr : ordinary_tensor(objects[k]);
+    if (tensors[k] == nullptr && !is_none) return decline();
   }
   const auto [source_logits, target_logits, target, relationship, weight] =
       std::tie(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4]);
@@ -287,7 +291,7 @@ PyObject* python_co_tuning_loss(PyObject*, PyObject* const* arguments, Py_ssize_
   }
   try {
     const std::optional<Options> options =
-        read_options(arguments[9], arguments[5], arguments[6], arguments[7], arguments[8], arguments[10]);
+        read_options(option(1), option(2), option(3), option(4), option(5), arguments[5]);
     if (!options) return decline();
     const auto optional = [](const Tensor* tensor) { return tensor ? OptionalTensor(*tensor) : std::nullopt; };
     std::optional<Losses> losses =

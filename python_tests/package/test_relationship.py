@@ -256,7 +256,7 @@ def test_the_test_of_bad_rows_can_fail(large: bool, draw: torch.Generator, monke
     if large:
         monkeypatch.setattr(torch, "isfinite", lambda tensor: torch.ones_like(tensor, dtype=torch.bool))
     else:
-        monkeypatch.setattr(estimator_module, "unusable_row", lambda *arguments: None)
+        monkeypatch.setattr(estimator_module, "first_row_without_softmax", lambda *arguments: None)
     estimator.update(logits, labels)
     assert state_of(estimator) != before
     assert bool(estimator.sums[1].isnan().all())

@@ -1,0 +1,95 @@
+"""The options of the loss: made once, checked once, and passed on whole."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cotuning_kernels.backends.operations import KL_DIVERGENCE, REDUCTIONS
+from cotuning_kernels.validation import check_device, check_ignore_index
+
+__all__ = ["LossOptions", "check_options", "check_trade_off"]
+
+
+class LossOptions(NamedTuple):
+    """What :func:`cotuning_kernels.functional.co_tuning_loss` computes; see there.
+
+    The order is that of the operations' schema (:mod:`cotuning_kernels.backends.operations`).
+    """
+
+    weight: Tensor | None = None
+    trade_off: float | Tensor = 2.3
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    reduction: str = "mean"
+    source_loss: str = "cross_entropy"
+
+    def in_operations(self, weight: Tensor | None, trade_off: Tensor) -> tuple[Any, ...]:
+        """The options as the operations take them, with the weight and the trade-off as this call needs them."""
+        reduction, kl_divergence = REDUCTIONS[self.reduction], KL_DIVERGENCE[self.source_loss]
+        return weight, trade_off, self.label_smoothing, self.ignore_index, reduction, kl_divergence
+
+
+def check_options(options: LossOptions, num_target_classes: int, device: torch.device) -> None:
+    """Every option, for logits on ``device``.
+
+    Raises:
+        TypeError, ValueError: an option has a wrong type, dtype, shape, device or value.
+    """
+    weight, trade_off, label_smoothing, ignore_index, reduction, source_loss = options
+    if weight is not None:
+        _check_weight(weight, num_target_classes, device)
+    if not isinstance(label_smoothing, numbers.Real):
+        raise TypeError(f"label_smoothing is {label_smoothing!r:.80}, expected a number in [0, 1]")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1]")
+    check_ignore_index(ignore_index)
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
+    if not isinstance(source_loss, str) or source_loss not in KL_DIVERGENCE:
+        raise ValueError(f"source_loss is {source_loss!r}, expected 'cross_entropy' or 'kl'")
+    check_trade_off(trade_off, device)
+
+
+def check_trade_off(trade_off: float | Tensor, device: torch.device) -> None:
+    """A finite number, or a floating tensor of shape ``()`` on ``device``, whose value is not read.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+    if isinstance(trade_off, Tensor):
+        if trade_off.dim() != 0 or not trade_off.is_floating_point():
+            raise ValueError(
+                f"trade_off is {trade_off.dtype} of shape {tuple(trade_off.shape)}, expected a number or a floating "
+                "tensor of shape ()"
+            )
+        if trade_off.requires_grad:
+            raise ValueError("trade_off requires grad, but the loss is not differentiated in it; pass .detach()")
+        check_device("trade_off", trade_off, device)
+    elif not isinstance(trade_off, numbers.Real):
+        raise TypeError(
+            f"trade_off is a {type(trade_off).__name__}, expected a number or a floating tensor of shape ()"
+        )
+    elif isinstance(trade_off, int) and abs(trade_off) > sys.float_info.max:
+        raise ValueError("trade_off is an int beyond float64, expected a finite number")
+    elif not -math.inf < trade_off < math.inf:  # math.isfinite would end the trace of a symbolic number
+        raise ValueError(f"trade_off is {trade_off}, expected a finite number")
+
+
+def _check_weight(weight: Tensor, num_target_classes: int, device: torch.device) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(
+            f"weight is {weight!r:.80}, expected a floating Tensor of shape ({num_target_classes},) or None"
+        )
+    if weight.dim() != 1 or weight.shape[0] != num_target_classes:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, expected ({num_target_classes},): one number a target class"
+        )
+    if weight.requires_grad:
+        raise ValueError("weight requires grad, but the loss is not differentiated in it; pass weight.detach()")
+    check_device("weight", weight, device)
