@@ -182,13 +182,13 @@ def test_an_import_of_what_is_above_is_noticed(tmp_path: Path) -> None:
 
     add("targets.py", "def late():\n    from cotuning_kernels.loss import FusedCoTuningLoss")  # imported by autograd
     add("backends/operations.py", "from .. import autograd")
-    add("backends/triton/scale.py", "import cotuning_kernels.functional")
+    add("backends/triton/scale_gradients.py", "import cotuning_kernels.functional")
     add("backends/triton/checks.py", "if TYPE_CHECKING:\n    from cotuning_kernels import loss")
     add("reference.py", "from cotuning_kernels import backends")
     found = upward_imports(copy)
     assert "autograd -> loss" in found
     assert "backends.operations -> autograd" in found
-    assert "backends.triton.scale -> functional" in found
+    assert "backends.triton.scale_gradients -> functional" in found
     assert not [line for line in found if line.startswith("backends.triton.checks")]
     assert imports_of(copy)["reference"] == {"backends"}
 

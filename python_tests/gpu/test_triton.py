@@ -40,7 +40,8 @@ if _MISSING is None:
     import triton.language as tl
     import triton.runtime.interpreter as ti
 
-    from cotuning_kernels.backends.triton import IMPLEMENTATIONS, counters, loss, warmup
+    from cotuning_kernels.backends.triton import IMPLEMENTATIONS, counters, warmup
+    from cotuning_kernels.backends.triton import co_tuning_loss as loss
     from support.triton_interpreter import AnyOrder, interpreted, traffic
     from support.triton_stand_in import MODULES, triton_interpreted
     from tools.machine_code.triton import TARGETS, compiled_for
@@ -364,7 +365,7 @@ def test_a_label_out_of_range_is_an_assertion_of_the_device(bad: int, where: str
 @pytest.mark.parametrize("bad", [3, -1])
 @pytest.mark.parametrize("pair", [False, True])
 def test_without_assertions_a_label_out_of_range_is_nan(bad: int, pair: bool) -> None:
-    """On AMD (see targets.py): the loss of its row is NaN, other rows are what they are, and nothing is read there."""
+    """On AMD (see labels.py): the loss of its row is NaN, other rows are what they are, and nothing is read there."""
     labels, good = torch.tensor([0, -100, bad, 2]), torch.zeros(4, dtype=torch.int64)
     target: Any = (good, labels, 0.5) if pair else labels
     logits, head, relationship = Placed(torch.randn(4, 40)), Placed(torch.randn(4, 3)), Placed(torch.rand(3, 40))

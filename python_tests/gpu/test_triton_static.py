@@ -46,7 +46,8 @@ if _MISSING is not None:
 
 import triton  # noqa: E402
 
-from cotuning_kernels.backends.triton import counters, launch, loss, rows, scale, targets  # noqa: E402
+from cotuning_kernels.backends.triton import co_tuning_loss as loss  # noqa: E402
+from cotuning_kernels.backends.triton import counters, labels, launch, rows, scale_gradients  # noqa: E402
 from support.planted import plant  # noqa: E402
 from support.stand_in import cpu_served_by  # noqa: E402
 from support.triton_interpreter import AnyOrder, interpreted  # noqa: E402
@@ -179,7 +180,7 @@ def test_arithmetic_is_in_float32_and_offsets_in_64_bits(name: str, target: str)
 # ------------------------------------------------------------------------- what the last program sees of all others
 #
 # No run on a CPU can show that it sees what they have stored. It does where the order of things in the machine's code
-# is this one, in a straight line on either side of the atomic (the top of loss.py says why):
+# is this one, in a straight line on either side of the atomic (the top of co_tuning_loss.py says why):
 #
 #     stores of the program | barrier | atomic, acq_rel, of the whole device | barrier | loads of the last program
 
@@ -278,7 +279,7 @@ def _found_by_the_table(planted: tuple[ModuleType, ModuleType], loops: bool, see
     implementations: dict[str, Callable[..., Any]] = {
         f"{name}{overload}": getattr(planted[0], name)
         for name in ("co_tuning_loss", "co_tuning_loss_") for overload in ("", ".triton")
-    } | {f"scale_gradients_{overload}": scale.scale_gradients_ for overload in ("", ".triton")}  # fmt: skip
+    } | {f"scale_gradients_{overload}": scale_gradients.scale_gradients_ for overload in ("", ".triton")}  # fmt: skip
 
     @contextmanager
     def using() -> Iterator[None]:
@@ -359,8 +360,8 @@ _BUGS: dict[str, tuple[ModuleType, dict[str, str], tuple[str, ...]]] = {
     "a wrong stride of kept rows": (loss, {"logits += rows * logits_stride": "logits += rows * columns_count"},
                                     ("loops",)),
     "an offset that overflows int32": (loss, {"tl.int64": "tl.int32"}, ("rules",)),
-    "no mask for ignored labels": (targets, {" & (label != ignore_index)": ""}, ("rows", "loops")),
-    "a pair's second label ignored": (targets, {"is_bad_b, float(\"nan\"), tl.where(counts_b, 1.0 - share, 0.0)":
+    "no mask for ignored labels": (labels, {" & (label != ignore_index)": ""}, ("rows", "loops")),
+    "a pair's second label ignored": (labels, {"is_bad_b, float(\"nan\"), tl.where(counts_b, 1.0 - share, 0.0)":
                                                 "is_bad_b, 0.0, tl.where(counts_b, 0.0, 0.0)"}, ("rows", "loops")),
     "no maximum subtracted": (rows, {"x = z - tl.max(z, 1, keep_dims=True)": "x = z"}, ("rows",)),
     "sums that do not shrink with a new maximum": (rows, {"total * exp(fall) + ": "total + "}, ("loops",)),
@@ -428,7 +429,7 @@ def test_a_planted_bug_is_found(bug: str, tmp_path: Path, seed: int) -> None:
 
 def test_without_a_bug_nothing_is_found(tmp_path: Path, seed: int) -> None:
     """That the objections above are to the bugs: a copy without one passes every layer."""
-    for module in (loss, rows, targets):
+    for module in (loss, rows, labels):
         copy = plant(tmp_path, module, {})
         for loops in (False, True):
             assert [*_found_by_the_table(copy, loops, seed)] == []

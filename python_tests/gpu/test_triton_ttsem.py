@@ -31,7 +31,8 @@ if _MISSING is not None:
 import triton  # noqa: E402
 from ttsem import pidraces  # noqa: E402
 
-from cotuning_kernels.backends.triton import IMPLEMENTATIONS, counters, loss, rows  # noqa: E402
+from cotuning_kernels.backends.triton import IMPLEMENTATIONS, counters, rows  # noqa: E402
+from cotuning_kernels.backends.triton import co_tuning_loss as loss  # noqa: E402
 from support.planted import plant  # noqa: E402
 from support.stand_in import cpu_served_by  # noqa: E402
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from cotuning_kernels.backends.triton import loss, targets
+from cotuning_kernels.backends.triton import co_tuning_loss as loss
+from cotuning_kernels.backends.triton import labels
 
 _number = itertools.count()
 
@@ -35,7 +36,7 @@ def _with(directory: Path, module: ModuleType, changes: dict[str, str]) -> Modul
 def plant(directory: Path, module: ModuleType, changes: dict[str, str]) -> tuple[ModuleType, ModuleType]:
     """The loss with a bug in it or in the file about rows or targets, and that file."""
     if module is loss:
-        return _with(directory, loss, changes), targets
+        return _with(directory, loss, changes), labels
     changed = _with(directory, module, changes)
     copy = _with(directory, loss, {})
     for name in vars(copy).keys() & set(changed.__all__):

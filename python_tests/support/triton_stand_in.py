@@ -12,20 +12,22 @@ from cotuning_kernels.backends.triton import (
     class_sums,
     counters,
     exponential,
+    labels,
     launch,
-    loss,
     rows,
-    scale,
-    targets,
-    temperature,
-    translate,
+    scale_gradients,
+    temperature_terms,
+    translate_labels,
 )
+from cotuning_kernels.backends.triton import co_tuning_loss as loss
 from support.stand_in import cpu_served_by
 from support.triton_interpreter import interpreted
 
 __all__ = ["MODULES", "long_rows", "triton_interpreted"]
 
-MODULES: tuple[ModuleType, ...] = (class_sums, exponential, loss, rows, scale, targets, temperature, translate)
+MODULES: tuple[ModuleType, ...] = (
+    class_sums, exponential, labels, loss, rows, scale_gradients, temperature_terms, translate_labels,
+)  # fmt: skip
 """Where the kernels are, and the functions that they call."""
 
 _active: list[bool] = []

@@ -242,7 +242,7 @@ def _loss(
     relationship, for a call that is run and not only compiled."""
 
     def call() -> Any:
-        from cotuning_kernels.backends.triton.loss import co_tuning_loss
+        from cotuning_kernels.backends.triton.co_tuning_loss import co_tuning_loss
 
         labels = torch.zeros(_ROWS, dtype=torch.int64)
         shares = torch.ones(_ROWS, dtype=torch.float64)
@@ -274,7 +274,7 @@ def _loss(
 
 def _scale(dtype: torch.dtype) -> Callable[[], Any]:
     def call() -> Any:
-        from cotuning_kernels.backends.triton.scale import scale_gradients_
+        from cotuning_kernels.backends.triton.scale_gradients import scale_gradients_
 
         gradients = torch.empty(_ROWS, 1000, dtype=dtype), torch.empty(_ROWS, 200, dtype=dtype)
         return scale_gradients_(*gradients, torch.ones(2), torch.ones(()))

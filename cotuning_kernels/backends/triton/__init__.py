@@ -10,20 +10,22 @@ from cotuning_kernels.backends.registry import REGISTRY
 if (_reason := REGISTRY.missing_reason("triton")) is not None:
     raise ImportError(f"the Triton kernels cannot be used: {_reason}")
 
-from cotuning_kernels.backends.triton.class_sums import add_class_sums_
-from cotuning_kernels.backends.triton.loss import co_tuning_loss, co_tuning_loss_
-from cotuning_kernels.backends.triton.scale import scale_gradients_
-from cotuning_kernels.backends.triton.temperature import temperature_terms
-from cotuning_kernels.backends.triton.translate import translate_labels
+from cotuning_kernels.backends.triton import (
+    class_sums,
+    co_tuning_loss,
+    scale_gradients,
+    temperature_terms,
+    translate_labels,
+)
 from cotuning_kernels.backends.triton.warmup import warmup
 
 __all__ = ["IMPLEMENTATIONS", "warmup"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "co_tuning_loss": co_tuning_loss,
-    "co_tuning_loss_": co_tuning_loss_,
-    "scale_gradients_": scale_gradients_,
-    "translate_labels": translate_labels,
-    "add_class_sums_": add_class_sums_,
-    "temperature_terms": temperature_terms,
+    "co_tuning_loss": co_tuning_loss.co_tuning_loss,
+    "co_tuning_loss_": co_tuning_loss.co_tuning_loss_,
+    "scale_gradients_": scale_gradients.scale_gradients_,
+    "translate_labels": translate_labels.translate_labels,
+    "add_class_sums_": class_sums.add_class_sums_,
+    "temperature_terms": temperature_terms.temperature_terms,
 }

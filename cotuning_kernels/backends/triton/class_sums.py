@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cotuning_kernels.backends.triton.checks import check_labels, check_matrix, check_writable, require
 from cotuning_kernels.backends.triton.exponential import exp
+from cotuning_kernels.backends.triton.labels import read_label
 from cotuning_kernels.backends.triton.launch import Launch, blocks, compute_type, plan_rows, threads_for, vector
-from cotuning_kernels.backends.triton.targets import read_label
 
 __all__ = ["add_class_sums_", "plan"]
 

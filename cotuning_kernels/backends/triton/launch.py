@@ -70,7 +70,7 @@ class Launch:
         return self.kernel.warmup(**self.arguments, grid=self.grid, **self.options())
 
     def options(self) -> dict[str, Any]:
-        """Of the compiler. ``debug`` turns on the assertions that the kernels make (see ``targets.py``), and would one
+        """Of the compiler. ``debug`` turns on the assertions that the kernels make (see ``labels.py``), and would one
         after every addition of integers. A warp is 64 threads on AMD's data-centre GPUs."""
         amd = is_amd()
         return {

@@ -7,7 +7,7 @@ A row has logits ``z`` and a target distribution ``q`` (a row of R for the sourc
     KL adds    sum_{q != 0} q log q                     (the same gradient)
 
 A row without any ``q != 0`` takes no part: loss 0 and gradient 0, whatever its logits are. The gradient is multiplied
-by ``stored`` as it is written (see ``loss.py``).
+by ``stored`` as it is written (see ``co_tuning_loss.py``).
 
 Traffic. Each logit is read once, each entry of its row of R once (mostly from L2, where R stays) and each gradient is
 written once: ``2 * itemsize`` bytes a logit, and R. By the length of the row there are four ways:

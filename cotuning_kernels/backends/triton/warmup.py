@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cotuning_kernels.backends.operations import KL_DIVERGENCE, REDUCTIONS
-from cotuning_kernels.backends.triton import loss, scale
+from cotuning_kernels.backends.triton import co_tuning_loss, scale_gradients
 
 __all__ = ["warmup"]
 
@@ -73,9 +73,9 @@ def warmup(
     logits = new(batch, source_classes, dtype=dtype), new(batch, target_classes, dtype=dtype)
     gradients = torch.empty_like(logits[0]), torch.empty_like(logits[1])
     with torch.cuda.device_of(labels):
-        step, reduced = loss.plan(*logits, *gradients, *arguments)
-        evaluation, _ = loss.plan(*logits, None, None, *arguments)
-        launches = step, evaluation, scale.plan(*gradients, reduced[2], torch.empty_like(reduced[0]))
+        step, reduced = co_tuning_loss.plan(*logits, *gradients, *arguments)
+        evaluation, _ = co_tuning_loss.plan(*logits, None, None, *arguments)
+        launches = step, evaluation, scale_gradients.plan(*gradients, reduced[2], torch.empty_like(reduced[0]))
         for launch in launches:
             launch.compile()
     return len(launches)

@@ -36,6 +36,7 @@ from torch import Tensor
 from cotuning_kernels.backends.operations import REDUCTIONS
 from cotuning_kernels.backends.triton.checks import check_loss, check_writable
 from cotuning_kernels.backends.triton.counters import MOST, counters
+from cotuning_kernels.backends.triton.labels import read_target
 from cotuning_kernels.backends.triton.launch import (
     KEPT_THREADS,
     Launch,
@@ -49,7 +50,6 @@ from cotuning_kernels.backends.triton.launch import (
     vector,
 )
 from cotuning_kernels.backends.triton.rows import has_share, kept_row, long_row, packed_row, whole_rows
-from cotuning_kernels.backends.triton.targets import read_target
 
 __all__ = ["co_tuning_loss", "co_tuning_loss_", "plan"]
 
@@ -116,7 +116,7 @@ def _head(
             BLOCK, DTYPE,
         )  # fmt: skip
     if FORM != 2:
-        # A label that names no class, where the device does not stop there (see targets.py): NaN, not a wrong number.
+        # A label that names no class, where the device does not stop there (see labels.py): NaN, not a wrong number.
         loss = tl.where(share + share_b != share + share_b, float("nan"), loss)
     out = by_row + rows
     if SOURCE:

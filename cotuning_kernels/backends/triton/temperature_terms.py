@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cotuning_kernels.backends.triton.checks import check_labels, check_matrix
 from cotuning_kernels.backends.triton.exponential import exp
+from cotuning_kernels.backends.triton.labels import read_label
 from cotuning_kernels.backends.triton.launch import Launch, compute_type, plan_rows, threads_for, vector
-from cotuning_kernels.backends.triton.targets import read_label
 
 __all__ = ["plan", "temperature_terms"]
 
@@ -73,7 +73,7 @@ def _long_rows(logits, stride, width, b, rows, in_batch, ROWS: tl.constexpr, BLO
 @triton.jit(
     do_not_specialize=["stride", "labels_stride", "ignore_index", "batch", "width"]
 )  # fmt: skip
-def temperature_kernel(
+def temperature_terms_kernel(
     logits, stride: tl.int64, labels, labels_stride: tl.int64, inverse_temperature: tl.float64,
     ignore_index: tl.int64, by_row,
     batch: tl.int64, width: tl.int32,
@@ -117,7 +117,7 @@ def plan(logits: Tensor, labels: Tensor, inverse_temperature: float, ignore_inde
     rows = plan_rows(logits.shape[1], logits.dtype, threads)
     vec = vector(logits)
     return Launch(
-        temperature_kernel,
+        temperature_terms_kernel,
         (rows.programs(logits.shape[0]),),
         {
             "logits": logits,

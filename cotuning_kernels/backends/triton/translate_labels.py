@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cotuning_kernels.backends.triton.checks import check_matrix, check_target, require
+from cotuning_kernels.backends.triton.labels import read_target
 from cotuning_kernels.backends.triton.launch import Launch, blocks, compute_type, tile_of, vector
-from cotuning_kernels.backends.triton.targets import read_target
 
 __all__ = ["plan", "translate_labels"]
 
@@ -48,7 +48,7 @@ def translate_labels_kernel(
             relationship + label_b[:, None] * stride + columns[None, :], mask=mask & (share_b != 0)[:, None], other=0.0
         ).to(DTYPE)  # fmt: skip
         q = q * share[:, None] + q_b * share_b[:, None]
-    q = tl.where((share + share_b != share + share_b)[:, None], float("nan"), q)  # see targets.py
+    q = tl.where((share + share_b != share + share_b)[:, None], float("nan"), q)  # see labels.py
     tl.store(out + rows[:, None] * (out_stride * VEC) + columns[None, :], q.to(out.dtype.element_ty), mask=mask)
 
 
