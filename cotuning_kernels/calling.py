@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call", "evaluating", "logits_in"]
+__all__ = ["call", "evaluating", "inputs_in", "logits_in"]
 
 
 def call(model: Callable[..., Any], inputs: Tensor | Mapping[str, Any], device: torch.device | None) -> Any:
@@ -24,6 +24,16 @@ def call(model: Callable[..., Any], inputs: Tensor | Mapping[str, Any], device: 
     if isinstance(inputs, Mapping):
         return model(**{name: moved(value) for name, value in inputs.items()})
     return model(moved(inputs))
+
+
+def inputs_in(batch: Any) -> Any:
+    """The inputs in a loader's batch: the first of a tuple or list, or a mapping without its ``"labels"``.
+
+    Transformers' batches hold the labels, with which its classifiers would compute a loss of their own.
+    """
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name != "labels"}
+    return batch[0] if isinstance(batch, tuple | list) else batch
 
 
 def logits_in(output: Any) -> Tensor | None:

@@ -23,7 +23,7 @@ from cotuning_kernels import functional
 from cotuning_kernels.autograd import normalized_class_weights
 from cotuning_kernels.functional import CoTuningTerms
 from cotuning_kernels.processes import rank_and_size
-from cotuning_kernels.targets import Target
+from cotuning_kernels.targets import Target, as_collated
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -91,6 +91,7 @@ def global_mean_loss(
         ValueError: the criterion reduces in another way.
         RuntimeError: a launcher started several processes, but ``init_process_group`` was not called.
     """
+    target = as_collated(target)
     if criterion.reduction != "mean":
         raise ValueError(f"criterion.reduction is {criterion.reduction!r}, expected 'mean'")
     _, processes = rank_and_size(group)

@@ -10,7 +10,7 @@ from torch import Tensor
 from cotuning_kernels import autograd, backends, reference, validation
 from cotuning_kernels.backends.registry import REGISTRY
 from cotuning_kernels.options import LossOptions, check_options
-from cotuning_kernels.targets import RelationshipLike, Target
+from cotuning_kernels.targets import RelationshipLike, Target, as_collated
 
 __all__ = ["CoTuningTerms", "co_tuning_loss", "source_label_loss", "translate_labels"]
 
@@ -126,7 +126,7 @@ def translate_labels(
     Raises:
         TypeError, ValueError, IndexError: as for :func:`co_tuning_loss`.
     """
-    relationship = matrix_of(relationship)
+    relationship, target = matrix_of(relationship), as_collated(target)
     validation.check_is_tensor("relationship", relationship)
     num_columns = relationship.shape[-1] if relationship.dim() else 0
     validation.check_relationship(relationship, None, num_columns, relationship.device)
@@ -165,6 +165,8 @@ def compute_loss(
         result = REGISTRY.fast_path_loss(source_logits, target_logits, target, relationship, options, return_terms)
         if result is not NotImplemented:  # declined: take the general path, which also explains errors
             return CoTuningTerms(result[0], *result[1].unbind()) if return_terms else result
+    if isinstance(target, tuple | list):
+        target = as_collated(target)
     validation.check_is_tensor("source_logits", source_logits)
     served_by = backends.select(source_logits.device.type, backend)
     inputs = source_logits, target_logits, target, relationship

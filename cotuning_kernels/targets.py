@@ -13,6 +13,7 @@ __all__ = [
     "OperandTarget",
     "RelationshipLike",
     "Target",
+    "as_collated",
     "dense_columns",
     "operand_target",
     "without_autocast",
@@ -24,8 +25,8 @@ class MixedTarget(NamedTuple):
 
     Args:
         labels_a, labels_b: class indices, int64 or int32, shape ``(B,)``.
-        share: the share of ``labels_a``, in [0, 1]: a float, or a tensor of shape ``()`` or ``(B,)``. The values of a
-            tensor are not checked, which would wait for its device.
+        share: the share of ``labels_a``, in [0, 1]: a float, or a tensor of shape ``()``, ``(B,)`` or ``(B, 1)``. The
+            values of a tensor are not checked, which would wait for its device.
     """
 
     labels_a: Tensor
@@ -52,6 +53,20 @@ class OperandTarget(NamedTuple):
     target_b: Tensor | None
     mix: Tensor | None
     relationship: Tensor
+
+
+def as_collated(target: Target) -> Target:
+    """The target as a tuple and its shares as ``(B,)``.
+
+    ``default_collate`` makes a list of a dataset's triples, and mixing images by broadcasting gives shares ``(B, 1)``.
+    """
+    if isinstance(target, list) and len(target) == 3 and isinstance(target[0], Tensor):
+        target = tuple(target)
+    if isinstance(target, tuple) and len(target) == 3:
+        share = target[2]
+        if isinstance(share, Tensor) and share.dim() == 2 and share.shape[1] == 1:
+            return target[0], target[1], share[:, 0]
+    return target
 
 
 def operand_target(target: Target, relationship: Tensor, dtype: torch.dtype = torch.float32) -> OperandTarget:

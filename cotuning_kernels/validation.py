@@ -127,6 +127,10 @@ def check_relationship(
         )
     if relationship.dtype not in FLOATING:
         raise TypeError(f"relationship has dtype {relationship.dtype}, expected {named(FLOATING)}")
+    if relationship.shape[0] == 0:
+        raise ValueError(
+            f"relationship has shape {tuple(relationship.shape)}, expected at least one row: one a target class"
+        )
     if relationship.shape[1] != num_source_classes:
         raise ValueError(
             f"relationship has {relationship.shape[1]} columns, but source_logits has {num_source_classes} classes; "

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset
 
 from cotuning_kernels import backends
 from cotuning_kernels.labelled_logits import positive_number
@@ -63,7 +64,8 @@ def learn_relationship(
         source_model: the pretrained classifier, giving logits ``(B, N_s)``: as a tensor, as ``output.logits`` or
             ``output["logits"]``, or as the first of a tuple. Logits with further dimensions, such as ``(B, T, N_s)``
             for tokens, go with labels ``(B, T)``.
-        loader: gives ``(inputs, labels)``; inputs a tensor, or a mapping that the model takes as keyword arguments.
+        loader: gives ``(inputs, labels)``, whose further members are left aside; inputs are a tensor, or a mapping
+            that the model takes as keyword arguments. Or gives such mappings with ``"labels"`` in them.
         num_target_classes: ``N_t``; by default the number of names in ``target_classes`` or ``loader.dataset.classes``.
         method: ``"direct"``, the mean prediction of each class, or ``"reverse"``, a regression of the target labels on
             the predictions and Bayes' rule (the paper's section 3.2;
@@ -215,12 +217,18 @@ def _target_classes(
 
 
 def _dataset_classes(loader: Iterable[Any]) -> tuple[str, ...] | None:
-    dataset = getattr(loader, "dataset", None)
-    # torch.utils.data.Subset and its like keep the labels of the dataset that they wrap.
-    while dataset is not None and not hasattr(dataset, "classes"):
-        dataset = getattr(dataset, "dataset", None)
-    classes = getattr(dataset, "classes", None)
+    classes = _classes_of(getattr(loader, "dataset", None))
     return tuple(map(str, classes)) if isinstance(classes, list | tuple) and classes else None
+
+
+def _classes_of(dataset: Any) -> Any:
+    """``dataset.classes``, also behind ``Subset`` and its like, and behind a ``ConcatDataset`` whose parts agree."""
+    while dataset is not None and not hasattr(dataset, "classes"):
+        if isinstance(dataset, ConcatDataset):
+            first, *others = map(_classes_of, dataset.datasets)
+            return first if all(each == first for each in others) else None
+        dataset = getattr(dataset, "dataset", None)
+    return getattr(dataset, "classes", None)
 
 
 def _device_of(model: Any) -> torch.device | None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cotuning_kernels.atomic_file import write_atomically
-from cotuning_kernels.calling import call, evaluating, logits_in
+from cotuning_kernels.calling import call, evaluating, inputs_in, logits_in
 from cotuning_kernels.labelled_logits import check_labelled_logits, first_row_without_softmax
 from cotuning_kernels.processes import several_processes
 from cotuning_kernels.relationship.matrix import class_names
@@ -265,13 +265,17 @@ def _batches(loader: Iterable[Any], max_batches: int | None, progress: bool, wha
 
 
 def _inputs_and_labels(batch: Any, where: str) -> tuple[Any, Tensor]:
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
+    """From ``(inputs, labels)``, ``(inputs, labels, index, ...)``, or a mapping that holds the labels as ``labels``."""
+    if isinstance(batch, Mapping) and "labels" in batch:
+        inputs, labels = inputs_in(batch), batch["labels"]
+    elif isinstance(batch, list | tuple) and len(batch) >= 2:
+        inputs, labels = batch[:2]
+    else:
         size = f" of {len(batch)}" if isinstance(batch, list | tuple | Mapping) else ""
         raise TypeError(
-            f"{where} is a {type(batch).__name__}{size}, expected (inputs, labels); for another form write the loop "
-            "with RelationshipEstimator.update"
+            f"{where} is a {type(batch).__name__}{size}, expected (inputs, labels) or a mapping with 'labels' in it; "
+            "for another form write the loop with RelationshipEstimator.update"
         )
-    inputs, labels = batch
     if not isinstance(inputs, Tensor | Mapping) or not isinstance(labels, Tensor):
         raise TypeError(
             f"{where} is ({type(inputs).__name__}, {type(labels).__name__}), expected inputs as a Tensor or a mapping "

@@ -116,7 +116,11 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "share above 1": ({"target": _pair(share=1.5)}, ValueError, ["share", "1.5", r"\[0, 1\]"]),
     "share NaN": ({"target": _pair(share=math.nan)}, ValueError, ["share", "nan", r"\[0, 1\]"]),
     "shares of another batch": ({"target": _pair(share=torch.rand(3))}, ValueError, ["share", r"\(3,\)", r"\(4,\)"]),
-    "shares as a column": ({"target": _pair(share=torch.rand(_B, 1))}, ValueError, ["share", r"\(4, 1\)", r"\(4,\)"]),
+    "shares as two columns": (
+        {"target": _pair(share=torch.rand(_B, 2))},
+        ValueError,
+        ["share", r"\(4, 2\)", r"\(4,\)"],
+    ),
     "shares as integers": ({"target": _pair(share=_Y)}, TypeError, ["share", "int64", "float"]),
     "shares with a gradient": (
         {"target": _pair(share=torch.rand(_B, requires_grad=True))},

@@ -706,7 +706,7 @@ def test_what_a_model_may_not_give(output: Callable[[Tensor], Any], message: str
     [
         (torch.ones(4, 6), "batch 1 of the loader is a Tensor, expected"),
         ((torch.ones(4, 6),), "is a tuple of 1"),
-        ((torch.ones(4, 6), torch.zeros(4).long(), "paths"), "is a tuple of 3"),
+        ((torch.ones(4, 6), "paths", torch.zeros(4).long()), r"is \(Tensor, str\)"),
         ({"pixels": torch.ones(4, 6)}, "is a dict of 1"),
         (("paths", torch.zeros(4).long()), r"is \(str, Tensor\)"),
         ((torch.ones(4, 6), [0, 1, 2, 0]), r"is \(Tensor, list\)"),
