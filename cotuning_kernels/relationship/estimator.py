@@ -3,12 +3,17 @@
     R[t, s] = 1 / |D_t| * sum over x in D_t of softmax(source_logits(x) / temperature)[s]
 
 (You, Kou, Long, Wang, NeurIPS 2020, section 3.2), from a stream of batches.
+
+An exception leaves an estimator as it was, wherever it comes from, Ctrl-C in the middle of a batch included. Methods
+make new tensors and put them into ``_counted`` with one assignment, their last step. Only a batch of fewer rows than
+target classes is added in place, because copying all sums would take longer than adding it: the rows that it changes
+are kept in ``_undo`` until the end, and every method that finds them there takes the sums as they were before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +35,21 @@ if TYPE_CHECKING:
 
 __all__ = ["RelationshipEstimator"]
 
-# From this many rows a target class on, undoing a bad batch is cheaper than reading the whole batch beforehand.
-_UNDO_ROWS_PER_CLASS = 4
+
+class _Counted(NamedTuple):
+    """The sums ``(N_t, N_s)``, without columns while ``N_s`` is unknown, and the int64 counts ``(N_t,)``."""
+
+    sums: Tensor
+    counts: Tensor
+    all_reduced: bool
+
+
+class _Undo(NamedTuple):
+    """What a batch is about to change: rows of the sums, by index and as they were, and all counts."""
+
+    rows: Tensor
+    sums: Tensor
+    counts: Tensor
 
 
 class RelationshipEstimator:
@@ -94,44 +112,44 @@ class RelationshipEstimator:
         self.ignore_index = ignore_index
         # Ordinary tensors, also when an estimator is made under torch.inference_mode: it may be updated outside.
         with torch.inference_mode(False):
-            # No columns: N_s is not known yet.
-            self._sums = torch.zeros(num_target_classes, num_source_classes or 0, dtype=dtype, device=device or "cpu")
-            self._counts = torch.zeros(num_target_classes, dtype=torch.int64, device=device or "cpu")
+            sums = torch.zeros(num_target_classes, num_source_classes or 0, dtype=dtype, device=device or "cpu")
+            counts = torch.zeros(num_target_classes, dtype=torch.int64, device=device or "cpu")
+        self._counted = _Counted(sums, counts, all_reduced=False)
+        self._undo: _Undo | None = None
         self._follows_batches = device is None
         self._backend = backend
         if not self._follows_batches:
             backends.select(self.device.type, backend)  # raises now, not with the first batch
-        self._all_reduced = False
 
     def __repr__(self) -> str:
+        sums, counts, _ = self._settled()
         return (
             f"RelationshipEstimator({self.num_target_classes}, {self.num_source_classes}, "
-            f"temperature={self.temperature:.4g}, rows={int(self._counts.sum())}, {self._sums.dtype}, {self.device})"
+            f"temperature={self.temperature:.4g}, rows={int(counts.sum())}, {sums.dtype}, {self.device})"
         )
 
     @property
     def num_source_classes(self) -> int | None:
         """``N_s``; ``None`` before the first batch of an estimator that was made without it."""
-        return self._sums.shape[1] or None
+        return self._counted.sums.shape[1] or None
 
     @property
     def device(self) -> torch.device:
         """Where the sums are."""
-        return self._sums.device
+        return self._counted.sums.device
 
     @property
     def sums(self) -> Tensor:
         """A copy of the summed probabilities, ``(N_t, N_s)``."""
-        return self._sums.clone()
+        return self._settled().sums.clone()
 
     @property
     def counts(self) -> Tensor:
         """A copy of the number of rows of each target class, int64 ``(N_t,)``."""
-        return self._counts.clone()
+        return self._settled().counts.clone()
 
-    @torch.no_grad()
     def update(self, source_logits: Tensor, labels: Tensor) -> None:
-        """Count a batch. A batch that raises is not counted, not even in part.
+        """Count a batch. A batch that raises is not counted, not even in part; nor is one that Ctrl-C interrupts.
 
         Args:
             source_logits: ``(B, N_s)``, float32, bfloat16, float16 or float64, on the estimator's device. A masked
@@ -143,7 +161,14 @@ class RelationshipEstimator:
             IndexError: a label out of range; names the row and the value.
             RuntimeError: the estimator holds the sums of all processes already (:meth:`all_reduce`).
         """
-        if self._all_reduced:
+        with torch.no_grad():
+            after = self._with_batch(source_logits, labels)
+        # The batch counts from here on: Python acts on a signal after a call, and no call follows.
+        self._counted, self._undo = after, None
+
+    def _with_batch(self, source_logits: Tensor, labels: Tensor) -> _Counted:
+        before = self._settled()
+        if before.all_reduced:
             raise RuntimeError(
                 "this estimator holds the sums of all processes; what one of them adds now the others would not have. "
                 "Count everything before all_reduce"
@@ -155,34 +180,28 @@ class RelationshipEstimator:
             raise ValueError(
                 f"source_logits has {logits.shape[1]} classes, but the estimator was made for {self.num_source_classes}"
             )
-        if self._follows_batches:
-            self._move_to(logits.device)
-        if logits.device != self.device:
+        if logits.device != self.device and not self._follows_batches:
             raise ValueError(
                 f"source_logits is on {logits.device}, but the estimator on {self.device}; make it with device=..., so "
                 "that the sums are taken where the logits are"
             )
-        self._make_columns(logits.shape[1])
-        # A NaN in the sums cannot be subtracted again. Reading a batch before adding it is free while the batch is in
-        # the cache, and as dear as adding it when it is not. So a large batch is added first, and then the sums, which
-        # are much smaller, are checked.
-        if len(labels) < _UNDO_ROWS_PER_CLASS * self.num_target_classes:
+        # A NaN in the sums cannot be subtracted again. A batch of few rows is read before it is added, which is free
+        # while it is in the cache. For a larger one it is cheaper to look at the sums afterwards.
+        in_place = len(labels) < self.num_target_classes and before.sums.shape[1] > 0 and logits.device == self.device
+        if in_place:
             self._raise_without_softmax(logits, labels)
-            self._add(logits, labels)
-            return
-        before = (self._sums.clone(), self._counts.clone()) if self._counts.any() else None
-        self._add(logits, labels)
-        if not torch.isfinite(self._sums.sum()):
-            if before is None:
-                self._sums.zero_()
-                self._counts.zero_()
-            else:
-                self._sums.copy_(before[0])
-                self._counts.copy_(before[1])
+            rows = labels.long().clamp(0, self.num_target_classes - 1)  # an ignored row may have any label
+            self._counted = before
+            self._undo = _Undo(rows, before.sums.index_select(0, rows), before.counts.clone())
+            self._add(before, logits, labels)
+            return before
+        after = self._copy(logits.shape[1], logits.device)
+        self._add(after, logits, labels)
+        if not torch.isfinite(after.sums.sum()):
             self._raise_without_softmax(logits, labels)
             raise ValueError("the softmax of finite source_logits is not finite; are they within the range of float32?")
+        return after
 
-    @torch.no_grad()
     def merge(self, other: RelationshipEstimator) -> None:
         """Add what another estimator has counted, as if its batches had been this one's.
 
@@ -195,19 +214,20 @@ class RelationshipEstimator:
         source_classes = {self.num_source_classes, other.num_source_classes} - {None}
         if other._settings() != self._settings() or len(source_classes) > 1:
             raise ValueError(f"{other} cannot be merged into {self}: classes and temperature must be the same")
-        if other._all_reduced != self._all_reduced and self._counts.any():
+        mine, theirs = self._settled(), other._settled()
+        if theirs.all_reduced != mine.all_reduced and mine.counts.any():
             raise ValueError(
                 "one of the two estimators holds the sums of all processes and the other those of this one alone; "
                 "merge them before all_reduce"
             )
         if other.num_source_classes is None:
             return  # it has counted nothing
-        self._make_columns(other.num_source_classes)
-        self._all_reduced = other._all_reduced
-        self._sums += other._sums.to(self._sums)
-        self._counts += other._counts.to(self.device)
+        with torch.no_grad():
+            after = self._copy(other.num_source_classes, self.device)._replace(all_reduced=theirs.all_reduced)
+            after.sums.add_(theirs.sums.to(after.sums))
+            after.counts.add_(theirs.counts.to(self.device))
+        self._counted, self._undo = after, None
 
-    @torch.no_grad()
     def all_reduce(self, group: ProcessGroup | None = None) -> None:
         """Add up over the processes of ``group``, each of which has seen its share of the data. Once, at the end.
 
@@ -219,7 +239,8 @@ class RelationshipEstimator:
                 nothing would silently learn from one share; or the estimator was reduced before.
             ValueError: the processes have estimators of different classes or temperatures.
         """
-        if self._all_reduced:
+        before = self._settled()
+        if before.all_reduced:
             raise RuntimeError(
                 "this estimator already holds the sums of all processes; a second all_reduce would count them again"
             )
@@ -230,15 +251,17 @@ class RelationshipEstimator:
             return
         # Tensors of different sizes would hang or abort in the sum itself.
         settings: list[Any] = [None] * processes
-        mine = (self.num_target_classes, self.num_source_classes, self.temperature, str(self._sums.dtype))
+        mine = (self.num_target_classes, self.num_source_classes, self.temperature, str(before.sums.dtype))
         distributed.all_gather_object(settings, mine, group=group)
         if len(set(settings)) > 1:
             raise ValueError(
                 f"the processes have different (N_t, N_s, temperature, dtype): {settings}; make them alike"
             )
-        distributed.all_reduce(self._sums, group=group)
-        distributed.all_reduce(self._counts, group=group)
-        self._all_reduced = True
+        with torch.no_grad():
+            after = self._copy(before.sums.shape[1], self.device)._replace(all_reduced=True)
+            distributed.all_reduce(after.sums, group=group)
+            distributed.all_reduce(after.counts, group=group)
+        self._counted, self._undo = after, None
 
     def compute(
         self,
@@ -260,18 +283,19 @@ class RelationshipEstimator:
         """
         check_empty_policy(empty)
         names = class_names("target_classes", target_classes, self.num_target_classes)
-        if not self._counts.any():
+        sums, counts, _ = self._settled()
+        if not counts.any():
             raise ValueError("nothing was counted yet (every label ignored, or no update); there is no relationship")
         with torch.inference_mode(False), torch.no_grad():
             # The row sums are the counts up to rounding. Dividing by them makes rows that sum to 1 however many
             # float32 additions there were.
-            matrix = self._sums / self._sums.sum(dim=1, keepdim=True)
-            counts = self._counts.clone()
+            matrix = sums / sums.sum(dim=1, keepdim=True)
+            counts = counts.clone()
             matrix = fill_empty_classes(matrix, counts, empty, names)
         return Relationship(
             matrix,
             target_classes=names,
-            source_classes=class_names("source_classes", source_classes, self._sums.shape[1]),
+            source_classes=class_names("source_classes", source_classes, matrix.shape[1]),
             method="direct",
             temperature=self.temperature,
             counts=counts,
@@ -283,10 +307,9 @@ class RelationshipEstimator:
             "sums": self.sums,
             "counts": self.counts,
             "temperature": self.temperature,
-            "all_reduced": self._all_reduced,
+            "all_reduced": self._counted.all_reduced,
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace what was counted by a :meth:`state_dict`.
 
@@ -301,48 +324,51 @@ class RelationshipEstimator:
                 f"state is a {type(state).__name__}{keys}, expected a RelationshipEstimator.state_dict() with keys "
                 f"{sorted(expected)}"
             )
-        columns = self.num_source_classes
-        if columns is None and isinstance(state["sums"], Tensor) and state["sums"].dim() == 2:
-            columns = state["sums"].shape[1]
-        for name, shape in (("sums", (self.num_target_classes, columns)), ("counts", (self.num_target_classes,))):
-            theirs = state[name]
-            if not isinstance(theirs, Tensor) or theirs.shape != shape:
-                found = tuple(theirs.shape) if isinstance(theirs, Tensor) else type(theirs).__name__
-                raise ValueError(f"state[{name!r}] is {found}, expected a Tensor of shape {shape}")
-            if not (torch.isfinite(theirs).all() and (theirs >= 0).all()):
-                raise ValueError(f"state[{name!r}] has negative or non-finite values; the state is damaged")
-        if state["counts"].dtype != torch.int64:
-            raise ValueError(f"state['counts'] is {state['counts'].dtype}, expected torch.int64; the state is damaged")
+        shape = (self.num_target_classes, self.num_source_classes or _columns(state["sums"]))
+        sums = _checked_state("sums", state["sums"], shape, (torch.float32, torch.float64))
+        counts = _checked_state("counts", state["counts"], shape[:1], (torch.int64,))
+        if ((sums > 0).any(dim=1) != (counts > 0)).any():
+            raise ValueError("state['sums'] and state['counts'] have rows of different classes; the state is damaged")
         if state["temperature"] != self.temperature:
             raise ValueError(
                 f"the state was counted at temperature {state['temperature']}, but the estimator has "
                 f"{self.temperature}; make it with the same temperature"
             )
-        if self._follows_batches:
-            self._move_to(state["sums"].device)
-        self._make_columns(state["sums"].shape[1])
-        self._sums.copy_(state["sums"])
-        self._counts.copy_(state["counts"])
-        self._all_reduced = bool(state["all_reduced"])
+        if not isinstance(state["all_reduced"], bool):
+            raise ValueError(f"state['all_reduced'] is {state['all_reduced']!r:.80}, expected a bool")
+        device = sums.device if self._follows_batches else self.device
+        with torch.inference_mode(False), torch.no_grad():
+            sums, counts = sums.to(device, self._counted.sums.dtype, copy=True), counts.to(device, copy=True)
+        after = _Counted(sums, counts, state["all_reduced"])
+        self._counted, self._undo = after, None
 
     def _settings(self) -> tuple[int, float]:
         return self.num_target_classes, self.temperature
 
-    def _make_columns(self, num_source_classes: int) -> None:
-        if self._sums.shape[1] == 0:
-            with torch.inference_mode(False):
-                self._sums = self._sums.new_zeros(self.num_target_classes, num_source_classes)
+    def _settled(self) -> _Counted:
+        """What was counted, without a batch whose update was interrupted or goes on in another thread."""
+        undo = self._undo
+        if undo is None:
+            return self._counted
+        with torch.inference_mode(False), torch.no_grad():
+            sums = self._counted.sums.index_copy(0, undo.rows, undo.sums)
+        return self._counted._replace(sums=sums, counts=undo.counts)
 
-    def _move_to(self, device: torch.device) -> None:
-        if self.device != device:
-            with torch.inference_mode(False):
-                self._sums, self._counts = self._sums.to(device), self._counts.to(device)
+    def _copy(self, num_source_classes: int, device: torch.device) -> _Counted:
+        """A copy of what was counted, as ordinary tensors also under inference mode; with columns if it had none."""
+        sums, counts, all_reduced = self._settled()
+        with torch.inference_mode(False), torch.no_grad():
+            if sums.shape[1] == 0:
+                sums = sums.new_zeros(self.num_target_classes, num_source_classes, device=device)
+            else:
+                sums = sums.to(device, copy=True)
+            return _Counted(sums, counts.to(device, copy=True), all_reduced)
 
-    def _add(self, logits: Tensor, labels: Tensor) -> None:
-        backend = backends.select(self.device.type, self._backend)
+    def _add(self, counted: _Counted, logits: Tensor, labels: Tensor) -> None:
+        backend = backends.select(logits.device.type, self._backend)
         if backend != "reference":
             operation("add_class_sums_", backend)(
-                self._sums, self._counts, logits, labels, 1 / self.temperature, self.ignore_index
+                counted.sums, counted.counts, logits, labels, 1 / self.temperature, self.ignore_index
             )
             return
         for some_logits, some_labels in zip(logits.split(REFERENCE_ROWS), labels.split(REFERENCE_ROWS), strict=True):
@@ -353,11 +379,28 @@ class RelationshipEstimator:
                 inverse_temperature=1 / self.temperature,
                 ignore_index=self.ignore_index,
             )
-            self._sums += sums
-            self._counts += counts
+            counted.sums.add_(sums)
+            counted.counts.add_(counts)
 
     def _raise_without_softmax(self, logits: Tensor, labels: Tensor) -> None:
         found = first_row_without_softmax(logits, labels, self.ignore_index)
         if found is not None:
             row, reason = found
             raise ValueError(f"source_logits[{row}] has no softmax: {reason}. The batch was not counted")
+
+
+def _columns(sums: Any) -> int | None:
+    return sums.shape[1] if isinstance(sums, Tensor) and sums.dim() == 2 else None
+
+
+def _checked_state(name: str, value: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != shape:
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"state[{name!r}] is {found}, expected a Tensor of shape {shape}")
+    if value.dtype not in dtypes:
+        raise ValueError(
+            f"state[{name!r}] is {value.dtype}, expected {' or '.join(map(str, dtypes))}; the state is damaged"
+        )
+    if not (torch.isfinite(value).all() and (value >= 0).all()):
+        raise ValueError(f"state[{name!r}] has negative or non-finite values; the state is damaged")
+    return value

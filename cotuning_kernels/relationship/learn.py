@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 
 from cotuning_kernels import backends
+from cotuning_kernels.atomic_file import check_writable, remove
 from cotuning_kernels.labelled_logits import positive_number
 from cotuning_kernels.processes import rank_and_size, several_processes
 from cotuning_kernels.relationship import passes
@@ -96,7 +97,8 @@ def learn_relationship(
             or not wanted, number of classes not known, NaN in the logits (names the batch and the row).
         IndexError: a label out of range.
         CheckpointError: the checkpoint is damaged or belongs to something else.
-        OSError: the checkpoint cannot be written.
+        PermissionError, OSError: the checkpoint cannot be written, which is found before the first batch, or cannot be
+            read, or is no regular file.
         RuntimeError: ``distributed=True`` and a launcher started several processes, but ``init_process_group`` was not
             called.
     """
@@ -146,6 +148,9 @@ def learn_relationship(
         if count == 0:
             raise ValueError(f"the {what} gave no batch; is its dataset empty, or was it an iterator that is used up?")
 
+    if checkpoint is not None:  # a pass that cannot be saved would be lost
+        for what in ("loader",) if validation_loader is None else ("loader", "validation_loader"):
+            check_writable(passes.checkpoint_path(checkpoint, what))
     if validation_loader is None:
         settings |= {"dtype": str(dtype), "backend": backend}
         estimator = RelationshipEstimator(
@@ -168,7 +173,7 @@ def learn_relationship(
             relationship = _of_first_process(relationship)
     if checkpoint is not None:
         for what in ("loader", "validation_loader"):
-            passes.checkpoint_path(checkpoint, what).unlink(missing_ok=True)
+            remove(passes.checkpoint_path(checkpoint, what))
     metadata = relationship.metadata | {"source_model": passes.type_name(source_model)}
     return dataclasses.replace(relationship, metadata=metadata)
 

@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import os
-import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
@@ -20,16 +19,29 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cotuning_kernels.atomic_file import write_atomically
 from cotuning_kernels.calling import call, evaluating, inputs_in, logits_in
 from cotuning_kernels.labelled_logits import check_labelled_logits, first_row_without_softmax
 from cotuning_kernels.processes import several_processes
 from cotuning_kernels.relationship.matrix import class_names
+from cotuning_kernels.tensor_file import TensorFile
 
 __all__ = ["Checkpoint", "CheckpointError", "Collector", "LogitCollector", "checkpoint_path", "run", "type_name"]
 
-_CHECKPOINT_FORMAT = "cotuning_kernels.statistics"
 _DESCRIPTIONS = {"loader": "learning the relationship", "validation_loader": "reading the validation data"}
+
+
+class CheckpointError(ValueError):
+    """The statistics on disk are damaged, or belong to another model, other data or other settings."""
+
+
+_CHECKPOINT_FILE = TensorFile(
+    format="cotuning_kernels.statistics",
+    version=1,
+    noun="a checkpoint of learn_relationship",
+    if_foreign="remove it to start again",
+    if_damaged="remove it to start again",
+    error=CheckpointError,
+)
 
 
 class Collector(Protocol):
@@ -46,27 +58,21 @@ class LogitCollector:
 
     def __init__(self, num_target_classes: int, ignore_index: int) -> None:
         self._num_target_classes, self._ignore_index = num_target_classes, ignore_index
-        self._logits: list[Tensor] = []
-        self._labels: list[Tensor] = []
+        self._batches: list[tuple[Tensor, Tensor]] = []
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        logits, labels = check_labelled_logits(
-            "source_logits", logits, labels, self._num_target_classes, self._ignore_index
-        )
-        if self._logits and logits.shape[1] != self._logits[0].shape[1]:
+        logits, labels = self._checked(logits, labels)
+        if self._batches and logits.shape[1] != self._batches[0][0].shape[1]:
             raise ValueError(
-                f"source_logits has {logits.shape[1]} classes, but those before had {self._logits[0].shape[1]}"
+                f"source_logits has {logits.shape[1]} classes, but those before had {self._batches[0][0].shape[1]}"
             )
-        found = first_row_without_softmax(logits, labels, self._ignore_index)
-        if found is not None:
-            raise ValueError(f"source_logits[{found[0]}] has no softmax: {found[1]}")
         labelled = labels != self._ignore_index
-        self._logits.append(logits[labelled])
-        self._labels.append(labels[labelled].long())
+        self._batches.append((logits[labelled], labels[labelled].long()))
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        device = self._logits[-1].device  # a checkpoint's may be elsewhere
-        return torch.cat([x.to(device) for x in self._logits]), torch.cat([x.to(device) for x in self._labels])
+        device = self._batches[-1][0].device  # a checkpoint's may be elsewhere
+        logits, labels = zip(*self._batches, strict=True)
+        return torch.cat([x.to(device) for x in logits]), torch.cat([x.to(device) for x in labels])
 
     def all_reduce(self) -> None:
         """The rows of all processes, in the order of their ranks."""
@@ -77,15 +83,28 @@ class LogitCollector:
         logits, labels = self.rows()
         everyones: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(everyones, (logits.cpu(), labels.cpu()))
-        self._logits = [theirs.to(logits.device) for theirs, _ in everyones]
-        self._labels = [theirs.to(logits.device) for _, theirs in everyones]
+        self._batches = [(theirs[0].to(logits.device), theirs[1].to(logits.device)) for theirs in everyones]
 
     def state_dict(self) -> dict[str, Any]:
         logits, labels = self.rows()
         return {"logits": logits, "labels": labels}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._logits, self._labels = [state["logits"]], [state["labels"]]
+        if set(state) != {"logits", "labels"}:
+            raise ValueError(f"the state has {sorted(state)}, expected ['labels', 'logits']")
+        logits, labels = self._checked(state["logits"], state["labels"])
+        if labels.dtype != torch.int64 or (labels == self._ignore_index).any():
+            raise ValueError(f"the state has labels of {labels.dtype}, or ignored ones; expected the int64 labels kept")
+        self._batches = [(logits, labels)]
+
+    def _checked(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits, labels = check_labelled_logits(
+            "source_logits", logits, labels, self._num_target_classes, self._ignore_index
+        )
+        found = first_row_without_softmax(logits, labels, self._ignore_index)
+        if found is not None:
+            raise ValueError(f"source_logits[{found[0]}] has no softmax: {found[1]}")
+        return logits, labels
 
 
 def run(
@@ -106,7 +125,7 @@ def run(
 
     Raises:
         TypeError, ValueError, IndexError: from a batch, from the model or from the collector; names the batch.
-        CheckpointError: the loader gives other data than before.
+        CheckpointError: the loader or the model gives something else than before.
     """
     count = 0
     # Not inference_mode: tensors that a model caches in its first forward pass (rotary tables, resized position
@@ -122,6 +141,8 @@ def run(
             if index == 0:
                 class_names("source_classes", source_classes, logits.shape[1])
                 _warn_of_probabilities(logits)
+            if checkpoint is not None:
+                checkpoint.check_columns(logits.shape[1])
             try:
                 collector.update(logits, labels.flatten())
             except (TypeError, ValueError, IndexError) as error:
@@ -131,10 +152,6 @@ def run(
     if checkpoint is not None:
         checkpoint.finish()
     return count
-
-
-class CheckpointError(ValueError):
-    """The statistics on disk are damaged, or belong to another model, other data or other settings."""
 
 
 class Checkpoint:
@@ -152,6 +169,7 @@ class Checkpoint:
 
     Raises:
         CheckpointError: the file is damaged, or of another model or other settings.
+        OSError: the file cannot be read.
     """
 
     def __init__(
@@ -166,7 +184,7 @@ class Checkpoint:
         self._path, self._collector, self._every, self._device = path, collector, every, device
         self._identity = {"model": _digest_of_model(source_model), "settings": settings}
         self._labels, self._seen = hashlib.sha256(), 0
-        self._batches, self._expected_labels = 0, ""
+        self._batches, self._expected_labels, self._columns = 0, "", 0
         if self._path.exists():
             self._load()
 
@@ -195,36 +213,54 @@ class Checkpoint:
                 "Remove the file to start again"
             )
 
+    def check_columns(self, num_source_classes: int) -> None:
+        """Whether the model, or a function, of whose weights nothing is known, gives as many classes as before."""
+        if self._columns not in (0, num_source_classes):
+            raise CheckpointError(
+                f"{self._path} was written with {self._columns} source classes, but the model gives "
+                f"{num_source_classes}: it is another model. Remove the file to start again"
+            )
+
     def _save(self) -> None:
-        buffer = io.BytesIO()
-        content = {
-            "format": _CHECKPOINT_FORMAT,
+        state = self._collector.state_dict()
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        record = {
             "identity": self._identity,
             "batches": self._seen,
             "labels": self._labels.hexdigest(),
-            "state": self._collector.state_dict(),
+            "state": {name: value for name, value in state.items() if name not in tensors},
         }
-        torch.save(content, buffer)
-        write_atomically(self._path, buffer.getvalue())
+        _CHECKPOINT_FILE.write(self._path, tensors, record)
         self._batches = self._seen
 
     def _load(self) -> None:
-        try:
-            content = torch.load(self._path, map_location=self._device or "cpu", weights_only=True)
-            found = content["format"], content["identity"], content["batches"], content["labels"], content["state"]
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, OSError, ValueError) as error:
+        tensors, record = _CHECKPOINT_FILE.read(self._path)
+        identity, batches, labels, state = (record.get(name) for name in ("identity", "batches", "labels", "state"))
+        if (
+            not isinstance(identity, dict)
+            or type(batches) is not int
+            or batches < 1
+            or not isinstance(labels, str)
+            or not re.fullmatch("[0-9a-f]{64}", labels)
+            or not isinstance(state, dict)
+            or state.get("all_reduced", False) is not False
+        ):
             raise CheckpointError(
-                f"{self._path} is not a checkpoint of learn_relationship, or is damaged ({type(error).__name__}: "
-                f"{error!s:.200}); remove it to start again"
-            ) from error
-        format_, identity, self._batches, self._expected_labels, state = found
-        if format_ != _CHECKPOINT_FORMAT or identity != self._identity:
+                f"{self._path} is damaged: its record is not that of a pass; {_CHECKPOINT_FILE.if_damaged}"
+            )
+        if identity != self._identity:
             changed = [name for name in self._identity if identity.get(name) != self._identity[name]]
             raise CheckpointError(
                 f"{self._path} is of another {' and other '.join(changed) or 'program'}; remove it to start again, or "
                 "use the same model and settings as before"
             )
-        self._collector.load_state_dict(state)
+        device = self._device or torch.device("cpu")
+        try:
+            self._collector.load_state_dict(state | {name: tensor.to(device) for name, tensor in tensors.items()})
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise CheckpointError(f"{self._path} is damaged: {error}; {_CHECKPOINT_FILE.if_damaged}") from error
+        self._batches, self._expected_labels = batches, labels
+        self._columns = next(tensor.shape[1] for tensor in tensors.values() if tensor.dim() == 2)
 
 
 def checkpoint_path(path: str | os.PathLike[str], what: str) -> Path:

@@ -1,0 +1,206 @@
+"""Ctrl-C at every line that an estimator runs through: what it raises in the middle of is not counted."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cotuning_kernels import RelationshipEstimator
+from cotuning_kernels.relationship import estimator as estimator_module
+
+N_T, N_S = 6, 9
+State = tuple[bytes, bytes, bool, int | None]
+
+
+def batch(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, N_T, (rows,), generator=draw)
+    labels[0] = -100
+    return torch.randn(rows, N_S, generator=draw), labels
+
+
+def estimator_with(*batches: tuple[Tensor, Tensor], **options: Any) -> RelationshipEstimator:
+    estimator = RelationshipEstimator(N_T, **options)
+    for logits, labels in batches:
+        estimator.update(logits, labels)
+    return estimator
+
+
+def state_of(estimator: RelationshipEstimator) -> State:
+    state = estimator.state_dict()
+    return (
+        state["sums"].numpy().tobytes(), state["counts"].numpy().tobytes(), state["all_reduced"],
+        estimator.num_source_classes,
+    )  # fmt: skip
+
+
+class InterruptionAt:
+    """Raises KeyboardInterrupt at the n-th line, call or return within a method of the estimator.
+
+    Its own return does not count: Python looks for signals after a call, and the method's last step calls nothing.
+    """
+
+    def __init__(self, place: int, method: str) -> None:
+        self.left, self.method, self.inside, self.raised = place, method, False, False
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        outermost = frame.f_code.co_name == self.method and frame.f_code.co_filename == estimator_module.__file__
+        if outermost and event in ("call", "return"):
+            self.inside = event == "call"
+        if self.inside and event != "exception" and not self.raised:
+            self.left -= 1
+            if self.left < 0:
+                self.raised = True
+                raise KeyboardInterrupt
+        return self
+
+    def __enter__(self) -> None:
+        self.before = sys.gettrace()
+        sys.settrace(self)
+
+    def __exit__(self, *exception: object) -> None:
+        sys.settrace(self.before)
+
+
+def interrupted_everywhere(
+    make: Callable[[], RelationshipEstimator], method: str, call: Callable[[RelationshipEstimator], None]
+) -> int:
+    """The number of places; after an interruption at each of them the estimator must be as before, and go on."""
+    expected_before, whole = state_of(make()), make()
+    call(whole)
+    expected_after = state_of(whole)
+    assert expected_before != expected_after
+    for place in range(5000):
+        estimator = make()
+        interruption = InterruptionAt(place, method)
+        try:
+            with interruption:
+                call(estimator)
+        except KeyboardInterrupt:
+            pass
+        if not interruption.raised:
+            assert state_of(estimator) == expected_after
+            return place
+        assert state_of(estimator) == expected_before, f"place {place}"
+        assert state_of(copy.deepcopy(estimator)) == expected_before
+        call(estimator)
+        assert state_of(estimator) == expected_after, f"place {place}"
+    pytest.fail("it has no end")
+
+
+BATCHES = {"small": batch(4, 1), "large": batch(40, 2)}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("first", ["fresh", "sized", "counted"])
+@pytest.mark.parametrize("size", BATCHES)
+def test_an_interrupted_batch_is_not_counted(size: str, first: str, backend: str) -> None:
+    def make() -> RelationshipEstimator:
+        if first == "fresh":
+            return RelationshipEstimator(N_T, backend=backend)
+        batches = [batch(10, 3)] if first == "counted" else []
+        return estimator_with(*batches, num_source_classes=N_S, backend=backend)
+
+    assert interrupted_everywhere(make, "update", lambda estimator: estimator.update(*BATCHES[size])) > 20
+
+
+@pytest.mark.parametrize("size", BATCHES)
+def test_an_interrupted_batch_of_nan_leaves_no_nan(size: str) -> None:
+    logits, labels = batch(*{"small": (4, 1), "large": (40, 2)}[size])
+    logits[-1, 3] = torch.nan
+    for place in range(60):
+        estimator = estimator_with(batch(10, 3))
+        before = state_of(estimator)
+        with pytest.raises((KeyboardInterrupt, ValueError)), InterruptionAt(place, "update"):
+            estimator.update(logits, labels)
+        assert state_of(estimator) == before
+
+
+@pytest.mark.parametrize("first", ["fresh", "counted"])
+def test_an_interrupted_merge_adds_nothing(first: str) -> None:
+    other = estimator_with(batch(10, 4))
+
+    def make() -> RelationshipEstimator:
+        return estimator_with(*[batch(10, 3)] if first == "counted" else [])
+
+    assert interrupted_everywhere(make, "merge", lambda estimator: estimator.merge(other)) > 20
+
+
+def test_an_interrupted_state_is_not_loaded() -> None:
+    state = estimator_with(batch(10, 4)).state_dict()
+
+    def make() -> RelationshipEstimator:
+        return estimator_with(batch(10, 3))
+
+    assert interrupted_everywhere(make, "load_state_dict", lambda estimator: estimator.load_state_dict(state)) > 20
+
+
+def test_an_interrupted_all_reduce_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two alike processes; the other one is played."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(estimator_module, "rank_and_size", lambda group: (0, 2))
+
+    def gather(settings: list[Any], mine: Any, group: None) -> None:
+        settings[:] = [mine, mine]
+
+    def double(tensor: Tensor, group: None) -> None:
+        tensor.mul_(2)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "all_reduce", double)
+
+    def make() -> RelationshipEstimator:
+        return estimator_with(batch(10, 3))
+
+    assert interrupted_everywhere(make, "all_reduce", lambda estimator: estimator.all_reduce()) > 20
+
+
+def test_a_second_interruption_while_the_first_is_dealt_with() -> None:
+    """What reads the estimator afterwards may be interrupted as well."""
+    estimator = estimator_with(batch(10, 3))
+    before = state_of(estimator)
+    for place in range(40):
+        with pytest.raises(KeyboardInterrupt), InterruptionAt(place, "update"):
+            estimator.update(*BATCHES["small"])
+        with pytest.raises(KeyboardInterrupt), InterruptionAt(place % 4, "counts"):
+            _ = estimator.counts
+    assert state_of(estimator) == before
+
+
+def test_another_thread_reads_a_whole_number_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a batch is added in place."""
+    estimator = estimator_with(batch(10, 3))
+    before, seen = state_of(estimator), []
+    add = RelationshipEstimator._add
+
+    def add_and_look(self: RelationshipEstimator, *arguments: Any) -> None:
+        add(self, *arguments)
+        seen.append(state_of(self))
+
+    monkeypatch.setattr(RelationshipEstimator, "_add", add_and_look)
+    estimator.update(*BATCHES["small"])
+    assert seen == [before]
+    assert state_of(estimator) != before
+
+
+@pytest.mark.parametrize("fault", ["no undo", "sums before counts"])
+def test_a_careless_estimator_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "no undo":
+        monkeypatch.setattr(RelationshipEstimator, "_settled", lambda self: self._counted)
+        size = "small"
+    else:
+        monkeypatch.setattr(RelationshipEstimator, "_copy", lambda self, *arguments: self._counted)
+        size = "large"
+
+    def make() -> RelationshipEstimator:
+        return estimator_with(batch(10, 3), num_source_classes=N_S)
+
+    with pytest.raises(AssertionError):
+        interrupted_everywhere(make, "update", lambda estimator: estimator.update(*BATCHES[size]))
