@@ -160,8 +160,10 @@ def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
 def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return None, None, None, None, None
-    source_grad, target_grad, factors = ctx.saved_tensors
     tracing = torch.compiler.is_compiling()
+    saved = ctx.saved_tensors
+    source_grad, target_grad, factors = saved if len(saved) == 3 else (*saved, ctx.factors)
+    source_grad, target_grad = (upstream.new_empty((0, 0)) if x is None else x for x in (source_grad, target_grad))
     if not tracing and torch._C._autograd._get_current_graph_task_keep_graph():
         # retain_graph=True: another backward pass may come, and what is saved must stay as it is. (In a compiled graph
         # the compiler sees to it.)
@@ -178,7 +180,17 @@ def _is_known_to_be_one(upstream: Tensor) -> bool:
 
 
 def _save(ctx: Any, source_grad: Tensor, target_grad: Tensor, factors: Tensor, backend: str) -> None:
-    ctx.save_for_backward(source_grad, target_grad, factors)
+    """Save the wanted gradients, as csrc/fast_path does. A checkpoint raises where a call saves other tensors the
+    second time, and the fast path may serve one of the two calls and decline the other. A trace keeps nothing but saved
+    tensors, so the factors are one there.
+    """
+    gradients = (source_grad, target_grad)
+    wanted = (x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad, strict=False))
+    if torch.compiler.is_compiling():
+        ctx.save_for_backward(*wanted, factors)
+    else:
+        ctx.save_for_backward(*wanted)
+        ctx.factors = factors
     ctx.backend = backend
     ctx.set_materialize_grads(False)
 

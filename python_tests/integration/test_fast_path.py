@@ -60,7 +60,9 @@ def gradients(given: Arguments, upstream: Tensor | None = None) -> tuple[Tensor,
 
 def served_by_fast_path(given: Arguments) -> bool:
     node = loss_of(given).grad_fn
-    return node is not None and node.name() == NODE
+    # Before torch 2.13 the node of a Function in Python has no name().
+    in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
+    return node is not None and not in_python and node.name() == NODE
 
 
 # --------------------------------------------------------------------------------------------- what it serves, or not
@@ -282,6 +284,49 @@ def test_activation_checkpointing(last: bool, seed: int) -> None:
         assert torch.equal(a, b)
 
 
+def saved_by(given: Arguments) -> list[tuple[torch.Size, torch.dtype]]:
+    seen: list[tuple[torch.Size, torch.dtype]] = []
+
+    def pack(x: Tensor) -> Tensor:
+        seen.append((x.shape, x.dtype))
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        loss_of(given)
+    return seen
+
+
+@pytest.mark.parametrize("frozen", [None, "source_logits", "target_logits"])
+@pytest.mark.parametrize("options", ORDINARY.values(), ids=ORDINARY)
+def test_both_paths_save_the_same_tensors(options: Arguments, frozen: str | None, seed: int) -> None:
+    given = arguments(seed, **options)
+    if frozen is not None:
+        given[frozen] = given[frozen].detach()
+    assert served_by_fast_path(given)
+    saved = saved_by(given)
+    assert len(saved) == (2 if frozen is None else 1)
+    with backends.without_fast_path():
+        assert saved_by(given) == saved
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_checkpoint_may_take_both_paths(first: bool, seed: int) -> None:
+    """Backward runs in another state than forward, so the fast path may serve one of the two and decline the other."""
+    given = arguments(seed)
+    expected = gradients(given)
+    takes_it = iter((first, not first))
+
+    def run(source_logits: Tensor, target_logits: Tensor) -> Tensor:
+        with nullcontext() if next(takes_it) else backends.without_fast_path():
+            return loss_of({**given, "source_logits": source_logits * 1, "target_logits": target_logits * 1}).clone()
+
+    heads = given["source_logits"], given["target_logits"]
+    found = torch.autograd.grad(checkpoint(run, *heads, use_reentrant=False), heads)
+    assert not list(takes_it)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("frozen", [None, "source_logits", "target_logits"])
 def test_compiled_autograd(frozen: str | None, seed: int) -> None:
     from torch._dynamo import compiled_autograd
@@ -384,6 +429,17 @@ def test_the_interpreter_lock_is_free_while_the_kernel_runs() -> None:
     done.set()
     thread.join()
     assert counted >= 3
+
+
+@pytest.mark.parametrize("path", [nullcontext, backends.without_fast_path], ids=["fast path", "operation"])
+def test_memory_that_is_not_there(path: Callable[[], AbstractContextManager[Any]]) -> None:
+    """The words are torch's own: programs that try a smaller batch look for them."""
+    rows = columns = 2**23  # a gradient of 2^49 bytes, more than a process has addresses
+    source_logits = torch.zeros(1, columns, dtype=torch.float64).expand(rows, columns).requires_grad_()
+    target = torch.zeros(1, dtype=torch.int64).expand(rows)
+    relationship = torch.full((1, columns), 1 / columns, dtype=torch.float64)
+    with path(), pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory: you tried to allocate"):
+        functional.source_label_loss(source_logits, target, relationship)
 
 
 # ------------------------------------------------------------------------------------------- beside which torch
