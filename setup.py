@@ -30,8 +30,6 @@ import nvcc  # noqa: E402  (not called cuda: cuda-bindings, which torch brings, 
 from backend import TORCH_REQUIREMENT, find_compiler, find_torch, pure_python  # noqa: E402
 
 CSRC = ROOT / "csrc"
-# The oldest torch that the extension loads in, as torch/headeronly/version.h encodes it: 2.13.0.
-TORCH_TARGET_VERSION = "0x020d000000000000"
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
@@ -122,12 +120,10 @@ class BuildWithNinja(build_ext):
         version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
         group_flags = {
             "kernels": [],
-            "extension": [
-                f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f'-DCOTUNING_COMPILER="{version}"', *torch_flags
-            ],
+            "extension": [f'-DCOTUNING_COMPILER="{version}"', *torch_flags],
             "fast_path": torch_flags,
             **self._cuda_flags(torch_flags),
-        }  # fmt: skip
+        }
         with path.open("w") as file:
             writer = Writer(file, width=1_000_000)
             writer.rule(
@@ -173,12 +169,12 @@ class BuildWithNinja(build_ext):
         built = f'-DCOTUNING_CUDA_BUILD="nvcc {nvcc.version(NVCC)}: {" ".join(names)}"'
         return {
             "cuda": nvcc.architecture_flags(names),
-            "cuda_extension": [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", built, *torch_flags],
+            "cuda_extension": [built, *torch_flags],
         }
 
 
-if pure_python():
-    print("cotuning_kernels: no C++ compiler is used; installing the pure Python part", file=sys.stderr)
+if reason := pure_python():
+    print(f"cotuning_kernels: installing the pure Python part: {reason}", file=sys.stderr)
 
 setup(
     ext_modules=[Extension(f"cotuning_kernels.{name}", [], optional=name == "_fast_path") for name in EXTENSIONS],

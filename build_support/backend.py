@@ -20,13 +20,22 @@ from setuptools import build_meta
 from setuptools.build_meta import build_sdist as build_sdist
 from setuptools.build_meta import get_requires_for_build_sdist as get_requires_for_build_sdist
 
-TORCH_REQUIREMENT = "torch>=2.13"
-_OLDEST_TORCH = (2, 13)
+TORCH_REQUIREMENT = "torch>=2.10"  # csrc/ops/stable_abi.h
+_LEAST = (2, 6)  # the floor of pyproject.toml
+_LEAST_FOR_KERNELS = (2, 10)
 
 
-def pure_python() -> bool:
-    """Whether the extension is left out: on request, or because there is nothing to compile it with."""
-    return os.environ.get("COTUNING_KERNELS_PURE_PYTHON") == "1" or find_compiler() is None
+def pure_python() -> str | None:
+    """Why the extension is left out: on request, without a compiler, or for a torch that it would not load in."""
+    if os.environ.get("COTUNING_KERNELS_PURE_PYTHON") == "1":
+        return "COTUNING_KERNELS_PURE_PYTHON is 1"
+    if find_compiler() is None:
+        return "there is no C++ compiler"
+    # (pip replaces a torch that is too old for the Python part, and the kernels are built for the new one.)
+    kept = [version for version in map(_version, _torch_folders()) if version is not None and version >= _LEAST]
+    if kept and kept[0] < _LEAST_FOR_KERNELS:
+        return f"torch {kept[0][0]}.{kept[0][1]} is installed here, and the kernels need {TORCH_REQUIREMENT}"
+    return None
 
 
 def find_compiler() -> list[str] | None:
@@ -40,11 +49,15 @@ def find_compiler() -> list[str] | None:
 
 
 def find_torch() -> Path | None:
-    """The folder of an installed torch that is new enough: of this environment, else of the one pip installs into."""
+    """The folder of an installed torch that the kernels can be built with."""
+    return next((folder for folder in _torch_folders() if (_version(folder) or (0,)) >= _LEAST_FOR_KERNELS), None)
+
+
+def _torch_folders() -> list[Path]:
+    """Where an installed torch would be: in this environment, else in the one that pip installs into."""
     spec = importlib.util.find_spec("torch")
     folders = [Path(spec.origin).parent] if spec and spec.origin else []
-    folders += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
-    return next((folder for folder in folders if (_version(folder) or (0,)) >= _OLDEST_TORCH), None)
+    return folders + [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
 
 
 def _version(torch: Path) -> tuple[int, ...] | None:

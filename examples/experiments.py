@@ -21,7 +21,6 @@ import json
 import os
 import sys
 import time
-import tomllib
 from dataclasses import asdict, dataclass, fields
 from functools import cache, lru_cache
 from pathlib import Path
@@ -38,6 +37,11 @@ from tux_paint import tux_paint
 
 import cotuning_kernels as ck
 from cotuning_kernels.atomic_file import write_atomically
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "docs" / "results"

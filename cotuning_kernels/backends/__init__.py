@@ -13,6 +13,7 @@ from cotuning_kernels.backends import triton_version as triton_version  # enters
 from cotuning_kernels.backends.cpp import cpu_isa, cpu_isas, extension, use_cpu_isa, without_fast_path
 from cotuning_kernels.backends.cuda import cuda_build, cuda_loss_plan
 from cotuning_kernels.backends.registry import REGISTRY
+from cotuning_kernels.backends.torch_version import require_torch
 
 __all__ = [
     "available",
@@ -26,6 +27,8 @@ __all__ = [
     "use_cpu_isa",
     "without_fast_path",
 ]
+
+require_torch()
 
 available = REGISTRY.available
 missing_reason = REGISTRY.missing_reason

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from cotuning_kernels.backends.registry import REGISTRY
+from cotuning_kernels.backends.torch_version import too_old_for_kernels
 
 __all__ = ["cpu_isa", "cpu_isas", "extension", "shadowing", "use_cpu_isa", "without_fast_path"]
 
@@ -46,11 +47,12 @@ def _load_extension() -> ModuleType | None:
     try:
         loaded = importlib.import_module("cotuning_kernels._C")
     except ModuleNotFoundError:
-        REGISTRY.add_missing("cpp", shadowing() or f"the C++ extension was not built; {_REBUILD}")
+        not_built = f"the C++ extension was not built; {_REBUILD}"
+        REGISTRY.add_missing("cpp", shadowing() or too_old_for_kernels() or not_built)
         return None
     except ImportError as error:
         # The extension exists but does not load: warn before the reference serves instead.
-        reason = f"the C++ extension does not load ({error}); {_REBUILD}"
+        reason = too_old_for_kernels() or f"the C++ extension does not load ({error}); {_REBUILD}"
         REGISTRY.add_missing("cpp", reason)
         warnings.warn(f"cotuning_kernels runs without its kernels: {reason}", RuntimeWarning, stacklevel=2)
         return None

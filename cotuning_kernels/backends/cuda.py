@@ -15,6 +15,7 @@ import torch
 
 from cotuning_kernels.backends.cpp import extension, shadowing
 from cotuning_kernels.backends.registry import REGISTRY
+from cotuning_kernels.backends.torch_version import too_old_for_kernels
 
 __all__ = ["cuda_build", "cuda_loss_plan", "driver_version", "unfit_reason"]
 
@@ -32,7 +33,7 @@ def _load() -> str | None:
             "COTUNING_KERNELS_CUDA=0 (which make sets where there is no card)"
         )
         checkout = shadowing() if REGISTRY.missing_reason("cpp") else None
-        REGISTRY.add_missing("cuda", checkout or not_built)
+        REGISTRY.add_missing("cuda", checkout or too_old_for_kernels() or not_built)
         return None
     if torch.version.hip is not None:
         REGISTRY.add_missing("cuda", "this torch is for ROCm, and the kernels are for NVIDIA's cards")
@@ -41,7 +42,7 @@ def _load() -> str | None:
         torch.ops.load_library(str(path))
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        reason = f"the CUDA kernels do not load ({error}); {_REBUILD}"
+        reason = too_old_for_kernels() or f"the CUDA kernels do not load ({error}); {_REBUILD}"
         REGISTRY.add_missing("cuda", reason)
         warnings.warn(f"cotuning_kernels runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2)
         return None

@@ -16,8 +16,8 @@ from cotuning_kernels.backends.registry import REGISTRY
 
 __all__ = ["missing_reason"]
 
-_LEAST_VERSION = (3, 7)
-_INSTALL = "pip install 'triton>=3.7' (Linux; a torch for GPUs brings its own)"
+_LEAST_VERSION = (3, 5)
+_INSTALL = "pip install 'triton>=3.5' (Linux; a torch for GPUs brings its own)"
 
 
 def missing_reason() -> str | None:
@@ -30,7 +30,7 @@ def missing_reason() -> str | None:
     if found is None:
         return f"the triton in {spec.origin} does not say its version; {_INSTALL}"
     if (int(found[2]), int(found[3])) < _LEAST_VERSION:
-        return f"triton {found[1]} is too old, 3.7 or newer is needed; {_INSTALL}"
+        return f"triton {found[1]} is too old, 3.5 or newer is needed; {_INSTALL}"
     return None
 
 

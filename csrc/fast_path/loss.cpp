@@ -23,6 +23,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/headeronly/version.h>
 
 #include <cmath>
 #include <mutex>
@@ -178,6 +179,15 @@ struct CoTuningLossBackward : autograd::Node {
   }
 };
 
+// Torch's own way to make a node: since 2.13 the node counts its references itself, before that a shared_ptr did.
+auto new_node() {
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
+  return std::shared_ptr<CoTuningLossBackward>(new CoTuningLossBackward(), autograd::deleteNode);
+#else
+  return c10::make_intrusive<CoTuningLossBackward>();
+#endif
+}
+
 // --------------------------------------------------------------------------------------------------- forward pass
 
 struct Options {
@@ -224,7 +234,7 @@ std::optional<Losses> co_tuning_loss(const Tensor& source_logits, const Optional
   }
   ops::store_losses(problem, result, losses.loss, options.return_terms ? &losses.terms : nullptr);
   if (source_gradient.defined() || target_gradient.defined()) {
-    auto node = c10::make_intrusive<CoTuningLossBackward>();
+    const auto node = new_node();
     node->set_next_edges(autograd::collect_next_edges(source_logits, target_logits ? *target_logits : Tensor()));
     node->source_gradient = autograd::SavedVariable(source_gradient, false);
     node->target_gradient = autograd::SavedVariable(target_gradient, false);

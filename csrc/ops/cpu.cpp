@@ -1,5 +1,7 @@
 // What cotuning_kernels/backends/operations.py defines, for the CPU dispatch key, through torch's stable ABI: checks,
 // views, allocation. The mathematics is in csrc/kernels/cpu.
+#include "stable_abi.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -29,7 +31,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
     if (begin < end) body(begin, end, context);
     return;
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
 }
 
 // torch turns std::out_of_range into Python's IndexError. `pair`: the labels are those of a mixup pair.

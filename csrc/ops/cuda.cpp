@@ -7,6 +7,9 @@
 //
 // The Python layer has already checked its arguments, in words for people. What is checked here again is what would let
 // a direct caller of the operation read or write outside a tensor.
+#include "stable_abi.h"
+
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -35,6 +38,22 @@ namespace {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+#ifndef COTUNING_EMULATE
+// The handle of a device's current stream. The function that knows it is in libtorch_cuda, which is not linked, so that
+// this library loads beside a torch for CPUs. (The stable ABI's own Stream::nativeHandle is there from torch 2.13 on.)
+void* current_stream(int32_t device_index) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const auto get_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get_stream != nullptr && get_stream(device_index, &stream) == TORCH_SUCCESS,
+                  "libtorch_cuda.so does not tell the current stream of device ", device_index);
+  return stream;
+}
+#endif
+
 // Where everything of one call lies, and the stream that it is launched on.
 class Place {
  public:
@@ -46,8 +65,8 @@ class Place {
       : device_(tensor.device()),
         device_type_(aoti_torch_device_type_cuda()),
         guard_(tensor.get_device_index()),
-        stream_(torch::stable::accelerator::getCurrentStream(tensor.get_device_index())) {}
-  void* stream() const { return stream_.nativeHandle(); }
+        stream_(current_stream(tensor.get_device_index())) {}
+  void* stream() const { return stream_; }
 #endif
 
   void check(const Tensor& tensor, const char* name) const {
@@ -67,7 +86,7 @@ class Place {
   int32_t device_type_;
 #ifndef COTUNING_EMULATE
   torch::stable::accelerator::DeviceGuard guard_;
-  torch::stable::accelerator::Stream stream_;
+  void* stream_;
 #endif
 };
 

@@ -6,9 +6,23 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
+// Why the last call failed, in torch's words; null before torch 2.13.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace cotuning::ops {
+
+// Torch's own words where it tells them, since callers look for them in an error (to try a smaller batch, say).
+inline std::string allocation_failure(int64_t elements, int32_t device_type) {
+  if (torch_exception_get_what_without_backtrace != nullptr) return torch_exception_get_what_without_backtrace();
+  const bool cpu = device_type == aoti_torch_device_type_cpu();
+  return (cpu ? "DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+              : "CUDA out of memory. Tried to allocate ") +
+         std::to_string(elements) + " elements";
+}
 
 // Contiguous and not initialised; `device_type` as aoti_torch_device_type_cpu() and its like give it.
 inline torch::stable::Tensor stable_empty(std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType type,
@@ -21,8 +35,9 @@ inline torch::stable::Tensor stable_empty(std::initializer_list<int64_t> sizes, 
   }
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                         strides.data(), dtype, device_type, device_index, &handle));
+  const AOTITorchError failed = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                         strides.data(), dtype, device_type, device_index, &handle);
+  if (failed) throw std::runtime_error(allocation_failure(stride, device_type));
   return torch::stable::Tensor(handle);
 }
 

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 
 import cotuning_kernels
 from cotuning_kernels import backends
+from cotuning_kernels.backends import torch_version
 from support.binaries import needed_libraries, symbols, unstable_symbols
 from support.cpp_builds import build, compiler, require, run
 from support.paths import ROOT
@@ -270,8 +272,10 @@ def test_an_unstable_symbol_is_noticed(tmp_path: Path) -> None:
 def python(code: str, *, package: Path = PACKAGE, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs ``code`` with this copy of the package, whatever else is installed or lies in the working folder."""
     path = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
+    # An editable installation looks for the package's modules in the checkout, also for those that a copy lacks.
+    only_the_path = "import sys; sys.meta_path = [x for x in sys.meta_path if '__editable__' not in x.__module__]\n"
     return run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", only_the_path + code],
         env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **environment},
     )
 
@@ -337,6 +341,78 @@ def test_without_the_extension_the_reference_serves(tmp_path: Path) -> None:
     error = finished.stdout.splitlines()[-1]
     assert error.startswith("RuntimeError: backend 'cpp' cannot be used: the C++ extension")
     assert "install a C++17 compiler" in error
+
+
+def floor_of_the_stable_abi() -> tuple[int, int]:
+    found = re.search(
+        r"TORCH_TARGET_VERSION 0x([0-9a-f]{2})([0-9a-f]{2})0{12}", (CSRC / "ops/stable_abi.h").read_text()
+    )
+    assert found is not None
+    return int(found[1], 16), int(found[2], 16)
+
+
+def test_one_floor_of_torch(setup_py: dict[str, Any]) -> None:
+    """The sources, the build, the package and its metadata agree about the oldest torch."""
+    oldest = floor_of_the_stable_abi()
+    build = setup_py["pure_python"].__globals__
+    assert build["_LEAST_FOR_KERNELS"] == torch_version._LEAST_FOR_KERNELS == oldest
+    assert f"torch>={oldest[0]}.{oldest[1]}" == setup_py["TORCH_REQUIREMENT"]
+    assert build["_LEAST"] == torch_version._LEAST
+    assert f'"torch>={build["_LEAST"][0]}.{build["_LEAST"][1]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("version", "extensions", "said"),
+    [
+        ("2.9.1+cu128", "built", "need torch 2.10 or newer, and this is torch 2.9.1+cu128; run `pip install --upgrade"),
+        ("2.9.1", "left out", "need torch 2.10 or newer, and this is torch 2.9.1; run `pip install --upgrade torch`"),
+        ("2.10.0a0+git", "left out", "the C++ extension was not built"),
+    ],
+)
+def test_a_torch_that_the_kernels_do_not_load_in(version: str, extensions: str, said: str, tmp_path: Path) -> None:
+    copy = tmp_path / "cotuning_kernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C*", "_cuda*", "__pycache__"))
+    if extensions == "built":
+        for name in ("_C", "_cuda"):
+            (copy / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("does not load")
+    code = (
+        f"import torch, warnings; torch.__version__ = {version!r}\n"
+        "from cotuning_kernels import backends\n"
+        "print(backends.select('cpu'), backends.missing_reason('cpp'), sep='\\n')\n"
+        "print(backends.missing_reason('cuda'))\n"
+    )
+    finished = python(code, package=copy)
+    assert finished.returncode == 0, finished.stdout
+    assert ("RuntimeWarning: cotuning_kernels runs without its kernels" in finished.stdout) == (extensions == "built")
+    *_, backend, cpp, cuda = finished.stdout.splitlines()
+    assert backend == "reference"
+    assert said in cpp
+    assert ("need torch 2.10" in cuda) == ("need torch 2.10" in said)
+
+
+def test_a_torch_that_is_too_old_for_the_package() -> None:
+    finished = python("import torch; torch.__version__ = '2.5.1'; import cotuning_kernels")
+    assert finished.returncode == 1
+    assert finished.stdout.splitlines()[-1] == (
+        "ImportError: cotuning_kernels needs torch 2.6 or newer, and this is torch 2.5.1; run "
+        "`pip install --upgrade torch`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"), [("2.9.1", "torch 2.9 is installed"), ("2.10.0", None), ("2.5.1", None)]
+)
+def test_what_is_built_beside_an_older_torch(
+    installed: str, said: str | None, setup_py: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that would not load are not built; a torch that pip will replace does not count."""
+    (tmp_path / "version.py").write_text(f"__version__ = '{installed}'\n")
+    pure_python = setup_py["pure_python"]
+    monkeypatch.delenv("COTUNING_KERNELS_PURE_PYTHON", raising=False)
+    monkeypatch.setitem(pure_python.__globals__, "_torch_folders", lambda: [tmp_path])
+    monkeypatch.setitem(pure_python.__globals__, "find_compiler", lambda: ["c++"])
+    reason = pure_python()
+    assert (reason is None) if said is None else (said in reason and "torch>=2.10" in reason)
 
 
 def test_sources_that_hide_the_installed_package_say_so(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class Bug:
 BUGS = (
     Bug(
         "launched on the default stream", "ops/cuda.cpp",
-        "void* stream() const { return stream_.nativeHandle(); }", "void* stream() const { return nullptr; }",
+        "void* stream() const { return stream_; }", "void* stream() const { return nullptr; }",
         {"current_stream": "AssertionError"},
     ),
     Bug(

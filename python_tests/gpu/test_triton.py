@@ -442,9 +442,9 @@ def test_triton_is_there_for_gpus_and_not_for_this_processor() -> None:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (None, "triton is not installed; pip install 'triton>=3.7'"),
-        ("__version__ = '3.6.1'\n", "triton 3.6.1 is too old, 3.7 or newer is needed; pip install 'triton>=3.7'"),
-        ("", "does not say its version; pip install 'triton>=3.7'"),
+        (None, "triton is not installed; pip install 'triton>=3.5'"),
+        ("__version__ = '3.4.1'\n", "triton 3.4.1 is too old, 3.5 or newer is needed; pip install 'triton>=3.5'"),
+        ("", "does not say its version; pip install 'triton>=3.5'"),
         ("__version__ = '3.10.0+rocm'\n", None),
     ],
 )

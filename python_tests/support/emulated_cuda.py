@@ -52,7 +52,7 @@ def _compile(source: Path, folder: Path) -> Path:
     if compiled.exists():
         return compiled
     finished = run([
-        compiler(), *FLAGS, "-DCOTUNING_EMULATE", "-DTORCH_TARGET_VERSION=0x020d000000000000",
+        compiler(), *FLAGS, "-DCOTUNING_EMULATE",
         "-isystem", TORCH / "include", "-x", "c++", "-c", source, "-o", compiled,
     ])  # fmt: skip
     assert finished.returncode == 0, finished.stdout

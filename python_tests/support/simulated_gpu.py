@@ -78,7 +78,7 @@ def _command(source: Path) -> list[str | Path]:
         flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         return [nvcc, *flags, "-gencode", "arch=compute_90,code=compute_90"]
     if source.parent.name == "ops":
-        of_torch = ["-DTORCH_TARGET_VERSION=0x020d000000000000", "-isystem", TORCH / "include"]
+        of_torch = ["-isystem", TORCH / "include"]
         return [compiler(), *FLAGS, '-DCOTUNING_CUDA_BUILD="nvcc 0.0 (simulated): 9.0+PTX"', *of_torch]
     seen = [compiler(), *FLAGS, "-fvisibility=default"]  # its functions and kernels are found by their names
     if source.name == "runtime.cpp":
