@@ -35,6 +35,7 @@ PAGES = [
 # The authors' factor of all logits, and their values of C in their order.
 SCALE = 0.8840456604957581
 INVERSE_PENALTIES = [1e4, 3e3, 1e3, 300, 100, 30, 10, 3, 1, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4]
+FOLDERS = "(?:docs|examples|benchmarks|csrc|cotuning_kernels|python_tests|tools|build_support)"
 SOURCE, TARGET = 6, 3
 PARTS = ("train", "validation")
 
@@ -109,6 +110,19 @@ def test_every_prepared_page_has_blocks() -> None:
 def test_the_links_of_a_page_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
     gone = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not gone
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_paths_and_commands_of_a_page_exist(page: Path) -> None:
+    text = re.sub(r"^```python.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    paths = re.findall(rf"(?<![\w/.]){FOLDERS}/[\w./*-]*[\w/*]", text)
+    modules = [f"{name.replace('.', '/')}*" for name in re.findall(rf"python -m ({FOLDERS}[\w.]*\w)", text)]
+    gone = [path for path in (*paths, *modules) if not any(PROJECT.glob(path.rstrip("/")))]
+    targets = re.findall(r"^([a-z]+):", (PROJECT / "Makefile").read_text(), flags=re.MULTILINE)
+    gone += [
+        target for target in re.findall(r"(?:`|^    )make ([a-z]+)", text, flags=re.MULTILINE) if target not in targets
+    ]
     assert not gone
 
 
