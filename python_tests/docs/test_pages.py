@@ -35,7 +35,8 @@ PAGES = [
 # The authors' factor of all logits, and their values of C in their order.
 SCALE = 0.8840456604957581
 INVERSE_PENALTIES = [1e4, 3e3, 1e3, 300, 100, 30, 10, 3, 1, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4]
-FOLDERS = "(?:docs|examples|benchmarks|csrc|cotuning_kernels|python_tests|tools|build_support)"
+PARENTS = ("docs", "examples", "benchmarks", "csrc", "cotuning_kernels", "python_tests", "tools", "build_support")
+FOLDERS = f"(?:{'|'.join(PARENTS)})"
 SOURCE, TARGET = 6, 3
 PARTS = ("train", "validation")
 
@@ -117,8 +118,11 @@ def test_the_links_of_a_page_lead_to_files(page: Path) -> None:
 def test_the_paths_and_commands_of_a_page_exist(page: Path) -> None:
     text = re.sub(r"^```python.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     paths = re.findall(rf"(?<![\w/.]){FOLDERS}/[\w./*-]*[\w/*]", text)
+    # A bare name, such as `loss.cpp` beside the path of its folder.
+    names = set(re.findall(r"`([\w*]+\.(?:py|h|cpp|cu|cuh|toml|json))`", text))
+    names = {name for name in names if not any(path for folder in PARENTS for path in (PROJECT / folder).rglob(name))}
     modules = [f"{name.replace('.', '/')}*" for name in re.findall(rf"python -m ({FOLDERS}[\w.]*\w)", text)]
-    gone = [path for path in (*paths, *modules) if not any(PROJECT.glob(path.rstrip("/")))]
+    gone = [path for path in (*paths, *modules, *names) if not any(PROJECT.glob(path.rstrip("/")))]
     targets = re.findall(r"^([a-z]+):", (PROJECT / "Makefile").read_text(), flags=re.MULTILINE)
     gone += [
         target for target in re.findall(r"(?:`|^    )make ([a-z]+)", text, flags=re.MULTILINE) if target not in targets
