@@ -54,6 +54,7 @@ try:
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader, Dataset, Sampler
     from tqdm import tqdm
+    from training_progress import Progress
 
     import cotuning_kernels as ck
     from cotuning_kernels.atomic_file import remove, write_atomically
@@ -394,7 +395,8 @@ def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: a
             temperature=1.0 if method == "co-tuning-uncalibrated" else options.temperature,
             method="direct" if validation is None else "reverse",
             validation_loader=None if validation is None else loader(validation),
-            checkpoint=options.output / f"statistics-{method}.pt", distributed=True, progress=rank_and_size()[0] == 0,
+            checkpoint=options.output / f"statistics-{method}.safetensors", distributed=True,
+            progress=rank_and_size()[0] == 0,
         )  # fmt: skip
     except ValueError as error:  # damaged statistics, or logits that have no softmax
         raise UserError(f"{method}: {error}.") from None
@@ -480,7 +482,7 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [options.iterations * 2 // 3], gamma=0.1)
     rank, processes = rank_and_size()
     torch.manual_seed(options.seed + rank)  # the same dropout for every method, another one in every process
-    progress = Progress(options.output / f"{method}.checkpoint.pt", model, optimizer, schedule)
+    progress = Progress(options.output / f"{method}.checkpoint.safetensors", model, optimizer, schedule)
     progress.load()
     writer = tensorboard(options, method, progress.iteration) if rank == 0 else None
     first, begun = progress.iteration, time.perf_counter()
@@ -534,56 +536,6 @@ RECORDED = (
     "model", "sampling_rate", "images_per_class", "seed", "iterations", "batch_size", "lr", "trade_off", "warm_up",
     "temperature", "l2_sp",
 )  # fmt: skip
-
-
-class Progress:
-    """All that a training step depends on besides the data, which depends on the seed and the iteration alone."""
-
-    def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-        self.path, self.model, self.optimizer, self.schedule = path, model, optimizer, schedule
-        self.iteration, self.seconds = 0, 0.0
-        self.device = next(model.parameters()).device
-
-    def save(self) -> None:
-        """By the first process, with the random numbers of all."""
-        rank, processes = rank_and_size()
-        on_gpu = self.device.type == "cuda"
-        random: list[Any] = [(torch.random.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_gpu else None)]
-        if processes > 1:
-            everyones: list[Any] = [None] * processes
-            distributed.all_gather_object(everyones, random[0])
-            random = everyones
-        if rank > 0:
-            return
-        state = {
-            "iteration": self.iteration,
-            "seconds": self.seconds,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "random": random,
-        }
-        torch_save(self.path, state)
-
-    def load(self) -> None:
-        if not self.path.exists():
-            return
-        try:
-            # The optimizer's state dict has a Counter and lists: all of it is what weights_only allows.
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            self.iteration, self.seconds = state["iteration"], state["seconds"]
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            random, cuda_random = state["random"][rank_and_size()[0]]
-            torch.random.set_rng_state(random)
-            if cuda_random is not None:
-                torch.cuda.set_rng_state(cuda_random, self.device)
-        except DAMAGED as error:
-            raise UserError(
-                f"{self.path} is damaged, or of another network ({type(error).__name__}: {error!s:.200}): remove it, "
-                "and the same command trains this method from the beginning."
-            ) from None
 
 
 def read_json(path: Path, needed: Sequence[str], mend: str) -> dict[str, Any]:

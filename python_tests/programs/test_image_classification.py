@@ -172,7 +172,7 @@ def test_resuming_gives_the_same_bits(
     whole, resumed = (torch.load(tmp_path / name / f"{method}.weights.pt") for name in ("whole", "resumed"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert not list((tmp_path / "resumed").glob("*.checkpoint.pt"))
+    assert not list((tmp_path / "resumed").glob("*.checkpoint.safetensors"))
 
 
 def test_the_comparison_of_bits_can_fail(
@@ -196,12 +196,14 @@ def test_killed_while_it_saves(data: Path, runner: ModuleType, tmp_path: Path) -
     command = [sys.executable, str(EXAMPLES / "image_classification.py"), *arguments(data, output, *more)]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 100
-    while not (output / "plain.checkpoint.pt").exists() and time.monotonic() < deadline:
+    while not (output / "plain.checkpoint.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    state = torch.load(output / "plain.checkpoint.pt", weights_only=True)
+    progress = importlib.import_module("training_progress")
+    tensors, record = progress.CHECKPOINT_FILE.read(output / "plain.checkpoint.safetensors")
+    state = progress.unpacked(record, tensors)
     assert 1 <= state["iteration"] <= 400
 
 
@@ -402,9 +404,9 @@ def test_kinds_of_grey(runner: ModuleType, tmp_path: Path) -> None:
 DAMAGES = {
     "settings.json": "give another --output, or remove this one with its results",
     "plain.json": "remove it, and the same command trains this method again",
-    "co-tuning.checkpoint.pt": "remove it, and the same command trains this method from the beginning",
+    "co-tuning.checkpoint.safetensors": "remove it, and the same command trains this method from the beginning",
     "relationship-co-tuning.safetensors": "remove it, and the same command learns it again",
-    "statistics-co-tuning.pt": "remove it to start again",
+    "statistics-co-tuning.safetensors": "remove it to start again",
 }
 
 
@@ -473,12 +475,12 @@ def test_other_images_do_not_join_the_results(
 def test_what_killed_writes_left_is_removed(runner: ModuleType, data: Path, tmp_path: Path) -> None:
     leftovers = [
         tmp_path / f"out/.{name}.0123456789abcdef.tmp"
-        for name in ("plain.checkpoint.pt", "plain.weights.pt", "plain.json", "results.csv")
+        for name in ("plain.checkpoint.safetensors", "plain.weights.pt", "plain.json", "results.csv")
     ]
     leftovers[0].parent.mkdir()
     for path in leftovers:
         path.write_bytes(b"half a file")
-    others = [tmp_path / ".plain.checkpoint.pt.0123456789abcdef.tmp", tmp_path / "out/notes.tmp"]
+    others = [tmp_path / ".plain.checkpoint.safetensors.0123456789abcdef.tmp", tmp_path / "out/notes.tmp"]
     for path in others:
         path.write_bytes(b"somebody else's")
     assert runner.main(arguments(data, tmp_path / "out", "--iterations=1", "--methods", "plain")) == 0

@@ -48,7 +48,7 @@ def main(data: Path, folder: Path) -> None:
     try:
         runner.main(arguments(data, folder / "resumed", *more))
     except StoppedError:
-        assert (folder / "resumed/co-tuning.checkpoint.pt").exists()
+        assert (folder / "resumed/co-tuning.checkpoint.safetensors").exists()
     assert runner.main(arguments(data, folder / "resumed", *more)) == 0
     distributed.destroy_process_group = leave
     assert runner.main(arguments(data, folder / "resumed", *more, "--seed=1")) == 1  # told in every process
