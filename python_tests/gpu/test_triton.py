@@ -238,7 +238,7 @@ def test_what_rows_are_kept(
         launch, _ = loss.plan(
             *logits, *logits, labels, None, None, new(n_t, n_s), None, new(), 0.0, -100, 0, kl_divergence
         )  # fmt: skip
-    assert (launch.arguments["SOURCE_KEPT"], launch.threads) == (kept, threads)
+    assert (launch.arguments["SOURCE"].kept, launch.threads) == (kept, threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

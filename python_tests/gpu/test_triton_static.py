@@ -351,7 +351,7 @@ _BUGS: dict[str, tuple[ModuleType, dict[str, str], tuple[str, ...]]] = {
     "a mask off by one": (rows, {"(columns < columns_count)": "(columns <= columns_count)"}, ("rows", "loops")),
     "no cast to float32": (
         rows, {"x = z - tl.max(z, 1, keep_dims=True)": "half = logits.dtype.element_ty\n    x = (z.to(half) - tl.max("
-               "z, 1, keep_dims=True).to(half)).to(DTYPE)"}, ("rows", "rules"),
+               "z, 1, keep_dims=True).to(half)).to(HEAD.dtype)"}, ("rows", "rules"),
     ),
     "a wrong stride": (rows, {"logits + rows * logits_stride": "logits + rows * columns_count"}, ("rows",)),
     "a wrong stride of long rows": (
@@ -385,13 +385,14 @@ _BUGS: dict[str, tuple[ModuleType, dict[str, str], tuple[str, ...]]] = {
     ),
     "the factor of the mean missing": (loss, {"factor / count": "factor"}, ("rows",)),
     "accesses element by element": (
-        loss, {"source_vec = vector(source_logits, source_grad, relationship)": "source_vec = 1"}, ("static",),
+        loss, {"vec = vector(source_logits, source_grad, relationship)": "vec = 1"}, ("static",),
     ),
     "too many rows a program": (
-        loss, {"source.programs(max(1, batch))": "-(-max(1, batch) // 4)", "source.rows,": "4,"}, ("static",),
+        loss, {"blocks(max(1, batch), source.rows)": "blocks(max(1, batch), 4)", '"rows": rows.rows,': '"rows": 4,'},
+        ("static",),
     ),
     "an atomic sum": (
-        loss, {"tl.store(out + pitch, loss, mask=in_batch)": "tl.atomic_add(out + pitch, loss, mask=in_batch)"},
+        loss, {"tl.store(out + _SOURCE_LOSS * pitch, loss,": "tl.atomic_add(out + _SOURCE_LOSS * pitch, loss,"},
         ("static", "rules"),
     ),
     "no barrier before a program is counted": (loss, {"    tl.debug_barrier()\n": ""}, ("rules",)),
@@ -401,12 +402,12 @@ _BUGS: dict[str, tuple[ModuleType, dict[str, str], tuple[str, ...]]] = {
     "a program that waits for one too many": (loss, {"== count - 1": "== count"}, ("rows", "loops")),
     "a program that does not wait for the last": (loss, {"== count - 1": "== count - 2"}, ("rows", "loops")),
     "sums in the order of arrival": (
-        loss, {"+ kind * pitch + batch + group, totals": "+ kind * pitch + batch + tl.load(counters), totals"},
+        loss, {"+ number * pitch + batch + group, totals": "+ number * pitch + batch + tl.load(counters), totals"},
         ("order",),
     ),
     "logits read twice": (rows, {"tl.sum(_product(q, x), 1, keep_dims=True)": (
         "tl.sum(_product(q, tl.load(logits + rows * logits_stride + columns, mask=read, other=0.0, volatile=True)"
-        ".to(DTYPE) - tl.max(z, 1, keep_dims=True)), 1, keep_dims=True)")}, ("static",)),
+        ".to(HEAD.dtype) - tl.max(z, 1, keep_dims=True)), 1, keep_dims=True)")}, ("static",)),
 }  # fmt: skip
 """By name: the file, what is changed in it, and the layers of checks that must find it. ``rows`` and ``loops`` are the
 conformance table in the interpreter, ``order`` other orders of the programs there, ``rules`` those for the intermediate

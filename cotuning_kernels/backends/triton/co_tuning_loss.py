@@ -36,9 +36,10 @@ from torch import Tensor
 from cotuning_kernels.backends.operations import REDUCTIONS
 from cotuning_kernels.backends.triton.checks import check_loss, check_writable
 from cotuning_kernels.backends.triton.counters import MOST, counters
-from cotuning_kernels.backends.triton.labels import read_target
+from cotuning_kernels.backends.triton.labels import PAIR, PROBABILITIES, form_of, read_target
 from cotuning_kernels.backends.triton.launch import (
     KEPT_THREADS,
+    Head,
     Launch,
     RowPlan,
     blocks,
@@ -53,101 +54,98 @@ from cotuning_kernels.backends.triton.rows import has_share, kept_row, long_row,
 
 __all__ = ["co_tuning_loss", "co_tuning_loss_", "plan"]
 
-# Forms of a target.
-_LABELS, _PAIR, _PROBABILITIES = 0, 1, 2
 # Rows whose numbers one program adds up, a power of two; more of them where there would be more groups.
 GROUP_ROWS = 256
 MOST_GROUPS = MOST - 1  # one counter is that of the groups
 _FINISH_BLOCK = 128
+
+_NONE = tl.constexpr(REDUCTIONS["none"])
+_MEAN = tl.constexpr(REDUCTIONS["mean"])
+
+# The numbers of a row, and so the rows of ``by_row``. Without a reduction ``by_row`` is ``terms``: the first two.
+_TARGET_LOSS = tl.constexpr(0)
+_SOURCE_LOSS = tl.constexpr(1)
+_WEIGHT = tl.constexpr(2)  # of its labels, in the target head
+_SUPERVISED = tl.constexpr(3)  # the share of its target that has source supervision
+_VALID = tl.constexpr(4)  # the share of its target that is not ignored
+_NUMBERS = 5
+_NUMBERS_POWER_OF_2 = tl.constexpr(8)
 
 # ------------------------------------------------------------------------------------------------------------ kernels
 
 
 @triton.jit
 def _head(
-    program, logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, columns_count,
-    labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, pitch,
-    batch, stored, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
-    KL: tl.constexpr, GRADIENT: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    KEPT: tl.constexpr, ACCESS: tl.constexpr, DTYPE: tl.constexpr,
+    program, matrices, columns_count, table, labels, by_row, pitch, batch, stored, HEAD: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of one head: their gradients, and their losses and counts to ``by_row``."""
+    """Some rows of one head: their gradients, and their losses and counts to ``by_row``. (Tuples: see ``rows.py``.)"""
+    logits, logits_stride, grad, grad_stride = matrices
+    q_table, q_stride, weight, _, _ = table
+    _, _, _, _, mix, mix_stride, _, _ = labels
     rows = program.to(tl.int64)
-    if ACCESS == 0:
-        rows = rows * ROWS + tl.arange(0, ROWS)[:, None]
+    if HEAD.access == 0:
+        rows = rows * HEAD.rows + tl.arange(0, HEAD.rows)[:, None]
     in_batch = rows < batch
-    stored = stored.to(DTYPE)
-    label, share, label_b, share_b = rows, 0.0, rows, 0.0
-    if FORM != 2:
-        label, share, label_b, share_b = read_target(
-            labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, rows, in_batch, classes, ignore_index,
-            FORM == 1, DTYPE,
-        )  # fmt: skip
+    stored = stored.to(HEAD.dtype)
+    target = rows, 0.0, rows, 0.0
+    if HEAD.form != PROBABILITIES:
+        target = read_target(labels, rows, in_batch, HEAD.form == PAIR, HEAD.dtype)
+    label, share, label_b, share_b = target
     supervised = share
-    if SOURCE and FORM == 2:  # the share of the row's classes that have source supervision, from the matrix product
-        supervised = tl.load(mix + rows * mix_stride, mask=in_batch, other=0.0).to(DTYPE)
-    if ACCESS > 0 and GRADIENT:
+    if HEAD.is_source and HEAD.form == PROBABILITIES:
+        # The share of the row's classes that have source supervision, from the matrix product.
+        supervised = tl.load(mix + rows * mix_stride, mask=in_batch, other=0.0).to(HEAD.dtype)
+    if HEAD.access > 0 and HEAD.has_gradient:
         grad += rows * grad_stride
-    if KEPT > 0:
-        table += (rows if FORM == 2 else label) * table_stride
+    if HEAD.kept > 0:
+        q_table += (rows if HEAD.form == PROBABILITIES else label) * q_stride
         logits += rows * logits_stride
-        counts = has_share(share, share_b, FORM)
-        POLICY: tl.constexpr = "" if FORM == 2 else "evict_last"
-        if logits.dtype.element_ty.primitive_bitwidth + table.dtype.element_ty.primitive_bitwidth == 32:
-            loss, size = packed_row(
-                logits, grad, table, columns_count, counts, stored, GRADIENT, BLOCK, KEPT, ACCESS, POLICY, DTYPE
-            )  # fmt: skip
+        counts = has_share(target, HEAD)
+        if logits.dtype.element_ty.primitive_bitwidth + q_table.dtype.element_ty.primitive_bitwidth == 32:
+            loss, size = packed_row(logits, grad, q_table, columns_count, counts, stored, HEAD)
         else:
-            loss, size = kept_row(
-                logits, grad, table, columns_count, counts, supervised, stored, GRADIENT, BLOCK, KEPT, ACCESS, POLICY,
-                DTYPE,
-            )  # fmt: skip
+            loss, size = kept_row(logits, grad, q_table, columns_count, counts, supervised, stored, HEAD)
         size_b = size
-    elif ACCESS > 0:
+    elif HEAD.access > 0:
         loss, size, size_b = long_row(
-            logits + rows * logits_stride, grad, table, table_stride, weight, smoothing, classes, columns_count, label,
-            share, label_b, share_b, rows, stored, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT, BLOCK, ACCESS,
-            DTYPE,
+            logits + rows * logits_stride, grad, columns_count, table, target, rows, stored, HEAD
         )  # fmt: skip
     else:
-        loss, size, size_b = whole_rows(
-            logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
-            label, share, label_b, share_b, rows, in_batch, stored, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL, GRADIENT,
-            BLOCK, DTYPE,
-        )  # fmt: skip
-    if FORM != 2:
+        loss, size, size_b = whole_rows(matrices, columns_count, table, target, rows, in_batch, stored, HEAD)
+    if HEAD.form != PROBABILITIES:
         # A label that names no class, where the device does not stop there (see labels.py): NaN, not a wrong number.
         loss = tl.where(share + share_b != share + share_b, float("nan"), loss)
     out = by_row + rows
-    if SOURCE:
-        tl.store(out + pitch, loss, mask=in_batch)
+    if HEAD.is_source:
+        tl.store(out + _SOURCE_LOSS * pitch, loss, mask=in_batch)
         if COUNTS:
-            if FORM != 2:
+            if HEAD.form != PROBABILITIES:
                 supervised = tl.where(size != 0, share, 0.0)
                 valid = share
-                if FORM == 1:
+                if HEAD.form == PAIR:
                     supervised += tl.where(size_b != 0, share_b, 0.0)
                     valid += share_b
-                tl.store(out + 4 * pitch, valid, mask=in_batch)
-            tl.store(out + 3 * pitch, supervised, mask=in_batch)
+                tl.store(out + _VALID * pitch, valid, mask=in_batch)
+            tl.store(out + _SUPERVISED * pitch, supervised, mask=in_batch)
     else:
-        tl.store(out, loss, mask=in_batch)
-        if COUNTS and FORM != 2:
-            if HAS_WEIGHT:
-                share *= tl.load(weight + label, mask=share != 0, other=0.0).to(DTYPE)
-                if FORM == 1:
-                    share_b *= tl.load(weight + label_b, mask=share_b != 0, other=0.0).to(DTYPE)
-            if FORM == 1:
+        tl.store(out + _TARGET_LOSS * pitch, loss, mask=in_batch)
+        if COUNTS and HEAD.form != PROBABILITIES:
+            if HEAD.has_weight:
+                share *= tl.load(weight + label, mask=share != 0, other=0.0).to(HEAD.dtype)
+                if HEAD.form == PAIR:
+                    share_b *= tl.load(weight + label_b, mask=share_b != 0, other=0.0).to(HEAD.dtype)
+            if HEAD.form == PAIR:
                 share += share_b
-            tl.store(out + 2 * pitch, share, mask=in_batch)
+            tl.store(out + _WEIGHT * pitch, share, mask=in_batch)
 
 
-# From here to the kernel: what the program does that is done last.
+# From here to the kernel: what the last program does.
 
 
 @triton.jit
 def _is_last(counter, count):
-    """Counts this program in, once it has stored: is it the last of ``count``? That one sets the counter back."""
+    """Count this program in, once it has stored: is it the last of ``count``? The last one sets the counter back."""
     tl.debug_barrier()
     is_last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
     if is_last:
@@ -156,20 +154,20 @@ def _is_last(counter, count):
 
 
 @triton.jit
-def _totals(numbers, pitch, first, count, KINDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of some columns, one a row that KINDS has the bit of: by lane in the order of columns, then over lanes."""
-    kind = tl.arange(0, 8)[:, None]
-    there = ((KINDS >> kind) & 1) != 0
-    sums = tl.zeros([8, BLOCK], numbers.dtype.element_ty)
+def _totals(by_row, pitch, first, count, NUMBERS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums over some rows of each number that has its bit in NUMBERS: by lane in the order of rows, then over lanes."""
+    number = tl.arange(0, _NUMBERS_POWER_OF_2)[:, None]
+    is_summed = ((NUMBERS >> number) & 1) != 0
+    sums = tl.zeros([_NUMBERS_POWER_OF_2, BLOCK], by_row.dtype.element_ty)
     for start in range(0, count, BLOCK):
-        column = start + tl.arange(0, BLOCK)[None, :]
-        sums += tl.load(numbers + kind * pitch + first + column, mask=there & (column < count), other=0.0)
+        row = start + tl.arange(0, BLOCK)[None, :]
+        sums += tl.load(by_row + number * pitch + first + row, mask=is_summed & (row < count), other=0.0)
     return tl.sum(sums, 1)
 
 
 @triton.jit
-def _of_kind(totals, KIND: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, 8) == KIND, totals, 0.0), 0)
+def _one_of(totals, NUMBER: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, _NUMBERS_POWER_OF_2) == NUMBER, totals, 0.0), 0)
 
 
 @triton.jit
@@ -201,35 +199,37 @@ def _write_rows(terms, trade_off, loss, batch, first, count, BOTH_HEADS: tl.cons
 
 @triton.jit
 def _write_scalars(
-    totals, trade_off, probabilities, probabilities_stride, loss, terms, factors, batch, classes,
-    MEAN: tl.constexpr, PROBABILITIES: tl.constexpr, BOTH_HEADS: tl.constexpr, SOURCE_STORED: tl.constexpr,
-    TARGET_STORED: tl.constexpr, BLOCK: tl.constexpr,
+    totals, trade_off, probabilities, probabilities_stride, outputs, batch, classes, SOURCE: tl.constexpr,
+    TARGET: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss, its two terms ``[target, source]`` and the factors of the gradients, from the sums over all rows."""
+    BOTH_HEADS: tl.constexpr = TARGET is not None
+    TARGET_IS_SCALED: tl.constexpr = TARGET.is_scaled if BOTH_HEADS else False
+    loss, terms, factors = outputs
     dtype = totals.dtype
-    target = _of_kind(totals, 0)
-    source = _of_kind(totals, 1)
-    # Of the factors, what is left to multiply by, without the means' divisors.
+    target = _one_of(totals, _TARGET_LOSS)
+    source = _one_of(totals, _SOURCE_LOSS)
+    # What is left to multiply each gradient by, before it is divided by the means' counts.
     factor = tl.full([], 1.0, dtype)
     target_factor = tl.full([], 1.0, dtype)
-    if SOURCE_STORED:
+    if SOURCE.is_scaled:
         factor = batch.to(dtype) if MEAN else factor
     elif BOTH_HEADS:
         factor = tl.load(trade_off).to(dtype)
-    if TARGET_STORED and MEAN:
+    if TARGET_IS_SCALED and MEAN:
         target_factor = batch.to(dtype)
     if MEAN:
-        count = _of_kind(totals, 3)
-        if PROBABILITIES:
+        count = _one_of(totals, _SUPERVISED)
+        if SOURCE.form == PROBABILITIES:
             weight = batch.to(dtype)
             any_valid = tl.full([], 1, tl.int32)
-            if count == 0:  # rare, and then the only question left
+            if count == 0:  # rare: only then does it matter whether any row is valid
                 any_valid = _any_probability(probabilities, probabilities_stride, batch, classes, BLOCK)
         else:
-            weight = _of_kind(totals, 2)
-            any_valid = (_of_kind(totals, 4) != 0).to(tl.int32)
-        # No supervised row is an ordinary batch, and its source term 0; no valid row at all has no mean. Without a
-        # valid row every gradient is 0 and must stay 0 when it is multiplied by the factor.
+            weight = _one_of(totals, _WEIGHT)
+            any_valid = (_one_of(totals, _VALID) != 0).to(tl.int32)
+        # A batch without supervised rows is ordinary, and its source term is 0. A batch without valid rows has no mean;
+        # every gradient is 0 and must stay 0 when it is multiplied by the factor.
         count = tl.where((count == 0) & (any_valid != 0), 1.0, count)
         source = source / count
         factor = tl.where(any_valid != 0, factor / count, 0.0)
@@ -248,45 +248,51 @@ def _write_scalars(
 
 @triton.jit
 def _finish(
-    row, by_row, pitch, counters, group_bits, trade_off, probabilities, probabilities_stride, loss, terms, factors,
-    batch, classes, FORM: tl.constexpr, REDUCTION: tl.constexpr, BOTH_HEADS: tl.constexpr, SOURCE_ROWS: tl.constexpr,
-    TARGET_ROWS: tl.constexpr, SOURCE_STORED: tl.constexpr, TARGET_STORED: tl.constexpr, BLOCK: tl.constexpr,
+    row, by_row, pitch, counters, group_bits, trade_off, probabilities, probabilities_stride, outputs, batch, classes,
+    SOURCE: tl.constexpr, TARGET: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The last program of a group of rows adds up their numbers, and the last of these programs those of the groups.
 
-    The groups' lie in ``by_row`` behind the rows. Without a reduction only the terms of each row are added.
+    The groups' numbers lie in ``by_row`` behind the rows'. Without a reduction only the terms of each row are added.
     """
-    MEAN: tl.constexpr = REDUCTION == 1
-    LABELS: tl.constexpr = MEAN and FORM != 2
-    KINDS: tl.constexpr = 2 + BOTH_HEADS * (1 + LABELS * 4) + MEAN * 8 + LABELS * 16  # see the kernel, of by_row
+    BOTH_HEADS: tl.constexpr = TARGET is not None
+    MEAN: tl.constexpr = REDUCTION == _MEAN
+    COUNTS_LABELS: tl.constexpr = MEAN and SOURCE.form != PROBABILITIES
+    NUMBERS: tl.constexpr = (
+        (1 << _SOURCE_LOSS.value)
+        + BOTH_HEADS * ((1 << _TARGET_LOSS.value) + COUNTS_LABELS * (1 << _WEIGHT.value))
+        + MEAN * (1 << _SUPERVISED.value)
+        + COUNTS_LABELS * (1 << _VALID.value)
+    )
     group = row >> group_bits
     first = group << group_bits
     count = tl.minimum(batch, (group + 1) << group_bits) - first
-    programs = tl.cdiv(tl.maximum(count, 1), SOURCE_ROWS)  # an empty batch has one, too
+    programs = tl.cdiv(tl.maximum(count, 1), SOURCE.rows)  # an empty batch has one, too
     if BOTH_HEADS:
-        programs += tl.cdiv(tl.maximum(count, 1), TARGET_ROWS)
+        programs += tl.cdiv(tl.maximum(count, 1), TARGET.rows)
     done = _is_last(counters + 1 + group, programs)
-    if REDUCTION == 0:
+    if REDUCTION == _NONE:
         if done:
+            loss, terms, factors = outputs
             _write_rows(terms, trade_off, loss, batch, first, count, BOTH_HEADS, BLOCK * 8)
             if group == 0:
                 one = tl.full([], 1.0, factors.dtype.element_ty)
-                left = tl.load(trade_off).to(one.dtype) if BOTH_HEADS and not SOURCE_STORED else one
+                left = tl.load(trade_off).to(one.dtype) if BOTH_HEADS and not SOURCE.is_scaled else one
                 tl.store(factors, left)
                 tl.store(factors + 1, one)
     elif done:
-        totals = _totals(by_row, pitch, first, count, KINDS, BLOCK)
+        totals = _totals(by_row, pitch, first, count, NUMBERS, BLOCK)
         groups = ((batch - 1) >> group_bits) + 1
         if groups > 1:
-            kind = tl.arange(0, 8)
-            tl.store(by_row + kind * pitch + batch + group, totals, mask=((KINDS >> kind) & 1) != 0)
+            number = tl.arange(0, _NUMBERS_POWER_OF_2)
+            tl.store(by_row + number * pitch + batch + group, totals, mask=((NUMBERS >> number) & 1) != 0)
             done = _is_last(counters, groups)
             if done:
-                totals = _totals(by_row, pitch, batch, groups, KINDS, BLOCK)
+                totals = _totals(by_row, pitch, batch, groups, NUMBERS, BLOCK)
         if done:
             _write_scalars(
-                totals, trade_off, probabilities, probabilities_stride, loss, terms, factors, batch, classes,
-                MEAN, FORM == 2, BOTH_HEADS, SOURCE_STORED, TARGET_STORED, BLOCK * 8,
+                totals, trade_off, probabilities, probabilities_stride, outputs, batch, classes, SOURCE, TARGET, MEAN,
+                BLOCK * 8,
             )  # fmt: skip
 
 
@@ -304,48 +310,43 @@ def co_tuning_loss_kernel(
     labels_b, labels_b_stride: tl.int64, mix, mix_stride: tl.int64, ignore_index: tl.int64, by_row, batch: tl.int64,
     classes: tl.int32, source_width: tl.int32, target_width: tl.int32, source_programs: tl.int32,
     pitch: tl.int64, counters, group_bits: tl.int32, trade_off, per_row: tl.float64, loss, terms, factors,
-    FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr, REDUCTION: tl.constexpr,
-    BOTH_HEADS: tl.constexpr, SOURCE_GRADIENT: tl.constexpr, TARGET_GRADIENT: tl.constexpr,
-    SOURCE_VEC: tl.constexpr, TARGET_VEC: tl.constexpr, SOURCE_STORED: tl.constexpr, TARGET_STORED: tl.constexpr,
-    SOURCE_ROWS: tl.constexpr, SOURCE_BLOCK: tl.constexpr, SOURCE_KEPT: tl.constexpr, SOURCE_ACCESS: tl.constexpr,
-    SOURCE_DTYPE: tl.constexpr,
-    TARGET_ROWS: tl.constexpr, TARGET_BLOCK: tl.constexpr, TARGET_ACCESS: tl.constexpr, TARGET_DTYPE: tl.constexpr,
-    FINISH_BLOCK: tl.constexpr,
+    SOURCE: tl.constexpr, TARGET: tl.constexpr, REDUCTION: tl.constexpr, FINISH_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first ``source_programs`` programs take rows of the source head, the others rows of the target head.
 
-    Widths and strides of rows are multiples of ``SOURCE_VEC`` and ``TARGET_VEC``. ``by_row`` is ``(5, batch + groups)``
-    for a mean: the target head's loss, the source head's, the weight of the labels, the share of the target that has
-    source supervision, the share that is not ignored. Else, the first two; without a reduction it is ``terms``.
+    ``SOURCE`` and ``TARGET`` are the heads (``TARGET`` is None without target logits); their widths and the strides of
+    their rows are multiples of ``vec``. ``by_row`` is ``(5, batch + groups)`` for a mean and ``(2, batch + groups)``
+    for a sum; without a reduction it is ``terms``.
     """
-    COUNTS: tl.constexpr = REDUCTION == 1
+    COUNTS: tl.constexpr = REDUCTION == _MEAN
     program = tl.program_id(0)
-    row = program.to(tl.int64) * SOURCE_ROWS
+    row = program.to(tl.int64) * SOURCE.rows
+    targets = labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index
     if program < source_programs:
         stored = tl.full([], 1.0, tl.float64)
-        if SOURCE_STORED and SOURCE_GRADIENT:
-            stored = tl.load(trade_off) * per_row if BOTH_HEADS else per_row
+        if SOURCE.is_scaled and SOURCE.has_gradient:
+            stored = tl.load(trade_off) * per_row if TARGET is not None else per_row
         _head(
-            program, source_logits, source_stride * SOURCE_VEC, source_grad, source_grad_stride * SOURCE_VEC,
-            relationship, relationship_stride * SOURCE_VEC, weight, label_smoothing, source_width * SOURCE_VEC,
-            labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index, by_row, pitch,
-            batch, stored, True, FORM, False, False, KL, SOURCE_GRADIENT, COUNTS, SOURCE_ROWS, SOURCE_BLOCK,
-            SOURCE_KEPT, SOURCE_ACCESS, SOURCE_DTYPE,
+            program, (source_logits, source_stride * SOURCE.vec, source_grad, source_grad_stride * SOURCE.vec),
+            source_width * SOURCE.vec,
+            (relationship, relationship_stride * SOURCE.vec, weight, label_smoothing, classes),
+            targets, by_row, pitch, batch, stored, SOURCE, COUNTS,
         )  # fmt: skip
-    elif BOTH_HEADS:
-        row = (program - source_programs).to(tl.int64) * TARGET_ROWS
-        stored = per_row if TARGET_STORED else tl.full([], 1.0, tl.float64)
+    elif TARGET is not None:
+        row = (program - source_programs).to(tl.int64) * TARGET.rows
+        stored = per_row if TARGET.is_scaled else tl.full([], 1.0, tl.float64)
         _head(
-            program - source_programs, target_logits, target_stride * TARGET_VEC, target_grad,
-            target_grad_stride * TARGET_VEC, probabilities, probabilities_stride * TARGET_VEC, weight, label_smoothing,
-            target_width * TARGET_VEC, labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes,
-            ignore_index, by_row, pitch, batch, stored, False, FORM, HAS_WEIGHT, SMOOTHS, False, TARGET_GRADIENT,
-            COUNTS, TARGET_ROWS, TARGET_BLOCK, 0, TARGET_ACCESS, TARGET_DTYPE,
+            program - source_programs,
+            (target_logits, target_stride * TARGET.vec, target_grad, target_grad_stride * TARGET.vec),
+            target_width * TARGET.vec,
+            (probabilities, probabilities_stride * TARGET.vec, weight, label_smoothing, classes),
+            targets, by_row, pitch, batch, stored, TARGET, COUNTS,
         )  # fmt: skip
+    probabilities_stride *= 1 if TARGET is None else TARGET.vec
+    outputs = loss, terms, factors
     _finish(
-        row, by_row, pitch, counters, group_bits, trade_off, probabilities, probabilities_stride * TARGET_VEC, loss,
-        terms, factors, batch, classes, FORM, REDUCTION, BOTH_HEADS, SOURCE_ROWS, TARGET_ROWS, SOURCE_STORED,
-        TARGET_STORED, FINISH_BLOCK,
+        row, by_row, pitch, counters, group_bits, trade_off, probabilities, probabilities_stride, outputs, batch,
+        classes, SOURCE, TARGET, REDUCTION, FINISH_BLOCK,
     )  # fmt: skip
 
 
@@ -423,76 +424,47 @@ def plan(
     reduction: int,
     kl_divergence: bool,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
-    """The launch of one call, and the ``(loss, terms, factors)`` that it writes. Only shapes decide on it."""
-    both = target_logits is not None
-    double = torch.float64 in (source_logits.dtype, None if target_logits is None else target_logits.dtype)
+    """The launch of one call, and the ``(loss, terms, factors)`` that it writes. It depends on shapes alone."""
     batch = source_logits.shape[0]
-
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float64 if double else torch.float32, device=source_logits.device)
-
-    rows = (batch,) if reduction == REDUCTIONS["none"] else ()
-    loss, terms, factors = new(*rows), new(2, *rows), new(2)
-    form = _PROBABILITIES if target.is_floating_point() else _LABELS if target_b is None else _PAIR
-    probabilities = target if form == _PROBABILITIES else None
-
-    pair = form == _PAIR
-    threads = threads_for(source_logits.shape[1], source_logits.dtype, pair=pair)
-    source_vec = vector(source_logits, source_grad, relationship)
-    # A pair has two rows of R in registers, and KL its logarithms: kept rows would spill.
-    keeps = not pair and not kl_divergence and is_kept(source_logits.shape[1], source_logits.dtype)
-    target_plan, target_vec, target_programs, target_threads = RowPlan(1, 1, False), 1, 0, 0
-    if target_logits is not None:
-        target_threads = threads_for(target_logits.shape[1], target_logits.dtype)
-        # Both heads have as many threads. A loop would waste most of so many, and wide rows want more.
-        loops = plan_rows(target_logits.shape[1], target_logits.dtype, target_threads).loops
-        keeps = keeps and not loops and target_threads <= KEPT_THREADS
-    if keeps:
-        threads = KEPT_THREADS
-        source = plan_kept_row(source_logits.shape[1], source_logits.dtype, source_vec)
-    else:
-        threads = max(threads, target_threads)
-        source = plan_rows(source_logits.shape[1], source_logits.dtype, threads, pair=pair)
-    source_programs = source.programs(max(1, batch))
-    if target_logits is not None:
-        target_vec = vector(target_logits, target_grad, probabilities)
-        target_plan = plan_rows(target_logits.shape[1], target_logits.dtype, threads)
-        target_programs = target_plan.programs(max(1, batch))
-
-    rows_of_group = max(GROUP_ROWS, source.rows, target_plan.rows)  # powers of two
-    rows_of_group *= int(triton.next_power_of_2(blocks(max(1, batch), rows_of_group * MOST_GROUPS)))
-    if reduction == REDUCTIONS["none"]:
-        by_row = terms
-    else:
-        by_row = new(5 if reduction == REDUCTIONS["mean"] else 2, batch + blocks(batch, rows_of_group))
-
-    def stride(x: Tensor | None, unit: int = 1) -> int:
-        return 0 if x is None or x.dim() == 0 or x.shape[0] == 1 else x.stride(0) // unit
-
+    loss, terms, factors = outputs = _new_outputs(source_logits, target_logits, reduction)
+    form = form_of(target, target_b)
+    labels, probabilities = (None, target) if target.is_floating_point() else (target, None)
+    source, target_head, threads = _plan_heads(
+        source_logits, target_logits, source_grad, target_grad, relationship, probabilities, form, weight is not None,
+        label_smoothing > 0, kl_divergence,
+    )  # fmt: skip
+    source_vec, target_vec = source.vec, 1 if target_head is None else target_head.vec
+    source_programs = blocks(max(1, batch), source.rows)
+    target_programs = 0 if target_head is None else blocks(max(1, batch), target_head.rows)
+    rows_of_group = _rows_of_group(batch, source, target_head)
+    by_row = terms
+    if reduction != REDUCTIONS["none"]:
+        numbers = _NUMBERS if reduction == REDUCTIONS["mean"] else 2
+        by_row = terms.new_empty((numbers, batch + blocks(batch, rows_of_group)))
     launch = Launch(
         co_tuning_loss_kernel,
         (source_programs + target_programs,),
         {
             "source_logits": source_logits,
-            "source_stride": stride(source_logits, source_vec),
+            "source_stride": _stride(source_logits, source_vec),
             "source_grad": source_grad,
-            "source_grad_stride": stride(source_grad, source_vec),
+            "source_grad_stride": _stride(source_grad, source_vec),
             "relationship": relationship,
-            "relationship_stride": stride(relationship, source_vec),
+            "relationship_stride": _stride(relationship, source_vec),
             "target_logits": target_logits,
-            "target_stride": stride(target_logits, target_vec),
+            "target_stride": _stride(target_logits, target_vec),
             "target_grad": target_grad,
-            "target_grad_stride": stride(target_grad, target_vec),
+            "target_grad_stride": _stride(target_grad, target_vec),
             "probabilities": probabilities,
-            "probabilities_stride": stride(probabilities, target_vec),
+            "probabilities_stride": _stride(probabilities, target_vec),
             "weight": None if weight is None else weight.contiguous(),
             "label_smoothing": label_smoothing,
-            "labels": None if form == _PROBABILITIES else target,
-            "labels_stride": stride(target),
+            "labels": labels,
+            "labels_stride": _stride(labels),
             "labels_b": target_b,
-            "labels_b_stride": stride(target_b),
+            "labels_b_stride": _stride(target_b),
             "mix": mix,
-            "mix_stride": stride(mix),
+            "mix_stride": _stride(mix),
             "ignore_index": ignore_index,
             "by_row": by_row,
             "batch": batch,
@@ -509,29 +481,79 @@ def plan(
             "loss": loss,
             "terms": terms,
             "factors": factors,
-            "FORM": form,
-            "HAS_WEIGHT": weight is not None,
-            "SMOOTHS": label_smoothing > 0,
-            "KL": kl_divergence,
+            "SOURCE": source,
+            "TARGET": target_head,
             "REDUCTION": reduction,
-            "BOTH_HEADS": both,
-            "SOURCE_GRADIENT": source_grad is not None,
-            "TARGET_GRADIENT": target_grad is not None,
-            "SOURCE_VEC": source_vec,
-            "TARGET_VEC": target_vec,
-            "SOURCE_STORED": source_logits.dtype != torch.float16,
-            "TARGET_STORED": target_logits is not None and target_logits.dtype != torch.float16,
-            "SOURCE_ROWS": source.rows,
-            "SOURCE_BLOCK": source.block,
-            "SOURCE_KEPT": source.kept,
-            "SOURCE_ACCESS": source.access(source_vec, source_logits.dtype),
-            "SOURCE_DTYPE": compute_type(source_logits.dtype),
-            "TARGET_ROWS": target_plan.rows,
-            "TARGET_BLOCK": target_plan.block,
-            "TARGET_ACCESS": 0 if target_logits is None else target_plan.access(target_vec, target_logits.dtype),
-            "TARGET_DTYPE": tl.float32 if target_logits is None else compute_type(target_logits.dtype),
             "FINISH_BLOCK": _FINISH_BLOCK,
         },
         threads,
     )
-    return launch, (loss, terms, factors)
+    return launch, outputs
+
+
+def _new_outputs(source_logits: Tensor, target_logits: Tensor | None, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(loss, terms, factors)``."""
+    is_double = torch.float64 in (source_logits.dtype, None if target_logits is None else target_logits.dtype)
+    options: Any = {"dtype": torch.float64 if is_double else torch.float32, "device": source_logits.device}
+    rows = source_logits.shape[:1] if reduction == REDUCTIONS["none"] else ()
+    return torch.empty(rows, **options), torch.empty((2, *rows), **options), torch.empty((2,), **options)
+
+
+def _plan_heads(
+    source_logits: Tensor, target_logits: Tensor | None, source_grad: Tensor | None, target_grad: Tensor | None,
+    relationship: Tensor, probabilities: Tensor | None, form: int, has_weight: bool, smooths: bool, kl: bool,
+) -> tuple[Head, Head | None, int]:  # fmt: skip
+    """``(source head, target head, threads of a program)``. The programs of both heads have as many threads."""
+    width, dtype = source_logits.shape[1], source_logits.dtype
+    is_pair = form == PAIR.value
+    threads = threads_for(width, dtype, pair=is_pair)
+    # A pair has two rows of R in registers, and KL its logarithms: kept rows would spill.
+    keeps = not is_pair and not kl and is_kept(width, dtype)
+    target_head = None
+    if target_logits is not None:
+        target_width, target_dtype = target_logits.shape[1], target_logits.dtype
+        target_threads = threads_for(target_width, target_dtype)
+        # A loop would waste most of a kept row's threads, and wide rows want more.
+        loops = plan_rows(target_width, target_dtype, target_threads).loops
+        keeps = keeps and not loops and target_threads <= KEPT_THREADS
+        threads = KEPT_THREADS if keeps else max(threads, target_threads)
+        rows = plan_rows(target_width, target_dtype, threads)
+        vec = vector(target_logits, target_grad, probabilities)
+        target_head = Head(
+            is_source=False, form=form, has_weight=has_weight, smooths=smooths, kl=False,
+            **_of_head(target_logits, target_grad, rows, vec),
+        )  # fmt: skip
+    elif keeps:
+        threads = KEPT_THREADS
+    vec = vector(source_logits, source_grad, relationship)
+    rows = plan_kept_row(width, dtype, vec) if keeps else plan_rows(width, dtype, threads, pair=is_pair)
+    source = Head(
+        is_source=True, form=form, has_weight=False, smooths=False, kl=kl,
+        **_of_head(source_logits, source_grad, rows, vec),
+    )  # fmt: skip
+    return source, target_head, threads
+
+
+def _of_head(logits: Tensor, grad: Tensor | None, rows: RowPlan, vec: int) -> dict[str, Any]:
+    """The attributes of a :class:`Head` that either head has."""
+    return {
+        "has_gradient": grad is not None,
+        "is_scaled": logits.dtype != torch.float16,
+        "vec": vec,
+        "rows": rows.rows,
+        "block": rows.block,
+        "kept": rows.kept,
+        "access": rows.access(vec, logits.dtype),
+        "dtype": compute_type(logits.dtype),
+    }
+
+
+def _rows_of_group(batch: int, source: Head, target: Head | None) -> int:
+    """Rows whose numbers one program adds up: a power of two, as are the rows of a program."""
+    rows = max(GROUP_ROWS, source.rows, 1 if target is None else target.rows)
+    return rows * int(triton.next_power_of_2(blocks(max(1, batch), rows * MOST_GROUPS)))
+
+
+def _stride(x: Tensor | None, unit: int = 1) -> int:
+    """From one row to the next, in multiples of ``unit``; 0 where there is but one row."""
+    return 0 if x is None or x.dim() == 0 or x.shape[0] == 1 else x.stride(0) // unit

@@ -24,6 +24,7 @@ __all__ = [
     "LOOP_COLUMNS",
     "MAX_KEPT_ROW_BYTES",
     "MAX_WHOLE_ROW_BYTES",
+    "Head",
     "Launch",
     "RowPlan",
     "blocks",
@@ -100,6 +101,38 @@ class RowPlan:
     def access(self, vec: int, dtype: torch.dtype) -> int:
         """Neighbours that a thread reads at a time of a kept or long row, 16 bytes at most; 0 for whole rows."""
         return _access(vec, dtype) if self.loops or self.kept else 0
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head as its kernel is compiled for it; a constant of the compiler.
+
+    Attributes:
+        is_source: it is the source head, whose target distribution comes from the relationship.
+        form: of the target, see ``labels.py``.
+        has_weight: the classes have weights (the target head's).
+        smooths: the labels are smoothed (the target head's).
+        kl: the loss is the Kullback-Leibler divergence (the source head's).
+        has_gradient: the gradient is wanted.
+        is_scaled: the gradient is stored with the factor of a mean over all rows, see ``co_tuning_loss.py``.
+        vec: widths and strides of rows are multiples of it.
+        rows, block, kept, access: see :class:`RowPlan`.
+        dtype: of the arithmetic.
+    """
+
+    is_source: bool
+    form: int
+    has_weight: bool
+    smooths: bool
+    kl: bool
+    has_gradient: bool
+    is_scaled: bool
+    vec: int
+    rows: int
+    block: int
+    kept: int
+    access: int
+    dtype: Any
 
 
 def threads_for(columns: int, dtype: torch.dtype, *, pair: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""Rows of one head: their losses and gradients, and whether there is a target at all.
+"""The rows of one head: their losses and gradients, and whether there is a target at all.
 
 A row has logits ``z`` and a target distribution ``q`` (a row of R for the source head, a label for the target head),
 ``Q = sum(q)``. With ``x = z - max(z)``, ``e = exp(x)`` and ``S = sum(e)``
@@ -6,24 +6,32 @@ A row has logits ``z`` and a target distribution ``q`` (a row of R for the sourc
     loss     = Q log S - sum_{q != 0} q x               gradient = Q / S * e - q
     KL adds    sum_{q != 0} q log q                     (the same gradient)
 
-A row without any ``q != 0`` takes no part: loss 0 and gradient 0, whatever its logits are. The gradient is multiplied
-by ``stored`` as it is written (see ``co_tuning_loss.py``).
+A row without any ``q != 0`` takes no part: its loss and gradient are 0, whatever its logits are. The gradient is
+multiplied by ``stored`` as it is written (see ``co_tuning_loss.py``).
 
 Traffic. Each logit is read once, each entry of its row of R once (mostly from L2, where R stays) and each gradient is
-written once: ``2 * itemsize`` bytes a logit, and R. By the length of the row there are four ways:
+written once: ``2 * itemsize`` bytes a logit, and R. The length of the row decides between four ways:
 
-* ``whole_rows``: logits and R are in the registers of a program, one row or several.
-* ``packed_row``: they are, two numbers in a register, where both have 16 bits.
-* ``kept_row``: the logits alone. R is read as the gradient is written, which needs ``Q`` before ``q`` has been seen.
-  But rows of R are distributions: ``Q`` is 1, or of probabilities the share of their classes that have supervision.
-  That is taken for it, and where the entries then sum up to something else, the gradient is written once more.
-* ``long_row``: nothing. All is read twice, the second time from L2 if it is still there.
+* ``whole_rows``: the registers of a program hold logits and R, of one row or several.
+* ``packed_row``: the registers hold both, two numbers in each, where logits and R have 16 bits.
+* ``kept_row``: the registers hold the logits alone. R is read as the gradient is written, which needs ``Q`` before
+  ``q`` has been seen. Rows of R are distributions, so ``Q`` is taken to be 1, or, with probabilities, the share of
+  their classes that have supervision. Where the entries sum to something else, the gradient is written a second time.
+* ``long_row``: the registers hold neither. Both are read twice, the second time from L2 if they are still there.
 
-Of a row without a label nothing is read, of a packed or kept one without supervision no logit, of a long one nothing
-twice.
+A row without a label is not read at all. A packed or kept row without supervision reads no logit, a long one reads
+nothing twice.
 
-In what follows, what there is one of a row (`rows`, labels, shares) has the shape (ROWS, 1), or is a scalar where a
-program takes one long row; `columns` and `mask` have that of a block: (1, BLOCK) and (ROWS, BLOCK), or a long row's.
+Shapes. ``rows``, labels and shares are (ROWS, 1), or scalars where a program takes one long row. ``columns`` is
+(1, BLOCK) and ``mask`` (ROWS, BLOCK), or both have the shape of a long row's block.
+
+Tuples that the functions share:
+
+* ``matrices``: ``(logits, stride, gradient, stride)``
+* ``table``: where ``q`` comes from, ``(R or probabilities, stride, class weights, label smoothing, classes)``
+* ``target``: ``(label, its share, second label, its share)``, from ``read_target``
+
+``HEAD`` is a :class:`~cotuning_kernels.backends.triton.launch.Head`: all that is known when a kernel is compiled.
 """
 
 from __future__ import annotations
@@ -33,6 +41,7 @@ import triton
 import triton.language as tl
 
 from cotuning_kernels.backends.triton.exponential import exp
+from cotuning_kernels.backends.triton.labels import LABELS, PAIR, PROBABILITIES
 from cotuning_kernels.backends.triton.launch import COLUMNS_A_LANE, KEPT_COLUMNS_A_LANE
 
 __all__ = ["has_share", "kept_row", "long_row", "packed_row", "whole_rows"]
@@ -45,96 +54,81 @@ _LEAST_FLOAT64 = tl.constexpr(torch.finfo(torch.float64).min)
 
 
 @triton.jit
-def has_share(share, share_b, FORM: tl.constexpr):
-    """Whether a row's labels count at all: of one that is ignored nothing is read."""
-    if FORM == 2:
+def has_share(target, HEAD: tl.constexpr):
+    """Whether any label of a row counts: a row whose labels are all ignored is not read."""
+    _, share, _, share_b = target
+    if HEAD.form == PROBABILITIES:
         return True
-    if FORM == 1:
+    if HEAD.form == PAIR:
         return (share != 0) | (share_b != 0)
     return share != 0
 
 
 @triton.jit
-def _source_distribution(
-    relationship, stride, label, share, label_b, share_b, rows, columns, mask, FORM: tl.constexpr, DTYPE: tl.constexpr
-):
-    """``q`` of some columns as two parts, whose sum it is: each side of a pair has, or has no, source supervision."""
-    if FORM == 2:  # one row of P R a row of the batch
-        q = tl.load(relationship + rows * stride + columns, mask=mask, other=0.0).to(DTYPE)
+def _source_distribution(table, target, rows, columns, mask, HEAD: tl.constexpr):
+    """``q`` of some columns as two parts whose sum it is: each side of a pair has, or has no, source supervision."""
+    relationship, stride, _, _, _ = table
+    label, share, label_b, share_b = target
+    if HEAD.form == PROBABILITIES:  # one row of P R a row of the batch
+        q = tl.load(relationship + rows * stride + columns, mask=mask, other=0.0).to(HEAD.dtype)
         return q, q
-    if FORM == 0:
+    if HEAD.form == LABELS:
         q = tl.load(relationship + label * stride + columns, mask=mask, other=0.0, eviction_policy="evict_last")
-        return q.to(DTYPE), q.to(DTYPE)
+        return q.to(HEAD.dtype), q.to(HEAD.dtype)
     q = tl.load(
         relationship + label * stride + columns, mask=mask & (share != 0), other=0.0, eviction_policy="evict_last"
-    ).to(DTYPE)
+    ).to(HEAD.dtype)
     q_b = tl.load(
         relationship + label_b * stride + columns, mask=mask & (share_b != 0), other=0.0, eviction_policy="evict_last"
-    ).to(DTYPE)
+    ).to(HEAD.dtype)
     return q * share, q_b * share_b
 
 
 @triton.jit
-def _target_distribution(
-    probabilities, stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
-    FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+def _target_distribution(table, target, rows, columns, mask, HEAD: tl.constexpr):
     """``q = weight * ((1 - smoothing) * target + smoothing / N_t)`` of some columns."""
-    if FORM == 2:
-        q = tl.load(probabilities + rows * stride + columns, mask=mask, other=0.0).to(DTYPE)
-        whole = tl.where(mask, 1.0, 0.0).to(DTYPE)
+    probabilities, stride, weight, smoothing, classes = table
+    label, share, label_b, share_b = target
+    if HEAD.form == PROBABILITIES:
+        q = tl.load(probabilities + rows * stride + columns, mask=mask, other=0.0).to(HEAD.dtype)
+        whole = tl.where(mask, 1.0, 0.0).to(HEAD.dtype)
     else:
         q = tl.where(columns == label, share, 0.0)
         whole = share
-        if FORM == 1:
+        if HEAD.form == PAIR:
             q += tl.where(columns == label_b, share_b, 0.0)
             whole += share_b
-    if SMOOTHS:
-        smoothing = smoothing.to(DTYPE)
+    if HEAD.smooths:
+        smoothing = smoothing.to(HEAD.dtype)
         q = (1 - smoothing) * q + smoothing / classes * whole
         q = tl.where(mask, q, 0.0)
-    if HAS_WEIGHT:
-        q *= tl.load(weight + columns, mask=columns < classes, other=0.0).to(DTYPE)
+    if HEAD.has_weight:
+        q *= tl.load(weight + columns, mask=columns < classes, other=0.0).to(HEAD.dtype)
     return q
 
 
 @triton.jit
-def _distribution(
-    table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask,
-    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """``q`` of either head, as two parts where a pair's sides are told apart, else twice the same."""
-    if SOURCE:
-        return _source_distribution(
-            table, table_stride, label, share, label_b, share_b, rows, columns, mask, FORM, DTYPE
-        )
-    q = _target_distribution(
-        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, mask, FORM,
-        HAS_WEIGHT, SMOOTHS, DTYPE,
-    )  # fmt: skip
+def _distribution(table, target, rows, columns, mask, HEAD: tl.constexpr):
+    """``q`` of either head: two parts for a pair in the source head, elsewhere the same one twice."""
+    if HEAD.is_source:
+        return _source_distribution(table, target, rows, columns, mask, HEAD)
+    q = _target_distribution(table, target, rows, columns, mask, HEAD)
     return q, q
 
 
 @triton.jit
-def whole_rows(
-    logits, logits_stride, grad, grad_stride, table, table_stride, weight, smoothing, classes, columns_count,
-    label, share, label_b, share_b, rows, in_batch, stored,
-    SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Rows in registers. ``(loss, size of the first part, size of the second)``: 0 where no entry differs from 0."""
-    PARTS: tl.constexpr = SOURCE and FORM == 1
-    columns = tl.arange(0, BLOCK)[None, :]
+def whole_rows(matrices, columns_count, table, target, rows, in_batch, stored, HEAD: tl.constexpr):
+    """Rows in registers. Returns the loss and the sizes of both parts of ``q``: 0 where every entry is 0."""
+    PARTS: tl.constexpr = HEAD.is_source and HEAD.form == PAIR
+    logits, logits_stride, grad, grad_stride = matrices
+    columns = tl.arange(0, HEAD.block)[None, :]
     mask = in_batch & (columns < columns_count)
-    read = mask & has_share(share, share_b, FORM)
+    read = mask & has_share(target, HEAD)
     z = tl.load(
         logits + rows * logits_stride + columns, mask=read, other=-float("inf"), eviction_policy="evict_first"
-    ).to(DTYPE)  # fmt: skip
-    q, q_b = _distribution(
-        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, rows, columns, read,
-        SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
-    )  # fmt: skip
-    # Entries may cancel, so that their sum says nothing of whether there are any.
+    ).to(HEAD.dtype)  # fmt: skip
+    q, q_b = _distribution(table, target, rows, columns, read, HEAD)
+    # Entries may cancel: only the sum of their absolute values says whether there are any.
     size = tl.sum(tl.abs(q), 1, keep_dims=True)
     size_b = size
     whole_size = size
@@ -148,9 +142,9 @@ def whole_rows(
     e = exp(x)
     total = tl.sum(e, 1, keep_dims=True)
     loss = mass * tl.log(total) - tl.sum(_product(q, x), 1, keep_dims=True)
-    if KL:
+    if HEAD.kl:
         loss += tl.sum(tl.where(q != 0, q * tl.log(q), 0.0), 1, keep_dims=True)
-    if GRADIENT:
+    if HEAD.has_gradient:
         g = tl.where(takes_part, stored * (e * (mass / total) - q), 0.0)
         tl.store(
             grad + rows * grad_stride + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first"
@@ -160,7 +154,7 @@ def whole_rows(
 
 @triton.jit
 def _lanes(x, function: tl.constexpr):
-    """Sums or maxima of a block of a long row by lane; a thread has both other axes in its registers."""
+    """Sums or maxima by lane of a long row's block; a thread has both other axes in its registers."""
     if function == "max":
         return tl.max(tl.max(x, 2), 0)
     return tl.sum(tl.sum(x, 2), 0)
@@ -185,20 +179,23 @@ def _columns_of_kept(BLOCK: tl.constexpr, ACCESS: tl.constexpr):
 
 @triton.jit
 def _product(q, x):
-    """A logit of -inf where ``q = 0`` contributes nothing; the product alone would be NaN."""
+    """``q x``; a logit of -inf where ``q = 0`` contributes nothing, where the product alone would be NaN."""
     return q * tl.where(q != 0, x, 0.0)
 
 
 @triton.jit
-def kept_row(
-    logits, grad, q_row, columns_count, has_label, supervised, stored, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr, ACCESS: tl.constexpr, POLICY: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """A source head's row of BLOCKS blocks, all full but the last. Its logits stay in registers, ``q`` passes through.
+def kept_row(logits, grad, q_row, columns_count, has_label, supervised, stored, HEAD: tl.constexpr):
+    """A source head's row of HEAD.kept blocks, all full but the last. Its logits stay in registers, ``q`` passes by.
 
-    ``supervised``: the share of its classes with source supervision, and so ``Q``; of a label: if it has any, which a
-    glance at the first columns answers, or else all columns.
+    ``supervised`` is ``Q``, the share of the row's classes with source supervision, if the row has any. A glance at the
+    first columns mostly answers that; else all columns do.
     """
+    BLOCK: tl.constexpr = HEAD.block
+    BLOCKS: tl.constexpr = HEAD.kept
+    ACCESS: tl.constexpr = HEAD.access
+    POLICY: tl.constexpr = "" if HEAD.form == PROBABILITIES else "evict_last"  # R stays in L2, P R is read once
+    DTYPE: tl.constexpr = HEAD.dtype
+    GRADIENT: tl.constexpr = HEAD.has_gradient
     first = _columns_of_kept(BLOCK, ACCESS)
     zero = tl.zeros([first.shape[1]], DTYPE)
     count = tl.where(has_label, columns_count, 0)
@@ -248,8 +245,8 @@ def kept_row(
             loss = found * tl.log(row_total) - tl.sum(dot, 0)
             writes = GRADIENT and _is_other(found, row_mass)
             row_mass = found
-            # It is never written more than twice, but the compiler does not know that. It would compute before the
-            # loop, and keep in registers, all exponentials; and all addresses, where every element has its own.
+            # The loop runs at most twice, but the compiler does not know that. It would compute before the loop, and
+            # keep in registers, all exponentials, and all addresses where every element has its own.
             times += 1
             nothing = times // 256
             row_top += nothing
@@ -262,18 +259,21 @@ def kept_row(
 
 @triton.jit
 def _is_other(found, expected):
-    """Whether a sum is another one, by more than adding up costs; never where both are the same number, or NaN."""
+    """Whether two sums differ by more than rounding; never where both are the same number, or NaN."""
     error = tl.abs(found - expected)
     is_near = (found == expected) | (error <= 2.0**-22 * tl.minimum(tl.abs(found), tl.abs(expected)))
     return (is_near == 0) & ((found == found) | (expected == expected))
 
 
 @triton.jit
-def packed_row(
-    logits, grad, q_row, columns_count, has_label, stored, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr, ACCESS: tl.constexpr, POLICY: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """A kept row whose logits and ``q`` both have 16 bits: two of either in a register, and so all of them there."""
+def packed_row(logits, grad, q_row, columns_count, has_label, stored, HEAD: tl.constexpr):
+    """A kept row whose logits and ``q`` both have 16 bits: the registers hold all of them, two numbers in each."""
+    BLOCK: tl.constexpr = HEAD.block
+    BLOCKS: tl.constexpr = HEAD.kept
+    ACCESS: tl.constexpr = HEAD.access
+    POLICY: tl.constexpr = "" if HEAD.form == PROBABILITIES else "evict_last"  # R stays in L2, P R is read once
+    DTYPE: tl.constexpr = HEAD.dtype
+    GRADIENT: tl.constexpr = HEAD.has_gradient
     first = _columns_of_kept(BLOCK, ACCESS)
     zero = tl.zeros([first.shape[1]], DTYPE)
     count = tl.where(has_label, columns_count, 0)
@@ -301,7 +301,7 @@ def packed_row(
             top = tl.maximum(top, tl.maximum(_lanes(z_even.to(DTYPE), "max"), _lanes(z_odd.to(DTYPE), "max")))
             z = z + (_packed(z_even, z_odd),)  # type: ignore[assignment]  # noqa: RUF005
         row_top = tl.max(top, 0)
-        # Sums of what is not below 0: nothing, but the compiler does not know that. It would unpack once for all, and
+        # These sums are never below 0, so `nothing` is 0, but the compiler does not know that. It would unpack once and
         # keep that in registers, and the exponentials of the first sweep for the second.
         nothing = (row_size < 0).to(tl.int32)
         total = zero
@@ -346,101 +346,72 @@ def _write_zeros(grad, columns_count, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _block(
-    logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-    columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
-    FULL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """``(mask, z, both parts of q)`` of some columns of a long row. A FULL block has a mask that costs nothing."""
+def _block(logits, columns_count, table, target, row, columns, HEAD: tl.constexpr, FULL: tl.constexpr):
+    """``(mask, z, both parts of q)`` of some columns of a long row. The mask of a FULL block costs nothing."""
     mask = (columns < columns_count) | FULL
-    z = tl.load(logits + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(DTYPE)
-    q, q_b = _distribution(
-        table, table_stride, weight, smoothing, classes, label, share, label_b, share_b, row, columns, mask,
-        SOURCE, FORM, HAS_WEIGHT, SMOOTHS, DTYPE,
-    )  # fmt: skip
+    z = tl.load(logits + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(HEAD.dtype)
+    q, q_b = _distribution(table, target, row, columns, mask, HEAD)
     return mask, z, q, q_b
 
 
 @triton.jit
-def _add_block(
-    top, total, dot, mass, size, size_b, whole_size, entropy,
-    logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-    columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
-    KL: tl.constexpr, FULL: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The sums of a long row with those of some more of its columns."""
-    _, z, q, q_b = _block(
-        logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-        columns, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, FULL, DTYPE,
-    )  # fmt: skip
+def _add_block(sums, logits, columns_count, table, target, row, columns, HEAD: tl.constexpr, FULL: tl.constexpr):
+    """The sums of a long row with those of some more columns."""
+    top, total, dot, mass, size, size_b, whole_size, entropy = sums
+    _, z, q, q_b = _block(logits, columns_count, table, target, row, columns, HEAD, FULL)
     new_top = tl.maximum(top, _lanes(z, "max"))
     fall = top - new_top
     x = z - new_top[None, :, None]
     total = total * exp(fall) + _lanes(exp(x), "sum")
     size += _lanes(tl.abs(q), "sum")
-    if SOURCE and FORM == 1:
+    if HEAD.is_source and HEAD.form == PAIR:
         size_b += _lanes(tl.abs(q_b), "sum")
         q += q_b
         whole_size += _lanes(tl.abs(q), "sum")
-    # A fall from the least number may be infinite, as a logit of -inf is where q = 0: neither contributes.
+    # The fall from the least number may be infinite, like a logit of -inf where q = 0: neither contributes.
     dot += tl.where(mass != 0, mass * fall, 0.0) + _lanes(_product(q, x), "sum")
     mass += _lanes(q, "sum")
-    if KL:
+    if HEAD.kl:
         entropy += _lanes(tl.where(q != 0, q * tl.log(q), 0.0), "sum")
     return new_top, total, dot, mass, size, size_b, whole_size, entropy
 
 
 @triton.jit
 def _write_block(
-    grad, top, scale, stored,
-    logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-    columns, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr,
-    FULL: tl.constexpr, DTYPE: tl.constexpr,
+    grad, top, scale, stored, logits, columns_count, table, target, row, columns, HEAD: tl.constexpr, FULL: tl.constexpr
 ):  # fmt: skip
     """The gradient of some columns of a long row."""
-    mask, z, q, q_b = _block(
-        logits, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-        columns, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, FULL, DTYPE,
-    )  # fmt: skip
-    if SOURCE and FORM == 1:
+    mask, z, q, q_b = _block(logits, columns_count, table, target, row, columns, HEAD, FULL)
+    if HEAD.is_source and HEAD.form == PAIR:
         q += q_b
     g = stored * (exp(z - top) * scale - q)
     tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
-def long_row(
-    logits, grad, table, table_stride, weight, smoothing, classes, columns_count, label, share, label_b, share_b, row,
-    stored, SOURCE: tl.constexpr, FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHS: tl.constexpr, KL: tl.constexpr,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ACCESS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+def long_row(logits, grad, columns_count, table, target, row, stored, HEAD: tl.constexpr):
     """A row longer than the registers, a block of columns at a time: a sweep for the sums, one for the gradient.
 
-    Each lane has a maximum of its own, ``top``, and sums relative to it, so that threads meet once, at the end. Where
-    ``top`` rises by ``d``, the sum of exponentials shrinks by ``exp(-d)`` and ``sum q x`` by ``d sum q``: what was
-    added before really lies that much deeper, so nothing cancels.
+    Each lane has its own maximum, ``top``, and sums relative to it, so that threads meet once, at the end. Where
+    ``top`` rises by ``d``, the sum of exponentials shrinks by ``exp(-d)`` and ``sum q x`` by ``d sum q``: earlier
+    columns really lie that much deeper, so nothing cancels.
     """
-    PARTS: tl.constexpr = SOURCE and FORM == 1
+    BLOCK: tl.constexpr = HEAD.block
+    DTYPE: tl.constexpr = HEAD.dtype
+    PARTS: tl.constexpr = HEAD.is_source and HEAD.form == PAIR
     LANES: tl.constexpr = BLOCK // _COLUMNS_A_LANE
-    first = _columns_of_block(BLOCK, _COLUMNS_A_LANE, ACCESS)
-    # The least number, and not -inf: differences to it are numbers.
+    first = _columns_of_block(BLOCK, _COLUMNS_A_LANE, HEAD.access)
+    # The least number instead of -inf: differences to it are numbers.
     top = tl.full([LANES], _LEAST_FLOAT64 if tl.float64 == DTYPE else _LEAST_FLOAT32, DTYPE)
     zero = tl.zeros([LANES], DTYPE)
-    total, dot, mass, size, size_b, whole_size, entropy = zero, zero, zero, zero, zero, zero, zero
-    count = tl.where(has_share(share, share_b, FORM), columns_count, 0)
+    sums = top, zero, zero, zero, zero, zero, zero, zero
+    count = tl.where(has_share(target, HEAD), columns_count, 0)
     full = count // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
-        top, total, dot, mass, size, size_b, whole_size, entropy = _add_block(
-            top, total, dot, mass, size, size_b, whole_size, entropy, logits, table, table_stride, weight, smoothing,
-            classes, count, label, share, label_b, share_b, row, start + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL,
-            True, DTYPE,
-        )  # fmt: skip
+        sums = _add_block(sums, logits, count, table, target, row, start + first, HEAD, True)
     if full < count:
-        top, total, dot, mass, size, size_b, whole_size, entropy = _add_block(
-            top, total, dot, mass, size, size_b, whole_size, entropy, logits, table, table_stride, weight, smoothing,
-            classes, count, label, share, label_b, share_b, row, full + first, SOURCE, FORM, HAS_WEIGHT, SMOOTHS, KL,
-            False, DTYPE,
-        )  # fmt: skip
+        sums = _add_block(sums, logits, count, table, target, row, full + first, HEAD, False)
+    top, total, dot, mass, size, size_b, whole_size, entropy = sums
     row_top = tl.max(top, 0)
     fall = top - row_top
     row_total = tl.sum(total * exp(fall), 0)
@@ -453,23 +424,19 @@ def long_row(
         row_size_b = tl.sum(size_b, 0)
         takes_part = tl.sum(whole_size, 0) != 0
     loss = row_mass * tl.log(row_total) - row_dot
-    if KL:
+    if HEAD.kl:
         loss += tl.sum(entropy, 0)
-    if GRADIENT:
+    if HEAD.has_gradient:
         full = columns_count // BLOCK * BLOCK
         if takes_part:
             scale = row_mass / row_total
             for start in range(0, full, BLOCK):
                 _write_block(
-                    grad, row_top, scale, stored, logits, table, table_stride, weight, smoothing, classes,
-                    columns_count, label, share, label_b, share_b, row, start + first, SOURCE, FORM, HAS_WEIGHT,
-                    SMOOTHS, True, DTYPE,
+                    grad, row_top, scale, stored, logits, columns_count, table, target, row, start + first, HEAD, True
                 )  # fmt: skip
             if full < columns_count:
                 _write_block(
-                    grad, row_top, scale, stored, logits, table, table_stride, weight, smoothing, classes,
-                    columns_count, label, share, label_b, share_b, row, full + first, SOURCE, FORM, HAS_WEIGHT,
-                    SMOOTHS, False, DTYPE,
+                    grad, row_top, scale, stored, logits, columns_count, table, target, row, full + first, HEAD, False
                 )  # fmt: skip
         else:
             _write_zeros(grad, columns_count, first, BLOCK)

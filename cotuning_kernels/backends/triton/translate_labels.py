@@ -28,7 +28,7 @@ def translate_labels_kernel(
     labels, labels_stride: tl.int64, labels_b, labels_b_stride: tl.int64, mix, mix_stride: tl.int64, relationship,
     relationship_stride: tl.int64, out, out_stride: tl.int64, batch: tl.int64, classes: tl.int32, width: tl.int32,
     ignore_index: tl.int64,
-    PAIR: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    HAS_PAIR: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows and columns a program."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -36,14 +36,14 @@ def translate_labels_kernel(
     in_batch = rows < batch
     mask = in_batch[:, None] & (columns < width * VEC)[None, :]
     label, share, label_b, share_b = read_target(
-        labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, rows, in_batch, classes, ignore_index, PAIR,
-        DTYPE,
+        (labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index), rows, in_batch,
+        HAS_PAIR, DTYPE,
     )  # fmt: skip
     stride = relationship_stride * VEC
     q = tl.load(
         relationship + label[:, None] * stride + columns[None, :], mask=mask & (share != 0)[:, None], other=0.0
     ).to(DTYPE)  # fmt: skip
-    if PAIR:
+    if HAS_PAIR:
         q_b = tl.load(
             relationship + label_b[:, None] * stride + columns[None, :], mask=mask & (share_b != 0)[:, None], other=0.0
         ).to(DTYPE)  # fmt: skip
@@ -90,7 +90,7 @@ def plan(
             "classes": relationship.shape[0],
             "width": columns // vec,
             "ignore_index": ignore_index,
-            "PAIR": target_b is not None,
+            "HAS_PAIR": target_b is not None,
             "VEC": vec,
             "ROWS": rows,
             "BLOCK": block,
