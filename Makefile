@@ -13,8 +13,9 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
-SOURCES := setup.py pyproject.toml $(shell find build_support cotuning_kernels csrc -name __pycache__ -prune -o \
-	-type f \( -name '*.py' -o -name '*.typed' -o -name '*.txt' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*' \) -print)
+# The installation is this folder (`pip install -e`), so Python files need no installing again; these do.
+SOURCES := setup.py pyproject.toml $(shell find build_support csrc -name __pycache__ -prune -o -type f \
+	\( -name '*.py' -o -name '*.txt' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*' \) -print)
 CPP = $(shell find csrc tools benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # The extras of pyproject.toml that a target needs.
@@ -33,11 +34,6 @@ CUDA_bench := $(NO_CUDA)
 CUDA_lint := COTUNING_KERNELS_CUDA=0
 CUDA_docs := COTUNING_KERNELS_CUDA=0
 
-# The installed package instead of the source tree beside it, which has no compiled extension; and `benchmarks`, which is
-# not installed.
-INSTALLED = PYTHONSAFEPATH=1 \
-	PYTHONPATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))'):$(CURDIR)"
-
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test bench lint docs clean distclean
@@ -51,13 +47,13 @@ demo: .venv/installed-demo ## fine-tune real weights on real images, plainly and
 
 # Each worker gets a stretch of neighbouring tests, which share what is expensive to make.
 test: .venv/installed-test ## run the whole test suite, a worker a core
-	@$(INSTALLED) $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	@$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 bench: .venv/installed-bench ## run the benchmarks, print a table of ratios to today's formulations, write a page with pictures
-	@$(INSTALLED) MALLOC_MMAP_MAX_=0 $(BIN)/pytest --import-mode=append benchmarks --benchmark-only $(ARGS)
-	@$(INSTALLED) $(BIN)/python -m benchmarks.ratios
-	@$(INSTALLED) $(BIN)/python -m benchmarks.limits
-	@$(INSTALLED) $(BIN)/python -m benchmarks.page --output benchmark_page
+	@MALLOC_MMAP_MAX_=0 $(BIN)/pytest benchmarks --benchmark-only $(ARGS)
+	@$(BIN)/python -m benchmarks.ratios
+	@$(BIN)/python -m benchmarks.limits
+	@$(BIN)/python -m benchmarks.page --output benchmark_page
 
 lint: .venv/installed-lint ## ruff, mypy, clang-format
 	@$(BIN)/ruff check .
@@ -72,15 +68,15 @@ docs: .venv/installed-docs ## build the documentation site into build/docs, with
 clean: ## remove what was built, written or cached here; .venv and the downloaded images stay
 	rm -rf build dist *.egg-info demo_output benchmark_page .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
-	rm -f cotuning_kernels/*.so
+	rm -f cotuning_kernels/*.so .venv/installed-*
 
 distclean: clean ## and those too
 	rm -rf .venv .cache
 
-# One stamp a set of extras; installed anew when the sources have changed.
+# One stamp a set of extras, made again when the sources have changed.
 .venv/installed-%: $(SOURCES) | .venv/torch
 	@echo "Installing cotuning_kernels with its extras [$(EXTRAS_$*)] into .venv"
-	@$(CUDA_$*) $(PIP_INSTALL) --quiet ".[$(EXTRAS_$*)]" || { echo "make: the installation failed (pip's words are above):\
+	@$(CUDA_$*) $(PIP_INSTALL) --quiet -e ".[$(EXTRAS_$*)]" || { echo "make: the installation failed (pip's words are above):\
 	 check the network, then run make again." >&2; exit 1; }
 	@touch $@
 

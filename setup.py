@@ -72,6 +72,11 @@ def shell_words(words: list[str]) -> str:
 class BuildWithNinja(build_ext):
     """One object a source, each with its own flags, in parallel, rebuilt only when it changed."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # not a temporary folder: the next installation compiles only what changed
+            self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
     def build_extensions(self) -> None:
         torch = find_torch()
         if torch is None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -442,10 +443,12 @@ def test_sources_that_hide_the_installed_package_say_so(tmp_path: Path) -> None:
     assert any(Path(said[1]).glob("_C.*"))
 
 
+_NOT_IN_A_CHECKOUT = (".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", ".cache")
+
+
 def test_a_source_distribution_has_what_the_build_reads(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
-    skipped = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", ".cache")
-    shutil.copytree(ROOT, tree, ignore=skipped)
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*_NOT_IN_A_CHECKOUT))
     code = "import sys; sys.path.insert(0, 'build_support'); import backend; print(backend.build_sdist('dist'))"
     subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
     (archive,) = (tree / "dist").glob("*.tar.gz")
@@ -458,6 +461,22 @@ def test_a_source_distribution_has_what_the_build_reads(tmp_path: Path) -> None:
     }
     missing = {name for name in needed if "__pycache__" not in name} - packed
     assert not missing, f"not in the source distribution: {sorted(missing)}"
+
+
+def test_a_wheel_takes_no_extension_that_lies_in_the_checkout(tmp_path: Path) -> None:
+    """``pip install -e .`` leaves its extensions there, and they belong to one torch, one Python and one processor."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*_NOT_IN_A_CHECKOUT))
+    (tree / "cotuning_kernels" / "_C.cpython-311-x86_64-linux-gnu.so").touch()
+    (tree / "cotuning_kernels" / "_cuda.abi3.so").touch()
+    code = "import sys; sys.path.insert(0, 'build_support'); import backend; print(backend.build_wheel('dist'))"
+    environment = os.environ | {"COTUNING_KERNELS_PURE_PYTHON": "1"}
+    finished = subprocess.run([sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    packed = zipfile.ZipFile(wheel).namelist()
+    assert "cotuning_kernels/__init__.py" in packed
+    assert [name for name in packed if name.endswith(".so")] == []
 
 
 def test_a_module_of_another_package_does_not_hide_the_build() -> None:

@@ -553,15 +553,22 @@ def test_the_command_settles_malloc_unless_told_otherwise(option: list[str], mal
     assert malloc in _run(["-m", "benchmarks.ratios", *measured, *option])
 
 
-def test_an_installed_package_is_measured_rather_than_the_checkout(tmp_path: Path) -> None:
-    package = tmp_path / "cotuning_kernels"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    find = "import importlib.util as u; print(u.find_spec('cotuning_kernels').origin)"
-    # The checkout first on the path, as for anybody who starts Python in it; an empty value is no PYTHONSAFEPATH.
-    environment = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": ""}
-    assert _run(["-c", find], **environment).strip() == str(ROOT / "cotuning_kernels" / "__init__.py")
-    assert _run(["-c", f"import benchmarks; {find}"], **environment).strip() == str(package / "__init__.py")
+def test_a_checkout_without_kernels_is_not_measured(tmp_path: Path) -> None:
+    """Started in a checkout, Python finds it before an installed package with kernels: the command says so."""
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for folder in ("benchmarks", "cotuning_kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / "checkout" / folder, ignore=ignored)
+    (tmp_path / "checkout" / "pyproject.toml").touch()
+    (tmp_path / "installed" / "cotuning_kernels").mkdir(parents=True)
+    (tmp_path / "installed" / "cotuning_kernels" / "_C.abi3.so").touch()
+    finished = subprocess.run(
+        [sys.executable, "-m", "benchmarks.ratios", "--parts", "loss", "--shapes", str(_SMALL)],
+        cwd=tmp_path / "checkout", env=os.environ | {"PYTHONPATH": str(tmp_path / "installed"), "PYTHONSAFEPATH": ""},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode != 0
+    assert "which Python finds before the installed package" in finished.stderr
+    assert "run `pip install -e .` in this one" in finished.stderr
 
 
 # The page
