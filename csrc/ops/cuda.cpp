@@ -2,8 +2,8 @@
 // The mathematics is in csrc/kernels/cuda. Nothing here waits for the device or reads from it, so a CUDA graph can
 // capture all of it.
 //
-// For the tests the same file is compiled against the emulator (COTUNING_EMULATE): tensors then lie on the CPU, and the
-// operations are registered beside the real ones, in a namespace of their own.
+// For the tests the same file is compiled with COTUNING_EMULATE and an emulator's CUDA headers: tensors then lie on the
+// CPU, where torch has no stream and no device to guard, and the operations are registered in a namespace of their own.
 //
 // The Python layer has already checked its arguments, in words for people. What is checked here again is what would let
 // a direct caller of the operation read or write outside a tensor.
@@ -60,6 +60,7 @@ class Place {
 #ifdef COTUNING_EMULATE
   explicit Place(const Tensor& tensor) : device_(tensor.device()), device_type_(aoti_torch_device_type_cpu()) {}
   void* stream() const { return nullptr; }
+  cuda::Device& device() const { return cuda::device_at(0); }
 #else
   explicit Place(const Tensor& tensor)
       : device_(tensor.device()),
@@ -67,6 +68,7 @@ class Place {
         guard_(tensor.get_device_index()),
         stream_(current_stream(tensor.get_device_index())) {}
   void* stream() const { return stream_; }
+  cuda::Device& device() const { return cuda::device_at(device_.index()); }
 #endif
 
   void check(const Tensor& tensor, const char* name) const {
@@ -196,7 +198,7 @@ class SumsMemory {
     auto* parts = static_cast<double*>(memory_.mutable_data_ptr());
     void* own = cuda::is_capturing(place.stream()) ? parts + blocks * sums : nullptr;
     sums_.parts = parts;
-    sums_.finished = cuda::finished_counter(static_cast<unsigned*>(own), place.stream());
+    sums_.finished = cuda::finished_counter(place.device(), static_cast<unsigned*>(own), place.stream());
   }
   const cuda::BlockSums& sums() const { return sums_; }
 
@@ -221,11 +223,11 @@ std::tuple<Tensor, Tensor, Tensor> solve(const Place& place, cuda::LossProblem p
   problem.factors = factors.mutable_data_ptr();
   const cuda::LossPlan plan =
       cuda::plan_loss(rows, problem.source_logits.columns, problem.source_logits.type, problem.target_logits.columns,
-                      problem.target_logits.type, cuda::plan_rules());
+                      problem.target_logits.type, place.device().rules);
   const SumsMemory memory(place, plan.blocks + 1, cuda::kLossSums);
   problem.sums = memory.sums();
   problem.first_sums = problem.sums.parts + plan.blocks * cuda::kLossSums;
-  cuda::launch_loss(problem, plan, place.stream());
+  cuda::launch_loss(problem, plan, place.device(), place.stream());
   return {loss, terms, factors};
 }
 
@@ -281,7 +283,7 @@ void scale_gradients(const Tensor& source_grad, const Tensor& target_grad, const
                     "upstream must have one entry a row");
     problem.gradients[k] = matrix(place, *gradients[k], "gradient");
   }
-  cuda::launch_scale(problem, cuda::plan_rules(), place.stream());
+  cuda::launch_scale(problem, place.device().rules, place.stream());
 }
 
 Tensor translate_labels(const Tensor& target, const OptionalTensor& target_b, const OptionalTensor& mix,
@@ -295,7 +297,7 @@ Tensor translate_labels(const Tensor& target, const OptionalTensor& target_b, co
   problem.ignore_index = ignore_index;
   Tensor out = place.empty({batch, relationship.size(1)}, relationship.scalar_type());
   problem.out = matrix(place, out, "out");
-  cuda::launch_translate(problem, cuda::plan_rules(), place.stream());
+  cuda::launch_translate(problem, place.device().rules, place.stream());
   return out;
 }
 
@@ -316,7 +318,7 @@ void add_class_sums(const Tensor& sums, const Tensor& counts, const Tensor& logi
   problem.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
   problem.ignore_index = ignore_index;
   problem.inverse_temperature = inverse_temperature;
-  cuda::launch_class_sums(problem, cuda::plan_rules(), place.stream());
+  cuda::launch_class_sums(problem, place.device().rules, place.stream());
 }
 
 Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inverse_temperature, int64_t ignore_index) {
@@ -329,7 +331,7 @@ Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inve
   Tensor terms = place.empty({cuda::kTemperatureSums}, ScalarType::Double);
   problem.terms = static_cast<double*>(terms.mutable_data_ptr());
   const cuda::PassPlan plan =
-      cuda::plan_pass(problem.logits.rows, problem.logits.columns, problem.logits.type, cuda::plan_rules());
+      cuda::plan_pass(problem.logits.rows, problem.logits.columns, problem.logits.type, place.device().rules);
   const SumsMemory memory(place, plan.blocks, cuda::kTemperatureSums);
   problem.sums = memory.sums();
   cuda::launch_temperature(problem, plan, place.stream());

@@ -40,6 +40,11 @@ def emulator_sources(root: Path) -> list[Path]:
     return sorted((root / "tools" / "cuda_emulator").glob("*.cpp"))
 
 
+def headers(root: Path) -> Path:
+    """Where the kernels find CUDA's headers when they are compiled for the CPU."""
+    return root / "tools" / "cuda_emulator" / "include"
+
+
 def missing() -> str | None:
     """Why there is no emulated library here."""
     if not (ROOT / "csrc" / "sources.txt").is_file() or not emulator_sources(ROOT):
@@ -47,13 +52,13 @@ def missing() -> str | None:
     return None if tool("g++", "c++") else "there is no g++ that could compile the kernels for the CPU"
 
 
-def _compile(source: Path, folder: Path) -> Path:
+def _compile(source: Path, root: Path, folder: Path) -> Path:
     compiled = folder / f"{source.stem}_{source.suffix[1:]}.o"
     if compiled.exists():
         return compiled
     finished = run([
         compiler(), *FLAGS, "-DCOTUNING_EMULATE",
-        "-isystem", TORCH / "include", "-x", "c++", "-c", source, "-o", compiled,
+        "-I", headers(root), "-isystem", TORCH / "include", "-x", "c++", "-c", source, "-o", compiled,
     ])  # fmt: skip
     assert finished.returncode == 0, finished.stdout
     return compiled
@@ -66,7 +71,7 @@ def build(root: Path, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         listed = [*sources(root, "cuda", "cuda_extension"), *emulator_sources(root)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(functools.partial(_compile, folder=folder), listed))
+            objects = list(pool.map(functools.partial(_compile, root=root, folder=folder), listed))
         linked = run([compiler(), "-shared", *objects, "-o", path, f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
         assert linked.returncode == 0, linked.stdout
     return path

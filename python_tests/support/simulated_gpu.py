@@ -70,7 +70,7 @@ def object_name(source: Path) -> str:
     return f"{source.parent.name}_{source.name}.o"
 
 
-def _command(source: Path) -> list[str | Path]:
+def _command(source: Path, root: Path) -> list[str | Path]:
     toolkit, nvcc = _toolkit(), tool("nvcc")
     assert toolkit is not None
     assert nvcc is not None
@@ -83,7 +83,7 @@ def _command(source: Path) -> list[str | Path]:
     seen = [compiler(), *FLAGS, "-fvisibility=default"]  # its functions and kernels are found by their names
     if source.name == "runtime.cpp":
         return [*seen, "-isystem", toolkit / "include"]
-    return [*seen, "-DCOTUNING_EMULATE"]
+    return [*seen, "-I", emulated_cuda.headers(root)]
 
 
 def build(folder: Path, root: Path = ROOT) -> None:
@@ -94,7 +94,7 @@ def build(folder: Path, root: Path = ROOT) -> None:
     def compiled(source: Path) -> Path:
         path = folder / object_name(source)
         if not path.exists():
-            finished = run([*_command(source), "-c", source, "-o", path])
+            finished = run([*_command(source, root), "-c", source, "-o", path])
             assert finished.returncode == 0, finished.stdout
         return path
 

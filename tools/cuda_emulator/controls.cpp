@@ -2,12 +2,6 @@
 #include "../../csrc/kernels/cuda/device.h"
 #include "../../csrc/kernels/cuda/launch.h"
 
-namespace cotuning::cuda {
-
-PlanRules& emulated_plan_rules();
-
-}  // namespace cotuning::cuda
-
 namespace {
 
 void read_unwritten(float* out) {
@@ -33,7 +27,7 @@ __attribute__((visibility("default"))) void cotuning_emulator_plan(int64_t share
   rules.shared_bytes = shared_bytes;
   rules.warp_vectors = warp_vectors;
   rules.max_blocks = max_blocks;
-  cotuning::cuda::emulated_plan_rules() = rules;
+  cotuning::cuda::device_at(0).rules = rules;
 }
 
 // Since the last call: bytes read by 16 and by less, bytes written by 16 and by less, launches.
@@ -49,7 +43,7 @@ __attribute__((visibility("default"))) void cotuning_emulator_take_counts(uint64
 
 // What a kernel finds in shared memory that nobody has written, static and dynamic: two numbers.
 __attribute__((visibility("default"))) void cotuning_emulator_read_unwritten(float* out) {
-  COTUNING_LAUNCH(read_unwritten, 1, 1, 16, nullptr, out);
+  cotuning::emulator::launch_kernel(read_unwritten, 1, 1, 16, out);
 }
 
 }  // extern "C"

@@ -109,9 +109,17 @@ struct Block {
   Meeting meeting;
 };
 
+// What the emulator keeps of a kernel from launch to launch.
+struct KernelState {
+  size_t static_bytes = 0;  // the most that a block has declared
+  bool asked = false;       // whether its limit was set, and to what
+  size_t allowed_dynamic = 0;
+};
+
 struct Launch {
+  const void* kernel = nullptr;
   Dim3 grid, block;
-  size_t dynamic_bytes = 0, allowed_bytes = kDefaultSharedBytes;
+  size_t dynamic_bytes = 0;
   const std::function<void()>* body = nullptr;
   std::string error;
   bool cancelled = false;  // whoever waits is to unwind its stack
@@ -126,9 +134,28 @@ Launch* running = nullptr;
 Block* block = nullptr;
 Thread* current = nullptr;
 
-std::map<const void*, size_t>& allowed_dynamic_shared() {
-  static std::map<const void*, size_t> allowed;
-  return allowed;
+// Of all kernels. Host threads set limits while others launch.
+std::mutex kernels_lock;
+std::map<const void*, KernelState>& kernel_states() {
+  static std::map<const void*, KernelState> kernels;
+  return kernels;
+}
+KernelState& state_of(const void* kernel) { return kernel_states()[kernel]; }
+
+// The driver's rule: 48 KB less the static memory, until the kernel's limit is set; then that limit, which with the
+// static memory may be all that the device grants a block. Empty where the launch is allowed.
+std::string refused_shared_memory(const KernelState& kernel, size_t dynamic_bytes) {
+  const size_t device = settings().shared_memory;
+  const std::string beside = " beside " + std::to_string(kernel.static_bytes) + " static ones";
+  if (kernel.asked && kernel.allowed_dynamic + kernel.static_bytes > device) {
+    return "a limit of " + std::to_string(kernel.allowed_dynamic) + " bytes of dynamic shared memory" + beside +
+           ": static and dynamic shared memory together are more than the device has, " + std::to_string(device);
+  }
+  const size_t all = std::min(kDefaultSharedBytes, device);
+  const size_t allowed = kernel.asked ? kernel.allowed_dynamic : all - std::min(all, kernel.static_bytes);
+  if (dynamic_bytes <= allowed) return "";
+  return "launch: " + std::to_string(dynamic_bytes) + " bytes of dynamic shared memory" + beside + ", but " +
+         std::to_string(allowed) + " were allowed (48 KB less the static ones, until the kernel's limit is set)";
 }
 
 std::string place() {
@@ -319,14 +346,9 @@ void check_configuration() {
     throw Error("launch: a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
                 std::to_string(grid.z) + " blocks");
   }
-  if (running->dynamic_bytes > running->allowed_bytes) {
-    throw Error("launch: " + std::to_string(running->dynamic_bytes) + " bytes of dynamic shared memory, but " +
-                std::to_string(running->allowed_bytes) + " were allowed (48 KB, until a kernel asks for more)");
-  }
-  if (running->dynamic_bytes > settings().shared_memory) {
-    throw Error("launch: " + std::to_string(running->dynamic_bytes) + " bytes of shared memory, the device has " +
-                std::to_string(settings().shared_memory));
-  }
+  const std::lock_guard<std::mutex> lock(kernels_lock);
+  const std::string refused = refused_shared_memory(state_of(running->kernel), running->dynamic_bytes);
+  if (!refused.empty()) throw Error(refused);
 }
 
 COTUNING_UNSEEN void run(const std::vector<size_t>& order) {
@@ -453,9 +475,18 @@ COTUNING_UNSEEN void* static_shared(const void* declaration, size_t bytes) {
     std::memset(memory.get(), 0xff, bytes);
     block->static_bytes += bytes;
     if (block->static_bytes > kDefaultSharedBytes) stop("more than 48 KB of static shared memory");
-    if (block->static_bytes + running->dynamic_bytes > settings().shared_memory) {
-      stop("static and dynamic shared memory together are more than the device has");
+    // A driver knows this before the launch and refuses it.
+    std::string refused;
+    {
+      const std::lock_guard<std::mutex> lock(kernels_lock);
+      KernelState& kernel = state_of(running->kernel);
+      const size_t whole = (block->static_bytes + 15) / 16 * 16;  // dynamic memory starts at a multiple of 16
+      if (whole > kernel.static_bytes) {
+        kernel.static_bytes = whole;
+        refused = refused_shared_memory(kernel, running->dynamic_bytes);
+      }
     }
+    if (!refused.empty()) stop(refused);
   }
   return memory.get();
 }
@@ -473,24 +504,36 @@ COTUNING_UNSEEN void fail_assertion(const char* condition, const char* file, int
 }
 
 void allow_dynamic_shared(const void* kernel, size_t bytes) {
-  if (bytes > settings().shared_memory) {
-    throw Error("a kernel asks for " + std::to_string(bytes) + " bytes of shared memory, the device has " +
+  const std::lock_guard<std::mutex> lock(kernels_lock);
+  KernelState& state = state_of(kernel);
+  if (bytes + state.static_bytes > settings().shared_memory) {
+    throw Error("a limit of " + std::to_string(bytes) + " bytes of dynamic shared memory beside " +
+                std::to_string(state.static_bytes) + " static ones, the device has " +
                 std::to_string(settings().shared_memory));
   }
-  allowed_dynamic_shared()[kernel] = bytes;
+  state.asked = true;
+  state.allowed_dynamic = bytes;
+}
+
+void forget_limits() {
+  const std::lock_guard<std::mutex> lock(kernels_lock);
+  for (auto& [kernel, state] : kernel_states()) state.asked = false;
+}
+
+size_t static_shared_bytes(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(kernels_lock);
+  return state_of(kernel).static_bytes;
 }
 
 COTUNING_UNSEEN void launch(const void* kernel, Dim3 grid, Dim3 size, size_t dynamic_bytes,
                             const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(one_launch);
   Launch launched;
+  launched.kernel = kernel;
   launched.grid = grid;
   launched.block = size;
   launched.dynamic_bytes = dynamic_bytes;
   launched.body = &body;
-  const auto allowed = allowed_dynamic_shared().find(kernel);
-  if (allowed != allowed_dynamic_shared().end())
-    launched.allowed_bytes = std::max(kDefaultSharedBytes, allowed->second);
   running = &launched;
   check_configuration();
   adopt(&launched.scheduler);

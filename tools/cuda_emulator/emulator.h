@@ -1,18 +1,17 @@
-// CUDA on the CPU, for tests on machines without a GPU: g++ compiles the kernels of csrc/kernels/cuda with this header
-// in place of the CUDA runtime's, and every CUDA thread runs as a fiber.
+// CUDA on the CPU, for tests on machines without a GPU: g++ compiles the kernels of csrc/kernels/cuda with the headers
+// in include/ in place of the CUDA toolkit's, and every CUDA thread runs as a fiber.
 //
-// What is here is what a kernel may use; what is not here does not compile:
+// What is here is what a kernel may use; anything else does not compile:
 //   threadIdx, blockIdx, blockDim, gridDim; __syncthreads; __syncwarp, __shfl_sync, __shfl_xor_sync, __ballot_sync with
 //   full or partial masks; __threadfence; atomicAdd on integers; COTUNING_SHARED, COTUNING_DYNAMIC_SHARED;
-//   COTUNING_LAUNCH, allow_dynamic_shared; device_assert.
-// Deliberately absent: atomics on floating-point numbers (their result depends on the order of blocks), textures,
+//   device_assert. The host code may use the runtime calls of include/cuda_runtime.h.
+// Left out on purpose: atomics on floating-point numbers (their result depends on the order of blocks), textures,
 // cooperative groups, clusters, asynchronous copies, dynamic parallelism.
 //
-// What is checked in every build: a barrier that only a part of a block reaches, or reaches at two places; a warp
-// operation that a lane of its mask misses; a deadlock; sizes of blocks, grids and shared memory, and the 48 KB that a
-// kernel has until it asks for more. Shared memory starts as NaN. Under ThreadSanitizer only what orders memory on a
-// GPU orders it here: barriers within a block, fences with atomics across blocks. See docs/cuda.md for what cannot be
-// shown.
+// Every build checks: a barrier that only a part of a block reaches, or reaches at two places; a warp operation that a
+// lane of its mask misses; a deadlock; sizes of blocks and grids; and shared memory by the driver's rule (allowed_bytes
+// in emulator.cpp). Shared memory starts as NaN. Under ThreadSanitizer only what orders memory on a GPU orders it here:
+// barriers within a block, fences with atomics across blocks. docs/cuda.md says what the emulator cannot show.
 #pragma once
 
 #include <cmath>
@@ -22,13 +21,6 @@
 #include <functional>
 #include <stdexcept>
 #include <type_traits>
-
-#define __global__
-#define __device__
-#define __host__
-#define __forceinline__ inline
-#define __restrict__ __restrict
-#define __launch_bounds__(...)
 
 namespace cotuning::emulator {
 
@@ -83,7 +75,12 @@ void fail_assertion(const char* condition, const char* file, int line);
 void fail(const char* message);
 
 void launch(const void* kernel, Dim3 grid, Dim3 block, size_t dynamic_bytes, const std::function<void()>& body);
+// Sets the attribute MaxDynamicSharedMemorySize of a kernel. The last call holds, whichever thread made it.
 void allow_dynamic_shared(const void* kernel, size_t bytes);
+// As in a new process: no kernel's limit has been set.
+void forget_limits();
+// Static shared memory of a kernel, as far as its launches have shown it.
+size_t static_shared_bytes(const void* kernel);
 
 template <class T>
 uint64_t to_bits(T value) {
@@ -112,53 +109,3 @@ void launch_kernel(void (*kernel)(Parameters...), Dim3 grid, Dim3 block, size_t 
 }
 
 }  // namespace cotuning::emulator
-
-using dim3 = ::cotuning::emulator::Dim3;
-
-#define threadIdx (::cotuning::emulator::thread_index())
-#define blockIdx (::cotuning::emulator::block_index())
-#define blockDim (::cotuning::emulator::block_size())
-#define gridDim (::cotuning::emulator::grid_size())
-#define __syncthreads() ::cotuning::emulator::block_barrier(__FILE__, __LINE__)
-
-inline void __syncwarp(unsigned mask = 0xffffffffu) { ::cotuning::emulator::warp_barrier(mask); }
-template <class T>
-T __shfl_sync(unsigned mask, T value, int source) {
-  return ::cotuning::emulator::shuffle(mask, value, static_cast<unsigned>(source), "__shfl_sync");
-}
-template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int other) {
-  const unsigned source = ::cotuning::emulator::lane() ^ static_cast<unsigned>(other);
-  return ::cotuning::emulator::shuffle(mask, value, source, "__shfl_xor_sync");
-}
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const auto values = ::cotuning::emulator::exchange(mask, predicate != 0, "__ballot_sync");
-  unsigned ballot = 0;
-  for (unsigned k = 0; k < 32; ++k) {
-    if (mask >> k & 1) ballot |= static_cast<unsigned>(values.at[k]) << k;
-  }
-  return ballot;
-}
-inline void __threadfence() { ::cotuning::emulator::fence(); }
-inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-template <class T>
-T atomicAdd(T* address, T value) {
-  static_assert(std::is_integral_v<T>, "an atomic sum of floating-point numbers depends on the order of blocks");
-  ::cotuning::emulator::before_atomic(address);
-  const T before = __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
-  ::cotuning::emulator::after_atomic(address);
-  return before;
-}
-
-#define COTUNING_SHARED(type, name, count)   \
-  static const char name##_declaration_ = 0; \
-  type* const name =                         \
-      static_cast<type*>(::cotuning::emulator::static_shared(&name##_declaration_, sizeof(type) * (count)))
-#define COTUNING_DYNAMIC_SHARED(name) char* const name = static_cast<char*>(::cotuning::emulator::dynamic_shared())
-#define COTUNING_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...) \
-  ((void)(stream), ::cotuning::emulator::launch_kernel(kernel, grid, block, dynamic_bytes __VA_OPT__(, ) __VA_ARGS__))
-#define COTUNING_COUNT_READ(bytes) ::cotuning::emulator::count_read(bytes)
-#define COTUNING_COUNT_WRITTEN(bytes) ::cotuning::emulator::count_written(bytes)
-#define device_assert(condition) \
-  ((condition) ? void() : ::cotuning::emulator::fail_assertion(#condition, __FILE__, __LINE__))

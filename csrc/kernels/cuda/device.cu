@@ -1,42 +1,36 @@
-// What is asked of the device that is current, and the counters of launches.
-#include <atomic>
+// What is asked of a device, once, and the counters of its launches.
+#include <map>
+#include <mutex>
 
+#include "device.h"
 #include "launch.h"
-#include "scalars.cuh"
 
 namespace cotuning::cuda {
-
-#ifdef COTUNING_EMULATE
-
-PlanRules& emulated_plan_rules() {
-  static PlanRules rules{static_cast<int64_t>(emulator::settings().shared_memory) - kStaticSharedBytes};
-  return rules;
-}
-PlanRules plan_rules() { return emulated_plan_rules(); }
-bool is_capturing(void*) { return false; }
-unsigned* finished_counter(unsigned*, void*) {
-  static unsigned counter = 0;
-  return &counter;
-}
-
-#else
-
 namespace {
 
-// A stream holds about a thousand launches that wait. Two launches in flight meet in one counter only when so many lie
+// A stream holds about a thousand launches that wait. Two launches in flight share a counter only when this many lie
 // between them.
 constexpr unsigned kCounters = 1 << 16;
 __device__ unsigned counters[kCounters];
 
+void ask(int index, Device* device) {
+  int shared = 0;
+  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "asking for shared memory");
+  device->dynamic_shared_bytes = device->rules.shared_bytes = shared - kStaticSharedBytes;
+  void* first = nullptr;
+  check(cudaGetSymbolAddress(&first, counters), "asking for the counters");
+  device->counters = static_cast<unsigned*>(first);
+}
+
 }  // namespace
 
-PlanRules plan_rules() {
-  int device = 0, shared = 0;
-  check(cudaGetDevice(&device), "asking for the device");
-  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking for shared memory");
-  PlanRules rules;
-  rules.shared_bytes = shared - kStaticSharedBytes;
-  return rules;
+Device& device_at(int index) {
+  static std::mutex mutex;
+  static std::map<int, Device> devices;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Device& device = devices[index];
+  if (device.counters == nullptr) ask(index, &device);
+  return device;
 }
 
 bool is_capturing(void* stream) {
@@ -45,17 +39,10 @@ bool is_capturing(void* stream) {
   return status == cudaStreamCaptureStatusActive;
 }
 
-unsigned* finished_counter(unsigned* own, void* stream) {
-  if (own != nullptr) {
-    check(cudaMemsetAsync(own, 0, sizeof *own, static_cast<cudaStream_t>(stream)), "clearing a counter");
-    return own;
-  }
-  static std::atomic<unsigned> next{0};
-  void* first = nullptr;
-  check(cudaGetSymbolAddress(&first, counters), "asking for the counters");
-  return static_cast<unsigned*>(first) + next++ % kCounters;
+unsigned* finished_counter(Device& device, unsigned* own, void* stream) {
+  if (own == nullptr) return device.counters + device.next_counter++ % kCounters;
+  check(cudaMemsetAsync(own, 0, sizeof *own, static_cast<cudaStream_t>(stream)), "clearing a counter");
+  return own;
 }
-
-#endif
 
 }  // namespace cotuning::cuda

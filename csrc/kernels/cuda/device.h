@@ -1,23 +1,6 @@
-// The vocabulary of the kernels: CUDA's own when nvcc compiles them, the emulator's (tools/cuda_emulator) when g++ does.
+// The vocabulary of the kernels: CUDA's, and a few macros. The build decides which <cuda_runtime.h> is found: the
+// toolkit's, or one for the CPU, which then brings its own macros.
 #pragma once
-
-#ifdef COTUNING_EMULATE
-
-#include "../../../tools/cuda_emulator/emulator.h"
-
-namespace cotuning::cuda {
-
-using Stream = void*;
-
-template <class... Parameters>
-void allow_dynamic_shared(void (*kernel)(Parameters...), int64_t bytes) {
-  emulator::allow_dynamic_shared(reinterpret_cast<const void*>(kernel), static_cast<size_t>(bytes));
-}
-inline void check_launch() {}
-
-}  // namespace cotuning::cuda
-
-#else
 
 #include <cuda_runtime.h>
 
@@ -26,34 +9,32 @@ inline void check_launch() {}
 #include <stdexcept>
 #include <string>
 
+#ifndef COTUNING_SHARED
 #define COTUNING_SHARED(type, name, count) __shared__ type name[count]
 #define COTUNING_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
-#define COTUNING_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...) \
-  kernel<<<grid, block, dynamic_bytes, stream>>>(__VA_ARGS__)
 #define COTUNING_COUNT_READ(bytes)
 #define COTUNING_COUNT_WRITTEN(bytes)
 #define device_assert(condition) assert(condition)
+#endif
 
 namespace cotuning::cuda {
 
-using Stream = cudaStream_t;
-
+// The error is taken off the thread as well: the caller throws it, and the next call of another library must not.
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("cotuning_kernels: ") + what + ": " + cudaGetErrorString(error));
-  }
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();
+  throw std::runtime_error(std::string("cotuning_kernels: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// A kernel may use 48 KB until it asks for more. Asked at every launch: it costs little beside one, and holds for
-// whichever device is current.
+// The call returns its own error. <<<>>> would leave it with the thread, where an older error of another library may
+// lie as well.
 template <class... Parameters>
-void allow_dynamic_shared(void (*kernel)(Parameters...), int64_t bytes) {
-  if (bytes <= 48 << 10) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-        "asking for shared memory");
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
+            Parameters... arguments) {
+  void* addresses[] = {&arguments...};
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), addresses,
+                         static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)),
+        "launching a kernel");
 }
-inline void check_launch() { check(cudaGetLastError(), "launching a kernel"); }
 
 }  // namespace cotuning::cuda
-
-#endif

@@ -5,35 +5,43 @@ namespace cotuning::cuda {
 
 namespace {
 
+// Without asking, a kernel has 48 KB less its static memory. Two threads may both ask: it is the same number.
 template <class T>
-void launch_loss_kernel(const LossProblem& problem, const LossPlan& plan, void* stream) {
+void launch_loss_kernel(const LossProblem& problem, const LossPlan& plan, Device& device, std::atomic<bool>* allowed,
+                        void* stream) {
   const auto kernel = loss_kernel<T>;
-  allow_dynamic_shared(kernel, plan.shared_bytes);
-  COTUNING_LAUNCH(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)),
-                  static_cast<size_t>(plan.shared_bytes), static_cast<Stream>(stream), problem, plan);
-  check_launch();
+  if (!*allowed) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(device.dynamic_shared_bytes)),
+          "asking for shared memory");
+    *allowed = true;
+  }
+  launch(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream, problem, plan);
 }
 
-void launch_rows_of(ScalarType type, const LossProblem& problem, const LossPlan& plan, void* stream) {
+void launch_rows_of(ScalarType type, const LossProblem& problem, const LossPlan& plan, Device& device, void* stream) {
+  std::atomic<bool>* allowed = &device.allowed[static_cast<int>(type)];
   switch (type) {
-    case ScalarType::kFloat32: return launch_loss_kernel<float>(problem, plan, stream);
-    case ScalarType::kBFloat16: return launch_loss_kernel<BFloat16>(problem, plan, stream);
-    case ScalarType::kFloat16: return launch_loss_kernel<Float16>(problem, plan, stream);
-    case ScalarType::kFloat64: return launch_loss_kernel<double>(problem, plan, stream);
+    case ScalarType::kFloat32: return launch_loss_kernel<float>(problem, plan, device, allowed, stream);
+    case ScalarType::kBFloat16: return launch_loss_kernel<BFloat16>(problem, plan, device, allowed, stream);
+    case ScalarType::kFloat16: return launch_loss_kernel<Float16>(problem, plan, device, allowed, stream);
+    case ScalarType::kFloat64: return launch_loss_kernel<double>(problem, plan, device, allowed, stream);
   }
 }
 
 }  // namespace
 
-void launch_loss(const LossProblem& problem, const LossPlan& plan, void* stream) {
+void launch_loss(const LossProblem& problem, const LossPlan& plan, Device& device, void* stream) {
   const ScalarType source = problem.source_logits.type, target = problem.target_logits.type;
-  if (problem.target_logits.columns == 0 || source == target) return launch_rows_of(source, problem, plan, stream);
+  if (problem.target_logits.columns == 0 || source == target) {
+    return launch_rows_of(source, problem, plan, device, stream);
+  }
   LossPlan first = plan, second = plan;
   first.target = second.source = {};
   first.part = LossPart::kFirst;
   second.part = LossPart::kLast;
-  launch_rows_of(source, problem, first, stream);
-  launch_rows_of(target, problem, second, stream);
+  launch_rows_of(source, problem, first, device, stream);
+  launch_rows_of(target, problem, second, device, stream);
 }
 
 }  // namespace cotuning::cuda

@@ -2,11 +2,12 @@
 // checks is shown to find. Without a fault every layer is silent.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstring>
 #include <string>
 #include <vector>
 
-#include "../../kernels/cuda/device.h"
 #include "../check.h"
 
 namespace cotuning::test {

@@ -1,8 +1,9 @@
 // The emulator itself: what it covers, and what it refuses.
+#include <cuda_runtime.h>
+
 #include <cstdio>
 #include <string>
 
-#include "../../kernels/cuda/device.h"
 #include "../check.h"
 
 namespace cotuning::test {
@@ -52,7 +53,7 @@ void shuffles(int* out) {
 TEST(warp_operations) {
   under_every_schedule([] {
     int out[4 * 64];
-    COTUNING_LAUNCH(shuffles, 1, 64, 0, nullptr, out);
+    emulator::launch_kernel(shuffles, 1, 64, 0, out);
     for (int thread = 0; thread < 64; ++thread) {
       const int first = thread / 32 * 32;
       unsigned ballot = 0;
@@ -74,7 +75,7 @@ void indices(unsigned* out) {
 TEST(indices_of_blocks_and_threads) {
   under_every_schedule([] {
     unsigned out[12 * 24] = {};
-    COTUNING_LAUNCH(indices, dim3(3, 2, 2), dim3(4, 3, 2), 0, nullptr, out);
+    emulator::launch_kernel(indices, dim3(3, 2, 2), dim3(4, 3, 2), 0, out);
     for (unsigned i = 0; i < 12 * 24; ++i) CHECK(out[i] == i, "[%u] is %u", i, out[i]);
   });
 }
@@ -96,7 +97,7 @@ void rotate(int* out, int rounds) {
 TEST(barriers_order_shared_memory) {
   under_every_schedule([] {
     int out[96];
-    COTUNING_LAUNCH(rotate, 1, 96, sizeof out, nullptr, out, 10);
+    emulator::launch_kernel(rotate, 1, 96, sizeof out, out, 10);
     for (int i = 0; i < 96; ++i) CHECK(out[i] == (i + 330) % 96, "[%d] is %d", i, out[i]);
   });
 }
@@ -110,7 +111,7 @@ void read_unwritten(float* out) {
 
 TEST(shared_memory_starts_as_nan) {
   float out[2] = {};
-  COTUNING_LAUNCH(read_unwritten, 1, 1, 16, nullptr, out);
+  emulator::launch_kernel(read_unwritten, 1, 1, 16, out);
   CHECK(std::isnan(out[0]) && std::isnan(out[1]), "%g and %g", out[0], out[1]);
 }
 
@@ -124,27 +125,45 @@ void static_and_dynamic() {
   COTUNING_SHARED(double, memory, 128);
   memory[0] = 0;
 }
+void static_and_limit() {
+  COTUNING_SHARED(double, memory, 128);
+  memory[0] = 0;
+}
 
 TEST(limits) {
-  CHECK_ERROR("a block of 1025 threads", [] { COTUNING_LAUNCH(nothing, 1, 1025, 0, nullptr, 0); });
-  CHECK_ERROR("a block of 0 threads", [] { COTUNING_LAUNCH(nothing, 1, 0, 0, nullptr, 0); });
-  CHECK_ERROR("a grid of", [] { COTUNING_LAUNCH(nothing, 0, 1, 0, nullptr, 0); });
-  CHECK_ERROR("a grid of", [] { COTUNING_LAUNCH(nothing, dim3(1, 65536), 1, 0, nullptr, 0); });
-  CHECK_ERROR("nothing", [] { COTUNING_LAUNCH(nothing, dim3(1, 7000), 1, 0, nullptr, 0); });
-  CHECK_ERROR("nothing", [] { COTUNING_LAUNCH(nothing, 1, 1024, 48 << 10, nullptr, 0); });
-  CHECK_ERROR("48 KB, until a kernel asks", [] { COTUNING_LAUNCH(nothing, 1, 32, (48 << 10) + 1, nullptr, 0); });
+  CHECK_ERROR("a block of 1025 threads", [] { emulator::launch_kernel(nothing, 1, 1025, 0, 0); });
+  CHECK_ERROR("a block of 0 threads", [] { emulator::launch_kernel(nothing, 1, 0, 0, 0); });
+  CHECK_ERROR("a grid of", [] { emulator::launch_kernel(nothing, 0, 1, 0, 0); });
+  CHECK_ERROR("a grid of", [] { emulator::launch_kernel(nothing, dim3(1, 65536), 1, 0, 0); });
+  CHECK_ERROR("nothing", [] { emulator::launch_kernel(nothing, dim3(1, 7000), 1, 0, 0); });
+  CHECK_ERROR("nothing", [] { emulator::launch_kernel(nothing, 1, 1024, 48 << 10, 0); });
+  CHECK_ERROR("49152 were allowed (48 KB less", [] { emulator::launch_kernel(nothing, 1, 32, (48 << 10) + 1, 0); });
   emulator::allow_dynamic_shared(reinterpret_cast<const void*>(&other), 100 << 10);
-  CHECK_ERROR("nothing", [] { COTUNING_LAUNCH(other, 1, 32, 100 << 10, nullptr, 0); });
-  CHECK_ERROR("but 102400 were allowed", [] { COTUNING_LAUNCH(other, 1, 32, (100 << 10) + 1, nullptr, 0); });
+  CHECK_ERROR("nothing", [] { emulator::launch_kernel(other, 1, 32, 100 << 10, 0); });
+  CHECK_ERROR("but 102400 were allowed", [] { emulator::launch_kernel(other, 1, 32, (100 << 10) + 1, 0); });
   emulator::settings().shared_memory = 64 << 10;
   CHECK_ERROR("the device has 65536",
               [] { emulator::allow_dynamic_shared(reinterpret_cast<const void*>(&nothing), 65 << 10); });
-  CHECK_ERROR("the device has 65536", [] { COTUNING_LAUNCH(other, 1, 32, 100 << 10, nullptr, 0); });
+  CHECK_ERROR("than the device has, 65536", [] { emulator::launch_kernel(other, 1, 32, 100 << 10, 0); });
   emulator::settings() = {};
-  CHECK_ERROR("48 KB of static", [] { COTUNING_LAUNCH(much_static, 1, 1, 0, nullptr); });
-  emulator::settings().shared_memory = 48 << 10;
-  CHECK_ERROR("together", [] { COTUNING_LAUNCH(static_and_dynamic, 1, 1, 48 << 10, nullptr); });
-  emulator::settings() = {};
+  CHECK_ERROR("48 KB of static", [] { emulator::launch_kernel(much_static, 1, 1, 0); });
+  // The first launch finds out how much static memory there is, the next ones know it before they begin.
+  for (int repetition = 0; repetition < 2; ++repetition) {
+    CHECK_ERROR("beside 1024 static ones, but 48128 were allowed",
+                [] { emulator::launch_kernel(static_and_dynamic, 1, 1, 48128 + 1); });
+  }
+  CHECK_ERROR("nothing", [] { emulator::launch_kernel(static_and_dynamic, 1, 1, 48128); });
+  CHECK_ERROR("beside 1024 static ones, the device has 232448",
+              [] { emulator::allow_dynamic_shared(reinterpret_cast<const void*>(&static_and_dynamic), 231425); });
+  emulator::allow_dynamic_shared(reinterpret_cast<const void*>(&static_and_dynamic), 231424);
+  CHECK_ERROR("nothing", [] { emulator::launch_kernel(static_and_dynamic, 1, 1, 231424); });
+  // A lower limit than that of the start holds as well, and the last call holds.
+  emulator::allow_dynamic_shared(reinterpret_cast<const void*>(&static_and_dynamic), 1000);
+  CHECK_ERROR("but 1000 were allowed", [] { emulator::launch_kernel(static_and_dynamic, 1, 1, 1001); });
+  // A limit that was set before the first launch.
+  emulator::allow_dynamic_shared(reinterpret_cast<const void*>(&static_and_limit), 232448);
+  CHECK_ERROR("together are more than the device has", [] { emulator::launch_kernel(static_and_limit, 1, 1, 0); });
+  emulator::forget_limits();
 }
 
 void ballot_of_a_full_mask() { __ballot_sync(kAll, 1); }
@@ -171,19 +190,19 @@ void half_at_a_barrier() {
 
 TEST(misuse_is_an_error) {
   // A warp of 20 threads has no lane 20.
-  CHECK_ERROR("a lane of the mask has returned", [] { COTUNING_LAUNCH(ballot_of_a_full_mask, 1, 20, 0, nullptr); });
+  CHECK_ERROR("a lane of the mask has returned", [] { emulator::launch_kernel(ballot_of_a_full_mask, 1, 20, 0); });
   CHECK_ERROR("lanes of one warp meet in different operations",
-              [] { COTUNING_LAUNCH(ballot_of_two_masks, 1, 32, 0, nullptr); });
-  CHECK_ERROR("the calling lane is not in the mask", [] { COTUNING_LAUNCH(outside_the_mask, 1, 32, 0, nullptr); });
-  CHECK_ERROR("reads a lane outside its mask", [] { COTUNING_LAUNCH(reads_outside, 1, 32, 0, nullptr); });
-  CHECK_ERROR("different operations: __", [] { COTUNING_LAUNCH(two_operations, 1, 32, 0, nullptr); });
+              [] { emulator::launch_kernel(ballot_of_two_masks, 1, 32, 0); });
+  CHECK_ERROR("the calling lane is not in the mask", [] { emulator::launch_kernel(outside_the_mask, 1, 32, 0); });
+  CHECK_ERROR("reads a lane outside its mask", [] { emulator::launch_kernel(reads_outside, 1, 32, 0); });
+  CHECK_ERROR("different operations: __", [] { emulator::launch_kernel(two_operations, 1, 32, 0); });
   under_every_schedule([] {
-    const std::string error = error_of([] { COTUNING_LAUNCH(half_at_a_barrier, 1, 64, 0, nullptr); });
+    const std::string error = error_of([] { emulator::launch_kernel(half_at_a_barrier, 1, 64, 0); });
     CHECK(error != "nothing", "half of a block at a barrier went unnoticed");
   });
   // A launch after one that failed is as good as new.
   int out[96];
-  COTUNING_LAUNCH(rotate, 1, 96, sizeof out, nullptr, out, 1);
+  emulator::launch_kernel(rotate, 1, 96, sizeof out, out, 1);
   CHECK(out[0] == 33, "%d", out[0]);
 }
 
@@ -197,7 +216,7 @@ TEST(schedules_differ) {
     emulator::settings().seed = seed;
     std::vector<int> noted(12);
     unsigned next = 0;
-    COTUNING_LAUNCH(note_order, 3, 128, 0, nullptr, noted.data(), &next);
+    emulator::launch_kernel(note_order, 3, 128, 0, noted.data(), &next);
     emulator::settings() = {};
     return noted;
   };

@@ -1,7 +1,10 @@
 // The kernels of csrc/kernels/cuda in the emulator against long double: random problems, layouts, plans and schedules,
 // with every matrix at the end of its page. It is what the sanitizers look at.
+#include <atomic>
 #include <cstdio>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "../../kernels/cuda/launch.h"
 #include "../../kernels/cuda/scalars.cuh"
@@ -94,16 +97,24 @@ struct Run {
     problem.factors = factors.data();
   }
 
+  // By the rules of the device, under the schedule of the last test.
+  void launch_as_planned() { launch_planned(cuda::device_at(0).rules); }
+
   void launch(const cuda::PlanRules& rules) {
+    draw_schedule();
+    launch_planned(rules);
+    CHECK(finished == 0, "the counter is left at %u", finished);
+  }
+
+ private:
+  void launch_planned(const cuda::PlanRules& rules) {
     const cuda::LossPlan plan = cuda::plan_loss(c.batch, c.source_classes, problem.source_logits.type,
                                                 problem.target_logits.columns, problem.target_logits.type, rules);
     parts.assign(static_cast<size_t>((plan.blocks + 1) * cuda::kLossSums), std::nan(""));
     problem.sums.parts = parts.data();
     problem.first_sums = parts.data() + plan.blocks * cuda::kLossSums;
     problem.sums.finished = &finished;
-    draw_schedule();
-    cuda::launch_loss(problem, plan, nullptr);
-    CHECK(finished == 0, "the counter is left at %u", finished);
+    cuda::launch_loss(problem, plan, cuda::device_at(0), nullptr);
   }
 };
 
@@ -269,6 +280,68 @@ TEST(cuda_loss_same_bits) {
   }
 }
 
+// As in a new process, where no kernel has been launched.
+void forget_limits() {
+  emulator::forget_limits();
+  for (std::atomic<bool>& allowed : cuda::device_at(0).allowed) allowed = false;
+}
+
+// Whether the loss of a few rows can be launched, as planned for a device of 9.0, before any other.
+std::string refused(ScalarType type, int64_t source_classes, int64_t target_classes) {
+  LossCase c(type, type, ScalarType::kFloat32, 2, source_classes, target_classes);
+  Run run(c);
+  forget_limits();
+  try {
+    run.launch_as_planned();
+  } catch (const emulator::Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+// Between 48 KB less the kernel's static memory, where the default limit ends, and 48 KB of dynamic memory lie shapes
+// of every day: 8142 classes are iNaturalist's.
+TEST(cuda_shapes_around_48_kilobytes) {
+  struct Shape {
+    ScalarType type;
+    int64_t source, target;
+  };
+  const std::vector<Shape> shapes{
+      {ScalarType::kFloat32, 5961, 10},  {ScalarType::kFloat32, 6140, 10},   {ScalarType::kBFloat16, 7945, 10},
+      {ScalarType::kBFloat16, 8142, 10}, {ScalarType::kFloat16, 8184, 10},   {ScalarType::kFloat64, 2981, 10},
+      {ScalarType::kFloat64, 3070, 10},  {ScalarType::kBFloat16, 4097, 985}, {ScalarType::kBFloat16, 7944, 1016},
+      {ScalarType::kFloat32, 4097, 369}, {ScalarType::kFloat32, 5960, 380}};
+  for (const Shape& shape : shapes) {
+    const int64_t bytes = cuda::plan_loss(2, shape.source, type_of(shape.type), shape.target, type_of(shape.type),
+                                          cuda::device_at(0).rules)
+                              .shared_bytes;
+    CHECK(bytes > (48 << 10) - 1424 && bytes <= 48 << 10, "%lld bytes", static_cast<long long>(bytes));
+    const std::string error = refused(shape.type, shape.source, shape.target);
+    CHECK(error.empty(), "%s, %lld and %lld classes: %s", name_of(shape.type), static_cast<long long>(shape.source),
+          static_cast<long long>(shape.target), error.c_str());
+  }
+}
+
+// The limit belongs to the kernel, not to a launch: one thread must not take from another what it was promised.
+TEST(cuda_launches_of_two_threads) {
+  LossCase short_rows(ScalarType::kFloat32, ScalarType::kFloat32, ScalarType::kFloat32, 1, 7000, 3);
+  LossCase long_rows(ScalarType::kFloat32, ScalarType::kFloat32, ScalarType::kFloat32, 1, 12000, 3);
+  Run first(short_rows), second(long_rows);
+  forget_limits();
+  std::string errors[2];
+  const auto repeat = [&errors](Run* run, int thread) {
+    try {
+      for (int k = 0; k < 20; ++k) run->launch_as_planned();
+    } catch (const emulator::Error& error) {
+      errors[thread] = error.what();
+    }
+  };
+  std::thread other(repeat, &second, 1);
+  repeat(&first, 0);
+  other.join();
+  for (const std::string& error : errors) CHECK(error.empty(), "%s", error.c_str());
+}
+
 TEST(cuda_bad_label) {
   LossCase c(ScalarType::kFloat32, ScalarType::kFloat32, ScalarType::kFloat32, 4, 40, 7);
   LabelList labels(4, false, 1);
@@ -388,7 +461,7 @@ TEST(cuda_halves_round_to_even) {
     CHECK(both_nan || bits == expected, "%s of %.9g is %04x, expected %04x", name_of(type), value, bits, expected);
   };
   for (int i = 0; i < 200000; ++i) {
-    const float value = cuda::float_of(static_cast<uint32_t>(random_bits()()));
+    const float value = __uint_as_float(static_cast<uint32_t>(random_bits()()));
     cuda::BFloat16 brain;
     cuda::Float16 half;
     cuda::narrow(value, &brain);

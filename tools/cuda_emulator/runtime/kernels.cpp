@@ -7,7 +7,6 @@
 #include <unordered_map>
 #include <utility>
 
-#include "../../../csrc/kernels/cuda/device.h"
 #include "../../../csrc/kernels/cuda/loss.cuh"
 #include "../../../csrc/kernels/cuda/passes.cuh"
 
