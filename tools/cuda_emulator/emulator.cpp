@@ -1,12 +1,14 @@
 #include "emulator.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "fiber.h"
@@ -504,15 +506,20 @@ COTUNING_UNSEEN void fail_assertion(const char* condition, const char* file, int
 }
 
 void allow_dynamic_shared(const void* kernel, size_t bytes) {
-  const std::lock_guard<std::mutex> lock(kernels_lock);
-  KernelState& state = state_of(kernel);
-  if (bytes + state.static_bytes > settings().shared_memory) {
-    throw Error("a limit of " + std::to_string(bytes) + " bytes of dynamic shared memory beside " +
-                std::to_string(state.static_bytes) + " static ones, the device has " +
-                std::to_string(settings().shared_memory));
+  {
+    const std::lock_guard<std::mutex> lock(kernels_lock);
+    KernelState& state = state_of(kernel);
+    if (bytes + state.static_bytes > settings().shared_memory) {
+      throw Error("a limit of " + std::to_string(bytes) + " bytes of dynamic shared memory beside " +
+                  std::to_string(state.static_bytes) + " static ones, the device has " +
+                  std::to_string(settings().shared_memory));
+    }
+    state.asked = true;
+    state.allowed_dynamic = bytes;
   }
-  state.asked = true;
-  state.allowed_dynamic = bytes;
+  // Leaves other host threads time to set another limit before the caller launches: on a GPU that is rare, here it is
+  // what happens.
+  std::this_thread::sleep_for(std::chrono::milliseconds(2));
 }
 
 void forget_limits() {

@@ -329,7 +329,10 @@ TEST(cuda_launches_of_two_threads) {
   Run first(short_rows), second(long_rows);
   forget_limits();
   std::string errors[2];
-  const auto repeat = [&errors](Run* run, int thread) {
+  std::atomic<int> ready{0};
+  const auto repeat = [&](Run* run, int thread) {
+    ++ready;
+    while (ready < 2) std::this_thread::yield();
     try {
       for (int k = 0; k < 20; ++k) run->launch_as_planned();
     } catch (const emulator::Error& error) {
