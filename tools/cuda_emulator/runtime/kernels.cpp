@@ -22,21 +22,35 @@ std::function<void()> with_arguments(void (*kernel)(Parameters...), void** argum
   };
 }
 
+// Runs the kernel once with arguments that give it no rows, to see the static shared memory that it declares.
 template <class... Parameters>
-void add(Kernels* kernels, void (*kernel)(Parameters...)) {
+void add(Kernels* kernels, void (*kernel)(Parameters...), const Parameters&... no_rows) {
   const auto* function = reinterpret_cast<const void*>(kernel);
   Dl_info found;
   if (dladdr(function, &found) == 0 || found.dli_saddr != function) throw Error("a kernel's symbol is not exported");
-  (*kernels)[found.dli_sname] = {function, [=](void** arguments) {
+  launch_kernel(kernel, 1, cuda::kSmallestBlock, 0, no_rows...);
+  (*kernels)[found.dli_sname] = {function, static_shared_bytes(function), [=](void** arguments) {
                                    return with_arguments(kernel, arguments, std::index_sequence_for<Parameters...>());
                                  }};
 }
 
 template <class T>
 void add_typed(Kernels* kernels) {
-  add(kernels, cuda::loss_kernel<T>);
-  add(kernels, cuda::class_sums_kernel<T>);
-  add(kernels, cuda::temperature_kernel<T>);
+  double parts[8] = {}, results[8] = {};
+  unsigned finished = 0;
+  cuda::LossProblem loss;
+  loss.sums = {parts, &finished};
+  loss.first_sums = results;
+  cuda::LossPlan plan;
+  plan.part = cuda::LossPart::kFirst;
+  add(kernels, cuda::loss_kernel<T>, loss, plan);
+  cuda::ClassSumsProblem class_sums;
+  class_sums.logits.columns = 1;
+  add(kernels, cuda::class_sums_kernel<T>, class_sums);
+  cuda::TemperatureProblem temperature;
+  temperature.terms = results;
+  temperature.sums = {parts, &finished};
+  add(kernels, cuda::temperature_kernel<T>, temperature, cuda::PassPlan{});
 }
 
 Kernels all_kernels() {
@@ -45,8 +59,8 @@ Kernels all_kernels() {
   add_typed<double>(&kernels);
   add_typed<cuda::BFloat16>(&kernels);
   add_typed<cuda::Float16>(&kernels);
-  add(&kernels, cuda::scale_kernel);
-  add(&kernels, cuda::translate_kernel);
+  add(&kernels, cuda::scale_kernel, {}, cuda::ScalePlan{cuda::kSmallestBlock, {}});
+  add(&kernels, cuda::translate_kernel, {}, {});
   return kernels;
 }
 

@@ -14,6 +14,7 @@ struct Size3 {
 // A kernel of csrc/kernels/cuda, compiled for the CPU.
 struct Kernel {
   const void* function;
+  size_t static_shared_bytes;  // which a driver takes off its limits for dynamic shared memory
   // The kernel with its arguments, which are copied: what a thread of the launch runs.
   std::function<std::function<void()>(void** arguments)> bind;
 };

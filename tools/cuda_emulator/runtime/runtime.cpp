@@ -12,6 +12,10 @@
 //   - Memory of the host that is not page-locked is copied when the copy is asked for, and waited for when it is read.
 //   - What waits is refused in a capture, and ends it.
 //   - An error in a kernel stays with the device: every later call returns it. A bad launch is refused at once.
+//   - A kernel's limit of dynamic shared memory is 48 KB less its static memory, until it is set; it may be set to what
+//     the device grants less the static memory. It belongs to the kernel and the device, whichever thread set it last,
+//     and other threads get time to set theirs. A captured graph is refused where its kernels' limits have become too
+//     low when it is launched.
 // Of kernels there are only those of csrc/kernels/cuda. torch's own are refused with their name; the tests put
 // operations of the CPU in their place, by cudaLaunchHostFunc (python_tests/support/simulated_gpu_operations.py).
 //
@@ -33,6 +37,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -50,7 +55,8 @@ constexpr int kSharedOptIn = 227 << 10, kSharedDefault = 48 << 10;
 
 struct Operation {
   std::function<void()> run;
-  std::set<int> devices;  // whose memory it may touch
+  std::set<int> devices;                // whose memory it may touch
+  std::function<bool()> still_allowed;  // of a launch: whether its kernel's limit is high enough now
 };
 
 struct Graph {
@@ -86,6 +92,11 @@ struct Function {
   const char* name;
   const Kernel* kernel;
   std::map<int, size_t> allowed_shared;  // by device, as on a GPU
+
+  size_t dynamic_shared_limit(int device) const {
+    const auto asked = allowed_shared.find(device);
+    return asked == allowed_shared.end() ? kSharedDefault - kernel->static_shared_bytes : asked->second;
+  }
 };
 
 struct Variable {
@@ -110,7 +121,7 @@ std::set<Stream*> streams;
 cudaError_t failed[kDevices] = {cudaSuccess, cudaSuccess};
 std::mt19937 draw(1);
 unsigned long long captures = 0;
-uint64_t launches = 0, waits = 0;
+uint64_t launches = 0, waits = 0, calls = 0;
 cudaError_t refuse_with = cudaSuccess;
 
 thread_local int current_device = 0;
@@ -268,7 +279,8 @@ Operation waiting_for(Stream* other, uint64_t position) {
             run_until(other, position);
             in_operation = true;
           },
-          {}};
+          {},
+          nullptr};
 }
 
 void put(Stream* stream, Operation operation) {
@@ -287,13 +299,14 @@ void keep_legacy_order(Stream* stream) {
   }
 }
 
-cudaError_t enqueue(cudaStream_t handle, std::function<void()> run, std::set<int> devices) {
+cudaError_t enqueue(cudaStream_t handle, std::function<void()> run, std::set<int> devices,
+                    std::function<bool()> still_allowed = nullptr) {
   const Lock lock(state);
   Stream* stream = stream_of(handle);
   if (stream == nullptr) return give(cudaErrorInvalidResourceHandle);
   if (failed[stream->device] != cudaSuccess) return give(failed[stream->device]);
   devices.insert(stream->device);
-  Operation operation{std::move(run), std::move(devices)};
+  Operation operation{std::move(run), std::move(devices), std::move(still_allowed)};
   if (stream->graph != nullptr) {
     stream->graph->operations.push_back(std::move(operation));
     return cudaSuccess;
@@ -348,6 +361,7 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaStream_t stream) 
 
 cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t handle) {
   const Lock lock(state);
+  ++calls;
   const Stream* stream = stream_of(handle);
   if (stream == nullptr) return give(cudaErrorInvalidResourceHandle);
   if (stream->device != current_device) {
@@ -364,8 +378,7 @@ cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, si
     std::fprintf(stderr, "simulated device %d: no such kernel here: %s\n", current_device, function.name);
     return give(cudaErrorNotSupported);
   }
-  const auto asked = function.allowed_shared.find(current_device);
-  const size_t allowed = asked == function.allowed_shared.end() ? kSharedDefault : asked->second;
+  const size_t allowed = function.dynamic_shared_limit(current_device);
   const size_t threads = size_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
     return give(cudaErrorInvalidConfiguration);
@@ -375,7 +388,9 @@ cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, si
   ++launches;
   const auto thread = kernel->bind(arguments);
   const Size3 blocks{grid.x, grid.y, grid.z}, size{block.x, block.y, block.z};
-  return enqueue(handle, [=] { cotuning::emulator::run_kernel(*kernel, blocks, size, shared, allowed, thread); }, {});
+  return enqueue(
+      handle, [=] { cotuning::emulator::run_kernel(*kernel, blocks, size, shared, allowed, thread); }, {},
+      [&function, device = current_device, shared] { return shared <= function.dynamic_shared_limit(device); });
 }
 
 }  // namespace
@@ -447,6 +462,13 @@ void simulated_runtime_take_counts(uint64_t* counts) {
   counts[1] = std::exchange(waits, 0);
 }
 
+// Calls of the kinds that a launch of ours may be made of, since the last call: launches, clearing memory, and
+// questions about the device, the stream, a kernel or a variable. torch makes some of them too.
+uint64_t simulated_runtime_take_calls() {
+  const Lock lock(state);
+  return std::exchange(calls, 0);
+}
+
 // The next launch of one of our kernels is refused with this error.
 void simulated_runtime_refuse(int error) {
   const Lock lock(state);
@@ -468,17 +490,23 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void*
 }
 
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
-  const Lock lock(state);
-  const auto found = functions.find(stub);
-  if (found == functions.end()) return give(cudaErrorInvalidDeviceFunction);
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || value > kSharedOptIn) return give(cudaErrorInvalidValue);
-  found->second.allowed_shared[current_device] = static_cast<size_t>(value);
+  {
+    const Lock lock(state);
+    ++calls;
+    const auto found = functions.find(stub);
+    if (found == functions.end()) return give(cudaErrorInvalidDeviceFunction);
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || found->second.kernel == nullptr) return cudaSuccess;
+    const auto granted = static_cast<int>(kSharedOptIn - found->second.kernel->static_shared_bytes);
+    if (value < 0 || value > granted) return give(cudaErrorInvalidValue);
+    found->second.allowed_shared[current_device] = static_cast<size_t>(value);
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(2));
   return cudaSuccess;
 }
 
 cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
   const Lock lock(state);
+  ++calls;
   const auto found = variables.find(symbol);
   if (found == variables.end()) return give(cudaErrorInvalidSymbol);
   void*& here = found->second.at[current_device];
@@ -489,7 +517,11 @@ cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
   return cudaSuccess;
 }
 
-cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+cudaError_t cudaGetLastError() {
+  const Lock lock(state);
+  ++calls;
+  return std::exchange(last_error, cudaSuccess);
+}
 cudaError_t cudaPeekAtLastError() { return last_error; }
 cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = CUDART_VERSION;
@@ -502,6 +534,10 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
+  {
+    const Lock lock(state);
+    ++calls;
+  }
   *device = current_device;
   return cudaSuccess;
 }
@@ -539,6 +575,10 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  {
+    const Lock lock(state);
+    ++calls;
+  }
   cudaDeviceProp properties;
   if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) return last_error;
   switch (attribute) {
@@ -779,6 +819,7 @@ static cudaStreamCaptureStatus capture_status(const Stream* stream) {
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
   const Lock lock(state);
+  ++calls;
   const Stream* stream = stream_of(handle);
   if (stream == nullptr) return give(cudaErrorInvalidResourceHandle);
   *status = capture_status(stream);
@@ -819,6 +860,10 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   const auto* graph = reinterpret_cast<Graph*>(executable);
+  for (const Operation& operation : graph->operations) {
+    const Lock lock(state);
+    if (operation.still_allowed != nullptr && !operation.still_allowed()) return give(cudaErrorInvalidValue);
+  }
   std::set<int> devices;
   for (const Operation& operation : graph->operations)
     devices.insert(operation.devices.begin(), operation.devices.end());
