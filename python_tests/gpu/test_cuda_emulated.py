@@ -68,7 +68,11 @@ FAULTS = [
     ("divergent-barrier", "", "the emulator reports: .* wait in different barriers: line"),
     ("label", "", "the emulator reports: .* device-side assertion failed"),
     ("much-shared-memory", "", "the emulator reports: .* 61440 bytes of dynamic shared memory .* 49152 were allowed"),
-    ("all-but-static-memory", "", "the emulator reports: .* 49152 bytes .* beside 1(28|44) static ones, but 490(24|08) were"),
+    (
+        "all-but-static-memory",
+        "",
+        "the emulator reports: .* 49152 bytes .* beside 1(28|44) static ones, but 490(24|08)",
+    ),
 ]
 
 
