@@ -7,16 +7,15 @@ temperature ``T``, ``softmax(logits / T)`` is made as honest as it can be on hel
 from __future__ import annotations
 
 import math
-import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from cotuning_kernels import backends, plots, reference
+from cotuning_kernels import backends, reference
 from cotuning_kernels.backends.operations import operation
 from cotuning_kernels.labelled_logits import (
     REFERENCE_ROWS,
@@ -26,15 +25,11 @@ from cotuning_kernels.labelled_logits import (
 )
 from cotuning_kernels.validation import check_ignore_index
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 __all__ = [
     "Reliability",
     "TemperatureFit",
     "expected_calibration_error",
     "fit_temperature",
-    "plot_reliability",
     "reliability",
 ]
 
@@ -285,36 +280,6 @@ def expected_calibration_error(
     return reliability(
         logits, labels, bins=bins, temperature=temperature, probabilities=probabilities, ignore_index=ignore_index
     ).expected_calibration_error
-
-
-def plot_reliability(
-    before: Reliability,
-    after: Reliability | None = None,
-    path: str | os.PathLike[str] | None = None,
-    *,
-    titles: Sequence[str] = ("before calibration", "after calibration"),
-) -> Figure:
-    """A reliability diagram: accuracy against confidence, and how many predictions there are of each confidence.
-
-    Args:
-        before, after: from :func:`reliability`; one panel each.
-        path: where to write the picture (.png, .pdf, .svg), or ``None`` to only return it.
-        titles: one a panel.
-
-    Returns:
-        The matplotlib figure.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: fewer titles than panels.
-    """
-    panels = [before] if after is None else [before, after]
-    if len(titles) < len(panels):
-        raise ValueError(f"titles is {titles!r:.80}, expected {len(panels)}: one a panel")
-    figure = plots.reliability_diagram(list(zip(titles, panels, strict=False)))
-    if path is not None:
-        plots.save_figure(figure, path)
-    return figure
 
 
 def _terms_of(logits: Tensor, labels: Tensor, ignore_index: int, backend: str) -> Callable[[float], _Terms]:

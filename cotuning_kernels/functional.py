@@ -105,7 +105,7 @@ def source_label_loss(
 
     Args, Returns, Raises: as for :func:`co_tuning_loss`.
     """
-    options = LossOptions(trade_off=1.0, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss)
+    options = LossOptions(None, 1.0, 0.0, ignore_index, reduction, source_loss)  # no term but the source term
     loss = compute_loss(source_logits, None, target, matrix_of(relationship), options, inplace, backend, False)
     return cast(Tensor, loss)
 

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
     from cotuning_kernels.calibration import Reliability
 
-__all__ = ["new_figure", "relationship_heat_map", "reliability_diagram", "save_figure"]
+__all__ = ["plot_reliability", "relationship_heat_map", "save_figure"]
 
 _BLUE, _RED, _GREY = "#3b6ea8", "#c8553d", "#8a8a8a"
 
 
-def new_figure(width: float, height: float) -> Figure:
+def _new_figure(width: float, height: float) -> Figure:
     """An empty figure, sizes in inches.
 
     Raises:
-        ImportError: matplotlib is not installed; says how to get it.
+        ImportError: matplotlib is not installed; the message says how to install it.
     """
     try:
         from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def relationship_heat_map(
     font = 8 if num_rows <= 60 else 6
     longest = max(len(_label(source_names[s])) for s in columns)
     width, height = 3.6 + cell * num_columns, 1.4 + 0.06 * longest + 0.85 * cell * num_rows
-    figure = new_figure(min(40, max(6, width)), min(40, max(3, height)))
+    figure = _new_figure(min(40, max(6, width)), min(40, max(3, height)))
     figure.suptitle(title, fontsize=12)
     axes, rest = figure.subplots(1, 2, sharey=True, width_ratios=[max(num_columns, 6), 2.5])
     # The square root of a probability: small shares are what is worth seeing.
@@ -115,17 +115,41 @@ def similarity_order(matrix: Tensor) -> list[int]:
     return [*index[order].tolist(), *(~supervised).nonzero()[:, 0].tolist()]
 
 
-def reliability_diagram(panels: Sequence[tuple[str, Reliability]]) -> Figure:
-    """Accuracy against confidence, one panel a title, with the share of the predictions below."""
-    figure = new_figure(0.6 + 3.6 * len(panels), 4.6)
+def plot_reliability(
+    before: Reliability,
+    after: Reliability | None = None,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    titles: Sequence[str] = ("before calibration", "after calibration"),
+) -> Figure:
+    """A reliability diagram: accuracy against confidence, and how many predictions there are of each confidence.
+
+    Args:
+        before, after: from :func:`cotuning_kernels.calibration.reliability`; one panel each.
+        path: where to write the picture (.png, .pdf, .svg), or ``None`` to only return it.
+        titles: one a panel.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: fewer titles than panels.
+    """
+    panels = [before] if after is None else [before, after]
+    if len(titles) < len(panels):
+        raise ValueError(f"titles is {titles!r:.80}, expected {len(panels)}: one a panel")
+    figure = _new_figure(0.6 + 3.6 * len(panels), 4.6)
     grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=[3, 1])
-    for column, (title, reliability) in enumerate(panels):
-        _draw_reliability(grid[0, column], grid[1, column], title, reliability)
+    for column, (title, panel) in enumerate(zip(titles, panels, strict=False)):
+        _draw_reliability(grid[0, column], grid[1, column], title, panel)
     grid[0, 0].set_ylabel("accuracy")
     grid[1, 0].set_ylabel("share of\npredictions")
     figure.legend(
         *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
     )
+    if path is not None:
+        save_figure(figure, path)
     return figure
 
 

@@ -33,7 +33,8 @@ try:
     from tqdm import tqdm
 
     import cotuning_kernels as ck
-    from cotuning_kernels.calibration import plot_reliability, reliability
+    from cotuning_kernels.calibration import reliability
+    from cotuning_kernels.plots import plot_reliability
 except ImportError as missing:
     sys.exit(f"demo: {missing}: run `make demo`, or pip install '.[demo]' in the project's folder.")
 

@@ -16,6 +16,7 @@ import torch
 from cotuning_kernels.backends.cpp import extension, shadowing
 from cotuning_kernels.backends.registry import REGISTRY
 from cotuning_kernels.backends.torch_version import too_old_for_kernels
+from cotuning_kernels.dtypes import FLOATING, named
 
 __all__ = ["cuda_build", "cuda_loss_plan", "driver_version", "unfit_reason"]
 
@@ -138,11 +139,10 @@ def cuda_loss_plan(
     if loaded is None:
         reason = REGISTRY.missing_reason("cpp")
         raise RuntimeError(f"the plans are part of backend 'cpp', which cannot be used: {reason}")
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in the order of ScalarType
     target_dtype = target_dtype or source_dtype
     for name, dtype in (("source_dtype", source_dtype), ("target_dtype", target_dtype)):
-        if dtype not in dtypes:
-            raise ValueError(f"{name} is {dtype}, expected one of {', '.join(map(str, dtypes))}")
-    types = dtypes.index(source_dtype), dtypes.index(target_dtype)
+        if dtype not in FLOATING:
+            raise ValueError(f"{name} is {dtype}, expected one of {named(FLOATING)}")
+    types = FLOATING.index(source_dtype), FLOATING.index(target_dtype)
     plan: dict[str, Any] = loaded.cuda_loss_plan(rows, source_classes, target_classes, *types, shared_memory)
     return plan

@@ -4,7 +4,6 @@ shown to find a planted fault."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import platform
@@ -94,106 +93,6 @@ def test_cmake_names_a_sanitizer_it_does_not_know(tmp_path: Path) -> None:
     assert configured.returncode != 0
     words = " ".join(configured.stdout.split())
     assert "COTUNING_SANITIZE is adress, expected some of address, undefined and thread" in words
-
-
-# --------------------------------------------------------------------------------------------------------- no torch
-
-
-def includes_of_torch(folder: Path) -> list[str]:
-    """Lines of the sources below ``folder`` that include torch, Python or pybind11."""
-    foreign = re.compile(r"\s*#\s*include\s*[<\"](torch|ATen|c10|caffe2|pybind11|Python\.h)")
-    return [
-        f"{path.name}: {line.strip()}"
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        for line in path.read_text().splitlines()
-        if foreign.match(line)
-    ]
-
-
-def test_kernels_know_nothing_of_torch() -> None:
-    assert includes_of_torch(CSRC / "kernels") == []
-
-
-def test_an_include_of_torch_is_noticed(tmp_path: Path) -> None:
-    (tmp_path / "kernel.h").write_text(
-        '#pragma once\n#include <cstdint>\n# include <ATen/Parallel.h>\n#include "c10/x.h"\n'
-    )
-    assert includes_of_torch(tmp_path) == ["kernel.h: # include <ATen/Parallel.h>", 'kernel.h: #include "c10/x.h"']
-
-
-# ------------------------------------------------------------------------------------------------ arrows go one way
-
-_FROM_TOP_TO_BOTTOM = ("cotuning_kernels", "loss", "functional", "autograd", "backends")  # CONTRIBUTING.md
-
-
-def imports_of(package: Path) -> dict[str, set[str]]:
-    """By module of ``package``: the modules of it that it imports, in functions too, but not for types alone."""
-    files = {".".join(file.relative_to(package).with_suffix("").parts): file for file in package.rglob("*.py")}
-    files = {name.removesuffix("__init__").rstrip(".") or package.name: file for name, file in files.items()}
-
-    def imported(module: str, file: Path) -> set[str]:
-        tree = ast.parse(file.read_text())
-        types_only = {
-            node for test in ast.walk(tree) if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
-            for statement in test.body for node in ast.walk(statement)
-        }  # fmt: skip
-        names = []
-        for node in set(ast.walk(tree)) - types_only:
-            if isinstance(node, ast.Import):
-                names += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                own = [package.name, *(module.split(".") if module != package.name else []), "__init__"]
-                above = own[: -node.level - (file.name != "__init__.py")] if node.level else []
-                names += [".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names]
-        within = [name.removeprefix(f"{package.name}.") for name in names if name.split(".")[0] == package.name]
-        # The last part is a module, or a name in one.
-        return {name if name in files else name.rpartition(".")[0] or package.name for name in within} - {module}
-
-    return {module: imported(module, file) for module, file in files.items()}
-
-
-def upward_imports(package: Path) -> list[str]:
-    """Modules of a layer that import one above, or a module that does."""
-    imports = imports_of(package)
-
-    def layer(module: str) -> int:
-        name = module.split(".")[0]
-        return _FROM_TOP_TO_BOTTOM.index(name) if name in _FROM_TOP_TO_BOTTOM else -1
-
-    found = []
-    for module in imports:
-        reached, news = {module}, {module}
-        while news := set().union(*(imports[name] for name in news)) - reached:
-            reached |= news
-        found += [f"{module} -> {name}" for name in reached if 0 <= layer(name) < layer(module)]
-    return sorted(found)
-
-
-def test_no_module_imports_what_is_above_it() -> None:
-    assert upward_imports(PACKAGE) == []
-    assert imports_of(PACKAGE)["reference"] == set()
-
-
-def test_an_import_of_what_is_above_is_noticed(tmp_path: Path) -> None:
-    copy = tmp_path / "cotuning_kernels"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-
-    def add(module: str, line: str) -> None:
-        with (copy / module).open("a") as file:
-            file.write(f"\n\n{line}\n")
-
-    add("targets.py", "def late():\n    from cotuning_kernels.loss import FusedCoTuningLoss")  # imported by autograd
-    add("backends/operations.py", "from .. import autograd")
-    add("backends/triton/scale_gradients.py", "import cotuning_kernels.functional")
-    add("backends/triton/checks.py", "if TYPE_CHECKING:\n    from cotuning_kernels import loss")
-    add("reference.py", "from cotuning_kernels import backends")
-    found = upward_imports(copy)
-    assert "autograd -> loss" in found
-    assert "backends.operations -> autograd" in found
-    assert "backends.triton.scale_gradients -> functional" in found
-    assert not [line for line in found if line.startswith("backends.triton.checks")]
-    assert imports_of(copy)["reference"] == {"backends"}
 
 
 # ---------------------------------------------------------------------------------------------------------- symbols

@@ -25,9 +25,10 @@ from cotuning_kernels.calibration import (
     TemperatureFit,
     expected_calibration_error,
     fit_temperature,
-    plot_reliability,
     reliability,
 )
+from cotuning_kernels.labelled_logits import REFERENCE_ROWS
+from cotuning_kernels.plots import plot_reliability
 from support.conformance import Backend
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -461,7 +462,7 @@ def test_a_hand_made_example() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_calibration_makes_the_error_small(dtype: torch.dtype, draw: torch.Generator) -> None:
     """More rows than one piece holds; overconfident by a factor of three."""
-    logits, labels = calibrated(draw, 2 * calibration._ROWS + 17, 10, temperature=3.0)
+    logits, labels = calibrated(draw, 2 * REFERENCE_ROWS + 17, 10, temperature=3.0)
     logits = logits.to(dtype)
     fit = fit_temperature(logits, labels)
     before = expected_calibration_error(logits, labels)
@@ -503,9 +504,9 @@ def test_bad_input_to_reliability(
 
 
 def test_a_bad_row_is_named_by_its_place_in_the_whole(draw: torch.Generator) -> None:
-    logits, labels = calibrated(draw, calibration._ROWS + 10, 3)
-    logits[calibration._ROWS + 4, 1] = math.inf
-    with pytest.raises(ValueError, match=rf"logits\[{calibration._ROWS + 4}\] has no softmax: a logit is \+inf"):
+    logits, labels = calibrated(draw, REFERENCE_ROWS + 10, 3)
+    logits[REFERENCE_ROWS + 4, 1] = math.inf
+    with pytest.raises(ValueError, match=rf"logits\[{REFERENCE_ROWS + 4}\] has no softmax: a logit is \+inf"):
         reliability(logits, labels)
 
 

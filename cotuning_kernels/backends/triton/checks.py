@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_labels", "check_loss", "check_matrix", "check_target", "check_writable", "require"]
+from cotuning_kernels.dtypes import FLOATING
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+__all__ = ["check_labels", "check_loss", "check_matrix", "check_target", "check_writable", "require"]
 
 
 def require(condition: bool, expected: str) -> None:
@@ -21,7 +21,7 @@ def require(condition: bool, expected: str) -> None:
 
 def check_matrix(name: str, x: Tensor, device: torch.device) -> None:
     require(
-        x.dim() == 2 and x.dtype in _FLOATS and x.device == device and (x.stride(1) == 1 or x.shape[1] <= 1),
+        x.dim() == 2 and x.dtype in FLOATING and x.device == device and (x.stride(1) == 1 or x.shape[1] <= 1),
         f"{name} must be a floating matrix with dense columns on {device}",
     )
     require(0 < x.shape[1] < 2**31, f"{name} must have at least one column, and fewer than 2**31")
@@ -94,7 +94,7 @@ def check_loss(
     require(0 <= reduction <= 2, "reduction must be 0, 1 or 2")
     require(0 <= label_smoothing <= 1, "label_smoothing must be in [0, 1]")
     require(
-        weight is None or (weight.dtype in _FLOATS and weight.shape == (classes,) and weight.device == device),
+        weight is None or (weight.dtype in FLOATING and weight.shape == (classes,) and weight.device == device),
         f"weight must be floating of shape ({classes},) on {device}",
     )
     require(
