@@ -1,8 +1,14 @@
 """The ``torch.autograd.Function``s over the operations.
 
-The gradient is computed in the forward pass, while the logits are in cache and their exponentials at hand, so that the
-backward pass only multiplies by the upstream gradient. Which backend serves the operation is a name in here, and
-no more.
+The gradient is computed in the forward pass, while the logits are in the cache and their exponentials are known, so
+the backward pass only multiplies it by the upstream gradient. There are four ways to a gradient:
+
+=========================  ===========================================================================================
+C++ node                   the fast path (csrc/fast_path): the ordinary call on the CPU; this module is not reached
+``_CoTuningLoss``          every other call with a gradient: the operation below autograd, its gradients saved
+``_InplaceCoTuningLoss``   ``inplace=True``: the gradients lie in the logits' memory
+``register_autograd``      the operation by itself, as ``torch.export`` keeps it and ``vmap`` calls it
+=========================  ===========================================================================================
 """
 
 from __future__ import annotations
@@ -121,10 +127,10 @@ def _reject_forward_mode(*tensors: Tensor | None) -> None:
 
 
 def _is_mapped() -> bool:
-    """Whether this is within torch.func.vmap.
+    """Whether torch.func.vmap calls this.
 
     Raises:
-        RuntimeError: it is within another transform of functorch, none of which can differentiate the loss.
+        RuntimeError: another transform of functorch does; none of them can differentiate the loss.
     """
     if not torch._C._are_functorch_transforms_active():
         return False
@@ -142,9 +148,8 @@ def _compute_dtype(source_logits: Tensor) -> torch.dtype:
 
 
 def _refuse_second_derivatives() -> None:
-    # Called in a backward pass and not put into a node for the gradient: autograd leaves out nodes from which no wanted
-    # tensor is reached, and a penalty on the gradient would drop out of its sum without a word. (A compiler refuses for
-    # its graphs.)
+    # A node on the gradient could not raise this: autograd skips nodes that lead to no wanted tensor, and a penalty on
+    # the gradient would silently contribute nothing. (A compiler raises for its own graphs.)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "create_graph=True asks for a gradient that can be differentiated, but the fused Co-Tuning loss can be "
@@ -165,8 +170,8 @@ def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None,
     source_grad, target_grad, factors = saved if len(saved) == 3 else (*saved, ctx.factors)
     source_grad, target_grad = (upstream.new_empty((0, 0)) if x is None else x for x in (source_grad, target_grad))
     if not tracing and torch._C._autograd._get_current_graph_task_keep_graph():
-        # retain_graph=True: another backward pass may come, and what is saved must stay as it is. (In a compiled graph
-        # the compiler sees to it.)
+        # retain_graph=True: another backward pass may read the saved gradients, so scale copies. (In a compiled graph
+        # the compiler does that.)
         source_grad, target_grad = source_grad.clone(), target_grad.clone()
     if tracing or not (_is_known_to_be_one(upstream) and factors.tolist() == [1.0, 1.0]):
         operation("scale_gradients_", ctx.backend)(source_grad, target_grad, factors, upstream)
@@ -175,7 +180,7 @@ def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None,
 
 
 def _is_known_to_be_one(upstream: Tensor) -> bool:
-    """Whether this is ``loss.backward()``; on an accelerator the question would wait for the device: not asked."""
+    """Whether this is ``loss.backward()``; False on an accelerator, where reading the value would wait for it."""
     return upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1.0
 
 
@@ -196,15 +201,15 @@ def _save(ctx: Any, source_grad: Tensor, target_grad: Tensor, factors: Tensor, b
 
 
 def _below_autograd(name: str, backend: str, *arguments: Any) -> Any:
-    """The operation without its own derivative (below), which would only cost time: the caller has the gradients."""
+    """The operation without its own derivative (below): the caller saves the gradients, so it would only cost time."""
     if torch.compiler.is_compiling():
         return operation(name, backend)(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operation(name, backend)(*arguments)
 
 
-# The operation by itself is differentiable, too: what torch.export keeps of a program is the operation, and not the
-# Function that called it. (The in-place one is not: an operation that writes over its arguments cannot be.)
+# The operation by itself is differentiable: torch.export keeps the operation and not the Function that called it. (The
+# in-place operation is not: torch allows no derivative for an operation that writes over its arguments.)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -217,7 +222,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _operation_backward(backend: str, ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     _refuse_second_derivatives()
-    gradients = tuple(each.clone() for each in ctx.saved_tensors[:2])  # results of the operation: others may have them
+    gradients = tuple(each.clone() for each in ctx.saved_tensors[:2])  # results of an operation, which others may hold
     wanted = ctx.needs_input_grad[:2]
     for name, stored, needed in zip(("source_gradient", "target_gradient"), ctx.stored, wanted, strict=True):
         if needed and not stored:
@@ -234,7 +239,7 @@ for _backend in ("auto", "triton"):
 
 
 class _CoTuningLoss(torch.autograd.Function):
-    """Loss and gradients in fresh memory; the logits are left alone."""
+    """Loss and gradients in new memory; the logits stay unchanged."""
 
     @staticmethod
     def forward(
@@ -272,7 +277,7 @@ class _InplaceCoTuningLoss(torch.autograd.Function):
         backend: str,
     ) -> Tensor | tuple[Tensor, Tensor]:
         loss, terms, factors = operation("co_tuning_loss_", backend)(source_logits, target_logits, *arguments)
-        # An operation that saved these logits for its backward pass now gets autograd's error, not a wrong gradient.
+        # An operation that saved these logits for its backward pass now raises, and returns no wrong gradient.
         torch.autograd.graph.increment_version([x for x in (source_logits, target_logits) if x is not None])
         source_grad = source_logits.detach()
         target_grad = source_logits.new_empty((0, 0)) if target_logits is None else target_logits.detach()

@@ -1,7 +1,7 @@
 """Temperature scaling (Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017).
 
-Co-Tuning averages the source classifier's probabilities, so they should mean what they say: with one number, the
-temperature ``T``, ``softmax(logits / T)`` is made as honest as it can be on held-out *source* data.
+Co-Tuning averages the source classifier's probabilities, so a probability of 0.8 should be right 8 times in 10. One
+number, the temperature ``T``, brings ``softmax(logits / T)`` as close to that as possible on held-out *source* data.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def fit_temperature(
     signs of the slopes bracket the optimum; a step that leaves the bracket goes to its end the first time, and to its
     middle (in ``log b``) when that end is known already.
 
-    Many rows on the CPU usually take 2 to 4 passes: how the slope bends between here and the optimum, which a Newton
-    step does not know, is learnt from a sample of the rows. The result is still that of all rows.
+    Many rows on the CPU usually take 2 to 4 passes: a sample of the rows shows how the slope bends on the way to the
+    optimum, which a Newton step does not know. The result is still that of all rows.
 
     Use source data that the model was *not* trained on (its validation set), with source labels.
 
@@ -92,8 +92,8 @@ def fit_temperature(
         ignore_index: rows with this label do not count.
         backend: see :func:`cotuning_kernels.backends.select`.
         max_iterations: passes over the logits at most; 2 to 8 are usual, up to 15 where the model is very sure.
-        tolerance: the relative error of ``T`` that may be left, as the last two passes let one estimate it. What
-            float32 logits make of an exponential is of the order of the default.
+        tolerance: the allowed relative error of ``T``, estimated from the last two passes. The default is of the order
+            of the rounding of a float32 exponential.
 
     Returns:
         :class:`TemperatureFit`. If every label has the highest logit of its row, the NLL falls for ever as ``T`` goes
@@ -303,8 +303,8 @@ def _terms_of(logits: Tensor, labels: Tensor, ignore_index: int, backend: str) -
 def _error_left(step: float, curvature: float, bend: float) -> float:
     """How far ``b`` is from the optimum after this step, about: ``bend step^2 / (2 curvature)``.
 
-    That is what a Newton step leaves when the curvature changes by ``bend`` per unit of ``b``. A step that knows how
-    the slope bends leaves less. Where no bend is known (NaN: the first pass), the error may be as large as the step.
+    A Newton step leaves that error when the curvature changes by ``bend`` per unit of ``b``; a step that knows how the
+    slope bends leaves less. Where no bend is known (NaN: the first pass), the error may be as large as the step.
     """
     error = bend * step * step / (2 * curvature) if curvature > 0 else math.nan
     return min(abs(step), error) if math.isfinite(error) else abs(step)
@@ -335,7 +335,7 @@ def _step_with_sample(
         if not rise > 0:
             return newton_step
         step -= here / rise
-        if abs(here / rise) <= 1e-4 * abs(step):  # what is left is the square of that
+        if abs(here / rise) <= 1e-4 * abs(step):  # the remaining error is the square of that
             return step
     return newton_step
 
@@ -357,7 +357,7 @@ def _raise_not_finite(logits: Tensor, labels: Tensor, ignore_index: int) -> NoRe
 
 
 def _check_probabilities(rows: Tensor) -> None:
-    # 1e-2: what rounding to half precision brings about.
+    # 1e-2 allows rounding to half precision.
     if not ((rows >= 0).all() and ((rows.sum(dim=1) - 1).abs() <= 1e-2).all()):
         raise ValueError("with probabilities=True every row must be non-negative and sum to 1; are these logits?")
 

@@ -1,4 +1,4 @@
-"""Running somebody's classifier: its inputs, its logits, and its modules' training modes."""
+"""Runs a user's classifier: moves its inputs, finds its logits, keeps its modules' training modes."""
 
 from __future__ import annotations
 

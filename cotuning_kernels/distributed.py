@@ -3,10 +3,10 @@
 Relationship learning needs no more than ``learn_relationship(..., distributed=True)`` over a loader with a
 :class:`ShardSampler`.
 
-For training, DistributedDataParallel averages the gradients of ``P`` processes. Where each takes the mean over its own
-rows that is the gradient of the global mean only if every process has the same number of rows that count: never quite
-so with ``ignore_index``, class weights, or target classes without source supervision. :func:`global_mean_loss` divides
-by the counts of all processes instead.
+For training, DistributedDataParallel averages the gradients of ``P`` processes. If each process takes the mean over its
+own rows, that average is the gradient of the global mean only where every process has the same number of rows that
+count. With ``ignore_index``, class weights, or target classes without source supervision it has not.
+:func:`global_mean_loss` divides by the counts of all processes instead.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ __all__ = ["ShardSampler", "global_mean_loss", "rank_and_size"]
 class ShardSampler(Sampler[int]):
     """Every ``P``-th sample for each of ``P`` processes, in order, each sample exactly once.
 
-    torch's DistributedSampler repeats some samples so that all shares are of one size, which training needs and
-    statistics must not have.
+    torch's DistributedSampler repeats some samples to make all shares equally large. Training needs that; statistics
+    must not have it.
 
     Args:
-        dataset: of which only the length is used.
+        dataset: its length is used.
         rank, num_processes: by default those of torch.distributed; one process where it is not initialised.
 
     Raises:
@@ -73,9 +73,9 @@ def global_mean_loss(
 ) -> CoTuningTerms:
     """The loss of this process's rows, so that the *average* over processes is the mean over the rows of all.
 
-    That average is what DistributedDataParallel takes of the gradients: a training step is then the same, up to
-    rounding, for any number of processes and any distribution of the rows over them. It costs one ``all_reduce`` of
-    three numbers a step, and no wait for the device.
+    DistributedDataParallel averages the gradients, so a training step is then the same, up to rounding, for any number
+    of processes and any distribution of the rows over them. It costs one ``all_reduce`` of three numbers a step, and no
+    wait for the device.
 
     Args:
         criterion: a :class:`cotuning_kernels.FusedCoTuningLoss` with ``reduction="mean"``.
@@ -106,8 +106,8 @@ def global_mean_loss(
     from torch import distributed
 
     distributed.all_reduce(counts, group=group)
-    # Where there is nothing to divide by, the sum is 0, and so are its gradients whatever it is divided by. What the
-    # criterion says of such a mean is said by adding NaN to the value.
+    # Where a count is 0 the sum is 0, and so are its gradients, whatever divides it. NaN is added to the value, which
+    # is the criterion's value of such a mean.
     target_count, source_count, _ = torch.where(counts == 0, 1, counts).unbind()
     without_target, _, without_rows = torch.where(counts == 0, math.nan, 0.0).unbind()
     # One fused call gives target_sum + x * source_sum; the global mean needs the sums divided by different counts.
@@ -136,7 +136,7 @@ def global_mean_loss(
 
 @torch.no_grad()
 def _counts(criterion: FusedCoTuningLoss, weight: Tensor | None, target: Target) -> Tensor:
-    """What the two means of these rows divide by, and how many rows count: float64 ``[target, source, rows]``."""
+    """The divisors of the two means, and the number of rows that count: float64 ``[target, source, rows]``."""
     relationship = criterion.relationship
     supervised = (relationship != 0).any(dim=1).double()
     weight = torch.ones_like(supervised) if weight is None else weight.double()
@@ -147,7 +147,7 @@ def _counts(criterion: FusedCoTuningLoss, weight: Tensor | None, target: Target)
     def of_labels(labels: Tensor, share: Tensor | float) -> Tensor:
         share = share.to(labels.device, torch.float64) if isinstance(share, Tensor) else share
         counted = (labels != criterion.ignore_index).double() * share
-        # A label out of range is left to the loss, which names it.
+        # The loss names a label out of range.
         index = torch.where(labels != criterion.ignore_index, labels, 0).long().clamp(0, len(weight) - 1)
         return torch.stack([(counted * weight[index]).sum(), (counted * supervised[index]).sum(), counted.sum()])
 

@@ -7,10 +7,10 @@ import torch
 __all__ = ["FLOATING", "INDICES", "named"]
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Of logits and of the relationship, in the order of ``ScalarType`` in the C++ sources."""
+"""Logits and relationships have one of these, in the order of ``ScalarType`` in the C++ sources."""
 
 INDICES = (torch.int64, torch.int32)
-"""Of class indices."""
+"""Class indices have one of these."""
 
 
 def named(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -1,4 +1,7 @@
-"""What is installed here, which backends serve, and why another one does not: ``python -m cotuning_kernels``."""
+"""The environment report: versions, the backends that serve, and why the others do not.
+
+``python -m cotuning_kernels`` prints it.
+"""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def co_tuning_loss(
     .. math:: L = \mathrm{CE}(z^t, y) + \lambda \, \mathrm{CE}(z^s, R_y), \qquad
         \mathrm{CE}(z^s, q) = \sum_j q_j \Bigl(\log \sum_k e^{z^s_k} - z^s_j\Bigr)
 
-    (eq. 1 and 5 of You, Kou, Long, Wang, NeurIPS 2020). Rows of ``relationship`` need not sum to 1: the formula above
-    is what is computed. A row of zeros says that its target class has no source supervision.
+    (eq. 1 and 5 of You, Kou, Long, Wang, NeurIPS 2020). Rows of ``relationship`` need not sum to 1: the formula holds
+    for any row. A row of zeros says that its target class has no source supervision.
 
     Args:
         source_logits: ``(B, N_s)``, float32, bfloat16, float16 or float64; any row stride. The arithmetic of a head is
@@ -81,7 +81,7 @@ def co_tuning_loss(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
         IndexError: a label is out of range (CPU); on an accelerator an assertion of the device, as ``F.cross_entropy``.
-        RuntimeError: the backend asked for does not serve the logits' device; says how to get it.
+        RuntimeError: the requested backend does not serve the logits' device; the message says how to install it.
     """
     require_target_logits(target_logits)
     options = LossOptions(weight, trade_off, label_smoothing, ignore_index, reduction, source_loss)

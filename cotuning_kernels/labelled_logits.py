@@ -1,7 +1,7 @@
-"""What relationship learning and calibration share: logits with labels, checked and read in one sweep.
+"""Checks of logits with labels, for relationship learning and calibration.
 
-Both run next to a network's forward pass, not inside a training step, so unlike :mod:`cotuning_kernels.validation`
-they may read data: a wrong label or a NaN is named by its row.
+Both run next to a network's forward pass and not inside a training step. Unlike :mod:`cotuning_kernels.validation`, the
+checks may therefore read data: the message names the row of a wrong label or a NaN.
 """
 
 from __future__ import annotations
@@ -92,7 +92,11 @@ def first_row_without_softmax(logits: Tensor, labels: Tensor, ignore_index: int)
 
 
 def positive_number(name: str, value: Any) -> float:
-    """``value`` as a float, or a ValueError that says what was expected."""
+    """``value`` as a float.
+
+    Raises:
+        ValueError: it is not a positive finite number.
+    """
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):  # an int beyond float64 overflows

@@ -178,6 +178,7 @@ class FusedCoTuningLoss(nn.Module):
             return torch.tensor(self._trade_off, dtype=torch.float64, device=device)
 
     def extra_repr(self) -> str:
+        """The options, for ``repr``."""
         target_classes, source_classes = self.relationship.shape
         return (
             f"target_classes={target_classes}, source_classes={source_classes}, trade_off={self.trade_off}, "

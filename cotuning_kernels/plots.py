@@ -1,6 +1,6 @@
-"""The pictures: what a relationship looks like, and how far a classifier's confidence can be trusted.
+"""Pictures of a relationship, and of how far a classifier's confidence can be trusted.
 
-matplotlib is imported when a picture is asked for, and without its global state: no window and no display is needed.
+A function imports matplotlib when it draws, and uses none of its global state: it needs no window and no display.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def relationship_heat_map(
     figure = _new_figure(min(40, max(6, width)), min(40, max(3, height)))
     figure.suptitle(title, fontsize=12)
     axes, rest = figure.subplots(1, 2, sharey=True, width_ratios=[max(num_columns, 6), 2.5])
-    # The square root of a probability: small shares are what is worth seeing.
+    # The square root of a probability makes small shares visible.
     brightest = float(shown.max()) or 1.0
     image = axes.imshow(shown.sqrt().numpy(), cmap="GnBu", vmin=0, vmax=brightest**0.5, aspect="auto")
     axes.set_yticks(range(num_rows), [_label(target_names[t]) for t in rows], fontsize=font)

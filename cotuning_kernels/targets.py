@@ -1,4 +1,4 @@
-"""The three forms a target comes in, brought to the form that the operations take."""
+"""The three forms of a target, and the one form that the operations take."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def operand_target(target: Target, relationship: Tensor, dtype: torch.dtype = to
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A product must not be rounded to half precision behind the caller's back."""
+    """Switches autocast off, which would round a matrix product to half precision."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 

@@ -80,6 +80,7 @@ def _check_logits(name: str, logits: Tensor) -> None:
 
 
 def check_target(target: Target, batch: int, num_target_classes: int, device: torch.device, ignore_index: int) -> None:
+    """Class indices, class probabilities or a mixup pair for ``batch`` rows of logits."""
     check_ignore_index(ignore_index)
     if isinstance(target, tuple):
         if len(target) != 3:
@@ -116,6 +117,7 @@ def check_target(target: Target, batch: int, num_target_classes: int, device: to
 def check_relationship(
     relationship: Tensor, num_target_classes: int | None, num_source_classes: int, device: torch.device
 ) -> None:
+    """A floating matrix with a column a source class and, where they are known, a row a target class."""
     if not isinstance(relationship, Tensor):
         raise TypeError(
             f"relationship is a {type(relationship).__name__}, expected a Tensor of shape (N_t, N_s) or a Relationship"
@@ -151,6 +153,7 @@ def check_relationship(
 
 
 def check_inplace(name: str, logits: Tensor) -> None:
+    """Logits over which a gradient may be written: no leaf, and dense rows that do not overlap."""
     if logits.is_leaf and logits.requires_grad:
         raise ValueError(f"{name} is a leaf that requires grad; inplace=True would destroy it. Leave inplace out")
     if not logits.requires_grad:
@@ -163,6 +166,7 @@ def check_inplace(name: str, logits: Tensor) -> None:
 
 
 def check_ignore_index(ignore_index: int) -> None:
+    """An integer of 64 bits."""
     if not isinstance(ignore_index, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"ignore_index is {ignore_index!r:.80}, expected an integer")
     if not -(2**63) <= ignore_index < 2**63:

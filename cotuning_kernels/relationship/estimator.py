@@ -170,7 +170,7 @@ class RelationshipEstimator:
         before = self._settled()
         if before.all_reduced:
             raise RuntimeError(
-                "this estimator holds the sums of all processes; what one of them adds now the others would not have. "
+                "this estimator holds the sums of all processes; the others would not have what this one adds now. "
                 "Count everything before all_reduce"
             )
         logits, labels = check_labelled_logits(
@@ -311,7 +311,7 @@ class RelationshipEstimator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace what was counted by a :meth:`state_dict`.
+        """Replace the counts by those of a :meth:`state_dict`.
 
         Raises:
             ValueError: not such a state, one of other classes or another temperature, or a damaged one; the

@@ -85,7 +85,7 @@ def learn_relationship(
             it exists, learning goes on where it stands, to the same bits: the batches before are fetched (their labels
             show whether they are the same data), but the model does not see them again. Use a loader that does not
             shuffle.
-        checkpoint_every: batches between two saves. A save writes all there is: ``4 N_t N_s`` bytes for the direct
+        checkpoint_every: batches between two saves. A save writes the whole state: ``4 N_t N_s`` bytes for the direct
             method, the logits so far for the reverse one.
         distributed: each process of torch.distributed gives its share of the data (see
             :class:`cotuning_kernels.distributed.ShardSampler`), and each gets the relationship of all of it. Without a
@@ -93,8 +93,8 @@ def learn_relationship(
 
     Raises:
         TypeError: the model or the loader gives something else than described here.
-        ValueError: unknown method, another setting that has no sense, empty loader, a validation loader that is missing
-            or not wanted, number of classes not known, NaN in the logits (names the batch and the row).
+        ValueError: unknown method, another setting with a wrong value, empty loader, a validation loader that is
+            missing or not wanted, number of classes not known, NaN in the logits (names the batch and the row).
         IndexError: a label out of range.
         CheckpointError: the checkpoint is damaged or belongs to something else.
         PermissionError, OSError: the checkpoint cannot be written, which is found before the first batch, or cannot be
@@ -206,7 +206,7 @@ def _of_first_process(relationship: Relationship) -> Relationship:
 def _target_classes(
     loader: Iterable[Any], num_target_classes: int | None, names: Sequence[str] | None
 ) -> tuple[int, tuple[str, ...] | None]:
-    """How many target classes there are, and what they are called, from the arguments or from the loader's dataset."""
+    """``N_t`` and the names of the target classes, from the arguments or from the loader's dataset."""
     if names is None:
         found = _dataset_classes(loader)
         if found is not None and num_target_classes in (None, len(found)):

@@ -36,20 +36,20 @@ _EMPTY_POLICIES = ("unsupervised", "uniform", "error")
 
 @dataclass(frozen=True, eq=False)
 class Relationship:
-    """``R[t, s] = p(y_source = s | y_target = t)`` with the names of its classes and how it came about.
+    """``R[t, s] = p(y_source = s | y_target = t)`` with the names of its classes and how it was learnt.
 
     Attributes:
         matrix: ``(N_t, N_s)``, floating. Every row sums to 1, or is all zeros: a target class without source
             supervision, which trains the target head only.
         target_classes, source_classes: names, or ``None``. Two classes may share a name (ImageNet has two "crane").
-        method: ``"direct"`` or ``"reverse"`` when it was learnt that way, ``"given"`` for a matrix from elsewhere.
+        method: how it was learnt, ``"direct"`` or ``"reverse"``; ``"given"`` for a matrix from elsewhere.
         temperature: the source logits were divided by it before the softmax.
         counts: int64 ``(N_t,)``, the samples behind each row, or ``None``.
-        metadata: free text of your own, saved along.
+        metadata: your own text, saved with the relationship.
 
     Raises:
-        TypeError, ValueError: a matrix that is not one of conditional probabilities, or fields that do not fit it; the
-            message names the first wrong row.
+        TypeError, ValueError: the matrix does not hold conditional probabilities (the message names the first wrong
+            row), or other fields do not fit it.
     """
 
     matrix: Tensor
@@ -97,10 +97,12 @@ class Relationship:
 
     @property
     def num_target_classes(self) -> int:
+        """``N_t``."""
         return self.matrix.shape[0]
 
     @property
     def num_source_classes(self) -> int:
+        """``N_s``."""
         return self.matrix.shape[1]
 
     @property
@@ -372,7 +374,7 @@ def _check_matrix(matrix: Tensor) -> None:
             f"matrix is {matrix.dtype} of shape {tuple(matrix.shape)}, expected (N_t, N_s) probabilities as "
             f"{', '.join(map(str, _ROW_SUM_TOLERANCE))}"
         )
-    # Row by row, because a temporary of the matrix's size is what this module is careful not to need.
+    # Row by row: this module makes no temporary of the matrix's size.
     lowest, highest = matrix.amin(dim=1), matrix.amax(dim=1)  # NaN where the row has one
     wrong = ~((lowest >= 0) & torch.isfinite(highest))
     if wrong.any():
@@ -405,7 +407,7 @@ def class_names(argument: str, names: Iterable[str] | None, expected: int) -> tu
     """
     if names is None:
         return None
-    # A string is a sequence of strings too: one class a letter is never what was meant.
+    # A string is a sequence of strings too, but a class for each letter is a mistake.
     if isinstance(names, str | set | frozenset) or not isinstance(names, Iterable):
         raise TypeError(f"{argument} is {names!r:.80}, expected a sequence of names in the classes' order, or None")
     names = tuple(names)

@@ -47,20 +47,28 @@ _CHECKPOINT_FILE = TensorFile(
 class Collector(Protocol):
     """Takes logits and labels batch by batch."""
 
-    def update(self, source_logits: Tensor, labels: Tensor, /) -> None: ...
-    def all_reduce(self) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+    def update(self, source_logits: Tensor, labels: Tensor, /) -> None:
+        """Take a batch; one that raises is not taken, not even in part."""
+
+    def all_reduce(self) -> None:
+        """Add the other processes' batches. Once, at the end."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything taken so far."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Replace everything taken by a :meth:`state_dict`."""
 
 
 class LogitCollector:
-    """Keeps the logits and labels of the labelled rows, for the reverse method."""
+    """A :class:`Collector` that keeps the logits and labels of the labelled rows, for the reverse method."""
 
     def __init__(self, num_target_classes: int, ignore_index: int) -> None:
         self._num_target_classes, self._ignore_index = num_target_classes, ignore_index
         self._batches: list[tuple[Tensor, Tensor]] = []
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Keep the labelled rows of a batch."""
         logits, labels = self._checked(logits, labels)
         if self._batches and logits.shape[1] != self._batches[0][0].shape[1]:
             raise ValueError(
@@ -70,6 +78,7 @@ class LogitCollector:
         self._batches.append((logits[labelled], labels[labelled].long()))
 
     def rows(self) -> tuple[Tensor, Tensor]:
+        """All logits ``(rows, N_s)`` and labels ``(rows,)``, on the device of the latest batch."""
         device = self._batches[-1][0].device  # a checkpoint's may be elsewhere
         logits, labels = zip(*self._batches, strict=True)
         return torch.cat([x.to(device) for x in logits]), torch.cat([x.to(device) for x in labels])
@@ -86,10 +95,16 @@ class LogitCollector:
         self._batches = [(theirs[0].to(logits.device), theirs[1].to(logits.device)) for theirs in everyones]
 
     def state_dict(self) -> dict[str, Any]:
+        """The rows, for a checkpoint."""
         logits, labels = self.rows()
         return {"logits": logits, "labels": labels}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the rows by those of a :meth:`state_dict`.
+
+        Raises:
+            TypeError, ValueError, IndexError: the state is not of this collector, or damaged.
+        """
         if set(state) != {"logits", "labels"}:
             raise ValueError(f"the state has {sorted(state)}, expected ['labels', 'logits']")
         logits, labels = self._checked(state["logits"], state["labels"])
@@ -200,6 +215,7 @@ class Checkpoint:
         return index < self._batches
 
     def counted(self, index: int) -> None:
+        """Save where batch ``index`` is the last of ``every``."""
         if (index + 1) % self._every == 0:
             self._save()
 
@@ -214,7 +230,10 @@ class Checkpoint:
             )
 
     def check_columns(self, num_source_classes: int) -> None:
-        """Whether the model, or a function, of whose weights nothing is known, gives as many classes as before."""
+        """Raise where the model gives another number of classes than before.
+
+        A function shows no weights to compare, so the number of classes is all that tells it from another one.
+        """
         if self._columns not in (0, num_source_classes):
             raise CheckpointError(
                 f"{self._path} was written with {self._columns} source classes, but the model gives "

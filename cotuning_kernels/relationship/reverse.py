@@ -1,4 +1,4 @@
-"""The reverse way to a relationship: learn ``p(y_target | y_source)``, then turn it round with Bayes' rule.
+"""The reverse method: learn ``p(y_target | y_source)``, then turn it round with Bayes' rule.
 
 You, Kou, Long and Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020, section 3.2, and the authors' script:
 
@@ -10,7 +10,7 @@ You, Kou, Long and Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020, sectio
 4. Bayes: ``R[t, s] = p(t | s) p(s) / sum over s' of p(t | s') p(s')`` with the mean probability over all the data for
    ``p(s)``. Rows sum to 1.
 
-:func:`learn_reverse_relationship` does all of it; :func:`regression_path` is step 1 for those who want to look.
+:func:`learn_reverse_relationship` takes all four steps; :func:`regression_path` is step 1 alone.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class RegressionFit:
         inverse_penalty: ``C`` in the objective ``sum of cross entropies + |W|^2 / (2 C)``.
         coefficients: ``W``, ``(N_t, N_s)``, in the probabilities' dtype.
         objective: its value, in float64.
-        gap: a bound on how far the objective is above its minimum, relative to the smaller of the objective and what
-            was gained over ``W = 0``; see :func:`regression_path`.
+        gap: a bound on the objective's distance from its minimum, relative to the smaller of the objective and the
+            gain over ``W = 0``; see :func:`regression_path`.
         iterations, evaluations: of L-BFGS, and of the objective with its gradient.
         converged: whether ``gap`` came below the tolerance, or the objective below what rounding lets it fall to (in
             float32, under a weak penalty, the rounding of the gradient alone keeps the bound above the tolerance).
@@ -61,7 +61,7 @@ class RegressionFit:
     converged: bool
 
 
-@torch.inference_mode(False)  # in which nothing could be differentiated
+@torch.inference_mode(False)  # the regression needs gradients
 def learn_reverse_relationship(
     train_logits: Tensor,
     train_labels: Tensor,
@@ -89,12 +89,12 @@ def learn_reverse_relationship(
             ``ignore_index`` do not count.
         num_target_classes: ``N_t``.
         temperature: of the source classifier, see :func:`cotuning_kernels.fit_temperature`.
-        inverse_penalties: the values of ``C`` to choose from. Of several with the same validation accuracy the weakest
-            penalty (the largest ``C``) is taken, as the authors do.
+        inverse_penalties: the values of ``C`` to choose from. Where several have the same validation accuracy, the
+            weakest penalty (the largest ``C``) is taken, as the authors do.
         tolerance: see :func:`cotuning_kernels.relationship.reverse.regression_path`. It bounds the regression's
-            objective, whose minimum is the flatter the weaker the penalty is: with another order of the rows, which is
-            another rounding, elements of the relationship of 100 rows moved by 1e-4 at ``C = 100`` and by 4e-3 at
-            ``C = 1e4``. Float64 logits and 1e-8 left 1e-5 and 4e-4.
+            objective; the weaker the penalty, the flatter its minimum. Another order of the rows, and so another
+            rounding, moved elements of the relationship of 100 rows by 1e-4 at ``C = 100`` and by 4e-3 at
+            ``C = 1e4``; with float64 logits and 1e-8, by 1e-5 and 4e-4.
         empty: what becomes of a target class without a training row; see
             :meth:`cotuning_kernels.RelationshipEstimator.compute`.
         target_classes, source_classes: names to keep with the relationship.
@@ -178,7 +178,7 @@ def regression_path(
     .. math:: f(W) = \sum_i \mathrm{CE}(W x_i, y_i) + \frac{1}{2 C} \lVert W \rVert^2
 
     L-BFGS (``torch.optim.LBFGS``) for each ``C``. An evaluation is two matrix products of ``n N_s N_t`` and the fused
-    cross entropy with its gradient in between, so what counts is to need few of them:
+    cross entropy with its gradient in between, so the aim is to need few of them:
 
     * Each coefficient is scaled by the root of the Hessian's diagonal, ``sum_i p_it (1 - p_it) x_is^2 + 1 / C``, at the
       start. Source classes differ in it by many orders of magnitude. In these coordinates the gradient itself is about
@@ -330,10 +330,9 @@ class _Regression:
 
 
 class _Closure:
-    """What L-BFGS asks for the objective: as a function of ``step``, the scaled distance of the coefficients from the
-    start.
+    """The objective for L-BFGS, as a function of ``step``, the scaled distance of the coefficients from the start.
 
-    The same point is not evaluated twice, which each call of ``optimizer.step`` would do with its starting point.
+    It keeps the last value: each call of ``optimizer.step`` evaluates its starting point again.
 
     Attributes:
         step: the parameter of the optimizer.
@@ -390,7 +389,7 @@ def _regression_temperature(validation_logits: Tensor, validation_labels: Tensor
         return fit.temperature * size
     warnings.warn(
         f"the regression has no best temperature on {len(validation_labels)} validation rows (all of them right, or no "
-        "better than chance); it is left uncalibrated. More validation data would tell",
+        "better than chance); it is left uncalibrated. Use more validation data",
         stacklevel=3,
     )
     return 1.0

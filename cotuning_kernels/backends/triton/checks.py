@@ -15,11 +15,13 @@ __all__ = ["check_labels", "check_loss", "check_matrix", "check_target", "check_
 
 
 def require(condition: bool, expected: str) -> None:
+    """Raise a RuntimeError that says ``expected`` where the condition is false."""
     if not condition:
         raise RuntimeError(expected)
 
 
 def check_matrix(name: str, x: Tensor, device: torch.device) -> None:
+    """Require a floating matrix with dense columns."""
     require(
         x.dim() == 2 and x.dtype in FLOATING and x.device == device and (x.stride(1) == 1 or x.shape[1] <= 1),
         f"{name} must be a floating matrix with dense columns on {device}",
@@ -33,6 +35,7 @@ def check_writable(name: str, x: Tensor) -> None:
 
 
 def check_labels(name: str, labels: Tensor, batch: int, device: torch.device) -> None:
+    """Require one class index a row."""
     require(
         labels.dtype in (torch.int64, torch.int32) and labels.shape == (batch,) and labels.device == device,
         f"{name} must be int64 or int32 of shape ({batch},) on {device}",
@@ -40,6 +43,7 @@ def check_labels(name: str, labels: Tensor, batch: int, device: torch.device) ->
 
 
 def check_target(target: Tensor, target_b: Tensor | None, mix: Tensor | None, batch: int, device: torch.device) -> None:
+    """Require one of the three forms of a target."""
     probabilities = target.is_floating_point()
     require(
         (mix is not None) == (probabilities or target_b is not None) and not (probabilities and target_b is not None),
@@ -75,6 +79,7 @@ def check_loss(
     reduction: int,
     kl_divergence: bool,
 ) -> None:
+    """Require arguments of ``co_tuning_loss`` that fit together."""
     device = source_logits.device
     check_matrix("source_logits", source_logits, device)
     batch = source_logits.shape[0]

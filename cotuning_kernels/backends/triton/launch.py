@@ -82,6 +82,7 @@ class Launch:
 
 
 def is_amd() -> bool:
+    """Whether this torch is for AMD's GPUs."""
     return torch.version.hip is not None
 
 
@@ -96,6 +97,7 @@ class RowPlan:
     kept: int = 0
 
     def programs(self, batch: int) -> int:
+        """How many programs take ``batch`` rows."""
         return blocks(batch, self.rows)
 
     def access(self, vec: int, dtype: torch.dtype) -> int:
