@@ -1,16 +1,15 @@
-"""The operations: one schema each, whatever backend serves them, and their shapes without data (for ``torch.compile``).
+"""The operations: one schema each for all backends, and their shapes without data (for ``torch.compile``).
 
-The schemas are defined here and not in C++, so that a backend which needs no compiler (Triton) serves the same
-operations on a machine where the C++ extension was not built. A backend only adds an implementation for its dispatch
-key.
+Python defines the schemas, and not C++, so that a backend which needs no compiler (Triton) serves the same operations
+where the C++ extension was not built. A backend only adds an implementation for its dispatch key.
 
-Conventions shared by all of them:
+Conventions that all operations share:
 
 * Rows may have any stride, columns are dense (``stride(1) == 1``); gradients and results are fresh and contiguous.
 * ``target`` is one of: class indices ``(B,)`` (int64 or int32); with ``target_b`` and ``mix`` a mixup pair, row ``i``
   being ``mix[i] * onehot(target[i]) + (1 - mix[i]) * onehot(target_b[i])`` with ``mix`` float64 ``(B,)`` or ``(1,)``;
   or class probabilities ``(B, N_t)`` (floating).
-* With class probabilities the source distribution is a matrix product, which a library does better than we could:
+* With class probabilities the source distribution is a matrix product, which torch computes before the call:
   ``relationship`` is then the ``(B, N_s)`` product ``target @ R``, row ``i`` belonging to row ``i``, and ``mix`` the
   share of each row's target that has source supervision, float64 ``(B,)``.
 * Losses and terms are float64 when any logits are float64, else float32. Gradients have their logits' dtype.
@@ -40,17 +39,17 @@ _LOSS_ARGUMENTS = (
 )
 
 SCHEMAS = {
-    # Loss, terms [target, source] and both gradients in one pass. `target_logits=None` leaves the source term alone
-    # (the loss is then the source term, without trade_off). A gradient that is not asked for is an empty tensor.
-    # The true gradient of the loss is `factors[0] * source_grad` and `factors[1] * target_grad`: a half-precision
-    # gradient is stored without the part of its scale that could push it below the smallest half.
+    # Loss, terms [target, source] and both gradients in one pass. Without target_logits the loss is the source term,
+    # without trade_off. A gradient that is not asked for is an empty tensor. The gradient of the loss is
+    # `factors[0] * source_grad` and `factors[1] * target_grad`: a half-precision gradient is stored without the part of
+    # its scale that could push it below the smallest half.
     "co_tuning_loss": f"(Tensor source_logits, Tensor? target_logits, {_LOSS_ARGUMENTS}, "
     "bool source_gradient, bool target_gradient) "
     "-> (Tensor loss, Tensor terms, Tensor factors, Tensor source_grad, Tensor target_grad)",
-    # The same, with the gradients written over the logits.
+    # The same; the gradients overwrite the logits.
     "co_tuning_loss_": f"(Tensor(a!) source_logits, Tensor(b!)? target_logits, {_LOSS_ARGUMENTS}) "
     "-> (Tensor loss, Tensor terms, Tensor factors)",
-    # grad *= factor * upstream, upstream being a scalar or (B,) one a row. No host read on an accelerator.
+    # grad *= factor * upstream, where upstream is a scalar or has one entry a row, (B,). The host reads nothing.
     "scale_gradients_": "(Tensor(a!) source_grad, Tensor(b!) target_grad, Tensor factors, Tensor upstream) -> ()",
     # Rows of p(y_source | target), in the relationship's dtype.
     "translate_labels": "(Tensor target, Tensor? target_b, Tensor? mix, Tensor relationship, int ignore_index) "
@@ -58,7 +57,7 @@ SCHEMAS = {
     # sums[t] += softmax(logits[i] * inverse_temperature), counts[t] += 1, for every row i of class t.
     "add_class_sums_": "(Tensor(a!) sums, Tensor(b!) counts, Tensor logits, Tensor labels, float inverse_temperature, "
     "int ignore_index) -> ()",
-    # float64 [NLL, first derivative, second derivative, rows] in b = 1/T, summed over rows.
+    # float64 [NLL, its first and second derivative in the inverse temperature, rows], summed over rows.
     "temperature_terms": "(Tensor logits, Tensor labels, float inverse_temperature, int ignore_index) -> Tensor",
 }
 
@@ -68,9 +67,8 @@ for _name, _schema in SCHEMAS.items():
     _library.define(f"{_name}.triton{_schema}")
 
 OPERATIONS = tuple(SCHEMAS)
-# By name, and whether Triton is to serve. An operation's default overload is served by the fastest kernels there are
-# for its device. Where those are not Triton's, an overload of its own makes Triton a choice of every single call, which
-# a compiled graph keeps.
+# By name, and whether Triton serves. The fastest kernels for a device serve an operation's default overload. Triton's
+# own overload makes Triton a choice of every single call, which a compiled graph keeps.
 _overloads = {
     (name, asked): getattr(getattr(torch.ops.cotuning_kernels, name), overload)
     for name in OPERATIONS
@@ -79,7 +77,7 @@ _overloads = {
 
 
 def operation(name: str, backend: str) -> torch._ops.OpOverload:
-    """The operation that calls the kernels of ``backend``, the name of one that :func:`backends.select` chose."""
+    """Return the operation that calls the kernels of ``backend``, a name from :func:`backends.select`."""
     return _overloads[name, backend == "triton"]
 
 
@@ -92,8 +90,8 @@ def _fake(name: str) -> Callable[[_Function], _Function]:
     return register
 
 
-# Shapes, dtypes and devices of the results, without data. A call on tensors of the "meta" device ends here too, so what
-# the kernels would refuse for its device is refused here.
+# Shapes, dtypes and devices of the results, without data. A call on tensors of the "meta" device ends here too, so
+# tensors on different devices are refused here, as the kernels refuse them.
 
 
 def _reduced(source_logits: Tensor, target_logits: Tensor | None, reduction: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""What would let an operation read or write outside a tensor is refused here.
+"""Checks that keep an operation from reading or writing outside a tensor.
 
-The Python layer above checks its arguments in words for people, but only looks for the words when an operation has
-refused (a small batch takes about as long as checking its arguments), so whatever is wrong must be refused here too.
+The Python layer above explains wrong arguments, but checks them only after an operation has refused (a small batch
+takes about as long as checking its arguments). So every wrong argument must be refused here, too.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ __all__ = ["check_labels", "check_loss", "check_matrix", "check_target", "check_
 
 
 def require(condition: bool, expected: str) -> None:
-    """Raise a RuntimeError that says ``expected`` where the condition is false."""
+    """Raise RuntimeError with what was expected, unless ``condition`` holds."""
     if not condition:
         raise RuntimeError(expected)
 
 
 def check_matrix(name: str, x: Tensor, device: torch.device) -> None:
-    """Require a floating matrix with dense columns."""
+    """Require a floating matrix with dense columns on ``device``."""
     require(
         x.dim() == 2 and x.dtype in FLOATING and x.device == device and (x.stride(1) == 1 or x.shape[1] <= 1),
         f"{name} must be a floating matrix with dense columns on {device}",
@@ -30,12 +30,12 @@ def check_matrix(name: str, x: Tensor, device: torch.device) -> None:
 
 
 def check_writable(name: str, x: Tensor) -> None:
-    """A row that another row overlaps cannot hold a gradient of its own."""
+    """Require rows that do not overlap: each must hold a gradient of its own."""
     require(x.shape[0] <= 1 or x.stride(0) >= x.shape[1], f"{name} has rows that overlap")
 
 
 def check_labels(name: str, labels: Tensor, batch: int, device: torch.device) -> None:
-    """Require one class index a row."""
+    """Require class indices, one a row, on ``device``. Their values are not read."""
     require(
         labels.dtype in (torch.int64, torch.int32) and labels.shape == (batch,) and labels.device == device,
         f"{name} must be int64 or int32 of shape ({batch},) on {device}",
@@ -43,7 +43,7 @@ def check_labels(name: str, labels: Tensor, batch: int, device: torch.device) ->
 
 
 def check_target(target: Tensor, target_b: Tensor | None, mix: Tensor | None, batch: int, device: torch.device) -> None:
-    """Require one of the three forms of a target."""
+    """Require one of the three forms of a target (see ``backends/operations.py``)."""
     probabilities = target.is_floating_point()
     require(
         (mix is not None) == (probabilities or target_b is not None) and not (probabilities and target_b is not None),

@@ -1,11 +1,11 @@
 """The relationship's sums: ``sums[t] += sum over rows of class t of softmax(b z)``, without atomics.
 
-Rows are sorted by class (a library's stable sort of the labels), so that a class is a run of rows. One launch finds
-each row's ``max(z)`` and ``sum exp``; a second has one program for a class and a block of columns, which adds the
-softmax of its rows in the order of rows: the same bits in every run.
+A stable sort of the labels puts the rows of a class side by side. One launch finds each row's ``max(z)`` and
+``sum exp``. A second launch has one program for each class and block of columns; it adds the softmax of the class's
+rows in the order of rows, so that every run gives the same bits.
 
-Traffic: each logit is read twice, 8 bytes a row are written and read, and the sums are read and written once. A tile of
-rows is summed in the arithmetic of the logits, tiles in the dtype of the sums.
+Traffic: each logit is read twice, 8 bytes a row are written and read, and the sums are read and written once. Rows of a
+tile are added in the arithmetic of the logits, tiles in the dtype of the sums.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def class_sums_kernel(
 def add_class_sums_(
     sums: Tensor, counts: Tensor, logits: Tensor, labels: Tensor, inverse_temperature: float, ignore_index: int
 ) -> None:
-    """``cotuning_kernels::add_class_sums_``."""
+    """``cotuning_kernels::add_class_sums_``; see :mod:`cotuning_kernels.backends.operations`."""
     device, batch, classes = logits.device, logits.shape[0], sums.shape[0]
     check_matrix("logits", logits, device)
     check_matrix("sums", sums, device)
@@ -110,7 +110,7 @@ def add_class_sums_(
     )
     if batch == 0:
         return
-    # Labels that belong to no class lie outside of all runs: below the first, or above the last.
+    # Ignored labels must lie outside all classes' runs: they take the number behind the last class.
     key = torch.where(labels == ignore_index, classes, labels) if 0 <= ignore_index < classes else labels
     in_order, order = torch.sort(key.long(), stable=True)
     ends = torch.searchsorted(in_order, torch.arange(classes + 1, device=device))
@@ -132,7 +132,7 @@ def plan(
     order: Tensor,
     ends: Tensor,
 ) -> list[Launch]:
-    """Both launches of one call."""
+    """Return both launches of one call."""
     batch, columns = logits.shape
     threads = threads_for(columns, logits.dtype)
     rows = plan_rows(columns, logits.dtype, threads)

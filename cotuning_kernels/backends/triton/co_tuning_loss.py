@@ -1,27 +1,28 @@
-"""The Co-Tuning loss in one launch: both heads, both gradients, all rows' losses and the scalars.
+"""The Co-Tuning loss in one launch: both heads, both gradients, the losses of all rows and the scalars.
 
-Of a row, ``rows.py`` has the derivation and the traffic.
+``rows.py`` has the derivation and the traffic of a row.
 
-The means need counts that are known only when every row has been looked at. So gradients are stored with a factor that
-is right where every row takes part (``trade_off / B`` and ``1 / B``), and ``factors`` hold what is left for the
-backward pass: then exactly 1, so that with an upstream gradient of 1 that pass touches no gradient, which is half the
-traffic of a step. In float16 they would lose their digits, divided by a large batch: it keeps them as large as
-probabilities, and ``factors`` hold it all. A row leaves 20 bytes of numbers, which the programs that
-are done last add up, and every program a count of 4.
+Factors. A mean needs counts that are known only after every row. So a gradient is stored with a factor that is right
+where every row takes part (``trade_off / B`` and ``1 / B``), and ``factors`` hold the rest for the backward pass. The
+rest is then exactly 1, and with an upstream gradient of 1 that pass touches no gradient, which saves half the traffic
+of a step. float16 gradients, divided by a large batch, would lose their digits: they are stored as large as
+probabilities, and ``factors`` hold the whole factor. A row leaves 20 bytes of numbers, which the last programs add up;
+a program leaves a count of 4 bytes.
 
-Sums over rows. Every program counts itself in where its rows' numbers are added up: a group of 256 rows, or of more
-where there would be more than 128 groups. The last one of a group adds it up and counts the group, and the last one of
-these adds up the groups. So nobody reads many numbers alone: of 32768 rows 256, and then 128. Which program is the last
-is chance, but not the order of its sums: the same bits in every run. Only the counts are atomic, and they are integers.
+Sums over rows. The rows form groups of 256, or of more where there would be more than 128 groups. Every program counts
+itself in its rows' group. The last program of a group adds up the group's numbers and counts the group; the last of
+these programs adds up the groups. So no program reads many numbers: of 32768 rows, 256 and then 128. Chance decides
+which program is the last, but not the order of its sums: every run gives the same bits. Only the counts are atomic, and
+they are integers.
 
-That the last program sees what the others have stored: every thread of a program stores, all meet at the barrier, and
-one of them then adds to the counter with the order ``acq_rel``, for the whole device. What comes before the barrier in
-any thread happens before that addition, which releases all of it and not that thread's stores alone (a release is
-cumulative). The addition of the last program reads what the others' have written and acquires; a barrier hands that to
-its other threads, and only then they load. In PTX that is st, bar.sync, atom.acq_rel.gpu, bar.sync, ld. On AMD the
-barrier is a fence of the workgroup, whose waves share a first-level cache and its way to the second one; the wave that
-counts writes that one back (buffer_wbl2), waits, counts, waits and drops what the first one holds (buffer_inv): what
-LLVM makes of such a fence and such an addition, and what ``test_triton_static.py`` finds in every compiled kernel.
+Memory order. The last program sees what the others have stored: every thread of a program stores, all threads meet at
+a barrier, and one of them adds to the counter with the order ``acq_rel``, for the whole device. Whatever comes before
+the barrier in any thread happens before that addition, which releases all of it and not that thread's stores alone (a
+release is cumulative). The addition of the last program reads what the others have written, and acquires; a barrier
+hands that to its other threads, and only then they load. In PTX that is st, bar.sync, atom.acq_rel.gpu, bar.sync, ld.
+On AMD the barrier is a fence of the workgroup, whose waves share a first-level cache. The wave that counts writes that
+cache back (buffer_wbl2), waits, counts, waits and invalidates it (buffer_inv). That is LLVM's code for such a fence and
+such an addition, and ``test_triton_static.py`` finds it in every compiled kernel.
 """
 
 from __future__ import annotations
@@ -383,7 +384,7 @@ def co_tuning_loss(
 def co_tuning_loss_(
     source_logits: Tensor, target_logits: Tensor | None, *arguments: Any, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``cotuning_kernels::co_tuning_loss_``: the gradients are written over the logits."""
+    """``cotuning_kernels::co_tuning_loss_``, which writes the gradients over the logits."""
     check_loss(source_logits, target_logits, *arguments, **options)
     check_writable("source_logits", source_logits)
     if target_logits is not None:
@@ -424,7 +425,7 @@ def plan(
     reduction: int,
     kl_divergence: bool,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
-    """The launch of one call, and the ``(loss, terms, factors)`` that it writes. It depends on shapes alone."""
+    """Return the launch of one call, and the ``(loss, terms, factors)`` that it writes."""
     batch = source_logits.shape[0]
     loss, terms, factors = outputs = _new_outputs(source_logits, target_logits, reduction)
     form = form_of(target, target_b)

@@ -1,11 +1,11 @@
-"""Counters of programs that are done, for a kernel whose last program adds up what all have stored.
+"""Counters of finished programs, for a kernel whose last program adds up what all programs have stored.
 
-They are 0 before a launch, and its last programs set them back, so that no launch is needed to clear them: memory that
-outlives the call. Launches of one stream run one after another, so that each stream has counters of its own. What is
-captured in a graph may run beside all else: it has counters that belong to the graph, with a node that clears them.
+The counters are 0 before a launch, and its last programs set them back to 0: they outlive the call, and no launch
+clears them. Launches of one stream run one after another, so each stream has its own counters. A captured graph may run
+beside every stream: it has its own counters, with a node that clears them.
 
-(Streams are told apart by their handles. CUDA's "per-thread default stream" is one handle for many streams; PyTorch
-does not use it.)
+(The handle identifies a stream. CUDA's "per-thread default stream" is one handle for many streams; PyTorch does not use
+it.)
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 __all__ = ["MOST", "counters", "of_streams"]
 
 MOST = 129
-"""How many there are for a launch."""
+"""The counters of a launch."""
 
 of_streams: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def counters(device: torch.device) -> Tensor:
-    """For a launch on the current stream of ``device``, which is the current device."""
+    """Return the counters for a launch on the current stream of ``device``, which is the current device."""
     if device.type == "cpu":  # interpreted, or only compiled
         stream = 0
     elif torch.cuda.is_current_stream_capturing():
@@ -33,13 +33,16 @@ def counters(device: torch.device) -> Tensor:
     else:
         stream = triton.runtime.driver.active.get_current_stream(device.index)
     found = of_streams.get((device, stream))
-    # Of two threads that come here at once, one has made zeros for nothing.
+    # If two threads come here at once, the zeros of one of them are not used.
     return of_streams.setdefault((device, stream), _lasting_zeros(device)) if found is None else found
 
 
 def _lasting_zeros(device: torch.device) -> Tensor:
-    """Made in a thread of their own: where this one makes ready for a graph, as in torch.compile's "reduce-overhead",
-    its memory comes from the graph's, where nothing may stay. Whoever gets them finds them 0."""
+    """Zeros from a thread of their own, written before this returns.
+
+    While the calling thread prepares a graph, as torch.compile's "reduce-overhead" does, its allocations come from the
+    graph's memory, where nothing may stay.
+    """
 
     def make() -> Tensor:
         if device.type == "cpu":

@@ -1,7 +1,7 @@
-"""``exp`` as GPUs have it: a power of two, one instruction in float32.
+"""``exp`` as a power of two, which is one instruction of a GPU in float32.
 
-``tl.exp`` multiplies by ``log2(e)`` too, but three more instructions then save results below 2**-126, which no sum
-here would notice: beside a largest exponential of 1 they are 0.
+``tl.exp`` multiplies by ``log2(e)`` too, but spends three more instructions on results below 2**-126. No sum here would
+notice those beside its largest exponential, which is 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["exp"]
 
 @triton.jit
 def exp(x):
-    """``e ** x``; in float32, 0 below 2**-126."""
+    """``e ** x``; 0 in float32 where the result is below 2**-126."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     return tl.exp2(x * 1.4426950408889634)

@@ -1,9 +1,8 @@
-"""How rows are shared out to programs, and what a launch is. One fixed table: no autotuning, so that numbers repeat.
+"""How programs share the rows, and what a launch is. One fixed table without autotuning, so that numbers repeat.
 
-Alignment. Triton takes a number for a multiple of 16 only where it sees that the argument is one, and then for a
-multiple of nothing else: 1000 classes would be read element by element. So a kernel gets widths and strides as
-multiples of a compile-time ``VEC`` (``1000 = 125 * 8``) and multiplies them itself; what the compiler then knows is
-enough for accesses of 128 bits.
+Alignment. Triton knows that an argument is a multiple of 16 or it knows nothing: with 1000 classes it would read
+element by element. So a kernel gets widths and strides in units of a constant ``vec`` (``1000 = 125 * 8``) and
+multiplies them itself, which is enough for the compiler to make accesses of 128 bits.
 """
 
 from __future__ import annotations
@@ -38,15 +37,18 @@ __all__ = [
     "vector",
 ]
 
-# A row and its row of R lie in registers up to here (16384 float32; half of that with two rows of R: they would spill).
+# The longest row that lies in registers with its row of R: 16384 in float32, or 8192 with two rows of R (more would
+# spill).
 MAX_WHOLE_ROW_BYTES = 65536
-# Logits alone do up to here (32768 float32): 64 in each of 512 threads, of which a multiprocessor then holds no more.
+# The longest row whose logits alone lie in registers: 32768 in float32, 64 in each of the 512 threads that then fill a
+# multiprocessor.
 MAX_KEPT_ROW_BYTES = 131072
 KEPT_THREADS = 512
-KEPT_COLUMNS_A_LANE = 4  # of a block, or as many as it reads at a time; with 8, those that it reads one by one spill
-# Above, columns are looped over.
+# A lane's columns of a kept row's block, or as many as it reads at a time; 8 that are read one by one would spill.
+KEPT_COLUMNS_A_LANE = 4
+# A longer row is looped over, so many columns at a time, of which a thread has COLUMNS_A_LANE in its registers.
 LOOP_COLUMNS = 2048
-COLUMNS_A_LANE = 16  # of those, in the registers of a thread
+COLUMNS_A_LANE = 16
 _LEAST_COLUMNS = 16
 _LOOP_THREADS = 128
 _TILE = 1024
@@ -54,7 +56,7 @@ _TILE = 1024
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of one kernel: everything but the moment."""
+    """One launch of one kernel, ready to run."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -62,7 +64,7 @@ class Launch:
     threads: int = 128
 
     def run(self) -> None:
-        """On the stream of the current device. An empty grid is no launch."""
+        """Launch on the current stream of the current device, unless the grid is empty."""
         if all(self.grid):
             self.kernel[self.grid](**self.arguments, **self.options())
 
@@ -71,8 +73,11 @@ class Launch:
         return self.kernel.warmup(**self.arguments, grid=self.grid, **self.options())
 
     def options(self) -> dict[str, Any]:
-        """Of the compiler. ``debug`` turns on the assertions that the kernels make (see ``labels.py``), and would one
-        after every addition of integers. A warp is 64 threads on AMD's data-centre GPUs."""
+        """Return the compiler's options.
+
+        ``debug`` turns on the kernels' assertions (see ``labels.py``). It would also turn on one after every addition
+        of integers, which ``sanitize_overflow`` turns off. A warp has 64 threads on AMD's data-centre GPUs.
+        """
         amd = is_amd()
         return {
             "num_warps": max(1, self.threads // (64 if amd else 32)),
@@ -82,14 +87,16 @@ class Launch:
 
 
 def is_amd() -> bool:
-    """Whether this torch is for AMD's GPUs."""
+    """Return whether torch's GPUs are AMD's."""
     return torch.version.hip is not None
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """One program takes ``rows`` rows, ``block`` columns at a time: all of them at once, in a loop, or, of a kept row,
-    in ``kept`` blocks."""
+    """How a program takes ``rows`` rows, ``block`` columns at a time.
+
+    One block holds whole rows; a long row is looped over (``loops``); a kept row has ``kept`` blocks.
+    """
 
     rows: int
     block: int
@@ -97,11 +104,11 @@ class RowPlan:
     kept: int = 0
 
     def programs(self, batch: int) -> int:
-        """How many programs take ``batch`` rows."""
+        """Return how many programs take ``batch`` rows."""
         return blocks(batch, self.rows)
 
     def access(self, vec: int, dtype: torch.dtype) -> int:
-        """Neighbours that a thread reads at a time of a kept or long row, 16 bytes at most; 0 for whole rows."""
+        """Return how many neighbours a thread reads at a time: 16 bytes at most, or 0 for whole rows."""
         return _access(vec, dtype) if self.loops or self.kept else 0
 
 
@@ -138,8 +145,11 @@ class Head:
 
 
 def threads_for(columns: int, dtype: torch.dtype, *, pair: bool = False) -> int:
-    """Threads that a row of ``columns`` logits wants: 64 bytes of arithmetic each, so that what a thread does only once
-    weighs little (with 32, half as many instructions again an element). ``pair``: with two rows of R beside it."""
+    """Return how many threads a row of ``columns`` logits wants: one for each 64 bytes of arithmetic.
+
+    With 32 bytes, the instructions that each thread executes once would add half as many again to every element.
+    ``pair``: two rows of R lie beside the row.
+    """
     block = _power_of_two(columns)
     if _loops(block, dtype, pair):
         return _LOOP_THREADS
@@ -148,7 +158,7 @@ def threads_for(columns: int, dtype: torch.dtype, *, pair: bool = False) -> int:
 
 
 def plan_rows(columns: int, dtype: torch.dtype, threads: int, *, pair: bool = False) -> RowPlan:
-    """Rows of ``columns`` logits for programs of ``threads`` threads: one long row, or several short ones."""
+    """Return how programs of ``threads`` threads take rows of ``columns`` logits: one long row or several short."""
     block = _power_of_two(columns)
     if _loops(block, dtype, pair):
         return RowPlan(1, LOOP_COLUMNS, True)
@@ -156,35 +166,35 @@ def plan_rows(columns: int, dtype: torch.dtype, threads: int, *, pair: bool = Fa
 
 
 def is_kept(columns: int, dtype: torch.dtype) -> bool:
-    """Whether a row is too long for registers with its row of R beside it, but not without. (float64 would spill.)"""
+    """Return whether the registers hold a row, but not its row of R beside it. (float64 would spill.)"""
     is_long = _loops(_power_of_two(columns), dtype, False)
     return is_long and dtype != torch.float64 and columns * _compute_size(dtype) <= MAX_KEPT_ROW_BYTES
 
 
 def plan_kept_row(columns: int, dtype: torch.dtype, vec: int) -> RowPlan:
-    """A row for a program of ``KEPT_THREADS`` threads."""
+    """Return how a program of ``KEPT_THREADS`` threads takes a kept row."""
     block = KEPT_THREADS * max(KEPT_COLUMNS_A_LANE, _access(vec, dtype))
     return RowPlan(1, block, False, blocks(columns, block))
 
 
 def tile_of(columns: int) -> tuple[int, int]:
-    """``(rows, columns)`` of a tile for kernels that look at every element alone: a few rows, or a part of one."""
+    """Return ``(rows, columns)`` of a tile, for kernels that treat each element alone: a few rows, or a part of one."""
     block = min(_TILE, _power_of_two(columns))
     return _TILE // block, block
 
 
 def vector(*matrices: Tensor | None) -> int:
-    """The largest power of two, 8 at most, that divides the width and the row stride of every matrix."""
+    """Return the largest power of two, 8 at most, that divides the width and the row stride of every matrix."""
     return math.gcd(8, *(n for x in matrices if x is not None for n in (x.shape[1], x.stride(0))))
 
 
 def blocks(count: int, size: int) -> int:
-    """How many blocks of ``size`` hold ``count``."""
+    """Return how many blocks of ``size`` hold ``count``."""
     return -(-count // size)
 
 
 def compute_type(dtype: torch.dtype) -> Any:
-    """What the arithmetic of a tensor of this dtype is done in, as Triton names it."""
+    """Return Triton's dtype for the arithmetic on tensors of this dtype."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 

@@ -1,7 +1,7 @@
 """The backward pass: ``grad *= factor * upstream`` in place, both heads in one launch.
 
-Traffic: each gradient is read once and written once; nothing, where the whole factor is 1. Nothing is read on the host.
-A gradient of 0 stays 0 whatever the factor: rows that take no part may have a factor of infinity.
+Traffic: each gradient is read once and written once, or not touched where the whole factor is 1. The host reads
+nothing. A gradient of 0 stays 0 whatever the factor: rows that take no part may have a factor of infinity.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def scale_gradients_kernel(
 
 
 def scale_gradients_(source_grad: Tensor, target_grad: Tensor, factors: Tensor, upstream: Tensor) -> None:
-    """``cotuning_kernels::scale_gradients_``; a gradient without elements is none."""
+    """``cotuning_kernels::scale_gradients_``; a gradient without elements was not asked for."""
     device = factors.device
     require(factors.shape == (2,) and factors.is_floating_point(), "factors must be floating of shape (2,)")
     require(upstream.device == device and upstream.is_floating_point(), f"upstream must be floating on {device}")
@@ -84,7 +84,7 @@ def scale_gradients_(source_grad: Tensor, target_grad: Tensor, factors: Tensor, 
 
 
 def plan(source_grad: Tensor, target_grad: Tensor, factors: Tensor, upstream: Tensor) -> Launch:
-    """The launch of one call."""
+    """Return the launch of one call."""
     batch = max(source_grad.shape[0], target_grad.shape[0])
     source_rows, source_block = tile_of(source_grad.shape[1])
     target_rows, target_block = tile_of(target_grad.shape[1])

@@ -5,7 +5,7 @@ has
 
     NLL = log S - b x_y        dNLL/db = E[x] - x_y        d2NLL/db2 = E[x^2] - E[x]^2
 
-Traffic: each logit is read once, 12 to 28 bytes a row are written; their sum over rows is a library's, in float64.
+Traffic: each logit is read once and 12 to 28 bytes a row are written; torch adds these up over rows, in float64.
 ``b`` changes with every step of Newton's method, so it is an argument of the launch, in float64, and no constant.
 """
 
@@ -43,8 +43,11 @@ def _whole_rows(logits, stride, width, b, rows, in_batch, BLOCK: tl.constexpr, D
 
 @triton.jit
 def _long_rows(logits, stride, width, b, rows, in_batch, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """The same, a block of columns at a time. Where the maximum rises by ``d``, every ``x`` before lies ``d`` deeper:
-    ``sum e (x - d)^2 = sum e x^2 - 2 d sum e x + d^2 sum e``, whose terms all have one sign as ``x <= 0 <= d``."""
+    """The same, a block of columns at a time.
+
+    Where the maximum rises by ``d``, every earlier ``x`` lies ``d`` deeper:
+    ``sum e (x - d)^2 = sum e x^2 - 2 d sum e x + d^2 sum e``, whose terms all have one sign as ``x <= 0 <= d``.
+    """
     lanes = tl.arange(0, BLOCK)
     top = tl.full([ROWS], -float("inf"), DTYPE)
     sums = tl.zeros([ROWS, BLOCK], DTYPE)
@@ -101,7 +104,7 @@ def temperature_terms_kernel(
 
 
 def temperature_terms(logits: Tensor, labels: Tensor, inverse_temperature: float, ignore_index: int) -> Tensor:
-    """``cotuning_kernels::temperature_terms``."""
+    """``cotuning_kernels::temperature_terms``; see :mod:`cotuning_kernels.backends.operations`."""
     check_matrix("logits", logits, logits.device)
     check_labels("labels", labels, logits.shape[0], logits.device)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -112,7 +115,7 @@ def temperature_terms(logits: Tensor, labels: Tensor, inverse_temperature: float
 
 
 def plan(logits: Tensor, labels: Tensor, inverse_temperature: float, ignore_index: int, by_row: Tensor) -> Launch:
-    """The launch of one call."""
+    """Return the launch of one call."""
     threads = threads_for(logits.shape[1], logits.dtype)
     rows = plan_rows(logits.shape[1], logits.dtype, threads)
     vec = vector(logits)

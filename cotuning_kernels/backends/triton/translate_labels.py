@@ -1,7 +1,7 @@
 """Rows of p(y_source | target): row i is row ``target[i]`` of R, or a pair's mixture of two rows.
 
-Traffic: what is looked up is read once (from L2 where rows repeat) and written once. A row alone is copied bit for bit;
-a mixture is computed in float32 (float64 for a float64 R) and rounded once.
+Traffic: each row is read once (from L2 where rows repeat) and written once. A single row is copied bit for bit; a
+mixture is computed in float32 (float64 for a float64 R) and rounded once.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def translate_labels(
 def plan(
     target: Tensor, target_b: Tensor | None, mix: Tensor | None, relationship: Tensor, ignore_index: int, out: Tensor
 ) -> Launch:
-    """The launch of one call."""
+    """Return the launch of one call."""
     batch, columns = out.shape
     vec = vector(relationship, out)
     rows, block = tile_of(columns)

@@ -28,16 +28,21 @@ def warmup(
     source_loss: str = "cross_entropy",
     device: torch.device | str = "cuda",
 ) -> int:
-    """Compile what a training step and an evaluation with these shapes and options launch; nothing is run.
+    """Compile the kernels of a training step and an evaluation with these shapes and options; run nothing.
 
-    Without it the first step does, which takes a second or two. The batch size does not matter: a kernel serves all.
+    Without a warm-up the first step compiles, which takes a second or two. One kernel serves every batch size.
 
     Args:
-        source_classes, target_classes: the widths of the heads.
-        dtype: of both heads' logits. ``relationship_dtype``: of the relationship.
-        target: ``"labels"``, ``"pair"`` or ``"probabilities"``: the form that targets will have.
-        weight: whether there are class weights (float32).
-        label_smoothing, reduction, source_loss: as for the loss.
+        source_classes: ``N_s``, the columns of the source logits.
+        target_classes: ``N_t``, the columns of the target logits.
+        dtype: the dtype of both heads' logits.
+        relationship_dtype: the dtype of the relationship.
+        target: the form of the targets: ``"labels"``, ``"pair"`` or ``"probabilities"``.
+        weight: whether the classes have weights (float32).
+        label_smoothing: as for the loss.
+        reduction: as for the loss.
+        source_loss: as for the loss.
+        device: the GPU to compile for.
 
     Returns:
         The number of kernels.
