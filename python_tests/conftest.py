@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from support import cpp_builds
-from support.conformance import BACKENDS, RECORDS, Backend, Record, error_lines
+from support.backends import BACKENDS, Backend
 from support.paths import ROOT
+from support.rule import RECORDS, Record, error_lines
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,4 @@
-"""Every backend against the conformance table (see ``conformance.py`` for the table and for the rule)."""
+"""Every backend against the conformance table: its rows are in ``support.cases``, its rule in ``support.rule``."""
 
 from __future__ import annotations
 
@@ -12,24 +12,12 @@ from torch import Tensor
 
 from cotuning_kernels import autograd, functional, reference
 from cotuning_kernels.targets import OperandTarget, operand_target
+from support.backends import TABLE_BACKENDS, Backend
+from support.cases import CASES, Case
 from support.checks import check_class_sums, check_temperature_terms
-from support.conformance import (
-    CASES,
-    DTYPES,
-    FORMS,
-    LAYOUTS,
-    TABLE_BACKENDS,
-    Backend,
-    Case,
-    Expectation,
-    Layout,
-    Outcome,
-    Placed,
-    Problem,
-    assert_same_bits,
-    bits,
-    verify,
-)
+from support.layouts import LAYOUTS, Layout, Placed, bits
+from support.problems import DTYPES, FORMS, Outcome, Problem
+from support.rule import Expectation, assert_same_bits, verify
 
 _CASE = {case.name: case for case in CASES}
 

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 import cotuning_kernels as ck
 from cotuning_kernels import backends, functional
+from support.backends import BACKENDS, Backend
+from support.cases import Case
 from support.checks import check_backward_twice
-from support.conformance import BACKENDS, Backend, Case, Placed, Problem, bits
+from support.layouts import Placed, bits
+from support.problems import Problem
 
 
 def _loss(problem: Problem, source: Tensor, target: Tensor, backend: Backend, **more: Any) -> Tensor:

@@ -21,7 +21,9 @@ from torch import Tensor
 
 import cotuning_kernels as ck
 from cotuning_kernels import functional
-from support.conformance import Backend, Case, Outcome, Problem
+from support.backends import Backend
+from support.cases import Case
+from support.problems import Outcome, Problem
 from support.textbook_kernel import textbook_kernel
 
 # The fixture only selects the backend; it may stay selected from one example to the next.

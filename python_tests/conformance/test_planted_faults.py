@@ -16,18 +16,11 @@ import torch
 from torch import Tensor
 
 from cotuning_kernels import reference
+from support.cases import CASES, Case
 from support.checks import check_backward_twice, check_class_sums, check_temperature_terms
-from support.conformance import (
-    CASES,
-    DTYPES,
-    FORMS,
-    LAYOUTS,
-    Case,
-    Expectation,
-    Problem,
-    assert_same_bits,
-    verify,
-)
+from support.layouts import LAYOUTS
+from support.problems import DTYPES, FORMS, Problem
+from support.rule import Expectation, assert_same_bits, verify
 from support.textbook_kernel import textbook_backend, textbook_kernel
 
 _TABLE_FAULTS = {

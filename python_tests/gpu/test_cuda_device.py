@@ -33,11 +33,15 @@ from benchmarks.problems import RelationshipProblem, Shape
 from benchmarks.timing import DeviceStopwatch, synchronizer
 from cotuning_kernels.distributed import global_mean_loss
 from support import emulated_cuda
-from support.conformance import Case, Expectation, Outcome, Problem, _missing_cuda, bits, run_public
+from support.backends import missing_cuda, run_public
+from support.cases import Case
 from support.cuda_graph import capture
+from support.layouts import bits
 from support.paths import ROOT
+from support.problems import Outcome, Problem
+from support.rule import Expectation
 
-REASON = _missing_cuda()
+REASON = missing_cuda()
 SIMULATED = "COTUNING_SIMULATED_GPU" in os.environ  # by simulated_gpu.py: what needs a driver is not there
 on_a_gpu = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 on_two_devices = pytest.mark.skipif(

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from cotuning_kernels import autograd, backends, functional
 from support import emulated_cuda
-from support.conformance import Case, Expectation, Placed, assert_same_bits, run_public
+from support.backends import run_public
+from support.cases import Case
 from support.cpp_builds import MEMORY, THREADS, build, compiler, require, run, run_kernel_tests
+from support.layouts import Placed
 from support.paths import ROOT
+from support.rule import Expectation, assert_same_bits
 from tools.machine_code import launches
 
 

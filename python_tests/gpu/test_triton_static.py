@@ -25,18 +25,11 @@ import torch
 
 from cotuning_kernels import backends
 from cotuning_kernels.backends import operations
-from support.conformance import (
-    CONTIGUOUS,
-    LAYOUTS,
-    Backend,
-    Case,
-    Expectation,
-    Problem,
-    rows_that_cancel,
-    source,
-    supervised_late,
-    verify,
-)
+from support.backends import Backend
+from support.cases import Case, rows_that_cancel, source, supervised_late
+from support.layouts import CONTIGUOUS, LAYOUTS
+from support.problems import Problem
+from support.rule import Expectation, verify
 
 _MISSING = backends.missing_reason("triton")
 pytestmark = pytest.mark.skipif(_MISSING is not None, reason=f"triton: {_MISSING}")

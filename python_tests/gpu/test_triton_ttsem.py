@@ -20,8 +20,12 @@ import pytest
 import torch
 
 from cotuning_kernels import backends
+from support.backends import Backend
+from support.cases import Case
 from support.checks import check_class_sums, check_temperature_terms
-from support.conformance import DTYPES, LAYOUTS, Backend, Case, Record, error_lines, verify
+from support.layouts import LAYOUTS
+from support.problems import DTYPES
+from support.rule import Record, error_lines, verify
 
 sanitize = pytest.importorskip("ttsem.sanitize", reason="ttsem is not installed: see the top of this file")
 _MISSING = backends.missing_reason("triton")

@@ -18,7 +18,7 @@ import cotuning_kernels as ck
 from cotuning_kernels import distributed as ck_distributed
 from cotuning_kernels.distributed import ShardSampler, global_mean_loss
 from support import distributed_worker as worker
-from support.conformance import Backend
+from support.backends import Backend
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 

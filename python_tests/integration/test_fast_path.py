@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import cotuning_kernels as ck
 from cotuning_kernels import backends, functional
 from cotuning_kernels.backends.registry import REGISTRY
-from support.conformance import bits
+from support.layouts import bits
 
 if REGISTRY.fast_path_loss is None:
     pytest.skip(f"no fast path: {backends.missing_reason('fast_path')}", allow_module_level=True)

@@ -26,7 +26,10 @@ import cotuning_kernels as ck
 from cotuning_kernels import backends, functional
 from cotuning_kernels.backends import operations
 from cotuning_kernels.targets import operand_target
-from support.conformance import BACKENDS, Backend, Case, Problem, bits, compute_dtype
+from support.backends import BACKENDS, Backend
+from support.cases import Case
+from support.layouts import bits
+from support.problems import Problem, compute_dtype
 from support.threaded_losses import losses
 
 _KINDS = ("labels", "ignoring", "pair", "pair, float share", "probabilities")

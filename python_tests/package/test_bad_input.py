@@ -21,7 +21,8 @@ from torch import Tensor
 import cotuning_kernels as ck
 from cotuning_kernels import autograd, backends, functional
 from cotuning_kernels.backends.registry import REGISTRY
-from support.conformance import BACKENDS, Backend, Placed
+from support.backends import BACKENDS, Backend
+from support.layouts import Placed
 from support.stand_in import cpu_served_by
 
 _B, _T, _S = 4, 3, 20

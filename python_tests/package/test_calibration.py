@@ -29,7 +29,7 @@ from cotuning_kernels.calibration import (
 )
 from cotuning_kernels.labelled_logits import REFERENCE_ROWS
 from cotuning_kernels.plots import plot_reliability
-from support.conformance import Backend
+from support.backends import Backend
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # |dT| / T that is allowed. The kernel's exponentials are float32 unless the logits are float64.

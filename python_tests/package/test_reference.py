@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cotuning_kernels import reference
-from support.conformance import CASES, Case, Problem, reference_outcome, torch_formulation
+from support.cases import CASES, Case
+from support.problems import Problem, reference_outcome, torch_formulation
 
 _INF, _NAN = math.inf, math.nan
 

@@ -28,7 +28,7 @@ from cotuning_kernels import backends, plots, reference
 from cotuning_kernels.relationship import Relationship, RelationshipEstimator
 from cotuning_kernels.relationship import estimator as estimator_module
 from cotuning_kernels.relationship.learn import learn_relationship
-from support.conformance import Backend
+from support.backends import Backend
 from support.scripts import run_script
 
 N_T, N_S = 5, 37

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from cotuning_kernels import learn_relationship, learn_reverse_relationship
 from cotuning_kernels.relationship import Relationship, reverse
 from cotuning_kernels.relationship.reverse import INVERSE_PENALTIES, bayes, regression_path
-from support.conformance import Backend
+from support.backends import Backend
 
 N_T, N_S = 6, 40
 PENALTIES = INVERSE_PENALTIES[4:14]  # scikit-learn takes long to converge at the others

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support.conformance import CONTIGUOUS, LAYOUTS, Placed, bits
+from support.layouts import CONTIGUOUS, LAYOUTS, Placed, bits
 
 # Sums are added to what is there: (sums, counts, logits, labels, inverse temperature) -> None.
 AddClassSums = Callable[[Tensor, Tensor, Tensor, Tensor, float], None]

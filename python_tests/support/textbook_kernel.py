@@ -12,7 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from support.conformance import ABSURD_CLASS, Backend, Outcome, Problem, compute_dtype
+from support.backends import Backend
+from support.layouts import ABSURD_CLASS
+from support.problems import Outcome, Problem, compute_dtype
 
 
 def _read(x: Tensor, contiguous_anyway: bool) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cotuning_kernels import functional
-from support.conformance import Case
+from support.cases import Case
 
 
 def losses(seed: int, batch: int = 301) -> Tensor:
