@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -313,7 +314,9 @@ class Relationship:
                 )
             return matches[0]
         index = _as_index(target_class)
-        if index is None or type(target_class) is bool or getattr(target_class, "dtype", None) == torch.bool:
+        # (Before NumPy 2, its booleans are indices.)
+        boolean = isinstance(target_class, (bool, np.bool_)) or getattr(target_class, "dtype", None) is torch.bool
+        if index is None or boolean:
             raise TypeError(
                 f"target class {target_class!r:.80}, expected a name or an index (torch.tensor(mask).nonzero())"
             )
