@@ -87,10 +87,10 @@ distclean: clean ## and those too
 	@touch $@
 
 .venv/python:
-	@command -v $(PYTHON) >/dev/null || { echo "make: there is no $(PYTHON): install Python 3.11 or newer (apt-get\
+	@command -v $(PYTHON) >/dev/null || { echo "make: there is no $(PYTHON): install Python 3.10 or newer (apt-get\
 	 install python3 python3-venv), or name yours: make PYTHON=/path/to/python3." >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is\
-	 $$($(PYTHON) --version), but Python 3.11 or newer is needed: name one, for instance make PYTHON=python3.12." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is\
+	 $$($(PYTHON) --version), but Python 3.10 or newer is needed: name one, for instance make PYTHON=python3.12." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments:\
 	 install its venv module (apt-get install python3-venv)." >&2; exit 1; }
 	@$(PYTHON) -m venv --clear .venv

@@ -48,8 +48,8 @@ def test_table(name: str, backend: Backend, seed: int) -> None:
                 try:
                     verify(backend, problem, form, expectation=expectation)
                 except Exception as error:
-                    error.add_note(f"case {name!r} ({_CASE[name].why}), {dtype}, {form}, {backend.name}, --seed {seed}")
-                    raise
+                    case = f"case {name!r} ({_CASE[name].why}), {dtype}, {form}, {backend.name}, --seed {seed}"
+                    raise AssertionError(case) from error
 
 
 # Three target forms are three ways to read the other operands. Widths: a multiple of every vector, and two others.

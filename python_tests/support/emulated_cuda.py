@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cotuning_kernels.backends.operations import SCHEMAS
+from cotuning_kernels.backends.torch_version import too_old_for_kernels
 from support.cpp_builds import alone, compiler, run, tool, workspace
 from support.paths import ROOT
 from support.stand_in import cpu_served_by
@@ -47,6 +48,8 @@ def headers(root: Path) -> Path:
 
 def missing() -> str | None:
     """Why there is no emulated library here."""
+    if reason := too_old_for_kernels():
+        return reason
     if not (ROOT / "csrc" / "sources.txt").is_file() or not emulator_sources(ROOT):
         return "the sources of the kernels are not here"
     return None if tool("g++", "c++") else "there is no g++ that could compile the kernels for the CPU"
