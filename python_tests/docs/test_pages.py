@@ -38,7 +38,6 @@ INVERSE_PENALTIES = [1e4, 3e3, 1e3, 300, 100, 30, 10, 3, 1, 0.3, 0.1, 0.03, 0.01
 PARENTS = ("docs", "examples", "benchmarks", "csrc", "cotuning_kernels", "python_tests", "tools", "build_support")
 FOLDERS = f"(?:{'|'.join(PARENTS)})"
 SOURCE, TARGET = 6, 3
-PARTS = ("train", "validation")
 
 
 @dataclass
@@ -354,8 +353,11 @@ def check_migrating(run: Run) -> None:
     assert np.abs(before - after.matrix.numpy()).max() < 1e-7
     before, after = (run.value("The reverse relationship", block, "relationship") for block in (0, 1))
     assert np.abs(before - after.matrix.numpy()).max() < 1e-3
-    sets = (torch.from_numpy(run.namespace[f"{part}_{kind}"]) for part in PARTS for kind in ("logits", "labels"))
-    after = ck.learn_reverse_relationship(*sets, TARGET, temperature=1 / SCALE, tolerance=1e-9)
+    train, validation = (
+        (torch.from_numpy(run.namespace[f"{part}_logits"]), torch.from_numpy(run.namespace[f"{part}_labels"]))
+        for part in ("train", "validation")
+    )
+    after = ck.learn_reverse_relationship(*train, *validation, TARGET, temperature=1 / SCALE, tolerance=1e-9)
     assert np.abs(before - after.matrix.numpy()).max() < 1e-5
     scale, temperature = run.value("Calibration", 0, "scale"), run.value("Calibration", 1, "temperature")
     assert temperature * scale == pytest.approx(1, rel=1e-6)
