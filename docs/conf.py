@@ -60,7 +60,10 @@ def add_navigation(_: Sphinx, page: str, source: list[str]) -> None:
 
 def write_mathml(self: Any, node: nodes.Element) -> None:
     """MathML, which browsers show by themselves; MathJax would come from a network."""
-    self.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    mathml = tex2mathml(node.astext())
+    if isinstance(node, nodes.math_block):
+        mathml = mathml.replace("<math", '<math display="block"', 1)
+    self.body.append(mathml)
     raise nodes.SkipNode
 
 
