@@ -94,7 +94,9 @@ def learn_reverse_relationship(
         tolerance: see :func:`cotuning_kernels.relationship.reverse.regression_path`. It bounds the regression's
             objective; the weaker the penalty, the flatter its minimum. Another order of the rows, and so another
             rounding, moved elements of the relationship of 100 rows by 1e-4 at ``C = 100`` and by 4e-3 at
-            ``C = 1e4``; with float64 logits and 1e-8, by 1e-5 and 4e-4.
+            ``C = 1e4``; with float64 logits and 1e-8, by 1e-5 and 4e-4. Another number of threads has such an effect
+            too, because torch's matrix products then round differently: float32 logits give the same bits again only
+            with the same ``torch.get_num_threads()``.
         empty: what becomes of a target class without a training row; see
             :meth:`cotuning_kernels.RelationshipEstimator.compute`.
         target_classes, source_classes: names to keep with the relationship.

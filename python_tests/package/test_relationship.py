@@ -458,6 +458,22 @@ def test_an_estimator_without_a_device_follows_the_batches(draw: torch.Generator
         RelationshipEstimator(N_T, N_S, device="meta", backend="reference").update(logits, labels)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-14)])
+def test_the_order_of_merges_moves_little(dtype: torch.dtype, tolerance: float, draw: torch.Generator) -> None:
+    parts = []
+    for _ in range(20):
+        parts.append(RelationshipEstimator(N_T, N_S, dtype=dtype))
+        parts[-1].update(*random_batch(draw, 200))
+    matrices = []
+    for _ in range(10):
+        merged = RelationshipEstimator(N_T, N_S, dtype=dtype)
+        for index in torch.randperm(20, generator=draw).tolist():
+            merged.merge(parts[index])
+        matrices.append(merged.compute().matrix)
+    stacked = torch.stack(matrices)
+    assert 0 < float(((stacked.amax(0) - stacked.amin(0)) / stacked.amax(0)).max()) < tolerance
+
+
 def test_sums_of_all_processes_are_not_merged_with_those_of_one(draw: torch.Generator) -> None:
     """A second all_reduce would count them again, without a word."""
     mine, reduced = estimator_of(random_batch(draw, 10)), estimator_of(random_batch(draw, 10))
