@@ -36,7 +36,7 @@ CUDA_docs := COTUNING_KERNELS_CUDA=0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint docs clean distclean
+.PHONY: help demo test torture bench lint docs clean distclean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS=\"...\"] [PYTHON=python3.12] [TORCH=\"torch==2.13.0\"]"
@@ -48,6 +48,9 @@ demo: .venv/installed-demo ## fine-tune real weights on real images, plainly and
 # Each worker gets a stretch of neighbouring tests, which share what is expensive to make.
 test: .venv/installed-test ## run the whole test suite, a worker a core
 	@$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+torture: .venv/installed-test ## kill, starve and feed with hostile files what saves and counts (about ten minutes)
+	@$(BIN)/python -m tools.torture $(ARGS)
 
 bench: .venv/installed-bench ## run the benchmarks, print a table of ratios to today's formulations, write a page with pictures
 	@MALLOC_MMAP_MAX_=0 $(BIN)/pytest benchmarks --benchmark-only $(ARGS)

@@ -100,15 +100,24 @@ def _locked_file(target: Path, mode: int) -> tuple[Path, int]:
         temporary = target.parent / f"{_stem(target)}{secrets.token_hex(8)}.tmp"
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another save takes it for a leftover and is about to remove it
-            pass
-        except OSError:  # a file system without locks, where no leftover is removed
-            return temporary, descriptor
-        else:
-            if os.fstat(descriptor).st_nlink > 0:
+            if _lock(descriptor):
                 return temporary, descriptor
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a new file; False where another save has taken it for a leftover, and has removed it or is about to."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks, where no leftover is removed
+        return True
+    return os.fstat(descriptor).st_nlink > 0
 
 
 def _copy_permissions(descriptor: int, before: os.stat_result) -> None:
