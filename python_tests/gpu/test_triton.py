@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,7 +44,7 @@ if _MISSING is None:
     import triton.language as tl
     import triton.runtime.interpreter as ti
 
-    from cotuning_kernels.backends.triton import IMPLEMENTATIONS, counters, warmup
+    from cotuning_kernels.backends.triton import IMPLEMENTATIONS, checks, counters, scale_gradients, warmup
     from cotuning_kernels.backends.triton import co_tuning_loss as loss
     from support.triton_interpreter import AnyOrder, interpreted, traffic
     from support.triton_stand_in import MODULES, triton_interpreted
@@ -262,6 +262,55 @@ def test_the_backward_pass_moves_gradients_only_where_it_changes_them(kind: str,
     else:
         assert moved["store"] == whole
         assert moved["load"] >= whole
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 10, 11, 28, 29, 30])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_bounded_number_of_programs_scales_every_tile(programs: int, by_row: bool, draw: torch.Generator) -> None:
+    """10 tiles of the source gradient and 19 of the target's, dealt out to fewer programs, as many, or more."""
+    source, target = torch.randn(37, 130, generator=draw), torch.randn(37, 300, generator=draw)
+    factors, upstream = torch.tensor([3.0, 0.5]), torch.randn((37,) if by_row else (), generator=draw)
+    column = upstream[:, None] if by_row else upstream
+    expected = source * (3.0 * column), target * (0.5 * column)
+    with mock.patch.object(scale_gradients, "most_programs", return_value=programs), triton_interpreted():
+        launch = scale_gradients.plan(source, target, factors, upstream)
+        assert launch.grid == (min(programs, 29),)
+        launch.run()
+    for ours, theirs in zip((source, target), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_labels_that_start_anywhere_take_no_kernel_of_their_own() -> None:
+    """Nor a trade-off out of a schedule, nor the backward pass of a loss that is one of many."""
+    logits, relationship = torch.empty(48, 1000), torch.empty(9, 1000)
+    labels, schedule = torch.zeros(50, dtype=torch.int64), torch.ones(9, dtype=torch.float64)
+    with compiled_for(TARGETS["sm_90"]) as launches:
+        for first in (0, 1):
+            IMPLEMENTATIONS["co_tuning_loss"](
+                logits, torch.empty(48, 9), labels[first : first + 48], None, None, relationship, None, schedule[first],
+                0.0, -100, 1, False, True, True,
+            )  # fmt: skip
+            IMPLEMENTATIONS["scale_gradients_"](logits, torch.empty(48, 9), torch.ones(2), torch.ones(4)[first])
+            IMPLEMENTATIONS["translate_labels"](labels[first : first + 48], None, None, relationship, -100)
+            IMPLEMENTATIONS["temperature_terms"](logits, labels[first : first + 48], 1.0, -100)
+    assert len(launches) == 8
+    assert len({id(launch.kernel) for launch in launches}) == 4
+
+
+def test_bfloat16_on_a_card_without_it_is_refused_in_words() -> None:
+    """Triton compiles bfloat16 for compute capability 8.0 and later."""
+    device, logits = torch.device("meta"), torch.empty(2, 3, dtype=torch.bfloat16, device="meta")
+    for capability, refused in (((7, 5), True), ((8, 0), False), ((12, 1), False)):
+        checks.computes_bfloat16.cache_clear()
+        with (
+            mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+            pytest.raises(RuntimeError, match=r"^source_logits is bfloat16, which Triton compiles for")
+            if refused
+            else nullcontext(),
+        ):
+            checks.check_matrix("source_logits", logits, device)
+        checks.check_matrix("source_logits", logits.half(), device)
+    checks.computes_bfloat16.cache_clear()
 
 
 def test_rows_that_lie_further_apart_than_int32_counts(seed: int) -> None:

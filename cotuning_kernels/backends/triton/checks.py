@@ -6,12 +6,22 @@ takes about as long as checking its arguments). So every wrong argument must be 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from cotuning_kernels.dtypes import FLOATING
 
-__all__ = ["check_labels", "check_loss", "check_matrix", "check_target", "check_writable", "require"]
+__all__ = [
+    "check_labels",
+    "check_loss",
+    "check_matrix",
+    "check_target",
+    "check_writable",
+    "computes_bfloat16",
+    "require",
+]
 
 
 def require(condition: bool, expected: str) -> None:
@@ -26,7 +36,19 @@ def check_matrix(name: str, x: Tensor, device: torch.device) -> None:
         x.dim() == 2 and x.dtype in FLOATING and x.device == device and (x.stride(1) == 1 or x.shape[1] <= 1),
         f"{name} must be a floating matrix with dense columns on {device}",
     )
+    require(
+        x.dtype != torch.bfloat16 or computes_bfloat16(device),
+        f"{name} is bfloat16, which Triton compiles for compute capability 8.0 and later, and {device} is older; use "
+        'float16 or float32, or backend="reference"',
+    )
     require(0 < x.shape[1] < 2**31, f"{name} must have at least one column, and fewer than 2**31")
+
+
+@cache
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return whether Triton compiles arithmetic on bfloat16 for ``device``."""
+    on_cpu = device.type == "cpu"  # interpreted, or only compiled
+    return on_cpu or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def check_writable(name: str, x: Tensor) -> None:

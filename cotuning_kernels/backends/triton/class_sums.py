@@ -26,7 +26,8 @@ _TILE_ROWS, _TILE_COLUMNS = 16, 128
 
 
 @triton.jit(
-    do_not_specialize=["stride", "labels_stride", "ignore_index", "batch", "classes", "width"]
+    do_not_specialize=["stride", "labels_stride", "ignore_index", "batch", "classes", "width"],
+    do_not_specialize_on_alignment=["labels"],
 )  # fmt: skip
 def row_sums_kernel(
     logits, stride: tl.int64, labels, labels_stride: tl.int64, inverse_temperature: tl.float64,

@@ -303,6 +303,7 @@ def _finish(
         "probabilities_stride", "labels_stride", "labels_b_stride", "mix_stride", "batch", "classes", "source_width",
         "target_width", "source_programs", "ignore_index", "pitch", "group_bits",
     ],
+    do_not_specialize_on_alignment=["labels", "labels_b", "mix", "trade_off"],  # read one by one
 )  # fmt: skip
 def co_tuning_loss_kernel(
     source_logits, source_stride: tl.int64, source_grad, source_grad_stride: tl.int64, relationship,

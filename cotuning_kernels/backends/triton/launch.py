@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "compute_type",
     "is_amd",
     "is_kept",
+    "most_programs",
     "plan_kept_row",
     "plan_rows",
     "threads_for",
@@ -181,6 +183,13 @@ def tile_of(columns: int) -> tuple[int, int]:
     """Return ``(rows, columns)`` of a tile, for kernels that treat each element alone: a few rows, or a part of one."""
     block = min(_TILE, _power_of_two(columns))
     return _TILE // block, block
+
+
+@cache
+def most_programs(device: torch.device) -> int:
+    """Return how many programs of 128 threads run at a time, about: 8 on each multiprocessor."""
+    on_cpu = device.type == "cpu"  # interpreted, or only compiled
+    return 8 * (132 if on_cpu else torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def vector(*matrices: Tensor | None) -> int:

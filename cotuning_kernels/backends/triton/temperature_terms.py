@@ -74,7 +74,8 @@ def _long_rows(logits, stride, width, b, rows, in_batch, ROWS: tl.constexpr, BLO
 
 
 @triton.jit(
-    do_not_specialize=["stride", "labels_stride", "ignore_index", "batch", "width"]
+    do_not_specialize=["stride", "labels_stride", "ignore_index", "batch", "width"],
+    do_not_specialize_on_alignment=["labels"],
 )  # fmt: skip
 def temperature_terms_kernel(
     logits, stride: tl.int64, labels, labels_stride: tl.int64, inverse_temperature: tl.float64,

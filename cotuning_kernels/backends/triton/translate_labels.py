@@ -23,6 +23,7 @@ __all__ = ["plan", "translate_labels"]
         "labels_stride", "labels_b_stride", "mix_stride", "relationship_stride", "out_stride", "batch", "classes",
         "width", "ignore_index",
     ],
+    do_not_specialize_on_alignment=["labels", "labels_b", "mix"],
 )  # fmt: skip
 def translate_labels_kernel(
     labels, labels_stride: tl.int64, labels_b, labels_b_stride: tl.int64, mix, mix_stride: tl.int64, relationship,
