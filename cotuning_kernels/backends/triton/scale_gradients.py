@@ -71,11 +71,11 @@ def scale_gradients_kernel(
         program, source_tiles, programs, source_grad, source_stride * SOURCE_VEC, source_width * SOURCE_VEC, factors,
         upstream, upstream_stride, batch, BY_ROW, SOURCE_ROWS, SOURCE_BLOCK, SOURCE_DTYPE,
     )  # fmt: skip
-    turns = tl.cdiv(tl.maximum(source_tiles - program, 0), programs)
+    # The program after the one with the last source tile takes the first target tile.
+    first = (program + programs - source_tiles % programs) % programs
     _scale_tiles(
-        program + turns * programs - source_tiles, target_tiles, programs, target_grad, target_stride * TARGET_VEC,
-        target_width * TARGET_VEC, factors + 1, upstream, upstream_stride, batch, BY_ROW, TARGET_ROWS, TARGET_BLOCK,
-        TARGET_DTYPE,
+        first, target_tiles, programs, target_grad, target_stride * TARGET_VEC, target_width * TARGET_VEC, factors + 1,
+        upstream, upstream_stride, batch, BY_ROW, TARGET_ROWS, TARGET_BLOCK, TARGET_DTYPE,
     )  # fmt: skip
 
 
