@@ -54,9 +54,9 @@ torture: .venv/installed-test ## kill, starve and feed with hostile files what s
 
 bench: .venv/installed-bench ## run the benchmarks, print a table of ratios to today's formulations, write a page with pictures
 	@MALLOC_MMAP_MAX_=0 $(BIN)/pytest benchmarks --benchmark-only $(ARGS)
-	@$(BIN)/python -m benchmarks.ratios
-	@$(BIN)/python -m benchmarks.limits
-	@$(BIN)/python -m benchmarks.page --output benchmark_page
+	@$(BIN)/python -m benchmarks ratios
+	@$(BIN)/python -m benchmarks limits
+	@$(BIN)/python -m benchmarks page --output benchmark_page
 
 lint: .venv/installed-lint ## ruff, mypy, clang-format
 	@$(BIN)/ruff check .

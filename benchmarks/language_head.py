@@ -1,6 +1,6 @@
 """Time and memory of the 30 000-wordpiece head in a training step of named-entity recognition: fused against unfused.
 
-``python -m benchmarks.language_head`` prints a table: forward and backward of the source head (BERT's: a dense layer, a
+``python -m benchmarks language_head`` prints a table: forward and backward of the source head (BERT's: a dense layer, a
 normalisation and the decoder) and its loss, for the tokens of a batch:
 
 * *fused, entities only*: what ``examples/ner.py`` does;
@@ -17,18 +17,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cotuning_kernels as ck
-from benchmarks.memory import CHECKOUT, SETTLED_MALLOC, measure_here
+from benchmarks.memory import measure_here
+from benchmarks.processes import SETTLED_MALLOC, run_apart
+from benchmarks.timing import interleave
 
 __all__ = ["SIZES", "WAYS", "Step", "measure", "measure_apart"]
 
@@ -105,29 +103,28 @@ def measure(way: str, tokens: int, hidden: int, vocabulary: int, rounds: int) ->
     step = Step(tokens, hidden, vocabulary)
     # Gradients of the parameters, which every way needs, are there before memory is looked at.
     step.head(step.features[:1]).sum().backward()
-    seconds = []
-    for _ in range(rounds + 1):
-        begun = time.perf_counter()
+
+    def call() -> None:
         WAYS[way](step).backward()
-        seconds.append(time.perf_counter() - begun)
-    peak = measure_here(lambda: WAYS[way](step).backward()).torch
-    return {"seconds": sorted(seconds[1:])[rounds // 2], "bytes": float(peak)}
+
+    timing = interleave({way: call}, seconds=0, warmup=1, min_rounds=rounds)[way]
+    return {"seconds": timing.median, "bytes": float(measure_here(call).torch)}
 
 
 def measure_apart(way: str, tokens: int, hidden: int, vocabulary: int, rounds: int) -> dict[str, float]:
     """:func:`measure` in a process of its own."""
     sizes = {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary, "rounds": rounds}
     flags = [f"--{name}={size}" for name, size in sizes.items()]
-    command = [sys.executable, "-m", "benchmarks.language_head", *flags, f"--way={way}"]
-    done = subprocess.run(
-        command, check=True, cwd=CHECKOUT, capture_output=True, text=True, env=os.environ | SETTLED_MALLOC
-    )
-    found: dict[str, float] = json.loads(done.stdout)
+    printed = run_apart("language_head", *flags, f"--way={way}", malloc=SETTLED_MALLOC)
+    found: dict[str, float] = json.loads(printed)
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def main(arguments: Sequence[str]) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks language_head", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--tokens", type=int, default=SIZES[0], help="of a batch, all words together")
     parser.add_argument("--hidden", type=int, default=SIZES[1])
     parser.add_argument("--vocabulary", type=int, default=SIZES[2])
@@ -137,12 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = (options.tokens, options.hidden, options.vocabulary, options.rounds)
     if options.way is not None:
         print(json.dumps(measure(options.way, *sizes)))
-        return
+        return 0
     print(f"{options.tokens} tokens, {ENTITY_SHARE:.0%} of entities, {options.hidden} x {options.vocabulary}, 1 thread")
     for way in WAYS:
         found = measure_apart(way, *sizes)
         print(f"{way:26}{found['seconds'] * 1e3:9.1f} ms{found['bytes'] / 2**20:9.0f} MiB")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,7 +1,7 @@
 """Where a call of the loss spends its time on the CPU, and how far its kernel is from what the processor can do.
 
-    python -m benchmarks.limits                    about a minute; three tables, float32, one thread
-    python -m benchmarks.limits --system-malloc    the same where every step gets new pages from the system
+    python -m benchmarks limits                    about a minute; three tables, float32, one thread
+    python -m benchmarks limits --system-malloc    the same where every step gets new pages from the system
 
 *Kernel*: the operation on the whole batch, less the operation on one of its rows. Two bounds, from ``bounds.cpp``:
 *exponentials*, one for each logit of both heads and nothing else, which the kernel cannot do without while the logits
@@ -19,7 +19,6 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -236,7 +235,7 @@ def _render_in_place(shape: Shape, times: dict[str, Timing]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.limits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks limits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", type=parse_shape, default=SHAPES, metavar="BxN_txN_s")
     parser.add_argument("--in-place-shape", type=parse_shape, default=SHAPES[3], metavar="BxN_txN_s")
@@ -257,8 +256,3 @@ def main(arguments: Sequence[str]) -> int:
     times = measure_in_place(parsed.in_place_shape, seconds=parsed.seconds, clock=clock)
     print(_render_in_place(parsed.in_place_shape, times))
     return 0
-
-
-if __name__ == "__main__":
-    ratios.restart_with_settled_malloc(sys.argv[1:], "benchmarks.limits")
-    raise SystemExit(main(sys.argv[1:]))

@@ -10,30 +10,20 @@ import argparse
 import ctypes
 import gc
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from benchmarks.contestants import LOSS_CONTESTANTS, RELATIONSHIP_CONTESTANTS, prepare
 from benchmarks.problems import DTYPES, LossProblem, RelationshipProblem, Shape, parse_shape
+from benchmarks.processes import run_apart
 
-__all__ = ["CHECKOUT", "SETTLED_MALLOC", "Peak", "measure_here", "measure_loss", "measure_relationship"]
-
-# Where `python -m benchmarks...` finds this package.
-CHECKOUT = Path(__file__).resolve().parents[1]
-
-# glibc gives large blocks back to the system when they are freed, and the next step pays for zeroed pages anew; at
-# 100 MB these page faults are most of everybody's time and hide what is compared.
-SETTLED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+__all__ = ["Peak", "main", "measure_here", "measure_loss", "measure_relationship"]
 
 # Every block of 64 KiB or more is mapped by itself and goes back to the system when it is freed: the peak is then what
 # is in use, not what the allocator keeps.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 @dataclass(frozen=True)
@@ -71,12 +61,7 @@ def measure_relationship(name: str, shape: Shape, batch: int, *, threads: int = 
 
 
 def _in_child(arguments: list[str]) -> Peak:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
-    child = subprocess.run(command, cwd=CHECKOUT, env=environment | _ENVIRONMENT, capture_output=True, text=True)
-    if child.returncode != 0:
-        raise RuntimeError(f"measuring memory failed ({' '.join(arguments)}):\n{child.stderr.strip()}")
-    return Peak(**json.loads(child.stdout.splitlines()[-1]))
+    return Peak(**json.loads(run_apart("memory", *arguments, malloc=_MALLOC).splitlines()[-1]))
 
 
 def _resident_rise(call: Callable[[], object]) -> int | None:
@@ -144,9 +129,9 @@ def _relationship_call(name: str, problem: RelationshipProblem) -> Callable[[], 
     return lambda: RELATIONSHIP_CONTESTANTS[name](problem)
 
 
-def main() -> None:
-    """The child's side: measure, print one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str]) -> int:
+    """Measure one contestant in this process and print one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks memory", description=__doc__)
     parser.add_argument("kind", choices=["loss", "relationship"])
     parser.add_argument("name")
     parser.add_argument("shape", type=parse_shape, help="rows x target classes x source classes")
@@ -154,16 +139,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, help="rows of one update of the relationship")
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.kind == "loss":
-        loss_problem = LossProblem.make(arguments.shape, DTYPES[arguments.dtype], device=arguments.device)
-        call = _loss_call(arguments.name, loss_problem)
+    parsed = parser.parse_args(arguments)
+    torch.set_num_threads(parsed.threads)
+    if parsed.kind == "loss":
+        loss_problem = LossProblem.make(parsed.shape, DTYPES[parsed.dtype], device=parsed.device)
+        call = _loss_call(parsed.name, loss_problem)
     else:
-        relationship_problem = RelationshipProblem.make(arguments.shape, batch=arguments.batch, device=arguments.device)
-        call = _relationship_call(arguments.name, relationship_problem)
-    print(json.dumps(asdict(measure_here(call, arguments.device))))
-
-
-if __name__ == "__main__":
-    main()
+        relationship_problem = RelationshipProblem.make(parsed.shape, batch=parsed.batch, device=parsed.device)
+        call = _relationship_call(parsed.name, relationship_problem)
+    print(json.dumps(asdict(measure_here(call, parsed.device))))
+    return 0

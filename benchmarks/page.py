@@ -1,7 +1,7 @@
 """One page about this machine: how the time of the loss grows, what it is compared with, and how far it is from a copy.
 
-    python -m benchmarks.page --output benchmark_page     about ten minutes; writes page.md, pictures and page.json
-    python -m benchmarks.page --device cuda               the same of a GPU, in its own time
+    python -m benchmarks page --output benchmark_page     about ten minutes; writes page.md, pictures and page.json
+    python -m benchmarks page --device cuda               the same of a GPU, in its own time
 
 A *copy* reads the logits of both heads and writes as many bytes: what any forward and backward pass has to do at least
 when nothing stays in the caches. The *share of the copy* is its time over ours. On a GPU, times are the device's, from
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -354,7 +353,7 @@ _THREADS = """\
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("benchmark_page"), help="a folder; default %(default)s")
     parser.add_argument("--seconds", type=float, default=2.0, help="timed seconds a measurement; default %(default)s")
@@ -380,8 +379,3 @@ def main(arguments: Sequence[str]) -> int:
     page = write_page(points, memories, ratios.environment(parsed.device, clock), parsed.output)
     print(f"Written to {page}.")
     return 0
-
-
-if __name__ == "__main__":
-    ratios.restart_with_settled_malloc(sys.argv[1:], "benchmarks.page")
-    raise SystemExit(main(sys.argv[1:]))

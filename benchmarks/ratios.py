@@ -1,8 +1,8 @@
 """One table: how many times faster and smaller cotuning_kernels is than the formulations people use today.
 
-    python -m benchmarks.ratios                     about six minutes: every shape, float32, one thread
-    python -m benchmarks.ratios --full              both dtypes, one and two threads, longer
-    python -m benchmarks.ratios --shapes 48x200x1000 --parts loss --json result.json
+    python -m benchmarks ratios                     about six minutes: every shape, float32, one thread
+    python -m benchmarks ratios --full              both dtypes, one and two threads, longer
+    python -m benchmarks ratios --shapes 48x200x1000 --parts loss --json result.json
 
 Every contestant is first checked to give the same loss and gradients. ``benchmarks/README.md`` says how the numbers
 are taken and what each one means.
@@ -15,8 +15,6 @@ import importlib.util
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -57,10 +55,12 @@ from benchmarks.problems import (
     Shape,
     parse_shape,
 )
+from benchmarks.processes import run_apart
 from benchmarks.timing import Timing, host_stopwatch, interleave, synchronizer
 
-__all__ = ["Row", "environment", "main", "missed_floors", "render_table", "restart_with_settled_malloc"]
+__all__ = ["Row", "environment", "main", "missed_floors", "render_table"]
 
+_CHECKOUT = Path(__file__).resolve().parents[1]
 PARTS = ("loss", "memory", "relationship", "temperature", "reverse", "language_head")
 COMPILED = tuple(contestant.name for contestant in LOSS_CONTESTANTS if contestant.compiles)
 
@@ -318,17 +318,12 @@ class Bench:
         """The same parts in a process whose malloc is left alone, as in a program that does them once."""
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "result.json"
-            command = [sys.executable, "-m", "benchmarks.ratios", "--system-malloc", "--parts", *parts]
+            command = ["ratios", "--system-malloc", "--parts", *parts]
             command += ["--threads", *map(str, self.arguments.threads), "--seconds", str(self.arguments.seconds)]
             command += ["--device", self.device, "--json", str(result)]
             command += ["--allow-reference"] if self.arguments.allow_reference else []
             command += ["--processor-time"] if self.arguments.processor_time else []
-            environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-            child = subprocess.run(
-                command, cwd=memory.CHECKOUT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-            )
-            if child.returncode != 0:
-                raise RuntimeError(f"measuring with the system's malloc failed:\n{child.stderr.strip()}")
+            run_apart(*command, malloc={})
             for row in json.loads(result.read_text())["rows"]:
                 self.rows.append(Row(**row | {"measurement": f"{row['measurement']}, system malloc"}))
 
@@ -368,7 +363,7 @@ def environment(device: str, clock: str) -> dict[str, str]:
     """What a number belongs to."""
     return {
         "backend": our_backend(device),
-        "package": "a checkout" if Path(ck.__file__).parents[1] == memory.CHECKOUT else "installed",
+        "package": "a checkout" if Path(ck.__file__).parents[1] == _CHECKOUT else "installed",
         "processor": _processor() if device == "cpu" else torch.cuda.get_device_name(device),
         "cores": str(os.cpu_count()),
         "torch": torch.__version__,
@@ -388,7 +383,7 @@ def _processor() -> str:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ratios", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks ratios", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--shapes", nargs="+", type=parse_shape, default=SHAPES, metavar="BxN_txN_s")
@@ -452,15 +447,3 @@ def main(arguments: Sequence[str]) -> int:
         parsed.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"Written to {parsed.json}.")
     return 1 if missed and parsed.check else 0
-
-
-def restart_with_settled_malloc(arguments: Sequence[str], module: str) -> None:
-    """glibc reads these variables when a process starts, so start ``module`` again with them."""
-    if "--system-malloc" not in arguments and "MALLOC_MMAP_MAX_" not in os.environ:
-        command = [sys.executable, "-m", module, *arguments]
-        os.execve(sys.executable, command, os.environ | memory.SETTLED_MALLOC)
-
-
-if __name__ == "__main__":
-    restart_with_settled_malloc(sys.argv[1:], "benchmarks.ratios")
-    raise SystemExit(main(sys.argv[1:]))

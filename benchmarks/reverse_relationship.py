@@ -1,6 +1,6 @@
 """The regression of the reverse relationship against scikit-learn's, along the authors' list of penalties.
 
-``python -m benchmarks.reverse_relationship`` prints both times and, for each penalty, both objectives: a fit that stops
+``python -m benchmarks reverse_relationship`` prints both times and, for each penalty, both objectives: a fit that stops
 early is fast, so that the times mean nothing without them. Three ways to call scikit-learn:
 
 * *defaults*: ``LogisticRegression(C=C, fit_intercept=False)`` as the authors write it, as the installed version reads
@@ -27,9 +27,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.contestants import OURS, DisagreementError
+from benchmarks.timing import host_stopwatch
 from cotuning_kernels.relationship.reverse import INVERSE_PENALTIES, regression_path
 
 __all__ = ["SCIKIT_LEARN", "SIZES", "check_objectives", "make_problem", "measure", "objective", "ours", "scikit_learn"]
+
+_stopwatch = host_stopwatch(time.process_time)
 
 SIZES = (6000, 200, 1000)  # rows, target classes, source classes
 
@@ -58,9 +61,13 @@ def objective(coefficients: Tensor, probabilities: Tensor, labels: Tensor, inver
 
 def ours(probabilities: Tensor, labels: Tensor, target_classes: int) -> tuple[dict[float, Tensor], float]:
     """Coefficients for each ``C``, and the processor seconds of all."""
-    begun = time.process_time()
-    fits = list(regression_path(probabilities, labels, target_classes))
-    return {fit.inverse_penalty: fit.coefficients for fit in fits}, time.process_time() - begun
+    found: dict[float, Tensor] = {}
+
+    def fit_all() -> None:
+        for fit in regression_path(probabilities, labels, target_classes):
+            found[fit.inverse_penalty] = fit.coefficients
+
+    return found, _stopwatch(fit_all)
 
 
 def scikit_learn(
@@ -71,16 +78,19 @@ def scikit_learn(
     from threadpoolctl import threadpool_limits
 
     dtype, tolerance, iterations = SCIKIT_LEARN[way]
-    data, found = probabilities.astype(dtype), {}
-    begun = time.process_time()
-    with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore")  # at most 100 iterations are sometimes too few
+    data = probabilities.astype(dtype)
+    found: dict[float, Tensor] = {}
+
+    def fit_all() -> None:
         for inverse_penalty in INVERSE_PENALTIES:
             fit = LogisticRegression(
                 C=inverse_penalty, fit_intercept=False, tol=tolerance(len(data)), max_iter=iterations
             ).fit(data, labels)
             found[inverse_penalty] = torch.from_numpy(fit.coef_)
-    return found, time.process_time() - begun
+
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore")  # at most 100 iterations are sometimes too few
+        return found, _stopwatch(fit_all)
 
 
 def measure(
@@ -115,8 +125,11 @@ def check_objectives(
     return objectives
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def main(arguments: Sequence[str]) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks reverse_relationship", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--rows", type=int, default=SIZES[0])
     parser.add_argument("--target-classes", type=int, default=SIZES[1])
     parser.add_argument("--source-classes", type=int, default=SIZES[2])
@@ -133,7 +146,4 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{inverse_penalty:14g}" + "".join(f"{value:18.3f}" for value in values))
     print(f"{'seconds':14}" + "".join(f"{value:18.1f}" for value in seconds.values()))
     print(f"{'times ours':14}" + "".join(f"{value / seconds[OURS]:18.1f}" for value in seconds.values()))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

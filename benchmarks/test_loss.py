@@ -16,7 +16,7 @@ from benchmarks.contestants import (
     unavailable,
 )
 from benchmarks.problems import DTYPES, SHAPES, LossProblem, Shape
-from benchmarks.timing import interleave, synchronizer
+from benchmarks.timing import finished, interleave
 
 _CASES = [pytest.param((shape, dtype), id=f"{shape}-{dtype}") for shape in SHAPES for dtype in DTYPES]
 
@@ -39,18 +39,12 @@ def test_forward_and_backward(
     problem = expected.problem
     step = prepare([contestant], problem)[contestant.name]
     check_loss(contestant, step, expected)
-    synchronize = synchronizer(device)
-    backward = forward_and_backward(step)
-
-    def call() -> None:
-        backward()
-        synchronize()
-
-    one = interleave({"one": call}, seconds=0.05, before_each=problem.clear_gradients, min_rounds=1)["one"].median
     (batch, target_classes), source_classes = problem.target_logits.shape, problem.source_logits.shape[1]
     shape = Shape(batch, target_classes, source_classes)
     benchmark.group = f"loss {shape} {str(problem.source_logits.dtype).removeprefix('torch.')}"
     benchmark.extra_info["backend"] = our_backend(device)
+    call = finished(forward_and_backward(step), device)
+    one = interleave({"one": call}, seconds=0.05, before_each=problem.clear_gradients, min_rounds=1)["one"].median
     rounds = max(5, min(2000, round(0.5 / one)))
     benchmark.pedantic(call, setup=problem.clear_gradients, rounds=rounds, warmup_rounds=3)
     problem.clear_gradients()

@@ -7,7 +7,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.contestants import RELATIONSHIP_CONTESTANTS, check_relationship
 from benchmarks.problems import RELATIONSHIP_BATCHES, RELATIONSHIP_SHAPE, RelationshipProblem
-from benchmarks.timing import synchronizer
+from benchmarks.timing import finished
 
 
 @pytest.fixture(scope="module", params=RELATIONSHIP_BATCHES, ids=lambda batch: f"batches_of_{batch}")
@@ -20,11 +20,6 @@ def problem(request: pytest.FixtureRequest, device: str) -> RelationshipProblem:
 
 @pytest.mark.parametrize("contestant", RELATIONSHIP_CONTESTANTS)
 def test_relationship(benchmark: BenchmarkFixture, problem: RelationshipProblem, contestant: str, device: str) -> None:
-    learn, synchronize = RELATIONSHIP_CONTESTANTS[contestant], synchronizer(device)
-
-    def call() -> None:
-        learn(problem)
-        synchronize()
-
+    learn = RELATIONSHIP_CONTESTANTS[contestant]
     benchmark.group = f"relationship {RELATIONSHIP_SHAPE}, batches of {len(problem.labels[0])}"
-    benchmark.pedantic(call, rounds=7, warmup_rounds=1)
+    benchmark.pedantic(finished(lambda: learn(problem), device), rounds=7, warmup_rounds=1)

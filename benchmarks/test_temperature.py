@@ -7,7 +7,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.contestants import TEMPERATURE_CONTESTANTS, check_temperature
 from benchmarks.problems import CALIBRATION_CLASSES, CALIBRATION_ROWS, TEMPERATURES, CalibrationProblem
-from benchmarks.timing import synchronizer
+from benchmarks.timing import finished
 
 
 @pytest.fixture(scope="module", params=TEMPERATURES, ids=lambda temperature: f"T={temperature}")
@@ -25,12 +25,7 @@ def errors(problem: CalibrationProblem) -> dict[str, float]:
 def test_temperature(
     benchmark: BenchmarkFixture, problem: CalibrationProblem, errors: dict[str, float], contestant: str, device: str
 ) -> None:
-    fit, synchronize = TEMPERATURE_CONTESTANTS[contestant], synchronizer(device)
+    fit = TEMPERATURE_CONTESTANTS[contestant]
     benchmark.group = f"temperature {CALIBRATION_ROWS}x{CALIBRATION_CLASSES}, T near {problem.temperature}"
     benchmark.extra_info["relative error"] = errors[contestant]
-
-    def call() -> None:
-        fit(problem)
-        synchronize()
-
-    benchmark.pedantic(call, rounds=3)
+    benchmark.pedantic(finished(lambda: fit(problem), device), rounds=3)

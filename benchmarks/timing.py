@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-__all__ = ["DeviceStopwatch", "Stopwatch", "Timing", "host_stopwatch", "interleave", "synchronizer"]
+__all__ = ["DeviceStopwatch", "Stopwatch", "Timing", "finished", "host_stopwatch", "interleave", "synchronizer"]
 
 Call = Callable[[], object]
 Stopwatch = Callable[[Call], float]
@@ -168,6 +168,17 @@ def interleave(
 def synchronizer(device: str) -> Call:
     """Waits until the device has done what it was given; on a CPU there is nothing to wait for."""
     return partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else _nothing
+
+
+def finished(call: Call, device: str) -> Call:
+    """``call``, and then a wait until the device has done it."""
+    synchronize = synchronizer(device)
+
+    def call_and_wait() -> None:
+        call()
+        synchronize()
+
+    return call_and_wait
 
 
 def _quartiles(values: tuple[float, ...] | list[float]) -> tuple[float, float]:

@@ -407,7 +407,7 @@ def test_memory_of_a_contestant_in_its_own_process() -> None:
 
 
 def test_memory_says_why_a_child_failed() -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)measuring memory failed.*StopIteration"):
+    with pytest.raises(RuntimeError, match=r"(?s)benchmarks memory loss nobody .* failed:.*StopIteration"):
         memory.measure_loss("nobody", _SMALL, "float32")
 
 
@@ -550,7 +550,7 @@ def _run(arguments: list[str], **variables: str) -> str:
 @pytest.mark.parametrize(("option", "malloc"), [([], "MALLOC_MMAP_MAX_=0"), (["--system-malloc"], "malloc: default")])
 def test_the_command_settles_malloc_unless_told_otherwise(option: list[str], malloc: str) -> None:
     measured = ["--parts", "loss", "--shapes", str(_SMALL), "--seconds", "0.01", "--no-compile", "--allow-reference"]
-    assert malloc in _run(["-m", "benchmarks.ratios", *measured, *option])
+    assert malloc in _run(["-m", "benchmarks", "ratios", *measured, *option])
 
 
 def test_a_checkout_without_kernels_is_not_measured(tmp_path: Path) -> None:
@@ -562,7 +562,7 @@ def test_a_checkout_without_kernels_is_not_measured(tmp_path: Path) -> None:
     (tmp_path / "installed" / "cotuning_kernels").mkdir(parents=True)
     (tmp_path / "installed" / "cotuning_kernels" / "_C.abi3.so").touch()
     finished = subprocess.run(
-        [sys.executable, "-m", "benchmarks.ratios", "--parts", "loss", "--shapes", str(_SMALL)],
+        [sys.executable, "-m", "benchmarks", "ratios", "--parts", "loss", "--shapes", str(_SMALL)],
         cwd=tmp_path / "checkout", env=os.environ | {"PYTHONPATH": str(tmp_path / "installed"), "PYTHONSAFEPATH": ""},
         capture_output=True, text=True,
     )  # fmt: skip
