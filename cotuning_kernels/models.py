@@ -15,15 +15,20 @@ remembered between calls, so threads, ``torch.compile``, ``copy.deepcopy`` and p
 from __future__ import annotations
 
 import copy as copying
+import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cotuning_kernels.calling import call, evaluating, logits_in
+from cotuning_kernels.calling import call, evaluating, inputs_in, logits_in
+from cotuning_kernels.heads import TwoHeads, auxiliary_heads, find_head, is_head_layer, new_head, replace
+from cotuning_kernels.module_copies import copy_of, record_classes
+from cotuning_kernels.relationship.matrix import class_names
 
 __all__ = ["CoTuningLogits", "CoTuningModel"]
 
@@ -45,6 +50,8 @@ class CoTuningModel(nn.Module):
         source_head: the pretrained head, ``N_s`` classes. ``nn.Linear``, a 1x1 ``nn.Conv2d``, or a module that ends in
             one of them.
         target_head: the new head, ``N_t`` classes, of the same kind.
+        bound_source: whether the source head's gradient into the backbone is bounded in training; see
+            :attr:`bound_source`.
 
     Use :meth:`from_classifier` when the pretrained model is one module, as those of timm, torchvision and transformers.
 
@@ -53,16 +60,20 @@ class CoTuningModel(nn.Module):
         ValueError: one head is convolutional and the other is not.
     """
 
-    def __init__(self, backbone: nn.Module, source_head: nn.Module, target_head: nn.Module) -> None:
+    def __init__(
+        self, backbone: nn.Module, source_head: nn.Module, target_head: nn.Module, *, bound_source: bool = True
+    ) -> None:
         super().__init__()
         for name, module in (("backbone", backbone), ("source_head", source_head), ("target_head", target_head)):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name} is {type(module).__name__}, expected a torch.nn.Module")
-        heads = _TwoHeads(source_head, target_head)
+        heads = TwoHeads(source_head, target_head, bound_source)
         self.network: nn.Module = nn.Sequential(OrderedDict(backbone=backbone, heads=heads))
         self.num_source_classes = heads.num_source_classes
         self.num_target_classes = heads.num_target_classes
         self._class_dim = heads.class_dim
+        self._has_auxiliary_heads = False
+        self._freezes_batchnorm = False
 
     @classmethod
     def from_classifier(
@@ -73,6 +84,7 @@ class CoTuningModel(nn.Module):
         head: str | None = None,
         example_input: Tensor | Mapping[str, Any] | None = None,
         copy: bool = True,
+        bound_source: bool = True,
     ) -> CoTuningModel:
         """Wrap a pretrained classifier: its head stays as the source head, a fresh head stands beside it.
 
@@ -82,30 +94,38 @@ class CoTuningModel(nn.Module):
             num_target_classes: ``N_t``, at least 1.
             head: dotted name of the head in the classifier, e.g. ``"fc"`` or ``"classifier.1"``. Left out, it is what
                 ``classifier.get_classifier()`` returns (timm) or its last layer, else the last layer of the classifier.
-            example_input: a batch (a mapping is passed as keyword arguments). With it, the wrapped model's source
-                logits are compared with the classifier's own once, in evaluation mode. This finds a wrong head, and a
-                classifier that mixes its classes after the head (a softmax), which cannot be seen otherwise.
+            example_input: a batch (a mapping is passed as keyword arguments, without ``"labels"``). With it, the
+                wrapped model's source logits are compared with the classifier's own once, in evaluation mode. This
+                finds a wrong head, and a classifier that mixes its classes after the head (a softmax), which cannot be
+                seen otherwise.
             copy: with ``True`` the classifier is copied and stays as it is. ``False`` saves the memory: the classifier
                 itself is taken over, and must not be used by itself any more.
+            bound_source: whether the source head's gradient into the backbone is bounded in training; see
+                :attr:`bound_source`.
 
         The target head is initialised as PyTorch does (``torch.manual_seed`` repeats it), in the dtype and on the
         device of the source head. What is new is in training mode if ``classifier`` is; every module of the classifier
         keeps its own mode, such as a BatchNorm layer that was frozen with ``eval()``.
 
+        Auxiliary heads, which some classifiers have for training (Inception's ``AuxLogits``, a name that begins with
+        "aux"), get a fresh layer of ``N_t`` classes too, so that :meth:`target_model` has the parameters of a
+        classifier of ``N_t`` classes. Their outputs are dropped: they are not trained, and their gradient is 0, not
+        None, as ``DistributedDataParallel`` wants it. Made with ``aux_logits=False`` a classifier trains faster.
+
         Raises:
             TypeError: ``classifier`` is not a module, or ``head`` names something that is neither layer.
             ValueError: ``num_target_classes`` is below 1, no head is found, ``head`` names nothing, more than one layer
-                could be the head (the message lists the candidates), ``example_input`` is empty, or the check with it
-                fails.
+                could be the head (the message lists the candidates), several heads are combined in the output,
+                ``example_input`` is empty, or the check with it fails.
         """
         if not isinstance(classifier, nn.Module):
             raise TypeError(f"classifier is {type(classifier).__name__}, expected a torch.nn.Module")
         if isinstance(num_target_classes, bool) or not isinstance(num_target_classes, int) or num_target_classes < 1:
             raise ValueError(f"num_target_classes is {num_target_classes!r}, expected an integer of at least 1")
-        head_name = _find_head(classifier, head)
+        head_name = find_head(classifier, head, checked_later=example_input is not None)
         network = copying.deepcopy(classifier) if copy else classifier
         source_head = network.get_submodule(head_name)
-        assert _is_head_layer(source_head)  # _find_head gives no other
+        assert is_head_layer(source_head)  # find_head gives no other
         expected = None if example_input is None else _evaluate(network, example_input)
         if expected is not None and expected.numel() == 0:
             raise ValueError(
@@ -113,9 +133,13 @@ class CoTuningModel(nn.Module):
                 "of at least one sample"
             )
         own_modules = {id(module) for module in network.modules()}
-        model = cls(nn.Identity(), source_head, _new_head(source_head, num_target_classes))
-        heads = model.heads
-        model.network = _replace(network, source_head, heads)
+        model = cls(nn.Identity(), source_head, new_head(source_head, num_target_classes), bound_source=bound_source)
+        replaced: list[tuple[nn.Module, nn.Module]] = [(source_head, model.heads)]
+        replaced += [(layer, new_head(layer, num_target_classes)) for layer in auxiliary_heads(network, source_head)]
+        for old, new in replaced:
+            network = replace(network, old, new)
+        model.network = network
+        model._has_auxiliary_heads = len(replaced) > 1
         for module in model.modules():
             if id(module) not in own_modules:
                 module.training = classifier.training
@@ -123,34 +147,86 @@ class CoTuningModel(nn.Module):
             try:
                 _check_source_logits(_evaluate(model, example_input), expected, head_name)
             except Exception:
-                _replace(network, heads, source_head)  # matters where the classifier was not copied
+                for old, new in replaced:  # matters where the classifier was not copied
+                    replace(network, new, old)
                 raise
         return model
 
     def forward(self, *args: Any, **kwargs: Any) -> CoTuningLogits:
         """``(source_logits (B, N_s), target_logits (B, N_t))``; the arguments are the classifier's own.
 
+        ``labels=`` is left out: with it the classifiers of transformers would compute a loss of their own.
+
         A model whose output keeps further dimensions keeps them here: ``(B, T, N_s)`` for logits a token, ``(B, N_s, H,
         W)`` for a convolutional head that is not pooled. Both results are views of one tensor.
+
+        Raises:
+            ValueError: the classifier does something with its head, or to its head's output, that two heads cannot
+                share.
         """
-        logits = _logits(self.network(*args, **kwargs))
+        kwargs.pop("labels", None)
+        output = self._output(args, kwargs)
+        logits = _logits(output)
+        if self._has_auxiliary_heads and self.training and torch.is_grad_enabled():
+            logits = _Reach.apply(logits, *_tensors_beside(logits, output))
         dim = self._class_dim
         if logits.shape[dim] != self.num_source_classes + self.num_target_classes:
             raise ValueError(
                 f"the classifier turned the {self.num_source_classes} source and {self.num_target_classes} target "
                 f"classes of its two heads into an output of shape {tuple(logits.shape)}: it does something to its "
-                "head's output that both heads cannot share. Name another layer with head=, or build the model from "
-                "its parts: CoTuningModel(backbone, source_head, target_head)"
+                f"head's output that both heads cannot share. {_OTHER_WAYS}"
             )
         return CoTuningLogits(
             logits.narrow(dim, 0, self.num_source_classes),
             logits.narrow(dim, self.num_source_classes, self.num_target_classes),
         )
 
+    def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the network returns. Where it fails with two heads and not with one, the error says so."""
+        if torch.compiler.is_compiling():
+            return self.network(*args, **kwargs)
+        try:
+            return self.network(*args, **kwargs)
+        except (RuntimeError, AttributeError, TypeError, IndexError, AssertionError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or not self._runs_with_one_head(args, kwargs):
+                raise
+            raise ValueError(
+                "the classifier runs with one head but not with two in its place: it reads its head elsewhere, fixes "
+                "the number of its classes, combines several heads, or this is not its head "
+                f"({type(error).__name__}: {error}). {_OTHER_WAYS}"
+            ) from error
+
+    def _runs_with_one_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        try:
+            with torch.no_grad():
+                self._with_one_head(self.source_head, shared)(*args, **kwargs)
+        except Exception:
+            return False
+        return True
+
     @property
-    def heads(self) -> _TwoHeads:
+    def heads(self) -> TwoHeads:
         """The module that stands where the classifier's head stood."""
-        return next(module for module in self.network.modules() if isinstance(module, _TwoHeads))
+        return next(module for module in self.network.modules() if isinstance(module, TwoHeads))
+
+    @property
+    def bound_source(self) -> bool:
+        """Whether the source head's gradient into the backbone is bounded in training. May be set at any time.
+
+        The gradient of the features that both heads read is then ``g_t + min(1, |g_t| / |g_s|) g_s``, where ``g_t`` is
+        the target head's and ``g_s`` the source head's, trade-off included: the trade-off is an upper limit, and the
+        source term never pulls harder at the backbone than the target term. Without the bound a pretrained head may
+        send gradients into the backbone that destroy it in a few steps, at a trade-off and a rate that another network
+        bears. The heads' own parameters have the gradient of the loss as it is, and so has everything in evaluation
+        mode. The norms are taken over a batch; under ``DistributedDataParallel`` over those of all processes, under
+        FSDP, or compiled, over that of each process.
+        """
+        return self.heads.bounds_source
+
+    @bound_source.setter
+    def bound_source(self, value: bool) -> None:
+        self.heads.bounds_source = value
 
     @property
     def source_head(self) -> nn.Module:
@@ -199,22 +275,37 @@ class CoTuningModel(nn.Module):
                 groups.append(group if weight_decay is None else group | {"weight_decay": weight_decay})
         return groups[::-1]
 
-    def target_model(self) -> nn.Module:
+    def target_model(self, target_classes: Sequence[str] | None = None) -> nn.Module:
         """The classifier with the target head in place of its own, for inference: no parameter of the source head.
 
         A copy, in evaluation mode: training this model further does not change it. It returns what the classifier
         returns, with the target logits for logits; the parameters have the classifier's names, so that its
         ``state_dict`` loads into a classifier that was made with ``N_t`` classes.
 
-        What a classifier of transformers or timm writes down of its classes stays that of the source head: set
-        ``config.num_labels`` (with ``config.id2label``) or ``num_classes`` before ``save_pretrained``.
+        Classifiers of transformers and timm hold the number and the names of their classes, which become those of the
+        target: ``labels=`` and ``save_pretrained`` work. (A language model's classes are its vocabulary, which
+        its embeddings have too: save the ``state_dict`` of one with another head.)
+
+        Under FSDP2 (``fully_shard``) every process must call this: the parameters are gathered.
+
+        Args:
+            target_classes: the names of the ``N_t`` classes, for the classifiers that hold them; ``"LABEL_0"``, ...
+                by default.
+
+        Raises:
+            TypeError, ValueError: not ``N_t`` names.
         """
-        return self._with_one_head(self.target_head)
+        names = class_names("target_classes", target_classes, self.num_target_classes)
+        model = self._with_one_head(self.target_head)
+        at = next(name for name, module in self.network.named_modules() if module is self.heads)
+        record_classes(model, at, self.num_source_classes, self.num_target_classes, names)
+        return model
 
     def source_model(self) -> nn.Module:
         """The classifier with its source head as it is now: what the category relationship is learnt from.
 
-        A copy, in evaluation mode. Before training it equals the classifier that this model was made from.
+        A copy, in evaluation mode. Before training it equals the classifier that this model was made from, but for
+        auxiliary heads (see :meth:`from_classifier`). Under FSDP2 every process must call this.
         """
         return self._with_one_head(self.source_head)
 
@@ -269,7 +360,7 @@ class CoTuningModel(nn.Module):
                     layer.momentum = None
                     layer.train()
                 for batch in loader:
-                    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+                    inputs = inputs_in(batch)
                     first = next(iter(inputs.values())) if isinstance(inputs, Mapping) and inputs else inputs
                     if isinstance(first, Tensor) and first.dim() and len(first) == 0:
                         continue  # no rows: their mean would be 0, and their variance 1
@@ -293,159 +384,133 @@ class CoTuningModel(nn.Module):
                 layer.momentum = momentum
         return batches
 
-    def _with_one_head(self, head: nn.Module) -> nn.Module:
+    def freeze_batchnorm(self, frozen: bool = True) -> int:
+        """Keep every BatchNorm layer in evaluation mode, also after ``model.train()``; returns how many there are.
+
+        The layers then normalise with the running statistics of pretraining, and leave those as they are. That is the
+        better choice where batches are small or images few: batch statistics of 16 images are noise, and they hide how
+        large the gradients are. Weights and biases of the layers are trained as before.
+
+        ``freeze_batchnorm(False)`` undoes it: the layers follow ``train()`` and ``eval()`` again, and have the model's
+        mode at once. The setting is copied and pickled with the model, but is no part of its ``state_dict``. It works
+        the same under ``DistributedDataParallel``, FSDP and trainers, whose ``train()`` reaches this model's; nothing
+        is synchronised, since the statistics do not change. A layer without running statistics has nothing to be frozen
+        to, and normalises by batches in any mode.
+        """
+        layers = _batchnorm_layers(self.network)
+        self._freezes_batchnorm = frozen
+        for layer in layers:
+            layer.train(self.training and not frozen)
+        return len(layers)
+
+    def train(self, mode: bool = True) -> CoTuningModel:
+        """Training mode (or evaluation mode with ``False``), but for frozen BatchNorm layers."""
+        super().train(mode)
+        if self._freezes_batchnorm:
+            for layer in _batchnorm_layers(self.network):
+                layer.eval()
+        return self
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As of any module, but a tensor that has several names is in it once.
+
+        A language model's head is its embedding. Files of safetensors, in which trainers save, hold no tensor twice.
+        Loading gives all names their tensor, and takes a state dict that has all names as well.
+        """
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name in self._second_names():
+            state.pop(prefix + name, None)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, first in self._second_names().items():
+            if prefix + first in state_dict:
+                state_dict.setdefault(prefix + name, state_dict[prefix + first])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _second_names(self) -> dict[str, str]:
+        """The names that a parameter has beside its first, with that one. A head's name goes before others."""
+        names: dict[int, list[str]] = {}
+        for name, tensor in self.named_parameters(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+        of_heads = {f".{name}" for name, _ in self.heads.named_parameters(remove_duplicate=False)}
+        second = {}
+        for aliases in names.values():
+            if len(aliases) > 1:
+                first = next((name for name in aliases if any(map(name.endswith, of_heads))), aliases[0])
+                second.update({name: first for name in aliases if name != first})
+        return second
+
+    def __getattr__(self, name: str) -> Any:
+        # timm looks here for what groups the parameters by layers; the network's own answer has other names.
+        if name in ("group_matcher", "no_weight_decay"):
+            network = self._modules.get("network")
+            if hasattr(network, name):
+                return partial(_NETWORK_PARAMETERS[name], network)
+        return super().__getattr__(name)
+
+    def _with_one_head(self, head: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
         # deepcopy looks a module up in its memo before it copies it: with the pair of heads already "copied" to one
         # head, the copy has that head in their place, and the other one is never touched.
-        memo: dict[int, Any] = {}
-        memo[id(self.heads)] = copying.deepcopy(head, memo)
-        model: nn.Module = copying.deepcopy(self.network, memo)
-        return model.eval()
+        memo = {} if shared is None else dict(shared)
+        memo[id(self.heads)] = copy_of(head, memo)
+        return copy_of(self.network, memo).eval()
 
 
-class _TwoHeads(nn.Module):
-    """Both heads over the same features: ``(..., N_s + N_t, ...)`` along the class dimension."""
-
-    def __init__(self, source_head: nn.Module, target_head: nn.Module) -> None:
-        super().__init__()
-        source_layer, target_layer = _last_layer(source_head, "source_head"), _last_layer(target_head, "target_head")
-        if isinstance(source_layer, nn.Linear) != isinstance(target_layer, nn.Linear):
-            raise ValueError(
-                f"source_head ends in {_describe(source_layer)} and target_head in {_describe(target_layer)}: both "
-                "must be linear or both convolutional, so that their outputs lie side by side"
-            )
-        self.source_head = source_head
-        self.target_head = target_head
-        self.num_source_classes = _num_classes(source_layer)
-        self.num_target_classes = _num_classes(target_layer)
-        self.class_dim = -1 if isinstance(source_layer, nn.Linear) else 1
-
-    def forward(self, features: Tensor) -> Tensor:
-        source_logits, target_logits = self.source_head(features), self.target_head(features)
-        for name, logits, classes in (
-            ("source_head", source_logits, self.num_source_classes),
-            ("target_head", target_logits, self.num_target_classes),
-        ):
-            if logits.shape[self.class_dim] != classes:
-                raise ValueError(
-                    f"{name} gave an output of shape {tuple(logits.shape)}, expected {classes} classes in dimension "
-                    f"{self.class_dim}, as its last layer has"
-                )
-        return torch.cat([source_logits, target_logits], dim=self.class_dim)
+_OTHER_WAYS = (
+    "Name another layer with head=, or build the model from its parts: CoTuningModel(backbone, source_head, "
+    "target_head)"
+)
 
 
-_HeadLayer: TypeAlias = nn.Linear | nn.Conv2d
+def _group_matcher(network: Any, *args: Any, **kwargs: Any) -> Any:
+    """timm's patterns of parameter names, for names that begin with ``network.``."""
+
+    def renamed(pattern: Any) -> Any:
+        if pattern is None or not isinstance(pattern, str):
+            return pattern if pattern is None else type(pattern)((renamed(each[0]), *each[1:]) for each in pattern)
+        unanchored = re.sub(r"(?<!\[)\^", "", pattern)
+        return rf"^network\.(?:{unanchored})"
+
+    matcher = network.group_matcher(*args, **kwargs)
+    if callable(matcher):
+        return lambda name: matcher(name.removeprefix("network."))
+    return {group: renamed(pattern) for group, pattern in matcher.items()}
 
 
-def _is_head_layer(module: object) -> TypeGuard[_HeadLayer]:
-    if isinstance(module, nn.Conv2d):
-        return module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1
-    return isinstance(module, nn.Linear)
+def _no_weight_decay(network: Any) -> set[str]:
+    return {f"network.{name}" for name in network.no_weight_decay()}
 
 
-def _num_classes(layer: _HeadLayer) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+_NETWORK_PARAMETERS: dict[str, Any] = {"group_matcher": _group_matcher, "no_weight_decay": _no_weight_decay}
 
 
-def _describe(layer: nn.Module) -> str:
-    if isinstance(layer, nn.Linear):
-        return f"Linear {layer.in_features} -> {layer.out_features}"
-    if isinstance(layer, nn.Conv2d):
-        return f"{layer.kernel_size[0]}x{layer.kernel_size[1]} Conv2d {layer.in_channels} -> {layer.out_channels}"
-    return type(layer).__name__
+class _Reach(torch.autograd.Function):
+    """The logits; the other tensors get gradients of 0, so that every parameter behind them has one."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *others: Tensor) -> Tensor:
+        ctx.zeros = [other.new_zeros(()).expand(other.shape) for other in others]
+        return logits.clone()  # a loss may write its gradient into the logits, which a view would not allow
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *ctx.zeros
 
 
-def _last_layer(head: nn.Module, name: str) -> _HeadLayer:
-    """The layer that gives a head its classes: the last linear or 1x1 convolution in it."""
-    layers = [module for module in head.modules() if _is_head_layer(module)]
-    if not layers:
-        raise TypeError(
-            f"{name} is {_describe(head)}, expected nn.Linear, a 1x1 nn.Conv2d, or a module that ends in one of them"
-        )
-    return layers[-1]
-
-
-def _new_head(layer: _HeadLayer, num_classes: int) -> nn.Module:
-    """A fresh layer that reads what ``layer`` reads."""
-    bias, device, dtype = layer.bias is not None, layer.weight.device, layer.weight.dtype
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, num_classes, bias=bias, device=device, dtype=dtype)
-    return nn.Conv2d(layer.in_channels, num_classes, kernel_size=1, bias=bias, device=device, dtype=dtype)
-
-
-def _find_head(classifier: nn.Module, head: str | None) -> str:
-    """Dotted name of the classifier's head; ValueError or TypeError with the candidates if there is not exactly one."""
-    modules: dict[str, nn.Module] = dict(classifier.named_modules())
-    candidates: dict[str, _HeadLayer] = {name: module for name, module in modules.items() if _is_head_layer(module)}
-    listed = _list_layers(list(candidates.items())[-8:])
-
-    if head is not None:
-        if head not in modules:
-            raise ValueError(f"head={head!r} names no module of {type(classifier).__name__}; its last layers: {listed}")
-        if head not in candidates:
-            raise TypeError(
-                f"head={head!r} is {_describe(modules[head])}, expected nn.Linear or a 1x1 nn.Conv2d with stride 1; "
-                f"the last ones of {type(classifier).__name__}: {listed}"
-            )
-        return head
-
-    get_classifier = getattr(classifier, "get_classifier", None)  # timm models know their head
-    if callable(get_classifier):
-        own = get_classifier()
-        # Some heads are modules that end in the layer with the classes; a tuple would be two heads.
-        inside = {id(module) for module in own.modules()} if isinstance(own, nn.Module) else set()
-        modules = {name: module for name, module in modules.items() if id(module) in inside}
-        candidates = {name: module for name, module in candidates.items() if id(module) in inside}
-        if not candidates:
-            raise ValueError(
-                f"{type(classifier).__name__}.get_classifier() returns {type(own).__name__}, expected nn.Linear, a 1x1 "
-                "nn.Conv2d, or a module that ends in one: was the model made without a classifier (num_classes=0)? "
-                f"Else name one with head=: {listed}"
-            )
-        for name, module in candidates.items():
-            if module is own:
-                return name
-
-    if not candidates:
-        raise ValueError(
-            f"{type(classifier).__name__} has no head: no nn.Linear and no 1x1 nn.Conv2d in it. Build the model from "
-            "its parts instead: CoTuningModel(backbone, source_head, target_head)"
-        )
-    name, last = list(candidates.items())[-1]
-    same_kind = nn.Linear if isinstance(last, nn.Linear) else nn.Conv2d
-    rivals = [
-        (other, module)
-        for other, module in candidates.items()
-        if isinstance(module, same_kind) and _num_classes(module) == _num_classes(last)
-    ]
-    # A head ends the network. If more layers with weights come after the last candidate, that one is no head.
-    # A parametrized head (weight_norm) has weights in modules of its own, which are not later ones.
-    *_, ending = (module for module in modules.values() if module._parameters)
-    if len(rivals) > 1 or all(module is not ending for module in last.modules()):
-        choice = _list_layers(rivals) if len(rivals) > 1 else listed
-        raise ValueError(f"the head of {type(classifier).__name__} is ambiguous; name it with head=, one of: {choice}")
-    return name
-
-
-def _list_layers(layers: list[tuple[str, _HeadLayer]]) -> str:
-    return ", ".join(f"{name!r} ({_describe(layer)})" for name, layer in layers) or "none"
-
-
-def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Put ``new`` wherever ``old`` is registered in ``network``, under every name; returns the network."""
-    if network is old:
-        return new
-    for parent in list(network.modules()):
-        for name, child in list(parent._modules.items()):  # named_children() would hide a second name
-            if child is old:
-                setattr(parent, name, new)
-    return network
+def _tensors_beside(logits: Tensor, output: Any) -> list[Tensor]:
+    """The other tensors of an output that have a gradient."""
+    if isinstance(output, Tensor):
+        return []
+    members = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return [x for x in members if isinstance(x, Tensor) and x is not logits and x.requires_grad]
 
 
 @torch.no_grad()
 def _evaluate(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
     """The model's (source) logits in evaluation mode."""
     with evaluating(model):
-        return _logits(call(model, inputs, next(model.parameters()).device))
+        return _logits(call(model, inputs_in(inputs), next(model.parameters()).device))
 
 
 def _logits(output: Any) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cotuning_kernels import models
+from cotuning_kernels import heads, models
 from cotuning_kernels.models import CoTuningLogits, CoTuningModel
 
 N_SOURCE, N_TARGET = 13, 5
@@ -220,7 +221,7 @@ def test_the_check_catches_a_fault_in_the_heads(
     architecture = ARCHITECTURES[name]
     classifier = architecture.make()
     model = CoTuningModel.from_classifier(classifier, N_TARGET)
-    monkeypatch.setattr(models._TwoHeads, "forward", fault)
+    monkeypatch.setattr(heads.TwoHeads, "forward", fault)
     with pytest.raises(AssertionError):
         check_logits_and_gradients(model, classifier, architecture)
 
@@ -286,7 +287,7 @@ def test_target_model_has_no_source_head_and_the_same_outputs(architecture: Arch
     model.eval()
     torch.testing.assert_close(architecture.logits(target_model(x)), expected)
     assert list(target_model.state_dict()) == list(classifier.state_dict())
-    assert all(not isinstance(module, models._TwoHeads) for module in target_model.modules())
+    assert all(not isinstance(module, heads.TwoHeads) for module in target_model.modules())
 
     head_parameters = sum(p.numel() for p in model.target_head.parameters())
     backbone = set(model.parameters()) - set(model.target_head.parameters())
@@ -564,13 +565,13 @@ def test_example_input_finds_a_wrong_head_and_mixed_classes() -> None:
         CoTuningModel.from_classifier(nn.Sequential(ResNetLike(), nn.Softmax(1)), N_TARGET, example_input=x)
 
     # Without an example it is found at the first call at the latest.
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(ValueError, match=r"this is not its head .*shapes cannot be multiplied"):
         CoTuningModel.from_classifier(HeadFirst(), N_TARGET)(torch.randn(2, 6))
     # The classifier is as it was, also where it was to be taken over.
     taken = HeadFirst().eval()
     vectors = torch.randn(2, 6)
     before = taken(vectors)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(ValueError, match=r"this is not its head .*shapes cannot be multiplied"):
         CoTuningModel.from_classifier(taken, N_TARGET, example_input=vectors, copy=False)
     torch.testing.assert_close(taken(vectors), before)
 
@@ -816,3 +817,325 @@ def test_end_to_end_on_the_reference_loss() -> None:
         history.append((target_term.item(), source_term.item()))
     assert history[-1][0] < 0.7 * history[0][0]
     assert history[-1][1] < history[0][1]
+
+
+# --- several heads ----------------------------------------------------------------------------------------------------
+
+
+def test_combined_heads_are_refused_at_once() -> None:
+    with pytest.raises(
+        ValueError, match=r"Distilled has other layers of 13 classes beside the head 'head': 'head_dist'"
+    ):
+        CoTuningModel.from_classifier(Distilled(), N_TARGET, head="head")
+    classifier = Distilled().eval()
+    x = torch.randn(2, 6)
+    before = classifier(x)
+    with pytest.raises(ValueError, match=r"with two in its place: .* combines several heads"):
+        CoTuningModel.from_classifier(classifier, N_TARGET, head="head", example_input=x, copy=False)
+    torch.testing.assert_close(classifier(x), before, rtol=0, atol=0)
+
+    for several in (lambda m: nn.ModuleList([m.head["fc"], m.auxiliary]), lambda m: [m.head["fc"], m.auxiliary]):
+        classifier = TimmLike()
+        classifier.get_classifier = lambda m=classifier, several=several: several(m)  # type: ignore[method-assign]
+        with pytest.raises(
+            ValueError, match=r"get_classifier\(\) returns (?i:.*list), expected one head; .* not supported"
+        ):
+            CoTuningModel.from_classifier(classifier, N_TARGET)
+
+
+class TrainsASecondHead(nn.Module):
+    """The second head is for training, under a name that does not say so."""
+
+    def __init__(self, num_classes: int = N_SOURCE) -> None:
+        super().__init__()
+        self.body, self.second, self.fc = nn.Linear(6, 8), nn.Linear(8, num_classes), nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.body(x)
+        return (self.fc(features), self.second(features)) if self.training else self.fc(features)
+
+
+def test_a_second_head_for_training_alone_is_taken_with_an_example() -> None:
+    with pytest.raises(ValueError, match="pass a batch as example_input="):
+        CoTuningModel.from_classifier(TrainsASecondHead(), N_TARGET, head="fc")
+    x = torch.randn(2, 6)
+    model = CoTuningModel.from_classifier(TrainsASecondHead(), N_TARGET, head="fc", example_input=x)
+    assert model.train()(x).target_logits.shape == (2, N_TARGET)
+
+
+class WithAuxiliary(nn.Module):
+    """As Inception and GoogLeNet: the auxiliary head's output comes beside the logits, in training."""
+
+    def __init__(self, num_classes: int = N_SOURCE) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.AuxLogits = nn.Sequential(nn.Linear(8, 7), nn.Linear(7, num_classes))
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.body(x)
+        return (self.fc(features), self.AuxLogits(features)) if self.training else self.fc(features)
+
+
+def test_auxiliary_heads() -> None:
+    """Found beside the head, with gradients of exactly 0, and with the target's number of classes at the end."""
+    classifier = WithAuxiliary().train()
+    model = CoTuningModel.from_classifier(classifier, N_TARGET)  # the name says that AuxLogits is none
+    x = torch.randn(4, 6)
+    source_logits, target_logits = model(x)
+    (source_logits.square().sum() + target_logits.sum()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad == 0).all() == name.startswith("network.AuxLogits"), name
+    WithAuxiliary(N_TARGET).load_state_dict(model.target_model().state_dict())
+    torch.testing.assert_close(model.eval()(x).source_logits, classifier.eval()(x))
+
+    # A logit that is not finite in the auxiliary head does not reach the rest.
+    model.train().network.AuxLogits[1].bias.data[0] = math.inf
+    model.zero_grad()
+    sum(logits.sum() for logits in model(x)).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    # The loss may write over the logits here as well.
+    source_logits, target_logits = model(x)
+    (source_logits.mul_(2.0).sum() + target_logits.sum()).backward()
+
+    taken = WithAuxiliary()
+    with pytest.raises(ValueError, match="mixes its classes"):
+        CoTuningModel.from_classifier(
+            nn.Sequential(taken, nn.Softmax(1)), N_TARGET, head="0.fc", example_input=x, copy=False
+        )
+    assert (taken.fc.out_features, taken.AuxLogits[1].out_features) == (N_SOURCE, N_SOURCE)
+
+
+def test_heads_that_forward_reads() -> None:
+    """The weight and bias of both heads are there for a product of the classifier's own, and for its dtype."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 8), nn.Linear(8, N_SOURCE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x).to(self.head.weight.dtype)
+            return nn.functional.linear(x, self.head.weight, self.head.bias).reshape(-1, self.head.out_features)
+
+    class Direct(Reads):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x))
+
+    direct = Direct()
+    reads = Reads()
+    reads.load_state_dict(direct.state_dict())
+    torch.manual_seed(1)
+    model = CoTuningModel.from_classifier(reads, N_TARGET)
+    torch.manual_seed(1)
+    expected = CoTuningModel.from_classifier(direct, N_TARGET)
+    x = torch.randn(4, 6)
+    for got in (model, expected):
+        sum(logits.square().sum() for logits in got.eval()(x)).backward()
+    for got, want in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+
+
+class FixesItsClasses(TrainsASecondHead):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x)).reshape(-1, N_SOURCE)
+
+
+class Cosine(nn.Module):
+    """Its last linear layer is no head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.classes = nn.Linear(6, 8), nn.Parameter(torch.randn(N_SOURCE, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(self.body(x)) @ nn.functional.normalize(self.classes).t()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_two_heads_cannot_do_is_said_at_the_first_call(train: bool) -> None:
+    for classifier, head in ((FixesItsClasses(), "fc"), (Cosine(), None)):
+        if isinstance(classifier, FixesItsClasses):
+            del classifier.second
+        model = CoTuningModel.from_classifier(classifier, N_TARGET, head=head).train(train)
+        with pytest.raises(ValueError, match="runs with one head but not with two"):
+            model(torch.randn(2, 6))
+        # An error that one head has as well is the caller's.
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(torch.randn(2, 7))
+        assert all(module.training == train for module in model.modules())
+
+
+# --- transformers, timm, trainers -------------------------------------------------------------------------------------
+
+
+def tiny_bert(**settings: Any) -> Any:
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return transformers, transformers.BertConfig(**sizes, intermediate_size=64, **settings)
+
+
+@pytest.mark.parametrize("names", [None, ["ant", "bee", "cat", "dog", "eel"]])
+@pytest.mark.parametrize("problem", [None, "multi_label_classification"])
+def test_target_model_of_transformers_has_the_targets_classes(
+    names: list[str] | None, problem: str | None, tmp_path: Any
+) -> None:
+    transformers, config = tiny_bert(num_labels=N_SOURCE, problem_type=problem)
+    config.id2label = {i: f"source {i}" for i in range(N_SOURCE)}
+    classifier = transformers.BertForSequenceClassification(config).eval()
+    model = CoTuningModel.from_classifier(classifier, N_TARGET)
+    target_model = model.target_model(names)
+    labels = names or [f"LABEL_{i}" for i in range(N_TARGET)]
+    assert target_model.config.id2label == dict(enumerate(labels))
+    assert target_model.config.label2id == {name: i for i, name in enumerate(labels)}
+    assert target_model.config.num_labels == target_model.num_labels == N_TARGET
+    x, y = torch.randint(0, 99, (2, 7)), torch.tensor([1, 4])
+    output = target_model(input_ids=x, labels=y)
+    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits, y))
+    target_model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=x).logits, output.logits, rtol=0, atol=0)
+    # The model and its source keep their own.
+    for other in (classifier, model.network, model.source_model()):
+        assert other.config.num_labels == N_SOURCE
+        assert other.config.id2label[2] == "source 2"
+    with pytest.raises(ValueError, match="target_classes has 2 names, expected 5"):
+        model.target_model(["ant", "bee"])
+
+
+def test_labels_in_a_batch_are_left_out() -> None:
+    transformers, config = tiny_bert(num_labels=N_SOURCE)
+    batch = {"input_ids": torch.randint(0, 99, (2, 7)), "labels": torch.tensor([1, 4])}
+    classifier = transformers.BertForSequenceClassification(config).eval()
+    model = CoTuningModel.from_classifier(classifier, N_TARGET, example_input=batch)
+    torch.testing.assert_close(tuple(model(**batch)), tuple(model(input_ids=batch["input_ids"])), rtol=0, atol=0)
+
+    class Image(ResNetLike):
+        def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            assert labels is None
+            return super().forward(pixel_values)
+
+    images_model = CoTuningModel.from_classifier(Image(), N_TARGET)
+    assert images_model.reestimate_batchnorm([{"pixel_values": images(), "labels": torch.zeros(4)}]) == 1
+
+
+def test_a_tied_head_is_in_the_state_dict_once(tmp_path: Any) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = CoTuningModel.from_classifier(TransformerLike(), N_TARGET).eval()
+    x = tokens()
+    expected = model(x)
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")  # refuses tensors that share memory
+    other = CoTuningModel.from_classifier(TransformerLike(), N_TARGET).eval()
+    wrapped = nn.ModuleDict({"inner": other})
+    assert wrapped.state_dict().keys() == {f"inner.{name}" for name in model.state_dict()}
+    other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
+    assert other.source_head.weight is other.network.embeddings.weight
+    torch.testing.assert_close(tuple(other(x)), tuple(expected), rtol=0, atol=0)
+    # One that has both names, as any other module writes it.
+    full = dict(nn.Module.state_dict(model))
+    assert len(full) == len(model.state_dict()) + 1
+    wrapped.load_state_dict({f"inner.{name}": value for name, value in full.items()})
+    del full["network.decoder.source_head.weight"], full["network.embeddings.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*embeddings"):
+        other.load_state_dict(full)
+
+
+def test_trainer_saves_a_model_with_a_tied_head(tmp_path: Any) -> None:
+    pytest.importorskip("accelerate", reason="pip install accelerate")
+    transformers, config = tiny_bert()
+    model = CoTuningModel.from_classifier(transformers.BertForMaskedLM(config), N_TARGET)
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    transformers.Trainer(model, arguments).save_model(str(tmp_path))
+    assert (tmp_path / "model.safetensors").exists()
+
+
+class WithMatcher(TimmLike):
+    """What timm's layer-wise rates and its optimizers without decay ask of a model."""
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^stem|norm", "blocks": [(r"^head\.fc", None), (r"^[^x]uxiliary", (7,))]}
+
+    def no_weight_decay(self) -> set[str]:
+        return {"norm.weight"}
+
+
+def test_what_timm_asks_is_answered_with_the_models_names() -> None:
+    model = CoTuningModel.from_classifier(WithMatcher(), N_TARGET)
+    assert model.no_weight_decay() == {"network.norm.weight"}
+    groups = model.group_matcher(coarse=True)
+    found = {
+        name: [
+            group
+            for group, patterns in groups.items()
+            for pattern in ([patterns] if isinstance(patterns, str) else [p for p, _ in patterns])
+            if re.match(pattern, name)
+        ]
+        for name, _ in model.named_parameters()
+    }
+    for name, matched in found.items():
+        assert matched == [("stem" if ".stem." in name or ".norm." in name else "blocks")], name
+    plain = CoTuningModel.from_classifier(ResNetLike(), N_TARGET)
+    assert not hasattr(plain, "group_matcher")
+    assert not hasattr(plain, "no_weight_decay")
+    assert not hasattr(pickle.loads(pickle.dumps(plain)), "group_matcher")
+
+
+def test_layer_decay_of_timm() -> None:
+    timm = pytest.importorskip("timm", reason="pip install timm")
+    import timm.optim  # noqa: F811
+
+    classifier = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=N_SOURCE)
+    model = CoTuningModel.from_classifier(classifier, N_TARGET)
+
+    def scales(of: nn.Module) -> dict[str, tuple[float, float]]:
+        names = {id(p): name.removeprefix("network.") for name, p in of.named_parameters()}
+        groups = timm.optim.param_groups_layer_decay(
+            of, weight_decay=0.05, layer_decay=0.5, no_weight_decay_list=of.no_weight_decay()
+        )
+        return {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+    expected, found = scales(classifier), scales(model)
+    for name, value in found.items():
+        assert value == expected[name.replace("source_head.", "").replace("target_head.", "")], name
+    assert found["head.target_head.weight"][0] == 1.0 > found["patch_embed.proj.weight"][0]
+
+
+# --- BatchNorm that stays frozen --------------------------------------------------------------------------------------
+
+
+def test_frozen_batchnorm_stays_frozen() -> None:
+    model = CoTuningModel.from_classifier(TimmLike(), N_TARGET).train()
+    assert model.freeze_batchnorm() == 1
+    norm, x = model.network.norm, images()
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    for again in (model, model.train(), model.eval().train(), copy.deepcopy(model).train(),
+                  pickle.loads(pickle.dumps(model)).train(), nn.ModuleList([model]).train()[0]):  # fmt: skip
+        assert again.training
+        assert again.network.stem.training
+        assert not again.network.norm.training
+    source_logits, _ = model(x)
+    source_logits.sum().backward()
+    torch.testing.assert_close(dict(norm.state_dict()), before, rtol=0, atol=0)
+    assert norm.weight.grad is not None  # it is trained all the same
+    frozen = model.network.eval()(x)
+    torch.testing.assert_close(model.train().network(x), frozen)  # there is no dropout in it
+
+    assert model.freeze_batchnorm(False) == 1
+    assert norm.training
+    model(x)
+    assert not torch.equal(norm.running_mean, before["running_mean"])
+    model.eval().freeze_batchnorm()
+    model.freeze_batchnorm(False)
+    assert not norm.training
+    assert model.train().network.norm.training
+    assert CoTuningModel.from_classifier(SqueezeNetLike(), N_TARGET).freeze_batchnorm() == 0
+
+
+def test_statistics_can_be_estimated_of_frozen_layers() -> None:
+    model = CoTuningModel.from_classifier(ResNetLike(), N_TARGET).train()
+    model.freeze_batchnorm()
+    x = images()
+    model.reestimate_batchnorm([x])
+    torch.testing.assert_close(model.network.bn.running_mean, model.network.conv(x).mean((0, 2, 3)))
+    assert not model.network.bn.training
