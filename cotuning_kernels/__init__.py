@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cotuning_kernels.relationship import Relationship, RelationshipEstimator
     from cotuning_kernels.relationship.learn import learn_relationship
     from cotuning_kernels.relationship.reverse import learn_reverse_relationship
+    from cotuning_kernels.transfer_scores import Transferability, transferability
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,8 @@ _LAZY = {
     "fit_temperature": "calibration",
     "learn_relationship": "relationship.learn",
     "learn_reverse_relationship": "relationship.reverse",
+    "Transferability": "transfer_scores",
+    "transferability": "transfer_scores",
 }
 
 __all__ = [
@@ -45,11 +48,13 @@ __all__ = [
     "Relationship",
     "RelationshipEstimator",
     "TemperatureFit",
+    "Transferability",
     "expected_calibration_error",
     "fit_temperature",
     "functional",
     "learn_relationship",
     "learn_reverse_relationship",
+    "transferability",
 ]
 
 

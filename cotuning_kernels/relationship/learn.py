@@ -120,8 +120,8 @@ def learn_relationship(
         )
     if distributed:
         rank_and_size()  # a launcher without init_process_group: no method may take a share for the whole
-    num_target_classes, target_classes = _target_classes(loader, num_target_classes, target_classes)
-    place = _device_of(source_model) if device is None else torch.device(device)
+    num_target_classes, target_classes = target_classes_of(loader, num_target_classes, target_classes)
+    place = device_of(source_model) if device is None else torch.device(device)
     # What is wrong is said before the pass over the data, not after it; and as Python's own numbers a setting is the
     # same when the pass is resumed.
     temperature, ignore_index = positive_number("temperature", temperature), operator.index(ignore_index)
@@ -203,7 +203,7 @@ def _of_first_process(relationship: Relationship) -> Relationship:
     return held[0].to(device)
 
 
-def _target_classes(
+def target_classes_of(
     loader: Iterable[Any], num_target_classes: int | None, names: Sequence[str] | None
 ) -> tuple[int, tuple[str, ...] | None]:
     """``N_t`` and the names of the target classes, from the arguments or from the loader's dataset."""
@@ -236,7 +236,7 @@ def _classes_of(dataset: Any) -> Any:
     return getattr(dataset, "classes", None)
 
 
-def _device_of(model: Any) -> torch.device | None:
+def device_of(model: Any) -> torch.device | None:
     if not isinstance(model, nn.Module):
         return None
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
