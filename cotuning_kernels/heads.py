@@ -55,6 +55,7 @@ class TwoHeads(nn.Module):
         return self.num_source_classes + self.num_target_classes
 
     def forward(self, features: Tensor) -> Tensor:
+        """Logits of both heads, ``N_s + N_t`` of them along the class dimension."""
         for_source, for_target = features, features
         if self.bounds_source and self.training and features.requires_grad and torch.is_grad_enabled():
             for_source, for_target = _BoundSource.apply(features, _processes())
@@ -123,6 +124,7 @@ HeadLayer: TypeAlias = nn.Linear | nn.Conv2d
 
 
 def is_head_layer(module: object) -> TypeGuard[HeadLayer]:
+    """Whether this is a layer that gives logits: linear, or a convolution that is one at each place."""
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1
     return isinstance(module, nn.Linear)

@@ -25,12 +25,13 @@ MODULE_FLOORS = (
     ("__main__",),
     ("environment",),
     ("cotuning_kernels",),
+    ("models", "transfer_scores"),
     ("relationship",),
     ("relationship.learn",),
     ("relationship.estimator", "relationship.passes", "relationship.reverse"),
     ("relationship.matrix",),
     ("relationship.file",),
-    ("calibration", "distributed", "loss", "models"),
+    ("calibration", "distributed", "loss"),
     ("functional",),
     ("autograd",),
     ("options",),
@@ -40,7 +41,7 @@ MODULE_FLOORS = (
     ("backends.cpp",),
     ("backends.operations", "backends.registry", "backends.torch_version"),
     ("labelled_logits", "plots", "tensor_file", "validation"),
-    ("atomic_file", "calling", "dtypes", "processes", "reference", "targets"),
+    ("atomic_file", "calling", "dtypes", "heads", "module_copies", "processes", "reference", "targets"),
 )
 FOLDER_FLOORS = (
     ("tests",),
