@@ -7,6 +7,7 @@ interpreted Triton kernels stand in for the CPU implementations of the operation
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,11 +28,15 @@ def cpu_served_by(backend: str, implementations: dict[str, Callable[..., Any]]) 
     An operation that is not among them keeps its CPU implementation.
     """
     library = torch.library.Library(operations.NAMESPACE, "IMPL")
+    # Torch 2.6 does not know the argument; beside it there is nothing to override.
+    overriding: dict[str, Any] = (
+        {"allow_override": True} if "allow_override" in inspect.signature(library.impl).parameters else {}
+    )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
             for operation, function in implementations.items():
-                library.impl(operation, function, "CPU", allow_override=True)
+                library.impl(operation, function, "CPU", **overriding)
         with REGISTRY.override(serving={"cpu": [backend]}):
             yield
     finally:

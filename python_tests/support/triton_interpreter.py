@@ -177,15 +177,21 @@ def interpreted(*modules: types.ModuleType) -> Iterator[None]:
         warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
         # Triton exchanges its language in the modules that a function sees; this one sees them all.
         sees_both = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
-        stack.callback(_forget_new_names, tl.core.tensor, set(vars(tl.core.tensor)))
-        stack.callback(ti._patch_lang(sees_both).restore)
+        for owner in (tl, tl.core, tl.math, tl.core.dtype, tl.core.tensor, tl.core.tensor_descriptor_base):
+            stack.callback(_restore, owner, dict(vars(owner)))
+        ti._patch_lang(sees_both)
+        # Before Triton 3.7 this is int(array of one number), which NumPy 2.4 refuses.
+        stack.enter_context(mock.patch.object(tl.core.tensor, "__index__", lambda self: int(self.handle.data.item())))
         yield
 
 
-def _forget_new_names(kept: type, names: set[str]) -> None:
-    """What was inherited before is put back as an attribute of its own; so that it is inherited again."""
-    for name in set(vars(kept)) - names:
-        delattr(kept, name)
+def _restore(owner: types.ModuleType | type, before: dict[str, Any]) -> None:
+    """Give a module or class the names that it had, and no others. (Triton 3.5 cannot undo its exchange.)"""
+    for name, value in list(vars(owner).items()):
+        if name not in before:
+            delattr(owner, name)
+        elif value is not before[name]:
+            setattr(owner, name, before[name])
 
 
 def _options(options: ti.InterpreterOptions) -> ti.InterpreterOptions:
