@@ -49,7 +49,7 @@ def check(right: bool, message: str) -> None:
 
 def relationship(seed: int, rows: int = 4, columns: int = 6) -> Relationship:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).softmax(1)
-    names = [f"class {row}" for row in range(rows)]
+    names = tuple(f"class {row}" for row in range(rows))
     return Relationship(matrix, names, counts=torch.arange(rows) + 1, metadata={"which": str(seed)})
 
 
@@ -448,7 +448,7 @@ def interruptions(draw: random.Random, tries: int, folder: Path) -> Counter[str]
                     ended = "refused"
                 counts[f"{name}: {ended}"] += 1
                 found = state_of(estimator)
-                expected = (after,) if ended == "whole" else (before,)
+                expected: tuple[object, ...] = (after,) if ended == "whole" else (before,)
                 if ended == "interrupted after the end":
                     expected = before, after  # the signal may also have come before the beginning
                 check(found in expected, f"{name} was {ended}, and the state differs")

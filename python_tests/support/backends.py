@@ -52,7 +52,7 @@ class _Produced(torch.autograd.Function):
 
 
 def _produced(leaf: Tensor) -> Tensor:
-    return _Produced.apply(leaf)  # type: ignore[no-untyped-call, no-any-return]
+    return _Produced.apply(leaf)
 
 
 @dataclass(frozen=True)

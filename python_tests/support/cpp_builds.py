@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def alone(name: str) -> Iterator[None]:
         yield
 
 
-def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
     """Output and errors together; a hang is a failure."""
     return subprocess.run(
         list(map(str, command)),

@@ -85,7 +85,7 @@ def main(folder: Path) -> None:
     rank, processes = (distributed.get_rank(), distributed.get_world_size()) if launched else (0, 1)
     classifier = source_model()
     result: dict[str, Any] = {}
-    common = {"temperature": 1.3, "progress": False, "distributed": True}
+    common: dict[str, Any] = {"temperature": 1.3, "progress": False, "distributed": True}
     training_data, validation_data = data(101, seed=1), data(50, seed=2)
     direct = ck.learn_relationship(
         classifier, shares(training_data), N_T, checkpoint=folder / f"statistics-{processes}", **common
@@ -109,7 +109,7 @@ def main(folder: Path) -> None:
     # One process alone has a batch: nobody waits for ever.
     if processes > 1:
         try:
-            alone = shares(training_data) if rank == 0 else []
+            alone: Any = shares(training_data) if rank == 0 else []
             ck.learn_relationship(classifier, alone, N_T, **common)
         except ValueError as error:
             result["idle"] = str(error)

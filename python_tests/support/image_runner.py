@@ -38,13 +38,13 @@ class TwoEnds(nn.Module):
 
 def brightness() -> nn.Module:
     """Logits that are the mean of each colour: a classifier of blue, green and red, and far from certain."""
-    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
-    nn.init.zeros_(network[2].weight)
-    nn.init.zeros_(network[2].bias)
+    head = nn.Linear(3, 4)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
     with torch.no_grad():
-        network[2].weight[[0, 1, 2], [2, 1, 0]] = 1
-        network[2].weight[3] = 0.5
-    return network
+        head.weight[[0, 1, 2], [2, 1, 0]] = 1
+        head.weight[3] = 0.5
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
 def two_ends() -> nn.Module:

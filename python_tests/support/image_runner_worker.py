@@ -38,7 +38,8 @@ def stop_after(steps: int) -> None:
 def main(data: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     # A group of processes cannot be left and joined again: the first run joins it, the last one leaves it.
-    leave, distributed.destroy_process_group = distributed.destroy_process_group, lambda: None
+    leave = distributed.destroy_process_group
+    distributed.destroy_process_group = lambda group=None: None
     assert runner.main(arguments(data, folder / "without_noise", NO_NOISE, "--methods", *METHODS)) == 0
     distributed.init_process_group = lambda **options: None
     # With dropout, of which every process has its own.

@@ -78,7 +78,7 @@ def _command(source: Path, root: Path) -> list[str | Path]:
         flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         return [nvcc, *flags, "-gencode", "arch=compute_90,code=compute_90"]
     if source.parent.name == "ops":
-        of_torch = ["-isystem", TORCH / "include"]
+        of_torch: list[str | Path] = ["-isystem", TORCH / "include"]
         return [compiler(), *FLAGS, '-DCOTUNING_CUDA_BUILD="nvcc 0.0 (simulated): 9.0+PTX"', *of_torch]
     seen = [compiler(), *FLAGS, "-fvisibility=default"]  # its functions and kernels are found by their names
     if source.name == "runtime.cpp":
@@ -103,7 +103,7 @@ def build(folder: Path, root: Path = ROOT) -> None:
     # Who asks for the driver by its name gets the little of it that there is.
     named = "-Wl,-soname,libcuda.so.1"
     of_torch = [f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
-    libraries = {
+    libraries: dict[Path, list[str | Path]] = {
         folder / "libsimulated_runtime.so": [named, *runtime, "-ldl", "-lpthread"],
         _package(folder) / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}": [
             *extension, f"-L{_toolkit()}/lib64", "-lcudart", *of_torch

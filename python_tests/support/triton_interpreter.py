@@ -267,5 +267,6 @@ _memory = _Memory()
 def traffic() -> Iterator[Counter[str]]:
     """Bytes that interpreted kernels load, store and update atomically within a ``with`` block: what masks let through,
     each time anew."""
-    with mock.patch.object(_memory, "moved", Counter()) as moved:
+    moved: Counter[str] = Counter()
+    with mock.patch.object(_memory, "moved", moved):
         yield moved
