@@ -21,7 +21,9 @@ from cotuning_kernels.labelled_logits import (
     REFERENCE_ROWS,
     check_labelled_logits,
     first_row_without_softmax,
+    positive_integer,
     positive_number,
+    warn_of_probabilities,
 )
 from cotuning_kernels.validation import check_ignore_index
 
@@ -87,8 +89,9 @@ def fit_temperature(
     Use source data that the model was *not* trained on (its validation set), with source labels.
 
     Args:
-        logits: ``(B, N)``, float32, bfloat16, float16 or float64. A masked class may be -inf.
-        labels: ``(B,)`` int64 or int32 class indices, or ``ignore_index``.
+        logits: ``(B, N)``, ``(N,)`` or ``(B, N, d1, ...)``; float32, bfloat16, float16 or float64. A masked class may
+            be -inf. A warning tells probabilities from logits.
+        labels: ``(B,)``, ``()`` or ``(B, d1, ...)``; int64 or int32 class indices, or ``ignore_index``.
         ignore_index: rows with this label do not count.
         backend: see :func:`cotuning_kernels.backends.select`.
         max_iterations: passes over the logits at most; 2 to 8 are usual, up to 15 where the model is very sure.
@@ -105,12 +108,12 @@ def fit_temperature(
             -inf at its label, which no temperature makes possible.
         IndexError: a label out of range; names the row and the value.
     """
-    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
-        raise ValueError(f"max_iterations is {max_iterations!r:.80}, expected a positive int")
+    max_iterations = positive_integer("max_iterations", max_iterations)
     check_ignore_index(ignore_index)
     positive_number("tolerance", tolerance)
-    num_classes = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
-    logits, labels = check_labelled_logits("logits", logits, labels, num_classes, ignore_index)
+    logits, labels = check_labelled_logits("logits", logits, labels, None, ignore_index)
+    num_classes = logits.shape[1]
+    warn_of_probabilities("logits", logits, stacklevel=3)
     backend = backends.select(logits.device.type, backend)
     terms_at = _terms_of(logits, labels, ignore_index, backend)
     sample_terms_at = None
@@ -218,8 +221,8 @@ def reliability(
     """Confidence against accuracy of the predicted class, in bins of equal width over [0, 1].
 
     Args:
-        logits: ``(B, N)``, floating; with ``probabilities=True`` rows that sum to 1.
-        labels: ``(B,)`` int64 or int32 class indices, or ``ignore_index``.
+        logits: ``(B, N)``, ``(N,)`` or ``(B, N, d1, ...)``, floating; with ``probabilities=True`` rows that sum to 1.
+        labels: ``(B,)``, ``()`` or ``(B, d1, ...)``; int64 or int32 class indices, or ``ignore_index``.
         bins: how many bins; 15 as in Guo et al. 2017.
         temperature: the logits are divided by it.
         probabilities: the first argument holds probabilities, not logits; ``temperature`` is then 1.
@@ -232,13 +235,13 @@ def reliability(
         TypeError, ValueError: wrong types, shapes or values; no labelled row; a row with NaN, +inf or nothing but -inf.
         IndexError: a label out of range; names the row and the value.
     """
-    if not isinstance(bins, int) or bins < 1:
-        raise ValueError(f"bins is {bins!r:.80}, expected a positive int")
+    bins = positive_integer("bins", bins)
     temperature = positive_number("temperature", temperature)
     if probabilities and temperature != 1:
         raise ValueError(f"temperature is {temperature}, but it divides logits, not probabilities; pass the logits")
-    num_classes = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
-    logits, labels = check_labelled_logits("logits", logits, labels, num_classes, ignore_index)
+    logits, labels = check_labelled_logits("logits", logits, labels, None, ignore_index)
+    if not probabilities:
+        warn_of_probabilities("logits", logits, stacklevel=3)
     # Said of the device because torch.set_default_device may have named another one.
     count = torch.zeros(bins, dtype=torch.int64, device="cpu")
     confidence = torch.zeros(bins, dtype=torch.float64, device="cpu")

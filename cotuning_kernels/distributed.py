@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from cotuning_kernels import functional
+from cotuning_kernels import functional, validation
 from cotuning_kernels.autograd import normalized_class_weights
 from cotuning_kernels.functional import CoTuningTerms
 from cotuning_kernels.processes import rank_and_size
+from cotuning_kernels.shapes import logits_as_rows, shape_of_labels, target_as_rows
 from cotuning_kernels.targets import Target, as_collated
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ def global_mean_loss(
         terms = criterion(source_logits, target_logits, target, return_terms=True)
         assert isinstance(terms, CoTuningTerms)
         return terms
+    if isinstance(source_logits, Tensor) and source_logits.dim() not in (0, 2):
+        validation.check_shapes(source_logits, target_logits, target)
+        target = target_as_rows(target, shape_of_labels(source_logits))
+        source_logits, target_logits = logits_as_rows(source_logits), logits_as_rows(target_logits)
     weight = criterion.weight
     if weight is not None and not (isinstance(target, Tensor) and target.is_floating_point()):
         weight = normalized_class_weights(weight)  # the kernels see a sum, which becomes a mean only here

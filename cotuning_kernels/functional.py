@@ -10,6 +10,7 @@ from torch import Tensor
 from cotuning_kernels import autograd, backends, reference, validation
 from cotuning_kernels.backends.registry import REGISTRY
 from cotuning_kernels.options import LossOptions, check_options
+from cotuning_kernels.shapes import logits_as_rows, shape_of_labels, target_as_rows
 from cotuning_kernels.targets import RelationshipLike, Target, as_collated
 
 __all__ = ["CoTuningTerms", "co_tuning_loss", "source_label_loss", "translate_labels"]
@@ -19,7 +20,7 @@ class CoTuningTerms(NamedTuple):
     """The loss and its two parts.
 
     ``loss = target_term + trade_off * source_term`` is differentiable; the two terms are detached, for logging. All
-    have shape ``()``, or ``(B,)`` with ``reduction="none"``.
+    have shape ``()``, or that of the class indices with ``reduction="none"``.
     """
 
     loss: Tensor
@@ -53,8 +54,10 @@ def co_tuning_loss(
 
     Args:
         source_logits: ``(B, N_s)``, float32, bfloat16, float16 or float64; any row stride. The arithmetic of a head is
-            float64 for float64 logits, else float32.
-        target_logits: ``(B, N_t)``, the same dtypes, not necessarily the same one.
+            float64 for float64 logits, else float32. As in :func:`torch.nn.functional.cross_entropy` also ``(N_s,)``
+            with a scalar target, and ``(B, N_s, d1, ...)`` with a target ``(B, d1, ...)``; the latter costs a copy of
+            the logits and one of the gradient, unless the classes lie last in memory (``channels_last``).
+        target_logits: ``(B, N_t)``, the same dtypes, not necessarily the same one; further dimensions as above.
         target: class indices ``(B,)`` (int64 or int32); class probabilities ``(B, N_t)``; or a mixup pair
             ``(labels_a, labels_b, share of labels_a)`` (:class:`cotuning_kernels.MixedTarget`).
         relationship: ``R[t, s] = p(y_source = s | y_target = t)``, ``(N_t, N_s)`` in any floating dtype, or a
@@ -75,8 +78,8 @@ def co_tuning_loss(
         backend: ``"auto"``, or the name of one (:func:`cotuning_kernels.backends.select`).
 
     Returns:
-        The loss, shape ``()`` or ``(B,)``: float64 where any logits are float64, else float32 whatever the logits.
-        It can be differentiated once.
+        The loss, shape ``()``, or that of the class indices with ``reduction="none"``: float64 where any logits are
+        float64, else float32 whatever the logits. It can be differentiated once.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
@@ -168,6 +171,10 @@ def compute_loss(
     if isinstance(target, tuple | list):
         target = as_collated(target)
     validation.check_is_tensor("source_logits", source_logits)
+    if source_logits.dim() not in (0, 2):
+        return _compute_loss_of_rows(
+            source_logits, target_logits, target, relationship, options, inplace, backend, return_terms
+        )
     served_by = backends.select(source_logits.device.type, backend)
     inputs = source_logits, target_logits, target, relationship
     if served_by == "reference":
@@ -185,6 +192,29 @@ def compute_loss(
             _check_call(*inputs, options)
         raise
     return CoTuningTerms(loss, *both_terms.unbind()) if return_terms and both_terms is not None else loss
+
+
+def _compute_loss_of_rows(
+    source_logits: Tensor,
+    target_logits: Tensor | None,
+    target: Target,
+    relationship: Tensor,
+    options: LossOptions,
+    inplace: bool,
+    backend: str,
+    return_terms: bool,
+) -> Tensor | CoTuningTerms:
+    """:func:`compute_loss` for logits ``(C,)`` or ``(B, C, d1, ...)``: that of their rows."""
+    validation.check_shapes(source_logits, target_logits, target)
+    shape = shape_of_labels(source_logits)
+    rows = None if target_logits is None else logits_as_rows(target_logits)
+    result = compute_loss(
+        logits_as_rows(source_logits), rows, target_as_rows(target, shape), relationship, options, inplace, backend,
+        return_terms,
+    )  # fmt: skip
+    if options.reduction != "none":
+        return result
+    return CoTuningTerms(*(x.reshape(shape) for x in result)) if return_terms else cast(Tensor, result).reshape(shape)
 
 
 def _check_call(

@@ -7,23 +7,41 @@ checks may therefore read data: the message names the row of a wrong label or a 
 from __future__ import annotations
 
 import math
+import operator
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cotuning_kernels.dtypes import FLOATING, INDICES, named
+from cotuning_kernels.shapes import class_dimension, logits_as_rows, shape_of_labels
 
-__all__ = ["REFERENCE_ROWS", "check_labelled_logits", "first_row_without_softmax", "positive_number"]
+__all__ = [
+    "REFERENCE_ROWS",
+    "check_labelled_logits",
+    "first_row_without_softmax",
+    "positive_integer",
+    "positive_number",
+    "warn_of_probabilities",
+]
 
+_ROWS_TO_JUDGE = 64
 REFERENCE_ROWS = 4096
 """The reference copies its logits to float64; it gets this many rows at a time."""
 
 
 def check_labelled_logits(
-    logits_name: str, logits: Tensor, labels: Tensor, num_classes: int, ignore_index: int
+    logits_name: str, logits: Tensor, labels: Tensor, num_classes: int | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """``logits`` detached and with dense columns, ``labels`` on their device.
+    """Logits as ``(rows, C)``, detached and with dense columns, and labels as ``(rows,)`` on their device.
+
+    Args:
+        logits_name: names them in a message.
+        logits: ``(B, C)``, ``(C,)`` or ``(B, C, d1, ...)``.
+        labels: ``(B,)``, ``()`` or ``(B, d1, ...)``.
+        num_classes: of the labels; ``None`` where they are the logits' own.
+        ignore_index: a label that is no class.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype or shape.
@@ -31,32 +49,36 @@ def check_labelled_logits(
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"{logits_name} is a {type(logits).__name__}, expected a Tensor of shape (B, classes)")
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(
-            f"{logits_name} has shape {tuple(logits.shape)}, expected (B, classes); flatten leading dimensions first, "
-            f"for instance {logits_name}.flatten(0, -2) and labels.flatten()"
-        )
+    if logits.dim() == 0 or logits.shape[class_dimension(logits)] == 0:
+        raise ValueError(f"{logits_name} has shape {tuple(logits.shape)}, expected (B, classes)")
     if logits.dtype not in FLOATING:
         raise TypeError(f"{logits_name} has dtype {logits.dtype}, expected one of {named(FLOATING)}")
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is a {type(labels).__name__}, expected a Tensor of class indices (B,)")
     if labels.dtype not in INDICES:
         raise TypeError(f"labels has dtype {labels.dtype}, expected int64 or int32 class indices; use labels.long()")
-    if labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}, expected ({logits.shape[0]},): one class index a row of "
-            f"{logits_name}, which has shape {tuple(logits.shape)}"
+    shape = shape_of_labels(logits)
+    if labels.shape != shape:
+        last = (
+            f"; where they are the last dimension, flatten the others: {logits_name}.flatten(0, -2), labels.flatten()"
+            if logits.dim() > 2
+            else ""
         )
-    row = _first_wrong_label(labels, num_classes, ignore_index)
+        found = f"labels has shape {tuple(labels.shape)}, expected {shape}: one class index a row"
+        its = f"{logits_name} has shape {tuple(logits.shape)} and its classes in dimension {class_dimension(logits)}"
+        raise ValueError(f"{found}; {its}{last}" if labels.dim() == len(shape) else f"{its}, but {found}{last}")
+    flat = labels.detach().reshape(-1)
+    num_classes = logits.shape[class_dimension(logits)] if num_classes is None else num_classes
+    row = _first_wrong_label(flat, num_classes, ignore_index)
     if row is not None:
         raise IndexError(
-            f"labels[{row}] is {int(labels[row])}, expected a class index in [0, {num_classes}) or "
-            f"ignore_index={ignore_index}"
+            f"{'labels' if labels.dim() == 1 else 'labels.flatten()'}[{row}] is {int(flat[row])}, expected a class "
+            f"index in [0, {num_classes}) or ignore_index={ignore_index}"
         )
-    logits = logits.detach()
+    logits = logits_as_rows(logits.detach())
     if logits.stride(1) != 1:
         logits = logits.clone(memory_format=torch.contiguous_format)
-    return logits, labels.detach().to(logits.device)
+    return logits, flat.to(logits.device)
 
 
 def _first_wrong_label(labels: Tensor, num_classes: int, ignore_index: int) -> int | None:
@@ -89,6 +111,40 @@ def first_row_without_softmax(logits: Tensor, labels: Tensor, ignore_index: int)
         return row, "every logit is -inf, so there is no class to predict; mask only some classes"
     found = "NaN" if value != value else "+inf"
     return row, f"a logit is {found}; find the input or the layer that makes it (half-precision overflow, bad image)"
+
+
+def warn_of_probabilities(name: str, logits: Tensor, stacklevel: int) -> None:
+    """Warn of softmax outputs given as logits: their own softmax is nearly uniform, and nothing else would show it.
+
+    The first rows decide, so that a large batch is not read again.
+
+    Args:
+        name: names the logits in the message.
+        logits: ``(rows, C)``.
+        stacklevel: of the caller's caller, as for :func:`warnings.warn`.
+    """
+    rows = logits[:_ROWS_TO_JUDGE].double()
+    if len(rows) and rows.shape[1] > 1 and bool(((rows >= 0).all(1) & ((rows.sum(1) - 1).abs() < 1e-3)).all()):
+        warnings.warn(
+            f"{name}: no value is negative and the rows sum to 1, as those of probabilities do, and logits are "
+            "expected; leave out the model's softmax, or pass the logarithm of its outputs",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """``value`` as an int; NumPy's integers are taken.
+
+    Raises:
+        ValueError: it is not an integer of at least 1.
+    """
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} is {value!r:.80}, expected a positive int")
+    return number
 
 
 def positive_number(name: str, value: Any) -> float:

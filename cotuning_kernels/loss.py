@@ -130,16 +130,16 @@ class FusedCoTuningLoss(nn.Module):
         """The loss of a batch; with ``return_terms``, also its two parts for logging.
 
         Args:
-            source_logits: ``(B, N_s)``.
-            target_logits: ``(B, N_t)``.
+            source_logits: ``(B, N_s)``, or ``(N_s,)``, or ``(B, N_s, d1, ...)``.
+            target_logits: ``(B, N_t)``, or ``(N_t,)``, or ``(B, N_t, d1, ...)``.
             target: class indices ``(B,)``, class probabilities ``(B, N_t)`` or a mixup pair
-                ``(labels_a, labels_b, share of labels_a)``.
+                ``(labels_a, labels_b, share of labels_a)``; with the logits' further dimensions.
             return_terms: return :class:`cotuning_kernels.CoTuningTerms`.
 
         Returns:
-            The loss, shape ``()``, or ``(B,)`` with ``reduction="none"``: float64 where any logits are float64, else
-            float32 whatever the logits. It can be differentiated once. With ``return_terms`` the loss and its two
-            parts, detached.
+            The loss, shape ``()``, or that of the class indices with ``reduction="none"``: float64 where any logits
+            are float64, else float32 whatever the logits. It can be differentiated once. With ``return_terms`` the
+            loss and its two parts, detached.
 
         Raises:
             TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cotuning_kernels.dtypes import FLOATING, INDICES, named
+from cotuning_kernels.shapes import shape_of_labels
 from cotuning_kernels.targets import Target
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "check_inputs",
     "check_is_tensor",
     "check_relationship",
+    "check_shapes",
     "check_target",
 ]
 
@@ -50,6 +52,37 @@ def check_inputs(
     check_target(target, batch, relationship.shape[0], device, ignore_index)
 
 
+def check_shapes(source_logits: Tensor, target_logits: Tensor | None, target: Target) -> None:
+    """Logits ``(C,)`` or ``(B, C, d1, ...)`` and their target, before they are flattened to rows.
+
+    Raises:
+        TypeError, ValueError: ``target_logits`` is no Tensor; shapes that do not fit together.
+    """
+    shape = shape_of_labels(source_logits)
+    classes = "logits are (B, classes), (classes,) or (B, classes, d1, ...), as for F.cross_entropy"
+    last = (
+        "; where the classes are the last dimension, flatten the others: source_logits.flatten(0, -2), target.flatten()"
+        if source_logits.dim() > 2
+        else ""
+    )
+    if target_logits is not None:
+        check_is_tensor("target_logits", target_logits)
+        if target_logits.dim() != source_logits.dim() or shape_of_labels(target_logits) != shape:
+            raise ValueError(
+                f"source_logits has shape {tuple(source_logits.shape)} and target_logits "
+                f"{tuple(target_logits.shape)}, expected the same shape but for the number of classes ({classes}{last})"
+            )
+    for labels in target[:2] if isinstance(target, tuple) else (target,):
+        if not isinstance(labels, Tensor):
+            continue  # the checks of the rows name it
+        if (shape_of_labels(labels) if labels.is_floating_point() and labels.dim() else labels.shape) != shape:
+            raise ValueError(
+                f"target has shape {tuple(labels.shape)}, expected class indices {shape} (or class probabilities with "
+                f"the classes as in the logits) for source_logits of shape {tuple(source_logits.shape)}: "
+                f"{classes}{last}"
+            )
+
+
 def check_is_tensor(name: str, value: Tensor) -> None:
     """``value`` is a Tensor; the message helps with arrays and paths."""
     if not isinstance(value, Tensor):
@@ -70,8 +103,8 @@ def _check_logits(name: str, logits: Tensor) -> None:
     check_is_tensor(name, logits)
     if logits.dim() != 2:
         raise ValueError(
-            f"{name} has shape {tuple(logits.shape)}, expected (B, classes); flatten leading dimensions first, "
-            f"for instance {name}.flatten(0, -2) and target.flatten()"
+            f"{name} has shape {tuple(logits.shape)}, expected (B, classes) as source_logits has; flatten leading "
+            f"dimensions first, for instance {name}.flatten(0, -2) and target.flatten()"
         )
     if logits.dtype not in FLOATING:
         raise TypeError(f"{name} has dtype {logits.dtype}, expected one of {named(FLOATING)}")
@@ -122,7 +155,7 @@ def check_relationship(
         raise TypeError(
             f"relationship is a {type(relationship).__name__}, expected a Tensor of shape (N_t, N_s) or a Relationship"
         )
-    if relationship.dim() != 2 or not relationship.is_floating_point():
+    if relationship.dim() != 2 or relationship.shape[0] == 0 or not relationship.is_floating_point():
         raise ValueError(
             f"relationship is {relationship.dtype} of shape {tuple(relationship.shape)}, expected a floating tensor "
             "(N_t, N_s): one row of source-class probabilities a target class"

@@ -24,7 +24,9 @@ from cotuning_kernels.labelled_logits import (
     REFERENCE_ROWS,
     check_labelled_logits,
     first_row_without_softmax,
+    positive_integer,
     positive_number,
+    warn_of_probabilities,
 )
 from cotuning_kernels.processes import rank_and_size
 from cotuning_kernels.relationship.matrix import Relationship, check_empty_policy, class_names, fill_empty_classes
@@ -92,11 +94,9 @@ class RelationshipEstimator:
         device: torch.device | str | None = "cpu",
         backend: str = "auto",
     ) -> None:
-        for name, value in (("num_target_classes", num_target_classes), ("num_source_classes", num_source_classes)):
-            if value is None and name == "num_source_classes":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r:.80}, expected a positive int")
+        num_target_classes = positive_integer("num_target_classes", num_target_classes)
+        if num_source_classes is not None:
+            num_source_classes = positive_integer("num_source_classes", num_source_classes)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64: the sums need the precision")
         self.num_target_classes = num_target_classes
@@ -109,7 +109,7 @@ class RelationshipEstimator:
                 "float32"
             )
         check_ignore_index(ignore_index)
-        self.ignore_index = ignore_index
+        self.ignore_index = int(ignore_index)
         # Ordinary tensors, also when an estimator is made under torch.inference_mode: it may be updated outside.
         with torch.inference_mode(False):
             sums = torch.zeros(num_target_classes, num_source_classes or 0, dtype=dtype, device=device or "cpu")
@@ -117,6 +117,7 @@ class RelationshipEstimator:
         self._counted = _Counted(sums, counts, all_reduced=False)
         self._undo: _Undo | None = None
         self._follows_batches = device is None
+        self._looked_for_probabilities = False
         self._backend = backend
         if not self._follows_batches:
             backends.select(self.device.type, backend)  # raises now, not with the first batch
@@ -152,9 +153,10 @@ class RelationshipEstimator:
         """Count a batch. A batch that raises is not counted, not even in part; nor is one that Ctrl-C interrupts.
 
         Args:
-            source_logits: ``(B, N_s)``, float32, bfloat16, float16 or float64, on the estimator's device. A masked
-                source class may be -inf.
-            labels: target classes, int64 or int32, ``(B,)``, or ``ignore_index``.
+            source_logits: ``(B, N_s)``, ``(N_s,)`` or ``(B, N_s, d1, ...)``; float32, bfloat16, float16 or float64, on
+                the estimator's device. A masked source class may be -inf. The first batch is looked at for
+                probabilities, of which a warning tells.
+            labels: target classes, int64 or int32, ``(B,)``, ``()`` or ``(B, d1, ...)``, or ``ignore_index``.
 
         Raises:
             TypeError, ValueError: a wrong type, shape or device, or a row with NaN, +inf or nothing but -inf.
@@ -185,6 +187,9 @@ class RelationshipEstimator:
                 f"source_logits is on {logits.device}, but the estimator on {self.device}; make it with device=..., so "
                 "that the sums are taken where the logits are"
             )
+        if not self._looked_for_probabilities:
+            warn_of_probabilities("source_logits", logits, stacklevel=3)
+            self._looked_for_probabilities = True
         # A NaN in the sums cannot be subtracted again. A batch of few rows is read before it is added, which is free
         # while it is in the cache. For a larger one it is cheaper to look at the sums afterwards.
         in_place = len(labels) < self.num_target_classes and before.sums.shape[1] > 0 and logits.device == self.device

@@ -21,13 +21,14 @@ from torch.utils.data import ConcatDataset
 
 from cotuning_kernels import backends
 from cotuning_kernels.atomic_file import check_writable, remove
-from cotuning_kernels.labelled_logits import positive_number
+from cotuning_kernels.labelled_logits import positive_integer, positive_number
 from cotuning_kernels.processes import rank_and_size, several_processes
 from cotuning_kernels.relationship import passes
 from cotuning_kernels.relationship.estimator import RelationshipEstimator
 from cotuning_kernels.relationship.matrix import Relationship, check_empty_policy, class_names
 from cotuning_kernels.relationship.passes import CheckpointError
 from cotuning_kernels.relationship.reverse import INVERSE_PENALTIES, checked_penalties, learn_reverse_relationship
+from cotuning_kernels.validation import check_ignore_index
 
 __all__ = ["CheckpointError", "learn_relationship"]
 
@@ -106,10 +107,9 @@ def learn_relationship(
         raise ValueError(f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}")
     if not callable(source_model):
         raise TypeError(f"source_model is a {type(source_model).__name__}, expected a torch.nn.Module")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches is {max_batches}, expected at least 1, or None for all")
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every is {checkpoint_every}, expected at least 1")
+    if max_batches is not None:
+        max_batches = positive_integer("max_batches", max_batches)
+    checkpoint_every = positive_integer("checkpoint_every", checkpoint_every)
     if (validation_loader is None) == (method == "reverse"):
         raise ValueError(
             "method='reverse' chooses its penalty and its temperature on data that it was not fitted to: pass "
@@ -122,8 +122,9 @@ def learn_relationship(
         rank_and_size()  # a launcher without init_process_group: no method may take a share for the whole
     num_target_classes, target_classes = target_classes_of(loader, num_target_classes, target_classes)
     place = device_of(source_model) if device is None else torch.device(device)
-    # What is wrong is said before the pass over the data, not after it; and as Python's own numbers a setting is the
-    # same when the pass is resumed.
+    # Every setting is checked before the pass over the data. As Python's own numbers they compare equal when a
+    # checkpoint is resumed.
+    check_ignore_index(ignore_index)
     temperature, ignore_index = positive_number("temperature", temperature), operator.index(ignore_index)
     check_empty_policy(empty)
     checked_penalties(inverse_penalties)
@@ -218,6 +219,7 @@ def target_classes_of(
                 "num_target_classes or target_classes"
             )
         num_target_classes = len(names)
+    num_target_classes = positive_integer("num_target_classes", num_target_classes)
     return num_target_classes, class_names("target_classes", names, num_target_classes)
 
 

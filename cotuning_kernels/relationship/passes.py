@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -20,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from cotuning_kernels.calling import call, evaluating, inputs_in, logits_in
-from cotuning_kernels.labelled_logits import check_labelled_logits, first_row_without_softmax
+from cotuning_kernels.labelled_logits import check_labelled_logits, first_row_without_softmax, warn_of_probabilities
 from cotuning_kernels.processes import several_processes
 from cotuning_kernels.relationship.matrix import class_names
+from cotuning_kernels.shapes import logits_as_rows, shape_of_labels
 from cotuning_kernels.tensor_file import TensorFile
 
 __all__ = ["Checkpoint", "CheckpointError", "Collector", "LogitCollector", "checkpoint_path", "run", "type_name"]
@@ -74,6 +74,8 @@ class LogitCollector:
             raise ValueError(
                 f"source_logits has {logits.shape[1]} classes, but those before had {self._batches[0][0].shape[1]}"
             )
+        if not self._batches:
+            warn_of_probabilities("source_logits", logits, stacklevel=2)
         labelled = labels != self._ignore_index
         self._batches.append((logits[labelled], labels[labelled].long()))
 
@@ -155,7 +157,6 @@ def run(
             logits = _logits(call(source_model, inputs, device), labels, where)
             if index == 0:
                 class_names("source_classes", source_classes, logits.shape[1])
-                _warn_of_probabilities(logits)
             if checkpoint is not None:
                 checkpoint.check_columns(logits.shape[1])
             try:
@@ -344,23 +345,21 @@ def _inputs_and_labels(batch: Any, where: str) -> tuple[Any, Tensor]:
 _ONE_BY_ONE = "; a dataset gives its examples one by one, pass torch.utils.data.DataLoader(dataset, batch_size=64)"
 
 
-def _warn_of_probabilities(logits: Tensor) -> None:
-    """Warn of softmax outputs: their own softmax is nearly uniform, and so is the relationship, without an error."""
-    rows = logits.double()
-    if rows.numel() > len(rows) and bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
-        warnings.warn(
-            "learn_relationship: the source model's outputs are not negative and sum to 1 in every row, as "
-            "probabilities do, and logits are expected; leave out the model's softmax, or pass the logarithm of what "
-            "it gives",
-            stacklevel=4,
-        )
-
-
 def _logits(output: Any, labels: Tensor, where: str) -> Tensor:
-    """The model's logits as ``(rows, N_s)``, one row a label."""
+    """The model's logits as ``(rows, N_s)``, one row a label: of ``(B, ..., N_s)`` or ``(B, N_s, d1, ...)``."""
     logits = logits_in(output)
-    if isinstance(logits, Tensor) and logits.dim() > 2 and logits.shape[:-1] == labels.shape:
-        return logits.flatten(0, -2)
+    if isinstance(logits, Tensor) and logits.dim() > 2:
+        last, second = logits.shape[:-1] == labels.shape, shape_of_labels(logits) == labels.shape
+        if last and second:
+            raise TypeError(
+                f"{where}: the source model gave logits of shape {tuple(logits.shape)} for labels of shape "
+                f"{tuple(labels.shape)}, so the classes may be dimension 1 or the last; let the model flatten them to "
+                "(rows, N_s), and the loader its labels"
+            )
+        if last:
+            return logits.flatten(0, -2)
+        if second:
+            return logits_as_rows(logits)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         found = f"a Tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
         keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""

@@ -27,9 +27,16 @@ from torch.nn import functional as F
 
 from cotuning_kernels import functional
 from cotuning_kernels.calibration import fit_temperature
-from cotuning_kernels.labelled_logits import check_labelled_logits, first_row_without_softmax, positive_number
-from cotuning_kernels.relationship.matrix import Relationship, fill_empty_classes
+from cotuning_kernels.labelled_logits import (
+    check_labelled_logits,
+    first_row_without_softmax,
+    positive_integer,
+    positive_number,
+    warn_of_probabilities,
+)
+from cotuning_kernels.relationship.matrix import Relationship, check_empty_policy, class_names, fill_empty_classes
 from cotuning_kernels.targets import without_autocast
+from cotuning_kernels.validation import check_ignore_index
 
 __all__ = ["INVERSE_PENALTIES", "RegressionFit", "learn_reverse_relationship", "regression_path"]
 
@@ -83,8 +90,8 @@ def learn_reverse_relationship(
     All is in memory, on the logits' device: ``4 (2 n + m) N_s`` bytes for ``n`` training and ``m`` validation rows.
 
     Args:
-        train_logits, validation_logits: ``(n, N_s)`` and ``(m, N_s)``, float32, bfloat16, float16 or float64. The
-            arithmetic is float64 for float64, else float32.
+        train_logits, validation_logits: ``(n, N_s)`` and ``(m, N_s)``, or ``(n, N_s, d1, ...)``; float32, bfloat16,
+            float16 or float64. The arithmetic is float64 for float64, else float32.
         train_labels, validation_labels: target classes, int64 or int32, ``(n,)`` and ``(m,)``; rows with
             ``ignore_index`` do not count.
         num_target_classes: ``N_t``.
@@ -111,6 +118,13 @@ def learn_reverse_relationship(
         TypeError, ValueError: wrong types, shapes or values; no row with a label in one of the two sets.
         IndexError: a label out of range; names the row and the value.
     """
+    num_target_classes = positive_integer("num_target_classes", num_target_classes)
+    temperature = positive_number("temperature", temperature)
+    positive_number("tolerance", tolerance)
+    check_ignore_index(ignore_index)
+    check_empty_policy(empty)
+    checked_penalties(inverse_penalties)
+    target_classes = class_names("target_classes", target_classes, num_target_classes)
     train, train_labels = _probabilities(
         "train", train_logits, train_labels, num_target_classes, temperature, ignore_index
     )
@@ -143,7 +157,7 @@ def learn_reverse_relationship(
     counts = torch.bincount(train_labels, minlength=num_target_classes)
     return Relationship(
         fill_empty_classes(matrix.to(train.dtype), counts, empty, target_classes),
-        target_classes=None if target_classes is None else tuple(target_classes),
+        target_classes=target_classes,
         source_classes=None if source_classes is None else tuple(source_classes),
         method="reverse",
         temperature=temperature,
@@ -210,6 +224,8 @@ def regression_path(
     """
     values = checked_penalties(inverse_penalties)
     positive_number("tolerance", tolerance)
+    num_target_classes = positive_integer("num_target_classes", num_target_classes)
+    max_iterations = positive_integer("max_iterations", max_iterations)
     with torch.inference_mode(False):
         regression = _Regression(probabilities, labels, num_target_classes, backend)
         older, last, solved = None, None, regression.zeros()
@@ -370,6 +386,7 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor]:
     """The calibrated probabilities of the rows that have a label, and the labels as int64."""
     logits, labels = check_labelled_logits(f"{name}_logits", logits, labels, num_target_classes, ignore_index)
+    warn_of_probabilities(f"{name}_logits", logits, stacklevel=4)
     found = first_row_without_softmax(logits, labels, ignore_index)
     if found is not None:
         raise ValueError(f"{name}_logits[{found[0]}] has no softmax: {found[1]}")
@@ -377,8 +394,7 @@ def _probabilities(
     if not labelled.any():
         raise ValueError(f"{name}_labels has no label: the set is empty, or every label is ignore_index")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    inverse = 1 / positive_number("temperature", temperature)
-    return torch.softmax(logits[labelled].to(dtype) * inverse, dim=1), labels[labelled].long()
+    return torch.softmax(logits[labelled].to(dtype) * (1 / temperature), dim=1), labels[labelled].long()
 
 
 def _regression_temperature(validation_logits: Tensor, validation_labels: Tensor) -> float:

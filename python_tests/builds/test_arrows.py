@@ -41,7 +41,17 @@ MODULE_FLOORS = (
     ("backends.cpp",),
     ("backends.operations", "backends.registry", "backends.torch_version"),
     ("labelled_logits", "plots", "tensor_file", "validation"),
-    ("atomic_file", "calling", "dtypes", "heads", "module_copies", "processes", "reference", "targets"),
+    (
+        "atomic_file",
+        "calling",
+        "dtypes",
+        "heads",
+        "module_copies",
+        "processes",
+        "reference",
+        "shapes",
+        "targets",
+    ),
 )
 FOLDER_FLOORS = (
     ("tests",),

@@ -293,7 +293,7 @@ def test_another_ignore_index_even_one_that_is_a_class(draw: torch.Generator) ->
     ("logits", "labels", "error", "message"),
     [
         ([[1.0] * N_S], torch.tensor([0]), TypeError, "source_logits is a list"),
-        (torch.ones(N_S), torch.tensor([0]), ValueError, "flatten leading dimensions"),
+        (torch.ones(N_S), torch.tensor([0]), ValueError, r"labels has shape \(1,\), expected \(\)"),
         (torch.ones(2, 3, N_S), torch.zeros(2, 3).long(), ValueError, r"source_logits.flatten\(0, -2\)"),
         (torch.ones(2, N_S).int(), torch.tensor([0, 1]), TypeError, "dtype torch.int32"),
         (torch.ones(2, N_S + 1), torch.tensor([0, 1]), ValueError, f"has {N_S + 1} classes.*made for {N_S}"),
