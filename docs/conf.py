@@ -36,7 +36,7 @@ napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:class", r"(?!cotuning_kernels\.).*"),
-    (r"py:class", r"cotuning_kernels\.(options|targets)\..*|.*\._\w+"),
+    (r"py:class", r"cotuning_kernels\.(?!functional|distributed|relationship)[a-z_]+\..*|.*\._\w+"),
     (r"py:mod", r".*"),
     (r"py:exc", r".*"),
     (r"py:.*", r"torch\..*"),
