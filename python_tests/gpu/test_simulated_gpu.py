@@ -80,8 +80,8 @@ BUGS = (
     ),
     Bug(
         "the host waits", "kernels/cuda/device.cu",
-        "  PlanRules rules;\n  rules.shared_bytes = shared",
-        '  check(cudaDeviceSynchronize(), "waiting");\n  PlanRules rules;\n  rules.shared_bytes = shared',
+        "bool is_capturing(void* stream) {\n",
+        'bool is_capturing(void* stream) {\n  check(cudaDeviceSynchronize(), "waiting");\n',
         {
             "launch_forward": "AssertionError",
             "graph_captures": "operation not permitted when stream is capturing",
@@ -99,19 +99,42 @@ BUGS = (
         {"devices_in_turn": "Segmentation fault"},
     ),
     Bug(
-        "shared memory is not asked for", "kernels/cuda/loss.cu",
-        "  allow_dynamic_shared(kernel, plan.shared_bytes);\n", "",
-        {"devices_in_turn": "launching a kernel: invalid argument"},
+        "shared memory is not asked for", "kernels/cuda/loss.cu", "  if (!*allowed) {", "  if (false) {",
+        {
+            "devices_in_turn": "launching a kernel: invalid argument",
+            "around_48_kilobytes": "launching a kernel: invalid argument",
+        },
+    ),
+    Bug(
+        "shared memory is asked for only above 48 KB", "kernels/cuda/loss.cu",
+        "  if (!*allowed) {", "  if (!*allowed && plan.shared_bytes > 48 << 10) {",
+        {"around_48_kilobytes": "launching a kernel: invalid argument"},
+    ),
+    Bug(
+        "the limit of shared memory is a launch's own", "kernels/cuda/loss.cu",
+        "  if (!*allowed) {\n", "  device.dynamic_shared_bytes = plan.shared_bytes;\n  {\n",
+        {
+            "two_host_threads": "launching a kernel: invalid argument",
+            "smaller_rows": "invalid argument",
+        },
     ),
     Bug(
         "shared memory is asked for once, of one device", "kernels/cuda/loss.cu",
-        "  allow_dynamic_shared(kernel, plan.shared_bytes);\n",
-        "  static const bool asked = (allow_dynamic_shared(kernel, 227 << 10), true);\n  (void)asked;\n",
+        "std::atomic<bool>* allowed = &device.allowed[static_cast<int>(type)];",
+        "std::atomic<bool>* allowed = &device_at(0).allowed[static_cast<int>(type)];",
         {"devices_in_turn": "launching a kernel: invalid argument"},
     ),
     Bug(
-        "nobody asks whether a launch was refused", "kernels/cuda/loss.cu", "  check_launch();\n", "",
+        "a refused launch is not checked", "kernels/cuda/loss.cu",
+        "  launch(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream, problem, plan);\n",
+        "  try {\n    launch(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream, problem, plan);\n"
+        "  } catch (const std::runtime_error&) {\n  }\n",
         {"refused_launch": "DID NOT RAISE"},
+    ),
+    Bug(
+        "the error of a refused launch stays with the thread", "kernels/cuda/device.h",
+        "  (void)cudaGetLastError();\n", "",
+        {"refused_launch": "cudaPeekAtLastError"},
     ),
 )  # fmt: skip
 
@@ -127,7 +150,8 @@ def test_a_bug_on_the_way_to_the_kernels_is_found(bug: Bug, tmp_path: Path) -> N
     source.write_text(text.replace(bug.old, bug.new))
     folder.mkdir()
     for compiled in _built().glob("*.o"):  # the others are as they were
-        if compiled.name != simulated_gpu.object_name(source):
+        of_a_header = source.suffix == ".h" and compiled.name.startswith(f"{source.parent.name}_")
+        if compiled.name != simulated_gpu.object_name(source) and not of_a_header:
             (folder / compiled.name).symlink_to(compiled)
     simulated_gpu.build(folder, root)
     for test, expected in bug.found.items():
