@@ -36,7 +36,7 @@ void set_cpu_isa(const std::string& name) {
   }
 }
 
-pybind11::dict describe(const cotuning::cuda::RowPlan& plan, int64_t columns, cotuning::cuda::ScalarType type) {
+pybind11::dict describe(const cotuning::cuda::RowPlan& plan, int64_t columns, cotuning::ScalarType type) {
   pybind11::dict head;
   head["threads_per_row"] = plan.threads_per_row;
   head["vectors"] = cotuning::cuda::row_vectors(columns, type);
@@ -48,7 +48,7 @@ pybind11::dict describe(const cotuning::cuda::RowPlan& plan, int64_t columns, co
 
 pybind11::dict cuda_loss_plan(int64_t rows, int64_t source_columns, int64_t target_columns, int source_type,
                               int target_type, int64_t shared_memory) {
-  using cotuning::cuda::ScalarType;
+  using cotuning::ScalarType;
   cotuning::cuda::PlanRules rules;
   rules.shared_bytes = shared_memory - cotuning::cuda::kStaticSharedBytes;
   const auto source = static_cast<ScalarType>(source_type), target = static_cast<ScalarType>(target_type);

@@ -5,7 +5,7 @@
 // training makes: ordinary CPU tensors, class indices, no tracing, no transform. This file serves that call and
 // *declines* (returns NotImplemented) everything else, without a word: the Python path then serves it or explains what
 // is wrong with it. So nothing here raises, and nothing here is a second copy of the mathematics: the arguments are
-// read by csrc/ops/loss_problem.h, the numbers come from csrc/kernels.
+// read by csrc/ops/arguments.h, the numbers come from csrc/kernels.
 //
 // It needs torch's C++ interface, which is not stable between versions. That is why it is a module of its own, loaded
 // only beside the torch that it was built with (backends/__init__.py); without it the same calls take longer.
@@ -29,8 +29,8 @@
 #include <mutex>
 #include <optional>
 
+#include "../ops/cpu_loss.h"
 #include "../ops/kernel_table.h"
-#include "../ops/loss_problem.h"
 
 namespace cotuning::fast_path {
 namespace {
@@ -70,8 +70,8 @@ Tensor scaled(Tensor gradient, double factor, const std::vector<double>& upstrea
   if (!gradient.defined()) return gradient;
   if (keep) gradient = gradient.clone();
   if (stride == 0 && factor * upstream[0] == 1.0) return gradient;
-  kernels->scale_rows(ops::matrix(gradient, "gradient"), gradient.size(0), gradient.size(1), factor, upstream.data(),
-                      stride, kernels->parallel_for);
+  kernels->scale_gradients(ops::matrix(ops::OnTheCpu{}, gradient, "gradient"), factor, upstream.data(), stride,
+                           kernels->parallel_for);
   return gradient;
 }
 
@@ -208,10 +208,10 @@ std::optional<Losses> co_tuning_loss(const Tensor& source_logits, const Optional
                                      const Options& options) {
   RECORD_FUNCTION("cotuning_kernels::co_tuning_loss", c10::ArrayRef<const c10::IValue>{});
   const bool graph = at::GradMode::is_enabled();
-  const auto new_gradient = [graph](const Tensor& logits, cpu::Matrix* view) {
+  const auto new_gradient = [graph](const Tensor& logits, Matrix* view) {
     if (!graph || !logits.requires_grad()) return Tensor();
     Tensor gradient = at::detail::empty_cpu({logits.size(0), logits.size(1)}, logits.scalar_type());
-    *view = ops::matrix(gradient, "gradient");
+    *view = ops::matrix(ops::OnTheCpu{}, gradient, "gradient");
     return gradient;
   };
   cpu::LossProblem problem = ops::read_problem<Tensor>(source_logits, target_logits, target, {}, {}, relationship,
@@ -225,7 +225,7 @@ std::optional<Losses> co_tuning_loss(const Tensor& source_logits, const Optional
     if (kernels->co_tuning_loss(problem, kernels->parallel_for, &result)) return std::nullopt;
   }
   const ops::ScalarType type = ops::loss_type(problem);
-  const bool by_row = problem.reduction == cpu::Reduction::kNone;
+  const bool by_row = problem.reduction == Reduction::kNone;
   const int64_t rows = problem.source_logits.rows;
   Losses losses;
   losses.loss = by_row ? at::detail::empty_cpu({rows}, type) : at::detail::empty_cpu({}, type);
@@ -257,7 +257,7 @@ std::optional<double> read_trade_off(PyObject* object) {
   }
   const Tensor* tensor = ordinary_tensor(object);
   if (tensor == nullptr || tensor->requires_grad()) return std::nullopt;
-  return ops::read_trade_off(*tensor);
+  return *ops::read_trade_off(ops::OnTheCpu{}, *tensor);
 }
 
 std::optional<Options> read_options(PyObject* trade_off, PyObject* label_smoothing, PyObject* ignore_index,

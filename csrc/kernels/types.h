@@ -1,12 +1,12 @@
-// What the CPU and the CUDA kernels call things by. No torch below csrc/kernels.
+// The scalar types and options of both the CPU and the CUDA kernels. No torch below csrc/kernels.
 #pragma once
 
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define COTUNING_BOTH __host__ __device__
+#define COTUNING_HOST_DEVICE __host__ __device__
 #else
-#define COTUNING_BOTH
+#define COTUNING_HOST_DEVICE
 #endif
 
 namespace cotuning {
@@ -33,21 +33,10 @@ struct ComputeTypeOf<double> {
 template <class T>
 using ComputeType = typename ComputeTypeOf<T>::type;
 
-COTUNING_BOTH constexpr int64_t size_of(ScalarType type) {
+COTUNING_HOST_DEVICE constexpr int64_t size_of(ScalarType type) {
   return type == ScalarType::kFloat64 ? 8 : type == ScalarType::kFloat32 ? 4 : 2;
 }
 
 enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
-
-// Class indices, int64 or int32, at any distance.
-struct Labels {
-  const void* data = nullptr;
-  bool is_int32 = false;
-  int64_t stride = 1;
-
-  COTUNING_BOTH int64_t operator[](int64_t i) const {
-    return is_int32 ? static_cast<const int32_t*>(data)[i * stride] : static_cast<const int64_t*>(data)[i * stride];
-  }
-};
 
 }  // namespace cotuning

@@ -10,9 +10,12 @@
 #include <string>
 #include <tuple>
 
-#include "../kernels/cpu/statistics.h"
+#include "../kernels/cpu/class_sums.h"
+#include "../kernels/cpu/temperature_terms.h"
+#include "../kernels/cpu/translate_labels.h"
+#include "arguments.h"
+#include "cpu_loss.h"
 #include "kernel_table.h"
-#include "loss_problem.h"
 #include "stable_empty.h"
 
 namespace cotuning::ops {
@@ -20,6 +23,8 @@ namespace {
 
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+constexpr OnTheCpu kCpu;
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   return stable_empty(sizes, type, aoti_torch_device_type_cpu(), 0);
@@ -50,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> solve(const cpu::LossProblem& problem) {
   const cpu::BadLabel bad = cpu::co_tuning_loss(problem, parallel_for, &result);
   throw_if_bad(bad, "target", problem.mix != nullptr, classes, problem.ignore_index);
   const ScalarType type = loss_type(problem);
-  const bool by_row = problem.reduction == cpu::Reduction::kNone;
+  const bool by_row = problem.reduction == Reduction::kNone;
   const int64_t rows = problem.source_logits.rows;
   Tensor loss = by_row ? empty({rows}, type) : empty({}, type);
   Tensor terms = by_row ? empty({2, rows}, type) : empty({2}, type);
@@ -62,10 +67,10 @@ std::tuple<Tensor, Tensor, Tensor> solve(const cpu::LossProblem& problem) {
 }
 
 // Fresh memory for a gradient, or an empty tensor where none is wanted.
-Tensor new_gradient(const Tensor* logits, bool wanted, cpu::Matrix* view) {
+Tensor new_gradient(const Tensor* logits, bool wanted, Matrix* view) {
   if (logits == nullptr || !wanted) return empty({0, 0}, ScalarType::Float);
   Tensor gradient = empty({logits->size(0), logits->size(1)}, logits->scalar_type());
-  *view = matrix(gradient, "gradient");
+  *view = matrix(kCpu, gradient, "gradient");
   return gradient;
 }
 
@@ -75,20 +80,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_tuning_loss(
     const Tensor& trade_off, double label_smoothing, int64_t ignore_index, int64_t reduction, bool kl_divergence,
     bool source_gradient, bool target_gradient) {
   cpu::LossProblem problem =
-      read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight, read_trade_off(trade_off),
-                   label_smoothing, ignore_index, reduction, kl_divergence);
+      read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight,
+                   *read_trade_off(kCpu, trade_off), label_smoothing, ignore_index, reduction, kl_divergence);
   Tensor source_grad = new_gradient(&source_logits, source_gradient, &problem.source_gradient);
   Tensor target_grad =
       new_gradient(target_logits ? &*target_logits : nullptr, target_gradient, &problem.target_gradient);
   auto [loss, terms, factors] = solve(problem);
   return {loss, terms, factors, source_grad, target_grad};
-}
-
-// A row that another row overlaps cannot hold a gradient of its own.
-cpu::Matrix writable_rows(const Tensor& tensor, const char* name) {
-  cpu::Matrix view = matrix(tensor, name);
-  STD_TORCH_CHECK(tensor.size(0) <= 1 || view.row_stride >= tensor.size(1), name, " has rows that overlap");
-  return view;
 }
 
 std::tuple<Tensor, Tensor, Tensor> co_tuning_loss_inplace(Tensor source_logits, OptionalTensor target_logits,
@@ -98,10 +96,10 @@ std::tuple<Tensor, Tensor, Tensor> co_tuning_loss_inplace(Tensor source_logits, 
                                                           double label_smoothing, int64_t ignore_index,
                                                           int64_t reduction, bool kl_divergence) {
   cpu::LossProblem problem =
-      read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight, read_trade_off(trade_off),
-                   label_smoothing, ignore_index, reduction, kl_divergence);
-  problem.source_gradient = writable_rows(source_logits, "source_logits");
-  if (target_logits) problem.target_gradient = writable_rows(*target_logits, "target_logits");
+      read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight,
+                   *read_trade_off(kCpu, trade_off), label_smoothing, ignore_index, reduction, kl_divergence);
+  problem.source_gradient = matrix(kCpu, source_logits, "source_logits");
+  if (target_logits) problem.target_gradient = matrix(kCpu, *target_logits, "target_logits");
   return solve(problem);
 }
 
@@ -116,49 +114,41 @@ void scale_gradients(const Tensor& source_grad, const Tensor& target_grad, const
     const Tensor& gradient = *gradients[k];
     if (gradient.numel() == 0) continue;
     STD_TORCH_CHECK(stride == 0 || upstream.size(0) == gradient.size(0), "upstream must have one entry a row");
-    cpu::scale_rows(writable_rows(gradient, "gradient"), gradient.size(0), gradient.size(1), factor[k], by_row.data(),
-                    stride, parallel_for);
+    cpu::scale_gradients(matrix(kCpu, gradient, "gradient"), factor[k], by_row.data(), stride, parallel_for);
   }
 }
 
 Tensor translate_labels(const Tensor& target, const OptionalTensor& target_b, const OptionalTensor& mix,
                         const Tensor& relationship, int64_t ignore_index) {
   STD_TORCH_CHECK(!is_floating(target), "target must be class indices");
-  cpu::LossProblem problem;
+  cpu::TranslateProblem problem;
   const int64_t batch = target.dim() == 1 ? target.size(0) : -1;
-  read_target(target, target_b, mix, batch, &problem);
-  problem.relationship = const_matrix(relationship, "relationship");
-  problem.ignore_index = ignore_index;
-  // The compute type follows the logits, and there are none: take the relationship's.
-  problem.source_logits.type = problem.relationship.type;
+  read_target(kCpu, target, target_b, mix, ignore_index, batch, &problem);
+  problem.relationship = const_matrix(kCpu, relationship, "relationship");
   Tensor out = empty({batch, relationship.size(1)}, relationship.scalar_type());
-  const cpu::BadLabel bad = cpu::translate_labels(problem, batch, out.mutable_data_ptr(), parallel_for);
+  problem.out = matrix(kCpu, out, "out");
+  const cpu::BadLabel bad = cpu::translate_labels(problem, parallel_for);
   throw_if_bad(bad, "target", target_b.has_value(), problem.relationship.rows, ignore_index);
   return out;
 }
 
 void add_class_sums(const Tensor& sums, const Tensor& counts, const Tensor& logits, const Tensor& target,
                     double inverse_temperature, int64_t ignore_index) {
-  const cpu::ConstMatrix view = const_matrix(logits, "logits");
-  const cpu::Matrix sums_view = writable_rows(sums, "sums");
-  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float || sums.scalar_type() == ScalarType::Double,
-                  "sums must be float32 or float64");
-  STD_TORCH_CHECK(sums.size(1) == view.columns, "sums must have one column a column of logits");
-  STD_TORCH_CHECK(counts.is_cpu() && counts.scalar_type() == ScalarType::Long && counts.is_contiguous() &&
-                      counts.dim() == 1 && counts.size(0) == sums.size(0),
-                  "counts must be contiguous int64 of shape (", sums.size(0), ",)");
-  throw_if_bad(
-      cpu::add_class_sums(view, labels(target, view.rows, "labels"), sums.size(0), ignore_index, inverse_temperature,
-                          sums_view, static_cast<int64_t*>(counts.mutable_data_ptr()), parallel_for),
-      "labels", false, sums.size(0), ignore_index);
+  const ConstMatrix view = const_matrix(kCpu, logits, "logits");
+  const Matrix sums_view = read_class_sums(kCpu, sums, counts, view);
+  const cpu::BadLabel bad =
+      cpu::add_class_sums(view, labels(kCpu, target, view.rows, "labels"), ignore_index, inverse_temperature, sums_view,
+                          static_cast<int64_t*>(counts.mutable_data_ptr()), parallel_for);
+  throw_if_bad(bad, "labels", false, sums_view.rows, ignore_index);
 }
 
 Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inverse_temperature, int64_t ignore_index) {
-  const cpu::ConstMatrix view = const_matrix(logits, "logits");
+  const ConstMatrix view = const_matrix(kCpu, logits, "logits");
   Tensor terms = empty({4}, ScalarType::Double);
-  throw_if_bad(cpu::temperature_terms(view, labels(target, view.rows, "labels"), ignore_index, inverse_temperature,
-                                      static_cast<double*>(terms.mutable_data_ptr()), parallel_for),
-               "labels", false, view.columns, ignore_index);
+  const cpu::BadLabel bad =
+      cpu::temperature_terms(view, labels(kCpu, target, view.rows, "labels"), ignore_index, inverse_temperature,
+                             static_cast<double*>(terms.mutable_data_ptr()), parallel_for);
+  throw_if_bad(bad, "labels", false, view.columns, ignore_index);
   return terms;
 }
 
@@ -174,7 +164,7 @@ STABLE_TORCH_LIBRARY_IMPL(cotuning_kernels, CPU, library) {
 }  // namespace
 
 const KernelTable& kernel_table() {
-  static const KernelTable table{sizeof(cpu::LossProblem), &cpu::co_tuning_loss, &cpu::scale_rows, &parallel_for};
+  static const KernelTable table{sizeof(cpu::LossProblem), &cpu::co_tuning_loss, &cpu::scale_gradients, &parallel_for};
   return table;
 }
 

@@ -4,9 +4,6 @@
 //
 // For the tests the same file is compiled with COTUNING_EMULATE and an emulator's CUDA headers: tensors then lie on the
 // CPU, where torch has no stream and no device to guard, and the operations are registered in a namespace of their own.
-//
-// The Python layer has already checked its arguments, in words for people. What is checked here again is what would let
-// a direct caller of the operation read or write outside a tensor.
 #include "stable_abi.h"
 
 #include <dlfcn.h>
@@ -23,7 +20,7 @@
 #include <vector>
 
 #include "../kernels/cuda/launch.h"
-#include "dtypes.h"
+#include "arguments.h"
 #include "stable_empty.h"
 
 #ifdef COTUNING_EMULATE
@@ -55,20 +52,22 @@ void* current_stream(int32_t device_index) {
 #endif
 
 // Where everything of one call lies, and the stream that it is launched on.
-class Place {
+class DeviceContext {
  public:
+  static constexpr int64_t kMostColumns = std::numeric_limits<int>::max() / 2 - 1;
+
 #ifdef COTUNING_EMULATE
-  explicit Place(const Tensor& tensor) : device_(tensor.device()), device_type_(aoti_torch_device_type_cpu()) {}
+  explicit DeviceContext(const Tensor& tensor) : device_(tensor.device()), device_type_(aoti_torch_device_type_cpu()) {}
   void* stream() const { return nullptr; }
-  cuda::Device& device() const { return cuda::device_at(0); }
+  cuda::Device& state() const { return cuda::device_at(0); }
 #else
-  explicit Place(const Tensor& tensor)
+  explicit DeviceContext(const Tensor& tensor)
       : device_(tensor.device()),
         device_type_(aoti_torch_device_type_cuda()),
         guard_(tensor.get_device_index()),
         stream_(current_stream(tensor.get_device_index())) {}
   void* stream() const { return stream_; }
-  cuda::Device& device() const { return cuda::device_at(device_.index()); }
+  cuda::Device& state() const { return cuda::device_at(device_.index()); }
 #endif
 
   void check(const Tensor& tensor, const char* name) const {
@@ -92,100 +91,24 @@ class Place {
 #endif
 };
 
-void check_matrix(const Place& place, const Tensor& tensor, const char* name) {
-  place.check(tensor, name);
-  STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, not ", tensor.dim());
-  STD_TORCH_CHECK(tensor.size(1) > 0 && tensor.size(1) < std::numeric_limits<int>::max() / 2, name,
-                  " must have columns, and fewer than 2^30");
-  STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, name, " must have dense columns (stride(1) == 1)");
-}
-
-cuda::ConstMatrix const_matrix(const Place& place, const Tensor& tensor, const char* name) {
-  check_matrix(place, tensor, name);
-  return {tensor.const_data_ptr(), kernel_type(tensor, name), tensor.size(0), tensor.size(1), tensor.stride(0)};
-}
-
-// A row that another row overlaps cannot hold a gradient of its own.
-cuda::Matrix matrix(const Place& place, const Tensor& tensor, const char* name) {
-  check_matrix(place, tensor, name);
-  STD_TORCH_CHECK(tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1), name, " has rows that overlap");
-  return {tensor.mutable_data_ptr(), kernel_type(tensor, name), tensor.size(0), tensor.size(1), tensor.stride(0)};
-}
-
-cuda::ConstVector vector(const Place& place, const Tensor& tensor, int64_t size, const char* name) {
-  place.check(tensor, name);
+ConstVector vector(const DeviceContext& device, const Tensor& tensor, int64_t size, const char* name) {
+  device.check(tensor, name);
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, " must have shape (", size, ",)");
   return {tensor.const_data_ptr(), kernel_type(tensor, name), tensor.stride(0)};
 }
 
-cuda::Labels labels(const Place& place, const Tensor& tensor, int64_t rows, const char* name) {
-  place.check(tensor, name);
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == rows, name, " must have shape (", rows, ",)");
-  const bool is_int32 = tensor.scalar_type() == ScalarType::Int;
-  STD_TORCH_CHECK(is_int32 || tensor.scalar_type() == ScalarType::Long, name, " must be int64 or int32");
-  return {tensor.const_data_ptr(), is_int32, tensor.stride(0)};
-}
-
-// What says what each row's target is; shared by the loss and by translate_labels.
-template <class Problem>
-void read_target(const Place& place, const Tensor& target, const OptionalTensor& target_b, const OptionalTensor& mix,
-                 int64_t batch, Problem* problem) {
-  const bool probabilities = is_floating(target);
-  STD_TORCH_CHECK(mix.has_value() == (probabilities || target_b.has_value()) && !(probabilities && target_b),
-                  "mix goes with target_b, or with probabilities");
-  if (!probabilities) {
-    problem->labels = labels(place, target, batch, "target");
-    if (target_b) problem->labels_b = labels(place, *target_b, batch, "target_b");
-    STD_TORCH_CHECK(!target_b || target_b->scalar_type() == target.scalar_type(), "target_b must have target's dtype");
-  }
-  if (!mix) return;
-  place.check(*mix, "mix");
-  const bool one = mix->dim() == 1 && mix->size(0) == 1;
-  STD_TORCH_CHECK(
-      mix->scalar_type() == ScalarType::Double && mix->dim() == 1 && (mix->size(0) == batch || (one && !probabilities)),
-      "mix must be float64 of shape (", batch, ",) or (1,)");
-  problem->mix = static_cast<const double*>(mix->const_data_ptr());
-  problem->mix_stride = one ? 0 : mix->stride(0);
-}
-
-cuda::LossProblem read_problem(const Place& place, const Tensor& source_logits, const OptionalTensor& target_logits,
-                               const Tensor& target, const OptionalTensor& target_b, const OptionalTensor& mix,
-                               const Tensor& relationship, const OptionalTensor& weight, const Tensor& trade_off,
-                               double label_smoothing, int64_t ignore_index, int64_t reduction, bool kl_divergence) {
+cuda::LossProblem read_problem(const DeviceContext& device, const Tensor& source_logits,
+                               const OptionalTensor& target_logits, const Tensor& target,
+                               const OptionalTensor& target_b, const OptionalTensor& mix, const Tensor& relationship,
+                               const OptionalTensor& weight, const Tensor& trade_off, double label_smoothing,
+                               int64_t ignore_index, int64_t reduction, bool kl_divergence) {
   cuda::LossProblem problem;
-  problem.source_logits = const_matrix(place, source_logits, "source_logits");
+  problem.target_classes = read_loss(device, source_logits, target_logits, target, target_b, mix, relationship,
+                                     label_smoothing, ignore_index, reduction, kl_divergence, &problem);
+  if (weight) problem.weight = vector(device, *weight, problem.target_classes, "weight");
+  problem.trade_off = read_trade_off(device, trade_off);
   const int64_t batch = problem.source_logits.rows;
-  read_target(place, target, target_b, mix, batch, &problem);
-  problem.relationship = const_matrix(place, relationship, "relationship");
-  STD_TORCH_CHECK(problem.relationship.columns == problem.source_logits.columns,
-                  "relationship must have one column a source class");
-  if (is_floating(target)) {
-    problem.probabilities = const_matrix(place, target, "target");
-    STD_TORCH_CHECK(problem.probabilities.rows == batch, "target must have ", batch, " rows");
-    STD_TORCH_CHECK(problem.relationship.rows == batch,
-                    "with probabilities, relationship must have one row a row of the batch");
-    problem.target_classes = problem.probabilities.columns;
-  } else {
-    problem.target_classes = problem.relationship.rows;
-  }
-  const int64_t classes = problem.target_classes;
-  if (target_logits) {
-    problem.target_logits = const_matrix(place, *target_logits, "target_logits");
-    STD_TORCH_CHECK(problem.target_logits.rows == batch && problem.target_logits.columns == classes,
-                    "target_logits must have shape (", batch, ", ", classes, ")");
-  }
-  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction must be 0, 1 or 2");
-  STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1]");
-  if (weight) problem.weight = vector(place, *weight, classes, "weight");
-  place.check(trade_off, "trade_off");
-  STD_TORCH_CHECK(trade_off.dim() == 0 && trade_off.scalar_type() == ScalarType::Double,
-                  "trade_off must be a float64 number");
-  problem.trade_off = static_cast<const double*>(trade_off.const_data_ptr());
-  problem.label_smoothing = label_smoothing;
-  problem.ignore_index = ignore_index;
-  problem.reduction = static_cast<cuda::Reduction>(reduction);
-  if (problem.reduction == cuda::Reduction::kMean && batch > 0) problem.per_row = 1.0 / static_cast<double>(batch);
-  problem.kl_divergence = kl_divergence;
+  if (problem.reduction == Reduction::kMean && batch > 0) problem.per_row = 1.0 / static_cast<double>(batch);
   return problem;
 }
 
@@ -193,12 +116,12 @@ cuda::LossProblem read_problem(const Place& place, const Tensor& source_logits, 
 // any temporary tensor.
 class SumsMemory {
  public:
-  SumsMemory(const Place& place, int64_t blocks, int64_t sums)
-      : memory_(place.empty({blocks * sums + 1}, ScalarType::Double)) {
+  SumsMemory(const DeviceContext& device, int64_t blocks, int64_t sums)
+      : memory_(device.empty({blocks * sums + 1}, ScalarType::Double)) {
     auto* parts = static_cast<double*>(memory_.mutable_data_ptr());
-    void* own = cuda::is_capturing(place.stream()) ? parts + blocks * sums : nullptr;
+    void* own = cuda::is_capturing(device.stream()) ? parts + blocks * sums : nullptr;
     sums_.parts = parts;
-    sums_.finished = cuda::finished_counter(place.device(), static_cast<unsigned*>(own), place.stream());
+    sums_.finished = cuda::finished_counter(device.state(), static_cast<unsigned*>(own), device.stream());
   }
   const cuda::BlockSums& sums() const { return sums_; }
 
@@ -208,34 +131,32 @@ class SumsMemory {
 };
 
 // Launches the problem, and gives (loss, terms, factors).
-std::tuple<Tensor, Tensor, Tensor> solve(const Place& place, cuda::LossProblem problem) {
-  const bool both = problem.target_logits.columns > 0;
-  problem.results_in_double = problem.source_logits.type == cuda::ScalarType::kFloat64 ||
-                              (both && problem.target_logits.type == cuda::ScalarType::kFloat64);
+std::tuple<Tensor, Tensor, Tensor> solve(const DeviceContext& device, cuda::LossProblem problem) {
+  problem.results_in_double = has_double_results(problem);
   const ScalarType type = problem.results_in_double ? ScalarType::Double : ScalarType::Float;
-  const bool by_row = problem.reduction == cuda::Reduction::kNone;
+  const bool by_row = problem.reduction == Reduction::kNone;
   const int64_t rows = problem.source_logits.rows;
-  Tensor loss = by_row ? place.empty({rows}, type) : place.empty({}, type);
-  Tensor terms = by_row ? place.empty({2, rows}, type) : place.empty({2}, type);
-  Tensor factors = place.empty({2}, type);
+  Tensor loss = by_row ? device.empty({rows}, type) : device.empty({}, type);
+  Tensor terms = by_row ? device.empty({2, rows}, type) : device.empty({2}, type);
+  Tensor factors = device.empty({2}, type);
   problem.loss = loss.mutable_data_ptr();
   problem.terms = terms.mutable_data_ptr();
   problem.factors = factors.mutable_data_ptr();
   const cuda::LossPlan plan =
       cuda::plan_loss(rows, problem.source_logits.columns, problem.source_logits.type, problem.target_logits.columns,
-                      problem.target_logits.type, place.device().rules);
-  const SumsMemory memory(place, plan.blocks + 1, cuda::kLossSums);
+                      problem.target_logits.type, device.state().rules);
+  const SumsMemory memory(device, plan.blocks + 1, cuda::kLossSums);
   problem.sums = memory.sums();
   problem.first_sums = problem.sums.parts + plan.blocks * cuda::kLossSums;
-  cuda::launch_loss(problem, plan, place.device(), place.stream());
+  cuda::launch_co_tuning_loss(problem, plan, device.state(), device.stream());
   return {loss, terms, factors};
 }
 
 // Fresh memory for a gradient, or an empty tensor where none is wanted.
-Tensor new_gradient(const Place& place, const OptionalTensor& logits, bool wanted, cuda::Matrix* view) {
-  if (!logits || !wanted) return place.empty({0, 0}, ScalarType::Float);
-  Tensor gradient = place.empty({logits->size(0), logits->size(1)}, logits->scalar_type());
-  *view = matrix(place, gradient, "gradient");
+Tensor new_gradient(const DeviceContext& device, const OptionalTensor& logits, bool wanted, Matrix* view) {
+  if (!logits || !wanted) return device.empty({0, 0}, ScalarType::Float);
+  Tensor gradient = device.empty({logits->size(0), logits->size(1)}, logits->scalar_type());
+  *view = matrix(device, gradient, "gradient");
   return gradient;
 }
 
@@ -244,12 +165,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_tuning_loss(
     const OptionalTensor& target_b, const OptionalTensor& mix, const Tensor& relationship, const OptionalTensor& weight,
     const Tensor& trade_off, double label_smoothing, int64_t ignore_index, int64_t reduction, bool kl_divergence,
     bool source_gradient, bool target_gradient) {
-  const Place place(source_logits);
-  cuda::LossProblem problem = read_problem(place, source_logits, target_logits, target, target_b, mix, relationship,
+  const DeviceContext device(source_logits);
+  cuda::LossProblem problem = read_problem(device, source_logits, target_logits, target, target_b, mix, relationship,
                                            weight, trade_off, label_smoothing, ignore_index, reduction, kl_divergence);
-  Tensor source_grad = new_gradient(place, source_logits, source_gradient, &problem.source_gradient);
-  Tensor target_grad = new_gradient(place, target_logits, target_gradient, &problem.target_gradient);
-  auto [loss, terms, factors] = solve(place, problem);
+  Tensor source_grad = new_gradient(device, source_logits, source_gradient, &problem.source_gradient);
+  Tensor target_grad = new_gradient(device, target_logits, target_gradient, &problem.target_gradient);
+  auto [loss, terms, factors] = solve(device, problem);
   return {loss, terms, factors, source_grad, target_grad};
 }
 
@@ -259,20 +180,20 @@ std::tuple<Tensor, Tensor, Tensor> co_tuning_loss_inplace(Tensor source_logits, 
                                                           const OptionalTensor& weight, const Tensor& trade_off,
                                                           double label_smoothing, int64_t ignore_index,
                                                           int64_t reduction, bool kl_divergence) {
-  const Place place(source_logits);
-  cuda::LossProblem problem = read_problem(place, source_logits, target_logits, target, target_b, mix, relationship,
+  const DeviceContext device(source_logits);
+  cuda::LossProblem problem = read_problem(device, source_logits, target_logits, target, target_b, mix, relationship,
                                            weight, trade_off, label_smoothing, ignore_index, reduction, kl_divergence);
-  problem.source_gradient = matrix(place, source_logits, "source_logits");
-  if (target_logits) problem.target_gradient = matrix(place, *target_logits, "target_logits");
-  return solve(place, problem);
+  problem.source_gradient = matrix(device, source_logits, "source_logits");
+  if (target_logits) problem.target_gradient = matrix(device, *target_logits, "target_logits");
+  return solve(device, problem);
 }
 
 void scale_gradients(const Tensor& source_grad, const Tensor& target_grad, const Tensor& factors,
                      const Tensor& upstream) {
-  const Place place(factors);
+  const DeviceContext device(factors);
   cuda::ScaleProblem problem;
-  problem.factors = vector(place, factors, 2, "factors");
-  place.check(upstream, "upstream");
+  problem.factors = vector(device, factors, 2, "factors");
+  device.check(upstream, "upstream");
   STD_TORCH_CHECK(upstream.dim() <= 1, "upstream must have one dimension at most");
   problem.upstream = {upstream.const_data_ptr(), kernel_type(upstream, "upstream"),
                       upstream.dim() == 0 ? 0 : upstream.stride(0)};
@@ -281,60 +202,52 @@ void scale_gradients(const Tensor& source_grad, const Tensor& target_grad, const
     if (gradients[k]->numel() == 0) continue;
     STD_TORCH_CHECK(upstream.dim() == 0 || upstream.size(0) == gradients[k]->size(0),
                     "upstream must have one entry a row");
-    problem.gradients[k] = matrix(place, *gradients[k], "gradient");
+    problem.gradients[k] = matrix(device, *gradients[k], "gradient");
   }
-  cuda::launch_scale(problem, place.device().rules, place.stream());
+  cuda::launch_scale_gradients(problem, device.state().rules, device.stream());
 }
 
 Tensor translate_labels(const Tensor& target, const OptionalTensor& target_b, const OptionalTensor& mix,
                         const Tensor& relationship, int64_t ignore_index) {
   STD_TORCH_CHECK(!is_floating(target), "target must be class indices");
-  const Place place(relationship);
+  const DeviceContext device(relationship);
   cuda::TranslateProblem problem;
   const int64_t batch = target.dim() == 1 ? target.size(0) : -1;
-  read_target(place, target, target_b, mix, batch, &problem);
-  problem.relationship = const_matrix(place, relationship, "relationship");
-  problem.ignore_index = ignore_index;
-  Tensor out = place.empty({batch, relationship.size(1)}, relationship.scalar_type());
-  problem.out = matrix(place, out, "out");
-  cuda::launch_translate(problem, place.device().rules, place.stream());
+  read_target(device, target, target_b, mix, ignore_index, batch, &problem);
+  problem.relationship = const_matrix(device, relationship, "relationship");
+  Tensor out = device.empty({batch, relationship.size(1)}, relationship.scalar_type());
+  problem.out = matrix(device, out, "out");
+  cuda::launch_translate_labels(problem, device.state().rules, device.stream());
   return out;
 }
 
 void add_class_sums(const Tensor& sums, const Tensor& counts, const Tensor& logits, const Tensor& target,
                     double inverse_temperature, int64_t ignore_index) {
-  const Place place(logits);
+  const DeviceContext device(logits);
   cuda::ClassSumsProblem problem;
-  problem.logits = const_matrix(place, logits, "logits");
-  problem.labels = labels(place, target, problem.logits.rows, "labels");
-  problem.sums = matrix(place, sums, "sums");
-  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float || sums.scalar_type() == ScalarType::Double,
-                  "sums must be float32 or float64");
-  STD_TORCH_CHECK(problem.sums.columns == problem.logits.columns, "sums must have one column a column of logits");
-  place.check(counts, "counts");
-  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.dim() == 1 &&
-                      counts.size(0) == sums.size(0),
-                  "counts must be contiguous int64 of shape (", sums.size(0), ",)");
+  problem.logits = const_matrix(device, logits, "logits");
+  problem.labels = labels(device, target, problem.logits.rows, "labels");
+  problem.sums = read_class_sums(device, sums, counts, problem.logits);
   problem.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
   problem.ignore_index = ignore_index;
   problem.inverse_temperature = inverse_temperature;
-  cuda::launch_class_sums(problem, place.device().rules, place.stream());
+  cuda::launch_class_sums(problem, device.state().rules, device.stream());
 }
 
 Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inverse_temperature, int64_t ignore_index) {
-  const Place place(logits);
+  const DeviceContext device(logits);
   cuda::TemperatureProblem problem;
-  problem.logits = const_matrix(place, logits, "logits");
-  problem.labels = labels(place, target, problem.logits.rows, "labels");
+  problem.logits = const_matrix(device, logits, "logits");
+  problem.labels = labels(device, target, problem.logits.rows, "labels");
   problem.ignore_index = ignore_index;
   problem.inverse_temperature = inverse_temperature;
-  Tensor terms = place.empty({cuda::kTemperatureSums}, ScalarType::Double);
+  Tensor terms = device.empty({cuda::kTemperatureSums}, ScalarType::Double);
   problem.terms = static_cast<double*>(terms.mutable_data_ptr());
   const cuda::PassPlan plan =
-      cuda::plan_pass(problem.logits.rows, problem.logits.columns, problem.logits.type, place.device().rules);
-  const SumsMemory memory(place, plan.blocks, cuda::kTemperatureSums);
+      cuda::plan_pass(problem.logits.rows, problem.logits.columns, problem.logits.type, device.state().rules);
+  const SumsMemory memory(device, plan.blocks, cuda::kTemperatureSums);
   problem.sums = memory.sums();
-  cuda::launch_temperature(problem, plan, place.stream());
+  cuda::launch_temperature_terms(problem, plan, device.stream());
   return terms;
 }
 

@@ -4,14 +4,15 @@
 
 #include <cstddef>
 
-#include "../kernels/cpu/loss.h"
+#include "../kernels/cpu/co_tuning_loss.h"
+#include "../kernels/cpu/scale_gradients.h"
 
 namespace cotuning::ops {
 
 struct KernelTable {
   size_t problem_size;  // of cpu::LossProblem: both sides must have been compiled from the same headers
   decltype(&cpu::co_tuning_loss) co_tuning_loss;
-  decltype(&cpu::scale_rows) scale_rows;
+  decltype(&cpu::scale_gradients) scale_gradients;
   cpu::ParallelFor parallel_for;
 };
 

@@ -18,9 +18,10 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/cpu/loss.h"
+#include "../kernels/cpu/class_sums.h"
+#include "../kernels/cpu/co_tuning_loss.h"
 #include "../kernels/cpu/rows.h"
-#include "../kernels/cpu/statistics.h"
+#include "../kernels/cpu/temperature_terms.h"
 
 using namespace cotuning;
 using namespace cotuning::cpu;
@@ -65,7 +66,7 @@ struct Rows {
   Rows(int64_t rows, int64_t columns, ScalarType type)
       : bytes(rows * columns * size_of(type)), columns(columns), type(type) {}
   ConstMatrix view(int64_t rows) const { return {bytes.data(), type, rows, columns, columns}; }
-  Matrix writable() { return {bytes.data(), type, columns}; }
+  Matrix writable(int64_t rows) { return {bytes.data(), type, rows, columns, columns}; }
 
   std::vector<char> bytes;
   int64_t columns;
@@ -106,8 +107,8 @@ void count(const char* isa, ScalarType type, Shape shape, int64_t rows) {
           problem.labels = {labels.data(), false, 1};
           problem.relationship = relationship.view(target_classes);
           problem.trade_off = 2.3;
-          problem.source_gradient = source_gradient.writable();
-          problem.target_gradient = target_gradient.writable();
+          problem.source_gradient = source_gradient.writable(batch);
+          problem.target_gradient = target_gradient.writable(batch);
           LossResult result;
           if (co_tuning_loss(problem, serial, &result)) throw std::runtime_error("a bad label");
         }));
@@ -115,8 +116,9 @@ void count(const char* isa, ScalarType type, Shape shape, int64_t rows) {
   std::vector<float> sums(target_classes * source_classes);
   std::vector<int64_t> counts(target_classes);
   print("class_sums", per_element(rows, source_classes, [&](int64_t batch) {
-          add_class_sums(source.view(batch), {labels.data(), false, 1}, target_classes, -100, 0.7,
-                         {sums.data(), ScalarType::kFloat32, source_classes}, counts.data(), serial);
+          add_class_sums(source.view(batch), {labels.data(), false, 1}, -100, 0.7,
+                         {sums.data(), ScalarType::kFloat32, target_classes, source_classes, source_classes},
+                         counts.data(), serial);
         }));
   double terms[4];
   print("temperature", per_element(rows, source_classes, [&](int64_t batch) {

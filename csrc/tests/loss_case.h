@@ -4,7 +4,9 @@
 #include <memory>
 #include <vector>
 
-#include "../kernels/cpu/loss.h"
+#include "../kernels/cpu/co_tuning_loss.h"
+#include "../kernels/cpu/scale_gradients.h"
+#include "../kernels/cpu/translate_labels.h"
 #include "check.h"
 #include "memory.h"
 
@@ -26,6 +28,13 @@ struct LossCase {
   LossCase(ScalarType source_type, ScalarType target_type, ScalarType relationship_type, int64_t batch,
            int64_t source_classes, int64_t target_classes);
 
+  cpu::TranslateProblem translation(Grid* out) const {
+    cpu::TranslateProblem translated;
+    static_cast<TargetInputs&>(translated) = problem;
+    translated.relationship = problem.relationship;
+    translated.out = out->writable();
+    return translated;
+  }
   long double mix_of(int64_t i) const { return mix[i * problem.mix_stride]; }
 };
 
@@ -61,7 +70,7 @@ inline LossCase::LossCase(ScalarType source_type, ScalarType target_type, Scalar
   problem.ignore_index = one_in(2) ? -100 : random_integer(0, target_classes - 1);
   problem.trade_off = static_cast<double>(3 * uniform());
   problem.label_smoothing = one_in(2) ? 0 : static_cast<double>(0.3L * uniform());
-  problem.reduction = static_cast<cpu::Reduction>(random_integer(0, 2));
+  problem.reduction = static_cast<Reduction>(random_integer(0, 2));
   problem.kl_divergence = one_in(2);
   if (one_in(2)) {
     for (int64_t t = 0; t < target_classes; ++t) {

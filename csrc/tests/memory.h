@@ -58,12 +58,12 @@ class Pages {
 
 class Row {
  public:
-  Row(ScalarType type, int64_t n, Place place) : type_(type), n_(n), pages_(n * cpu::size_of(type), place) {}
+  Row(ScalarType type, int64_t n, Place place) : type_(type), n_(n), pages_(n * size_of(type), place) {}
 
   int64_t size() const { return n_; }
   void* data() { return pages_.data(); }
-  long double operator[](int64_t i) const { return read_number(type_, pages_.data() + i * cpu::size_of(type_)); }
-  void set(int64_t i, long double value) { write_number(type_, pages_.data() + i * cpu::size_of(type_), value); }
+  long double operator[](int64_t i) const { return read_number(type_, pages_.data() + i * size_of(type_)); }
+  void set(int64_t i, long double value) { write_number(type_, pages_.data() + i * size_of(type_), value); }
   long double lowest() const { return lowest_of(type_); }
   void make_read_only() { pages_.make_read_only(); }  // an input: from now on, writing to it crashes
   bool surroundings_untouched() const { return pages_.surroundings_untouched(); }
@@ -82,7 +82,7 @@ class Grid {
         rows_(rows),
         columns_(columns),
         row_stride_(row_stride),
-        pages_((rows == 0 ? 0 : (rows - 1) * row_stride + columns) * cpu::size_of(type), Place::kPageEnd) {}
+        pages_((rows == 0 ? 0 : (rows - 1) * row_stride + columns) * size_of(type), Place::kPageEnd) {}
   Grid(ScalarType type, int64_t rows, int64_t columns) : Grid(type, rows, columns, columns) {}
 
   int64_t rows() const { return rows_; }
@@ -92,8 +92,8 @@ class Grid {
   void set(int64_t i, int64_t j, long double value) { write_number(type_, address(i, j), value); }
   char* data() { return pages_.data(); }
 
-  cpu::ConstMatrix view() const { return {pages_.data(), type_, rows_, columns_, row_stride_}; }
-  cpu::Matrix writable() { return {pages_.data(), type_, row_stride_}; }
+  ConstMatrix view() const { return {pages_.data(), type_, rows_, columns_, row_stride_}; }
+  Matrix writable() { return {pages_.data(), type_, rows_, columns_, row_stride_}; }
 
   std::vector<char> bytes() const { return {pages_.data(), pages_.data() + pages_.size()}; }
   bool never_written() const {
@@ -107,7 +107,7 @@ class Grid {
   }
 
  private:
-  char* address(int64_t i, int64_t j) const { return pages_.data() + (i * row_stride_ + j) * cpu::size_of(type_); }
+  char* address(int64_t i, int64_t j) const { return pages_.data() + (i * row_stride_ + j) * size_of(type_); }
 
   ScalarType type_;
   int64_t rows_, columns_, row_stride_;
@@ -134,7 +134,7 @@ class LabelList {
       wide_[i * stride_] = label;
     }
   }
-  cpu::Labels view() const {
+  Labels view() const {
     return {is_int32_ ? static_cast<const void*>(narrow_.data()) : wide_.data(), is_int32_, stride_};
   }
 

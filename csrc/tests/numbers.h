@@ -5,11 +5,9 @@
 #include <cstring>
 #include <limits>
 
-#include "../kernels/cpu/types.h"
+#include "../kernels/views.h"
 
 namespace cotuning::test {
-
-using cpu::ScalarType;
 
 inline constexpr ScalarType kAllTypes[] = {ScalarType::kFloat32, ScalarType::kBFloat16, ScalarType::kFloat16,
                                            ScalarType::kFloat64};

@@ -13,7 +13,6 @@ namespace cotuning::test {
 namespace {
 
 using cpu::LossResult;
-using cpu::Reduction;
 
 template <class Check>
 void for_each_isa(Check check) {
@@ -357,7 +356,7 @@ TEST(bad_labels) {
     CHECK(c.source_gradient->never_written() && (!c.target_gradient || c.target_gradient->never_written()),
           "a gradient was written in spite of a bad label");
     Grid out(ScalarType::kFloat32, 7, 30);
-    CHECK(cpu::translate_labels(c.problem, 7, out.data(), serial_for).row == row && out.never_written(), "translation");
+    CHECK(cpu::translate_labels(c.translation(&out), serial_for).row == row && out.never_written(), "translation");
   }
 }
 
@@ -379,8 +378,8 @@ TEST(scaled_rows) {
         if (one_in(4)) upstream[0] = one_in(2) ? 1 : 1 / factor;
         const std::vector<double> upstream_of_fewer_rows(upstream.begin(), upstream.end() - 1);
         const bool fewer = planted("heap-overread") && stride > 0 && rows->rows() > 1;
-        cpu::scale_rows(rows->writable(), rows->rows(), rows->columns(), factor,
-                        fewer ? upstream_of_fewer_rows.data() : upstream.data(), stride, serial_for);
+        cpu::scale_gradients(rows->writable(), factor, fewer ? upstream_of_fewer_rows.data() : upstream.data(), stride,
+                             serial_for);
         CHECK(rows->gaps_untouched(), "%s %s", isa, name_of(type));
         for (int64_t i = 0; i < rows->rows(); ++i) {
           for (int64_t j = 0; j < rows->columns(); ++j) {
@@ -403,7 +402,7 @@ TEST(translated_labels) {
         LossCase c(type, type, type, random_integer(0, 6), random_integer(1, 90), random_integer(1, 9));
         if (c.target == Target::kProbabilities) continue;
         Grid out(type, c.batch, c.source_classes);
-        const cpu::BadLabel bad = cpu::translate_labels(c.problem, c.batch, out.data(), serial_for);
+        const cpu::BadLabel bad = cpu::translate_labels(c.translation(&out), serial_for);
         CHECK(!bad, "%s", isa);
         for (int64_t i = 0; i < c.batch; ++i) {
           const long double share = c.target == Target::kMixedLabels ? c.mix_of(i) : 1;

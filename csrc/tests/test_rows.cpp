@@ -302,7 +302,7 @@ TEST(gradient) {
                                   streamed.data());
     c.kernels.finish_streaming();
     CHECK(streamed.surroundings_untouched(), "%s", c.text().c_str());
-    CHECK(std::memcmp(streamed.data(), out.data(), c.n * cpu::size_of(c.type)) == 0, "%s", c.text().c_str());
+    CHECK(std::memcmp(streamed.data(), out.data(), c.n * size_of(c.type)) == 0, "%s", c.text().c_str());
   });
 }
 

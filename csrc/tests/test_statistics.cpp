@@ -1,8 +1,9 @@
-// The drivers of statistics.h: class sums for the relationship, and the terms of the temperature.
+// Class sums for the relationship, and the terms of the temperature.
 #include <string>
 
+#include "../kernels/cpu/class_sums.h"
 #include "../kernels/cpu/rows.h"
-#include "../kernels/cpu/statistics.h"
+#include "../kernels/cpu/temperature_terms.h"
 #include "loss_case.h"
 #include "threads.h"
 
@@ -45,8 +46,8 @@ void check_class_sums(const char* isa, ScalarType type, ScalarType sum_type) {
     for (int64_t j = 0; j < sums->columns(); ++j) sums->set(t, j, 0);
   }
   std::vector<int64_t> counts(classes, 5), expected_counts(classes, 5);
-  const cpu::BadLabel bad = cpu::add_class_sums(data.logits->view(), data.labels->view(), classes, data.ignore_index,
-                                                data.b, sums->writable(), counts.data(), serial_for);
+  const cpu::BadLabel bad = cpu::add_class_sums(data.logits->view(), data.labels->view(), data.ignore_index, data.b,
+                                                sums->writable(), counts.data(), serial_for);
   const std::string text = std::string(isa) + " " + name_of(type) + " into " + name_of(sum_type);
   CHECK(!bad && sums->gaps_untouched(), "%s", text.c_str());
   std::vector<std::vector<long double>> expected(classes, std::vector<long double>(data.logits->columns(), 0.0L));
@@ -161,7 +162,7 @@ TEST(bad_labels_of_statistics) {
     Grid sums(ScalarType::kFloat32, 4, 20);
     std::vector<int64_t> counts(4, 7);
     const cpu::BadLabel bad =
-        cpu::add_class_sums(logits->view(), labels.view(), 4, -100, 1.0, sums.writable(), counts.data(), serial_for);
+        cpu::add_class_sums(logits->view(), labels.view(), -100, 1.0, sums.writable(), counts.data(), serial_for);
     CHECK(bad.row == row && bad.value == value, "row %lld", static_cast<long long>(bad.row));
     CHECK(sums.never_written() && counts == std::vector<int64_t>(4, 7), "sums were written in spite of a bad label");
     labels.set(row, value == 4 ? 20 : -1);  // a class index is now a column

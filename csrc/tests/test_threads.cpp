@@ -2,8 +2,9 @@
 #include <string>
 #include <thread>
 
+#include "../kernels/cpu/class_sums.h"
 #include "../kernels/cpu/rows.h"
-#include "../kernels/cpu/statistics.h"
+#include "../kernels/cpu/temperature_terms.h"
 #include "loss_case.h"
 #include "threads.h"
 
@@ -46,21 +47,21 @@ struct Work {
     append(&bytes, result.source_term);
     append(&bytes, result.target_term);
     const double upstream = 0.37;
-    cpu::scale_rows(loss.source_gradient->writable(), 600, 500, result.source_factor, &upstream, 0, parallel_for);
+    cpu::scale_gradients(loss.source_gradient->writable(), result.source_factor, &upstream, 0, parallel_for);
     append(&bytes, *loss.source_gradient);
     if (loss.target_gradient) append(&bytes, *loss.target_gradient);
 
     if (loss.target != Target::kProbabilities) {
       Grid translated(loss.relationship->type(), 600, 500);
-      cpu::translate_labels(loss.problem, 600, translated.data(), parallel_for);
+      cpu::translate_labels(loss.translation(&translated), parallel_for);
       append(&bytes, translated);
     }
     for (int64_t t = 0; t < 20; ++t) {
       counts[t] = 0;
       for (int64_t j = 0; j < 500; ++j) sums.set(t, j, 0);
     }
-    const cpu::ConstMatrix logits = loss.source_logits->view();
-    cpu::add_class_sums(logits, classes.view(), 20, -100, 0.7, sums.writable(), counts.data(), parallel_for);
+    const ConstMatrix logits = loss.source_logits->view();
+    cpu::add_class_sums(logits, classes.view(), -100, 0.7, sums.writable(), counts.data(), parallel_for);
     append(&bytes, sums);
     append(&bytes, counts.data(), counts.size() * sizeof(int64_t));
     double terms[4];

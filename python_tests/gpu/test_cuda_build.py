@@ -81,12 +81,12 @@ def test_cmake_builds_the_same(tmp_path: Path) -> None:
     names = {path.name for path in (ROOT / "csrc" / "kernels" / "cuda").glob("*.cu")}
     assert set(commands) == names
     assert len({command.replace(name, "FILE") for name, command in commands.items()}) == 1
-    assert {"-O3", "-std=c++17"} <= set(commands["passes.cu"].split())
+    assert {"-O3", "-std=c++17"} <= set(commands["class_sums.cu"].split())
     built = run(
-        [cmake, "--build", tmp_path, "--target", "csrc/kernels/cuda/CMakeFiles/cotuning_kernels_cuda.dir/passes.cu.o"]
+        [cmake, "--build", tmp_path, "--target", "csrc/kernels/cuda/CMakeFiles/cotuning_kernels_cuda.dir/class_sums.cu.o"]
     )
     assert built.returncode == 0, built.stdout
-    (compiled,) = tmp_path.rglob("passes.cu.o")
+    (compiled,) = tmp_path.rglob("class_sums.cu.o")
     used = resources_of(compiled)
     assert {usage.architecture for usage in used} == {"sm_80"}
     assert len(used) == KERNELS - KERNELS_OF_THE_LOSS

@@ -99,19 +99,19 @@ BUGS = (
         {"devices_in_turn": "Segmentation fault"},
     ),
     Bug(
-        "shared memory is not asked for", "kernels/cuda/loss.cu", "  if (!*allowed) {", "  if (false) {",
+        "shared memory is not asked for", "kernels/cuda/co_tuning_loss.cu", "  if (!*allowed) {", "  if (false) {",
         {
             "devices_in_turn": "launching a kernel: invalid argument",
             "around_48_kilobytes": "launching a kernel: invalid argument",
         },
     ),
     Bug(
-        "shared memory is asked for only above 48 KB", "kernels/cuda/loss.cu",
+        "shared memory is asked for only above 48 KB", "kernels/cuda/co_tuning_loss.cu",
         "  if (!*allowed) {", "  if (!*allowed && plan.shared_bytes > 48 << 10) {",
         {"around_48_kilobytes": "launching a kernel: invalid argument"},
     ),
     Bug(
-        "the limit of shared memory is a launch's own", "kernels/cuda/loss.cu",
+        "the limit of shared memory is a launch's own", "kernels/cuda/co_tuning_loss.cu",
         "  if (!*allowed) {\n", "  device.dynamic_shared_bytes = plan.shared_bytes;\n  {\n",
         {
             "two_host_threads": "launching a kernel: invalid argument",
@@ -119,13 +119,13 @@ BUGS = (
         },
     ),
     Bug(
-        "shared memory is asked for once, of one device", "kernels/cuda/loss.cu",
+        "shared memory is asked for once, of one device", "kernels/cuda/co_tuning_loss.cu",
         "std::atomic<bool>* allowed = &device.allowed[static_cast<int>(type)];",
         "std::atomic<bool>* allowed = &device_at(0).allowed[static_cast<int>(type)];",
         {"devices_in_turn": "launching a kernel: invalid argument"},
     ),
     Bug(
-        "a refused launch is not checked", "kernels/cuda/loss.cu",
+        "a refused launch is not checked", "kernels/cuda/co_tuning_loss.cu",
         "  launch(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream, problem, plan);\n",
         "  try {\n    launch(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream, problem, plan);\n"
         "  } catch (const std::runtime_error&) {\n  }\n",

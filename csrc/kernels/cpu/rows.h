@@ -5,7 +5,7 @@
 // are of its compute type, ComputeType<T>: double for double, else float. No primitive reads or writes past a row.
 #pragma once
 
-#include "types.h"
+#include "../types.h"
 
 namespace cotuning::cpu {
 

@@ -15,7 +15,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "types.h"
+#include "../types.h"
 
 namespace cotuning::cpu::COTUNING_ISA {
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "types.h"
+#include "problems.h"
 
 namespace cotuning::cuda {
 
@@ -53,15 +53,15 @@ struct LossPlan {
   RowPlan source, target;
 };
 
-COTUNING_BOTH constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+COTUNING_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Vectors of 16 bytes that a row touches, wherever it starts.
-COTUNING_BOTH constexpr int64_t row_vectors(int64_t columns, ScalarType type) {
+COTUNING_HOST_DEVICE constexpr int64_t row_vectors(int64_t columns, ScalarType type) {
   return ceil_div(columns * size_of(type), 16) + 1;
 }
 
 // Of the target distribution beside a vector of logits, in the type that is computed in.
-COTUNING_BOTH constexpr int64_t target_vector_bytes(ScalarType type) {
+COTUNING_HOST_DEVICE constexpr int64_t target_vector_bytes(ScalarType type) {
   return 16 / size_of(type) * (type == ScalarType::kFloat64 ? 8 : 4);
 }
 

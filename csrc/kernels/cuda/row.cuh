@@ -228,7 +228,7 @@ class Stage {
 // A thread's last vectors of the target, in registers. Registers have no index, so it is a stack: what was put last is
 // taken first. Where more are put than it holds, the plan has nothing taken.
 template <class C, int kCount>
-class Rest {
+class RegisterStack {
  public:
   __device__ __forceinline__ void put(const C (&q)[kCount]) {
     static_assert(kKeptVectors == 2);
@@ -247,7 +247,6 @@ class Rest {
 template <class C>
 struct RowResult {
   C loss;
-  bool takes_part;
   bool supervised[2];  // whether the rows of R have any entry
 };
 
@@ -326,7 +325,7 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
   };
   // A loop for the vectors whose target is staged and one for the rest: a branch in one loop costs instructions.
   const int staged = stage.targets_of(cut.vectors);
-  Rest<C, kCount> rest;
+  RegisterStack<C, kCount> rest;
   int k = team.rank();
   for (; k < staged; k += team.threads()) {
     C q[kCount];
@@ -343,13 +342,13 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
   RowResult<C> result{};
   result.supervised[0] = sums[3] != 0;
   if constexpr (Target::kSums > 4) result.supervised[1] = sums[4] != 0;
-  result.takes_part = result.supervised[0] || result.supervised[1];
-  if (result.takes_part) {
+  const bool takes_part = result.supervised[0] || result.supervised[1];
+  if (takes_part) {
     result.loss = sums[2] * logarithm(sums[0]) - sums[1];
     if constexpr (Target::kSums > 4) result.loss += sums[5];
   }
   if (gradient == nullptr) return result;
-  if (!result.takes_part) {
+  if (!takes_part) {
     zero_row(team, gradient, columns);
     return result;
   }

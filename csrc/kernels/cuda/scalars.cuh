@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "device.h"
-#include "types.h"
+#include "problems.h"
 
 namespace cotuning::cuda {
 

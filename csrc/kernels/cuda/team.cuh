@@ -22,6 +22,17 @@ struct Sum {
   }
 };
 
+// The row that a thread works on in an item, and which of the item's rows that is.
+struct RowSlot {
+  int index;
+  int64_t row;
+};
+
+__device__ __forceinline__ RowSlot slot_in(const RowPlan& plan, int64_t item) {
+  const int index = static_cast<int>(threadIdx.x) / plan.threads_per_row;
+  return {index, item * (static_cast<int>(blockDim.x) / plan.threads_per_row) + index};
+}
+
 class Team {
  public:
   // `scratch`: kMostWarps * kMostSums doubles of shared memory, of the block.

@@ -15,23 +15,6 @@ namespace {
 
 using emulator::Order;
 
-cuda::ScalarType type_of(ScalarType type) { return static_cast<cuda::ScalarType>(type); }
-cuda::ConstMatrix view_of(const Grid* grid) {
-  if (grid == nullptr) return {};
-  const cpu::ConstMatrix view = grid->view();
-  return {view.data, type_of(view.type), view.rows, view.columns, view.row_stride};
-}
-cuda::Matrix writable(Grid* grid) {
-  if (grid == nullptr) return {};
-  const cpu::ConstMatrix view = grid->view();
-  return {grid->data(), type_of(view.type), view.rows, view.columns, view.row_stride};
-}
-cuda::Labels view_of(const LabelList* labels) {
-  if (labels == nullptr) return {};
-  const cpu::Labels view = labels->view();
-  return {view.data, view.is_int32, view.stride};
-}
-
 void draw_schedule() {
   emulator::settings().order = static_cast<Order>(random_integer(0, 2));
   emulator::settings().seed = static_cast<uint64_t>(random_integer(0, 1 << 30));
@@ -69,28 +52,12 @@ struct Run {
   bool by_row;
 
   explicit Run(LossCase& c)
-      : c(c),
-        loss(c.batch + 1),
-        terms(2 * c.batch + 2),
-        factors(2),
-        by_row(c.problem.reduction == cpu::Reduction::kNone) {
-    problem.source_logits = view_of(c.source_logits.get());
-    problem.target_logits = view_of(c.target_logits.get());
+      : c(c), loss(c.batch + 1), terms(2 * c.batch + 2), factors(2), by_row(c.problem.reduction == Reduction::kNone) {
+    static_cast<LossInputs&>(problem) = c.problem;
     problem.target_classes = c.target_classes;
-    problem.labels = view_of(c.labels.get());
-    problem.labels_b = view_of(c.labels_b.get());
-    problem.probabilities = view_of(c.probabilities.get());
-    problem.mix = c.mix.empty() ? nullptr : c.mix.data();
-    problem.mix_stride = c.problem.mix_stride;
-    problem.relationship = view_of(c.translated != nullptr ? c.translated.get() : c.relationship.get());
-    if (!c.problem.weight.empty()) problem.weight = {c.problem.weight.data(), cuda::ScalarType::kFloat64, 1};
+    if (!c.problem.weight.empty()) problem.weight = {c.problem.weight.data(), ScalarType::kFloat64, 1};
     problem.trade_off = &c.problem.trade_off;
-    problem.label_smoothing = c.problem.label_smoothing;
-    problem.ignore_index = c.problem.ignore_index;
-    problem.reduction = static_cast<cuda::Reduction>(c.problem.reduction);
-    if (problem.reduction == cuda::Reduction::kMean && c.batch > 0)
-      problem.per_row = 1.0 / static_cast<double>(c.batch);
-    problem.kl_divergence = c.problem.kl_divergence;
+    if (problem.reduction == Reduction::kMean && c.batch > 0) problem.per_row = 1.0 / static_cast<double>(c.batch);
     problem.results_in_double = true;
     problem.loss = loss.data();
     problem.terms = terms.data();
@@ -114,7 +81,7 @@ struct Run {
     problem.sums.parts = parts.data();
     problem.first_sums = parts.data() + plan.blocks * cuda::kLossSums;
     problem.sums.finished = &finished;
-    cuda::launch_loss(problem, plan, cuda::device_at(0), nullptr);
+    cuda::launch_co_tuning_loss(problem, plan, cuda::device_at(0), nullptr);
   }
 };
 
@@ -143,7 +110,7 @@ void check_term(const Run& run, int64_t offset, const ExpectedLoss::Head& head, 
     sum += head.rows[i];
     tolerance += head.tolerance[i];
   }
-  const long double divisor = run.c.problem.reduction == cpu::Reduction::kMean ? head.divisor : 1;
+  const long double divisor = run.c.problem.reduction == Reduction::kMean ? head.divisor : 1;
   const double given = run.terms[offset];
   if (divisor == 0 && std::fabs(sum) <= tolerance) {  // 0 / 0, or a rounding error / 0
     CHECK(!std::isfinite(given), "%s: %.9g", text.c_str(), given);
@@ -156,7 +123,7 @@ void check_term(const Run& run, int64_t offset, const ExpectedLoss::Head& head, 
 // What a head's gradient is multiplied by as it is stored; its factor has the rest.
 long double stored_factor(const LossCase& c, const Grid& logits, bool of_source) {
   if (logits.type() == ScalarType::kFloat16) return 1;
-  const bool mean = c.problem.reduction == cpu::Reduction::kMean && c.batch > 0;
+  const bool mean = c.problem.reduction == Reduction::kMean && c.batch > 0;
   const long double trade_off = of_source && c.target_logits != nullptr ? c.problem.trade_off : 1;
   return mean ? trade_off / c.batch : trade_off;
 }
@@ -180,7 +147,7 @@ void check_gradient(const Grid& gradient, const ExpectedLoss::Head& head, long d
 }
 
 void check_factors(const Run& run, const ExpectedLoss& expected, const std::string& text) {
-  const bool both = run.c.target_logits != nullptr, mean = run.c.problem.reduction == cpu::Reduction::kMean;
+  const bool both = run.c.target_logits != nullptr, mean = run.c.problem.reduction == Reduction::kMean;
   const long double trade_off = both ? run.c.problem.trade_off : 1;
   const long double source = mean ? expected.source.divisor : 1, target = mean ? expected.target.divisor : 1;
   const auto check = [&](const char* head, double given, long double whole, const Grid& logits, bool of_source) {
@@ -200,8 +167,8 @@ void check_loss(LossCase& c, bool in_place, const cuda::PlanRules& rules) {
   Grid* source_gradient = in_place ? c.source_logits.get() : c.source_gradient.get();
   Grid* target_gradient = in_place ? c.target_logits.get() : c.target_gradient.get();
   Run run(c);
-  run.problem.source_gradient = writable(source_gradient);
-  run.problem.target_gradient = writable(target_gradient);
+  run.problem.source_gradient = source_gradient->writable();
+  if (target_gradient != nullptr) run.problem.target_gradient = target_gradient->writable();
   run.launch(rules);
   const bool both = c.target_logits != nullptr;
   check_term(run, 1, expected.source, text + ", source term");
@@ -233,10 +200,10 @@ TEST(cuda_target_in_registers) {
     LossCase c(type, type, one_in(2) ? type : ScalarType::kFloat32, random_integer(1, 3), columns, 5);
     cuda::PlanRules rules;
     rules.warp_vectors = threads == 32 ? 128 : 0;
-    const int64_t at_once = 128 / threads, touched = cuda::row_vectors(columns, type_of(type));
+    const int64_t at_once = 128 / threads, touched = cuda::row_vectors(columns, type);
     rules.shared_bytes = at_once * 16 * (2 * touched - rest);
     rules.max_blocks = random_integer(1, 4);
-    const auto plan = cuda::plan_loss(1, columns, type_of(type), 0, type_of(type), rules).source;
+    const auto plan = cuda::plan_loss(1, columns, type, 0, type, rules).source;
     CHECK(plan.threads_per_row == threads && plan.staged_target == touched - rest, "another plan");
     CHECK(plan.kept_target == (rest <= 2 * threads ? rest : 0), "%d of %lld in registers", plan.kept_target,
           static_cast<long long>(rest));
@@ -265,8 +232,8 @@ TEST(cuda_loss_same_bits) {
   for (ScalarType type : kAllTypes) {
     LossCase c(type, type, ScalarType::kFloat32, 5, 150, 11);
     Run run(c);
-    run.problem.source_gradient = writable(c.source_gradient.get());
-    run.problem.target_gradient = writable(c.target_gradient.get());
+    run.problem.source_gradient = c.source_gradient->writable();
+    if (c.target_gradient != nullptr) run.problem.target_gradient = c.target_gradient->writable();
     const cuda::PlanRules rules = draw_rules();
     std::vector<char> first;
     for (int k = 0; k < 4; ++k) {
@@ -312,9 +279,8 @@ TEST(cuda_shapes_around_48_kilobytes) {
       {ScalarType::kFloat64, 3070, 10},  {ScalarType::kBFloat16, 4097, 985}, {ScalarType::kBFloat16, 7944, 1016},
       {ScalarType::kFloat32, 4097, 369}, {ScalarType::kFloat32, 5960, 380}};
   for (const Shape& shape : shapes) {
-    const int64_t bytes = cuda::plan_loss(2, shape.source, type_of(shape.type), shape.target, type_of(shape.type),
-                                          cuda::device_at(0).rules)
-                              .shared_bytes;
+    const int64_t bytes =
+        cuda::plan_loss(2, shape.source, shape.type, shape.target, shape.type, cuda::device_at(0).rules).shared_bytes;
     CHECK(bytes > (48 << 10) - 1424 && bytes <= 48 << 10, "%lld bytes", static_cast<long long>(bytes));
     const std::string error = refused(shape.type, shape.source, shape.target);
     CHECK(error.empty(), "%s, %lld and %lld classes: %s", name_of(shape.type), static_cast<long long>(shape.source),
@@ -351,10 +317,10 @@ TEST(cuda_bad_label) {
   for (int64_t bad : {int64_t{7}, int64_t{-1}, int64_t{1} << 40}) {
     for (int64_t i = 0; i < 4; ++i) labels.set(i, i == 2 ? bad : i);
     Run run(c);
-    run.problem.labels = view_of(&labels);
+    run.problem.labels = labels.view();
     run.problem.labels_b = {};
     run.problem.probabilities = {};
-    run.problem.relationship = view_of(c.relationship.get());
+    run.problem.relationship = c.relationship->view();
     run.problem.ignore_index = -100;
     std::string error;
     try {
@@ -382,12 +348,12 @@ TEST(cuda_scale) {
         for (int64_t j = 0; j < columns; ++j) before.push_back(first->at(i, j));
       }
       cuda::ScaleProblem problem;
-      problem.gradients[0] = writable(first.get());
-      problem.gradients[1] = writable(second.get());
-      problem.factors = {factors, cuda::ScalarType::kFloat32, 1};
-      problem.upstream = {upstream, cuda::ScalarType::kFloat64, by_row ? 1 : 0};
+      problem.gradients[0] = first->writable();
+      problem.gradients[1] = second->writable();
+      problem.factors = {factors, ScalarType::kFloat32, 1};
+      problem.upstream = {upstream, ScalarType::kFloat64, by_row ? 1 : 0};
       draw_schedule();
-      cuda::launch_scale(problem, draw_rules(), nullptr);
+      cuda::launch_scale_gradients(problem, draw_rules(), nullptr);
       CHECK(first->gaps_untouched() && second->gaps_untouched(), "written between rows");
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
@@ -432,8 +398,7 @@ TEST(cuda_statistics) {
       }
       const cuda::PlanRules rules = draw_rules();
       draw_schedule();
-      cuda::ClassSumsProblem problem{view_of(logits.get()), view_of(labels.get()), -100, b,
-                                     writable(&sums),       counts.data()};
+      cuda::ClassSumsProblem problem{logits->view(), labels->view(), -100, b, sums.writable(), counts.data()};
       cuda::launch_class_sums(problem, rules, nullptr);
       for (int64_t i = 0; i < classes * columns; ++i) {
         CHECK(close(sums.at(i / columns, i % columns), expected[i], 1e-5L * expected[i]), "%s: sum %Lg, expected %Lg",
@@ -441,14 +406,14 @@ TEST(cuda_statistics) {
       }
       CHECK(counts == expected_counts, "counts");
 
-      const cuda::PassPlan plan = cuda::plan_pass(rows, columns, type_of(type), rules);
+      const cuda::PassPlan plan = cuda::plan_pass(rows, columns, type, rules);
       Results<double> found(4);
       std::vector<double> parts(plan.blocks * cuda::kTemperatureSums);
       unsigned finished = 0;
-      cuda::TemperatureProblem temperature{view_of(logits.get()), view_of(labels.get()), -100, b, found.data(), {}};
+      cuda::TemperatureProblem temperature{logits->view(), labels->view(), -100, b, found.data(), {}};
       temperature.sums.parts = parts.data();
       temperature.sums.finished = &finished;
-      cuda::launch_temperature(temperature, plan, nullptr);
+      cuda::launch_temperature_terms(temperature, plan, nullptr);
       for (int k = 0; k < 4; ++k) {
         CHECK(close(found[k], terms[k], 1e-4L * (rows + std::fabs(terms[k]))), "%s: term %d is %g, expected %Lg",
               name_of(type), k, found[k], terms[k]);

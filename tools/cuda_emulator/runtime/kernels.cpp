@@ -7,8 +7,11 @@
 #include <unordered_map>
 #include <utility>
 
-#include "../../../csrc/kernels/cuda/loss.cuh"
-#include "../../../csrc/kernels/cuda/passes.cuh"
+#include "../../../csrc/kernels/cuda/class_sums.cuh"
+#include "../../../csrc/kernels/cuda/co_tuning_loss.cuh"
+#include "../../../csrc/kernels/cuda/scale_gradients.cuh"
+#include "../../../csrc/kernels/cuda/temperature_terms.cuh"
+#include "../../../csrc/kernels/cuda/translate_labels.cuh"
 
 namespace cotuning::emulator {
 namespace {

@@ -1,5 +1,5 @@
+#include "co_tuning_loss.cuh"
 #include "launch.h"
-#include "loss.cuh"
 
 namespace cotuning::cuda {
 
@@ -31,7 +31,7 @@ void launch_rows_of(ScalarType type, const LossProblem& problem, const LossPlan&
 
 }  // namespace
 
-void launch_loss(const LossProblem& problem, const LossPlan& plan, Device& device, void* stream) {
+void launch_co_tuning_loss(const LossProblem& problem, const LossPlan& plan, Device& device, void* stream) {
   const ScalarType source = problem.source_logits.type, target = problem.target_logits.type;
   if (problem.target_logits.columns == 0 || source == target) {
     return launch_rows_of(source, problem, plan, device, stream);

@@ -1,28 +1,15 @@
-#include "loss.h"
+#include "co_tuning_loss.h"
 
 #include <algorithm>
 #include <cmath>
 
 #include "pages.h"
+#include "row_target.h"
 #include "rows.h"
 #include "scratch.h"
 
 namespace cotuning::cpu {
 namespace {
-
-// A row's target: up to two classes and how much of each. An ignored label has no part.
-struct Parts {
-  int64_t index[2];
-  double share[2];
-  int count = 0;
-
-  void add(int64_t class_index, double part) {
-    if (part == 0) return;
-    index[count] = class_index;
-    share[count++] = part;
-  }
-  double total() const { return count == 0 ? 0 : count == 1 ? share[0] : share[0] + share[1]; }
-};
 
 // What is known of a class before any row is looked at, filled in for the classes that the batch has.
 struct ClassFacts {
@@ -92,24 +79,16 @@ class Loss {
         source_classes_(problem.source_logits.columns),
         target_classes_(problem.probabilities ? problem.probabilities.columns : problem.relationship.rows) {}
 
-  BadLabel read_labels() {
+  BadLabel read_targets() {
     if (has_probabilities()) return {};
-    parts_.resize(batch_);
-    for (int64_t i = 0; i < batch_; ++i) {
-      const bool mixed = p_.labels_b.data != nullptr;
-      const double share = mixed ? p_.mix[i * p_.mix_stride] : 1.0;
-      if (BadLabel bad = add_part(i, p_.labels[i], share, false)) return bad;
-      if (!mixed) continue;
-      if (BadLabel bad = add_part(i, p_.labels_b[i], 1.0 - share, true)) return bad;
-    }
-    return {};
+    return read_row_targets(p_, batch_, target_classes_, &targets_);
   }
 
   void look_up_classes() {
     if (has_probabilities()) return;
     facts_.resize(target_classes_);
-    for (const Parts& parts : parts_) {
-      for (int k = 0; k < parts.count; ++k) look_up_class(parts.index[k]);
+    for (const RowTarget& target : targets_) {
+      for (int k = 0; k < target.count; ++k) look_up_class(target.index[k]);
     }
   }
 
@@ -125,11 +104,11 @@ class Loss {
         any_valid_ = rows_.any_nonzero[type](p_.probabilities.row(i), target_classes_);
       }
     } else {
-      for (const Parts& parts : parts_) {
-        for (int k = 0; k < parts.count; ++k) {
+      for (const RowTarget& target : targets_) {
+        for (int k = 0; k < target.count; ++k) {
           any_valid_ = true;
-          target_weight += parts.share[k] * weight_of(parts.index[k]);
-          if (supervised(parts.index[k])) source_rows += parts.share[k];
+          target_weight += target.share[k] * weight_of(target.index[k]);
+          if (supervised(target.index[k])) source_rows += target.share[k];
         }
       }
     }
@@ -154,11 +133,11 @@ class Loss {
     if (p_.target_gradient.data != nullptr) {
       prefer_huge_pages(p_.target_gradient.data, batch_ * p_.target_logits.columns * size_of(p_.target_logits.type));
     }
-    source_gradient_ = p_.source_gradient;
     // In place the lines have just been read: in the cache, stores to them cost least.
-    source_gradient_.stream = source_gradient_.data != nullptr && source_gradient_.data != p_.source_logits.data &&
-                              !keeps_exponentials(source_gradient_, p_.source_logits) &&
-                              worth_streaming(source_gradient_.data, gradient_bytes());
+    const Matrix& gradient = p_.source_gradient;
+    streams_source_gradient_ = gradient.data != nullptr && gradient.data != p_.source_logits.data &&
+                               !keeps_exponentials(gradient, p_.source_logits) &&
+                               worth_streaming(gradient.data, gradient_bytes());
     const int64_t relationship_bytes = p_.relationship.rows * p_.relationship.columns * size_of(p_.relationship.type);
     fetch_next_source_row_ = relationship_bytes <= kCachedRelationshipBytes;
     source_rows_ = result->source_term.data();
@@ -170,32 +149,11 @@ class Loss {
     if (p_.target_logits) reduce(&result->target_term, target_divisor_);
   }
 
-  void translate(ParallelFor parallel_for, int64_t batch, void* out) {
-    batch_ = batch;
-    translated_ = out;
-    prefer_huge_pages(out, batch_ * source_classes_ * size_of(p_.relationship.type));
-    parallel_for(
-        0, batch_, grain_rows(source_classes_),
-        [](int64_t begin, int64_t end, void* self) { static_cast<Loss*>(self)->translate_rows(begin, end); }, this);
-  }
-
-  void set_batch(int64_t batch, int64_t source_classes) {
-    batch_ = batch;
-    source_classes_ = source_classes;
-  }
-
  private:
   int64_t gradient_bytes() const { return batch_ * source_classes_ * size_of(p_.source_logits.type); }
   bool has_probabilities() const { return static_cast<bool>(p_.probabilities); }
   double weight_of(int64_t class_index) const { return p_.weight.empty() ? 1.0 : p_.weight[class_index]; }
   bool supervised(int64_t class_index) const { return facts_[class_index].supervision == ClassFacts::kSupervised; }
-
-  BadLabel add_part(int64_t row, int64_t label, double share, bool second) {
-    if (label == p_.ignore_index) return {};
-    if (label < 0 || label >= target_classes_) return {row, label, second};
-    parts_[row].add(label, share);
-    return {};
-  }
 
   void look_up_class(int64_t class_index) {
     ClassFacts& facts = facts_[class_index];
@@ -209,19 +167,9 @@ class Loss {
     }
   }
 
-  // A row of the source distribution in the compute type of the source logits: the relationship's own memory where it
-  // already is that, else scratch.
+  // A row of the source distribution in the compute type of the source logits.
   const void* distribution(const void* a, double share_a, const void* b, double share_b) const {
-    const ScalarType wanted = is_double(p_.source_logits) ? ScalarType::kFloat64 : ScalarType::kFloat32;
-    if (b == nullptr && share_a == 1.0 && p_.relationship.type == wanted) return a;
-    void* scratch = Scratch::get(1, source_classes_ * size_of(wanted));
-    const int type = static_cast<int>(p_.relationship.type);
-    if (wanted == ScalarType::kFloat64) {
-      rows_.mix_to_double[type](a, share_a, b, share_b, source_classes_, static_cast<double*>(scratch));
-    } else {
-      rows_.mix_to_float[type](a, share_a, b, share_b, source_classes_, static_cast<float*>(scratch));
-    }
-    return scratch;
+    return mixed_row(rows_, p_.relationship, is_double(p_.source_logits), a, share_a, b, share_b);
   }
 
   double sum_q_log_q(const void* q) const {
@@ -259,20 +207,20 @@ class Loss {
     for (double weight : p_.weight) total += std::fabs(weight);
     const auto look_at = [&](double weight) { largest = std::max(largest, std::fabs(weight)); };
     if (has_probabilities()) std::for_each(p_.weight.begin(), p_.weight.end(), look_at);
-    for (const Parts& parts : parts_) {
-      for (int k = 0; k < parts.count; ++k) look_at(p_.weight[parts.index[k]]);
+    for (const RowTarget& target : targets_) {
+      for (int k = 0; k < target.count; ++k) look_at(p_.weight[target.index[k]]);
     }
     const double smoothing = p_.label_smoothing;
     return (1 - smoothing) * largest + smoothing * total / static_cast<double>(p_.weight.size());
   }
 
-  // The parts of a row that have source supervision.
-  Parts supervised_parts(int64_t row) const {
-    Parts parts;
-    for (int k = 0; k < parts_[row].count; ++k) {
-      if (supervised(parts_[row].index[k])) parts.add(parts_[row].index[k], parts_[row].share[k]);
+  // The classes of a row that have source supervision.
+  RowTarget supervised_target(int64_t row) const {
+    RowTarget target;
+    for (int k = 0; k < targets_[row].count; ++k) {
+      if (supervised(targets_[row].index[k])) target.add(targets_[row].index[k], targets_[row].share[k]);
     }
-    return parts;
+    return target;
   }
 
   // The translated label of a row, or null where it has no source supervision.
@@ -284,13 +232,13 @@ class Loss {
       if (!rows_.any_nonzero[type](relationship_row, source_classes_)) return nullptr;
       q = distribution(relationship_row, 1.0, nullptr, 0.0);
     } else {
-      const Parts parts = supervised_parts(row);
-      if (parts.count == 0) return nullptr;
-      const void* second = parts.count == 2 ? p_.relationship.row(parts.index[1]) : nullptr;
-      q = distribution(p_.relationship.row(parts.index[0]), parts.share[0], second,
-                       parts.count == 2 ? parts.share[1] : 0);
-      if (parts.count == 1 && parts.share[0] == 1.0) {
-        *q_log_q = facts_[parts.index[0]].sum_q_log_q;
+      const RowTarget target = supervised_target(row);
+      if (target.count == 0) return nullptr;
+      const void* second = target.count == 2 ? p_.relationship.row(target.index[1]) : nullptr;
+      q = distribution(p_.relationship.row(target.index[0]), target.share[0], second,
+                       target.count == 2 ? target.share[1] : 0);
+      if (target.count == 1 && target.share[0] == 1.0) {
+        *q_log_q = facts_[target.index[0]].sum_q_log_q;
         return q;
       }
     }
@@ -321,7 +269,9 @@ class Loss {
   void source_row(int64_t row, void* scratch, const void* next) {
     double q_log_q = 0;
     const void* q = translated(row, &q_log_q);
-    source_rows_[row] = dense_row(p_.source_logits, row, q, scratch, next, source_scale_, source_gradient_) + q_log_q;
+    source_rows_[row] = dense_row(p_.source_logits, row, q, scratch, next, source_scale_, p_.source_gradient,
+                                  streams_source_gradient_) +
+                        q_log_q;
   }
 
   // Relative to the logarithm of the sum that the sweep before has found.
@@ -335,7 +285,7 @@ class Loss {
   // Cross entropy of a row against the distribution q, and its gradient; no q: no loss, and a gradient of zeros.
   // `mass`: that of q, where it is known better than from a sum in the type that is computed in.
   double dense_row(const ConstMatrix& logits, int64_t row, const void* q, void* scratch, const void* next, double scale,
-                   const Matrix& gradient, const double* mass = nullptr) {
+                   const Matrix& gradient, bool stream, const double* mass = nullptr) {
     const int type = static_cast<int>(logits.type);
     if (q == nullptr) {
       zero_gradient(logits, row, gradient);
@@ -344,14 +294,13 @@ class Loss {
     void* gradient_row = gradient.data != nullptr ? gradient.row(row) : nullptr;
     const bool kept = keeps_exponentials(gradient, logits);
     void* exponentials = kept || gradient_row == nullptr ? gradient_row : scratch;
-    if (gradient.stream) look_up_pages(gradient_row, logits.columns * size_of(logits.type));
+    if (stream) look_up_pages(gradient_row, logits.columns * size_of(logits.type));
     SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next,
-                                      kept || gradient.stream ? nullptr : gradient_row, kUnknown);
+                                      kept || stream ? nullptr : gradient_row, kUnknown);
     if (is_coarse(s)) s = sweep_again(s, logits, row, q, exponentials);
     if (mass != nullptr) s.mass = *mass;
     if (gradient_row != nullptr) {
-      rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, gradient.stream,
-                           gradient_row);
+      rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, stream, gradient_row);
     }
     return loss_of(s);
   }
@@ -361,7 +310,8 @@ class Loss {
       double mass = 0;
       const void* q = is_double(p_.target_logits) ? target_distribution<double>(row, &mass)
                                                   : target_distribution<float>(row, &mass);
-      target_rows_[row] = dense_row(p_.target_logits, row, q, scratch, next, target_scale_, p_.target_gradient, &mass);
+      target_rows_[row] =
+          dense_row(p_.target_logits, row, q, scratch, next, target_scale_, p_.target_gradient, false, &mass);
     } else {
       target_rows_[row] = sparse_target_row(row, scratch, next);
     }
@@ -372,7 +322,7 @@ class Loss {
   template <class C>
   const void* target_distribution(int64_t row, double* mass) const {
     const double smoothing = p_.label_smoothing;
-    const double share = has_probabilities() ? 1.0 : parts_[row].total();
+    const double share = has_probabilities() ? 1.0 : targets_[row].total();
     const double base = smoothing / static_cast<double>(target_classes_) * share;
     C* q = static_cast<C*>(Scratch::get(2, target_classes_ * sizeof(C)));
     if (has_probabilities()) {
@@ -381,8 +331,8 @@ class Loss {
       for (int64_t j = 0; j < target_classes_; ++j) q[j] += static_cast<C>(base);
     } else {
       for (int64_t j = 0; j < target_classes_; ++j) q[j] = static_cast<C>(base);
-      for (int k = 0; k < parts_[row].count; ++k) {
-        q[parts_[row].index[k]] += static_cast<C>((1.0 - smoothing) * parts_[row].share[k]);
+      for (int k = 0; k < targets_[row].count; ++k) {
+        q[targets_[row].index[k]] += static_cast<C>((1.0 - smoothing) * targets_[row].share[k]);
       }
     }
     bool any = false;
@@ -405,37 +355,37 @@ class Loss {
   // and the target is taken off at its classes.
   double sparse_target_row(int64_t row, void* scratch, const void* next) {
     const ConstMatrix& logits = p_.target_logits;
-    Parts parts;
-    for (int k = 0; k < parts_[row].count; ++k) {
-      parts.add(parts_[row].index[k], parts_[row].share[k] * weight_of(parts_[row].index[k]));
+    RowTarget target;
+    for (int k = 0; k < targets_[row].count; ++k) {
+      target.add(targets_[row].index[k], targets_[row].share[k] * weight_of(targets_[row].index[k]));
     }
-    if (parts.count == 2 && parts.index[0] == parts.index[1]) {
-      parts.share[0] += parts.share[1];
-      parts.count = 1;
+    if (target.count == 2 && target.index[0] == target.index[1]) {
+      target.share[0] += target.share[1];
+      target.count = 1;
     }
-    if (parts.count == 0) {
+    if (target.count == 0) {
       zero_gradient(logits, row, p_.target_gradient);
       return 0;
     }
     const int type = static_cast<int>(logits.type);
     // In place, the gradient overwrites the logits: read what is needed of them first.
     double logit[2] = {};
-    for (int k = 0; k < parts.count; ++k) logit[k] = element(logits, row, parts.index[k]);
+    for (int k = 0; k < target.count; ++k) logit[k] = element(logits, row, target.index[k]);
     void* gradient_row = p_.target_gradient.data != nullptr ? p_.target_gradient.row(row) : nullptr;
     void* exponentials = gradient_row != nullptr ? scratch : nullptr;
     // Relative to the labels' higher logit where that is high: of a confident row, log sum is nearly that logit.
-    const double highest = parts.count == 2 && logit[1] > logit[0] ? logit[1] : logit[0];
+    const double highest = target.count == 2 && logit[1] > logit[0] ? logit[1] : logit[0];
     SweepResult s =
         rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, next, gradient_row, highest);
     if (s.sum > kFarSum) s = sweep_again(s, logits, row, nullptr, exponentials);
-    const double mass = parts.total();
+    const double mass = target.total();
     double loss = mass * std::log(s.sum);
-    for (int k = 0; k < parts.count; ++k) loss -= parts.share[k] * (logit[k] - s.shift);
+    for (int k = 0; k < target.count; ++k) loss -= target.share[k] * (logit[k] - s.shift);
     if (gradient_row == nullptr) return loss;
     rows_.gradient[type](exponentials, nullptr, logits.columns, target_scale_ * mass / s.sum, 0.0, false, gradient_row);
-    for (int k = 0; k < parts.count; ++k) {
-      const double softmax = exponential(exponentials, logits, parts.index[k]) / s.sum;
-      set_element(p_.target_gradient, row, parts.index[k], target_scale_ * (mass * softmax - parts.share[k]));
+    for (int k = 0; k < target.count; ++k) {
+      const double softmax = exponential(exponentials, logits, target.index[k]) / s.sum;
+      set_element(p_.target_gradient, row, target.index[k], target_scale_ * (mass * softmax - target.share[k]));
     }
     return loss;
   }
@@ -483,89 +433,29 @@ class Loss {
     terms->assign(1, total / divisor);  // no valid row: 0 / 0, as F.cross_entropy
   }
 
-  void translate_rows(int64_t begin, int64_t end) const {
-    const int64_t row_bytes = source_classes_ * size_of(p_.relationship.type);
-    for (int64_t i = begin; i < end; ++i) {
-      char* out = static_cast<char*>(translated_) + i * row_bytes;
-      const Parts& parts = parts_[i];
-      if (parts.count == 0) {
-        std::fill(out, out + row_bytes, char(0));
-      } else if (parts.count == 1 && parts.share[0] == 1.0) {
-        const auto* row = static_cast<const char*>(p_.relationship.row(parts.index[0]));
-        std::copy(row, row + row_bytes, out);
-      } else {
-        const void* second = parts.count == 2 ? p_.relationship.row(parts.index[1]) : nullptr;
-        const void* q = distribution(p_.relationship.row(parts.index[0]), parts.share[0], second,
-                                     parts.count == 2 ? parts.share[1] : 0);
-        if (p_.relationship.type == ScalarType::kFloat64) {
-          std::copy(static_cast<const char*>(q), static_cast<const char*>(q) + row_bytes, out);
-        } else {
-          rows_.store_float[static_cast<int>(p_.relationship.type)](static_cast<const float*>(q), source_classes_, out);
-        }
-      }
-    }
-  }
-
   const LossProblem& p_;
   const RowKernels& rows_;
   int64_t batch_, source_classes_, target_classes_;
-  std::vector<Parts> parts_;
+  std::vector<RowTarget> targets_;
   std::vector<ClassFacts> facts_;
   bool any_valid_ = false;
   double source_divisor_ = 1, target_divisor_ = 1, source_scale_ = 1, target_scale_ = 1;
-  Matrix source_gradient_;
+  bool streams_source_gradient_ = false;  // it is written around the cache
   bool fetch_next_source_row_ = false;
   double* source_rows_ = nullptr;
   double* target_rows_ = nullptr;
-  void* translated_ = nullptr;
 };
 
 }  // namespace
 
 BadLabel co_tuning_loss(const LossProblem& problem, ParallelFor parallel_for, LossResult* result) {
   Loss loss(problem);
-  if (BadLabel bad = loss.read_labels()) return bad;
+  if (BadLabel bad = loss.read_targets()) return bad;
   loss.look_up_classes();
   loss.count();
   loss.choose_factors(result);
   loss.run(parallel_for, result);
   return {};
-}
-
-BadLabel translate_labels(const LossProblem& problem, int64_t batch, void* out, ParallelFor parallel_for) {
-  Loss loss(problem);
-  loss.set_batch(batch, problem.relationship.columns);
-  if (BadLabel bad = loss.read_labels()) return bad;
-  loss.translate(parallel_for, batch, out);
-  return {};
-}
-
-namespace {
-
-struct ScaleTask {
-  Matrix rows;
-  int64_t columns;
-  double factor;
-  const double* upstream;
-  int64_t upstream_stride;
-  void (*scale)(void* row, int64_t n, double factor);
-};
-
-}  // namespace
-
-void scale_rows(Matrix rows, int64_t count, int64_t columns, double factor, const double* upstream,
-                int64_t upstream_stride, ParallelFor parallel_for) {
-  if (upstream_stride == 0 && factor * upstream[0] == 1.0) return;
-  ScaleTask task{rows, columns, factor, upstream, upstream_stride, row_kernels().scale[static_cast<int>(rows.type)]};
-  parallel_for(
-      0, count, grain_rows(columns),
-      [](int64_t begin, int64_t end, void* context) {
-        const auto& t = *static_cast<ScaleTask*>(context);
-        for (int64_t i = begin; i < end; ++i) {
-          t.scale(t.rows.row(i), t.columns, t.factor * t.upstream[i * t.upstream_stride]);
-        }
-      },
-      &task);
 }
 
 }  // namespace cotuning::cpu

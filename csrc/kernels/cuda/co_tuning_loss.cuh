@@ -10,36 +10,11 @@
 #include <type_traits>
 
 #include "row.cuh"
+#include "row_target.cuh"
 
 namespace cotuning::cuda {
 
 enum LossSum : int { kSourceLoss = 0, kTargetLoss, kSupervised, kWeight, kValid };
-
-// A row's target: up to two classes and how much of each. An ignored label has no part.
-struct Parts {
-  int64_t index[2];
-  double share[2];
-
-  __device__ bool any() const { return share[0] != 0 || share[1] != 0; }
-};
-
-__device__ __forceinline__ Parts read_labels(const Labels& labels, const Labels& labels_b, const double* mix,
-                                             int64_t mix_stride, int64_t ignore_index, int64_t classes, int64_t row) {
-  const bool mixed = labels_b.data != nullptr;
-  const double share = mixed ? mix[row * mix_stride] : 1.0;
-  Parts parts{{labels[row], mixed ? labels_b[row] : ignore_index}, {share, mixed ? 1.0 - share : 0.0}};
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const bool ignored = parts.index[k] == ignore_index;
-    device_assert(ignored || (parts.index[k] >= 0 && parts.index[k] < classes));
-    if (ignored) parts.share[k] = 0;
-  }
-  return parts;
-}
-
-__device__ __forceinline__ Parts read_labels(const LossProblem& p, int64_t row) {
-  return read_labels(p.labels, p.labels_b, p.mix, p.mix_stride, p.ignore_index, p.target_classes, row);
-}
 
 __device__ __forceinline__ void store_result(void* results, bool in_double, int64_t i, double value) {
   if (in_double) {
@@ -82,18 +57,18 @@ __device__ void source_row(const LossProblem& p, const Team& team, int64_t row, 
   using C = ComputeType<T>;
   const int columns = static_cast<int>(p.source_logits.columns);
   TranslatedTarget<C> target{{nullptr, nullptr}, {1, 0}, p.relationship.type, p.kl_divergence};
-  Parts parts{{0, 0}, {1.0, 0.0}};
+  RowTarget labels{{0, 0}, {1.0, 0.0}};
   bool valid;
   if (p.probabilities.columns > 0) {
     target.rows[0] = p.relationship.row(row);
     valid = any_probability(team, p.probabilities, row);
   } else {
-    parts = read_labels(p, row);
-    valid = parts.any();
+    labels = read_row_target(p, p.target_classes, row);
+    valid = labels.any();
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      if (parts.share[k] != 0) target.rows[k] = p.relationship.row(parts.index[k]);
-      target.shares[k] = static_cast<C>(parts.share[k]);
+      if (labels.share[k] != 0) target.rows[k] = p.relationship.row(labels.index[k]);
+      target.shares[k] = static_cast<C>(labels.share[k]);
     }
   }
   T* gradient = row_of<T>(p.source_gradient, row);
@@ -112,7 +87,7 @@ __device__ void source_row(const LossProblem& p, const Team& team, int64_t row, 
   if (p.probabilities.columns > 0) {
     totals[kSupervised] += p.mix[row * p.mix_stride];
   } else {
-    totals[kSupervised] += (result.supervised[0] ? parts.share[0] : 0) + (result.supervised[1] ? parts.share[1] : 0);
+    totals[kSupervised] += (result.supervised[0] ? labels.share[0] : 0) + (result.supervised[1] ? labels.share[1] : 0);
   }
   if (p.reduction == Reduction::kNone) {
     store_result(p.terms, p.results_in_double, p.source_logits.rows + row, result.loss);
@@ -130,17 +105,17 @@ __device__ void target_row(const LossProblem& p, const Team& team, int64_t row, 
     target.probabilities = p.probabilities.row(row);
     target.type = p.probabilities.type;
   } else {
-    const Parts parts = read_labels(p, row);
+    const RowTarget labels = read_row_target(p, p.target_classes, row);
     weight = 0;
-    share = parts.share[0] + parts.share[1];
+    share = labels.share[0] + labels.share[1];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      if (parts.share[k] == 0) continue;
+      if (labels.share[k] == 0) continue;
       const double of_class =
-          p.weight.data == nullptr ? 1 : number_at(p.weight.data, p.weight.type, parts.index[k] * p.weight.stride);
-      weight += parts.share[k] * of_class;
-      target.classes[k] = static_cast<int>(parts.index[k]);
-      target.peaks[k] = static_cast<C>((1 - smoothing) * parts.share[k] * of_class);
+          p.weight.data == nullptr ? 1 : number_at(p.weight.data, p.weight.type, labels.index[k] * p.weight.stride);
+      weight += labels.share[k] * of_class;
+      target.classes[k] = static_cast<int>(labels.index[k]);
+      target.peaks[k] = static_cast<C>((1 - smoothing) * labels.share[k] * of_class);
     }
   }
   target.base = static_cast<C>(smoothing / static_cast<double>(columns) * share);
@@ -209,17 +184,6 @@ __device__ inline void finish_loss(const LossProblem& p, const double* sums) {
   store_result(p.loss, in_double, 0, both ? target + trade_off * source : source);
 }
 
-// What a thread has to do with an item: which row it is for it, and with whom.
-struct Place {
-  int index;  // of the row among those of the item
-  int64_t row;
-};
-
-__device__ __forceinline__ Place place_in(const RowPlan& plan, int64_t item) {
-  const int index = static_cast<int>(threadIdx.x) / plan.threads_per_row;
-  return {index, item * (static_cast<int>(blockDim.x) / plan.threads_per_row) + index};
-}
-
 template <class T>
 __device__ __forceinline__ Stage<T> stage_of(const RowPlan& plan, char* memory, int index) {
   return {memory + index * plan.staged_bytes, plan};
@@ -240,15 +204,15 @@ __global__ void __launch_bounds__(kLargestBlock, 1) loss_kernel(LossProblem p, L
     __syncthreads();  // before the shared memory of the rows before is written again, by other threads
     // A warp may have no row in its last item; where a block does a row, there is one.
     if (item < plan.source.items) {
-      const Place place = place_in(plan.source, item);
-      if (place.row >= p.source_logits.rows) continue;
-      source_row(p, Team(plan.source.threads_per_row, scratch), place.row,
-                 stage_of<T>(plan.source, staged, place.index), totals);
+      const RowSlot slot = slot_in(plan.source, item);
+      if (slot.row >= p.source_logits.rows) continue;
+      source_row(p, Team(plan.source.threads_per_row, scratch), slot.row, stage_of<T>(plan.source, staged, slot.index),
+                 totals);
     } else {
-      const Place place = place_in(plan.target, item - plan.source.items);
-      if (place.row >= p.target_logits.rows) continue;
-      target_row(p, Team(plan.target.threads_per_row, scratch), place.row,
-                 stage_of<T>(plan.target, staged, place.index), totals);
+      const RowSlot slot = slot_in(plan.target, item - plan.source.items);
+      if (slot.row >= p.target_logits.rows) continue;
+      target_row(p, Team(plan.target.threads_per_row, scratch), slot.row, stage_of<T>(plan.target, staged, slot.index),
+                 totals);
     }
   }
   if (!sum_over_blocks<kLossSums>(p.sums, all_totals)) return;

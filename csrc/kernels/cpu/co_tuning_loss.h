@@ -1,0 +1,27 @@
+// The Co-Tuning loss of a batch: both heads, both gradients, labels, options, reduction.
+#pragma once
+
+#include <vector>
+
+#include "../loss_problem.h"
+#include "bad_label.h"
+#include "parallel.h"
+
+namespace cotuning::cpu {
+
+struct LossProblem : LossInputs {
+  std::vector<double> weight;  // (N_t) or empty
+  double trade_off = 1;
+};
+
+struct LossResult {
+  // One entry, or one a row without reduction.
+  std::vector<double> target_term, source_term;
+  // The gradient of the loss is factor * the stored gradient.
+  double source_factor = 1, target_factor = 1;
+};
+
+// Nothing is written where a label is bad.
+BadLabel co_tuning_loss(const LossProblem& problem, ParallelFor parallel_for, LossResult* result);
+
+}  // namespace cotuning::cpu

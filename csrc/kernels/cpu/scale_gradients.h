@@ -1,0 +1,13 @@
+// The backward pass: gradients times the upstream gradient.
+#pragma once
+
+#include "../views.h"
+#include "parallel.h"
+
+namespace cotuning::cpu {
+
+// row *= factor * upstream, where upstream is one number, or one a row (upstream_stride 0 or more).
+void scale_gradients(const Matrix& rows, double factor, const double* upstream, int64_t upstream_stride,
+                     ParallelFor parallel_for);
+
+}  // namespace cotuning::cpu

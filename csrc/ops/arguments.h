@@ -1,0 +1,146 @@
+// The operations' arguments, from torch's tensors to the views and problems that the kernels take: for the CPU's and
+// the CUDA operations and for the fast path, for the stable ABI's tensors and for the ordinary ones.
+//
+// A Place says where tensors must lie: check(tensor, name) refuses others, and kMostColumns is the longest row that its
+// kernels count. The Python layer has already checked its arguments, in words for people. The checks here are those
+// without which a direct caller could read or write outside a tensor.
+#pragma once
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+
+#include "../kernels/loss_problem.h"
+#include "dtypes.h"
+
+namespace cotuning::ops {
+
+struct OnTheCpu {
+  static constexpr int64_t kMostColumns = std::numeric_limits<int64_t>::max();
+
+  template <class Tensor>
+  void check(const Tensor& tensor, const char* name) const {
+    STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  }
+};
+
+template <class Place, class Tensor>
+void check_matrix(const Place& place, const Tensor& tensor, const char* name) {
+  place.check(tensor, name);
+  STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, not ", tensor.dim());
+  STD_TORCH_CHECK(tensor.size(1) > 0, name, " must have columns");
+  STD_TORCH_CHECK(tensor.size(1) <= Place::kMostColumns, name, " must have at most ", Place::kMostColumns, " columns");
+  STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, name, " must have dense columns (stride(1) == 1)");
+}
+
+template <class Place, class Tensor>
+ConstMatrix const_matrix(const Place& place, const Tensor& tensor, const char* name) {
+  check_matrix(place, tensor, name);
+  return {tensor.const_data_ptr(), kernel_type(tensor, name), tensor.size(0), tensor.size(1), tensor.stride(0)};
+}
+
+// A row that another row overlaps cannot hold a gradient of its own.
+template <class Place, class Tensor>
+Matrix matrix(const Place& place, const Tensor& tensor, const char* name) {
+  check_matrix(place, tensor, name);
+  STD_TORCH_CHECK(tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1), name, " has rows that overlap");
+  return {tensor.mutable_data_ptr(), kernel_type(tensor, name), tensor.size(0), tensor.size(1), tensor.stride(0)};
+}
+
+template <class Place, class Tensor>
+Labels labels(const Place& place, const Tensor& tensor, int64_t rows, const char* name) {
+  place.check(tensor, name);
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == rows, name, " must have shape (", rows, ",)");
+  const bool is_int32 = tensor.scalar_type() == ScalarType::Int;
+  STD_TORCH_CHECK(is_int32 || tensor.scalar_type() == ScalarType::Long, name, " must be int64 or int32");
+  return {tensor.const_data_ptr(), is_int32, tensor.stride(0)};
+}
+
+// Each row's target; shared by the loss and by translate_labels.
+template <class Place, class Tensor>
+void read_target(const Place& place, const Tensor& target, const std::optional<Tensor>& target_b,
+                 const std::optional<Tensor>& mix, int64_t ignore_index, int64_t batch, TargetInputs* inputs) {
+  const bool probabilities = is_floating(target);
+  STD_TORCH_CHECK(mix.has_value() == (probabilities || target_b.has_value()) && !(probabilities && target_b),
+                  "mix goes with target_b, or with probabilities");
+  inputs->ignore_index = ignore_index;
+  if (probabilities) {
+    inputs->probabilities = const_matrix(place, target, "target");
+    STD_TORCH_CHECK(target.size(0) == batch, "target must have ", batch, " rows");
+  } else {
+    inputs->labels = labels(place, target, batch, "target");
+    if (target_b) inputs->labels_b = labels(place, *target_b, batch, "target_b");
+    STD_TORCH_CHECK(!target_b || target_b->scalar_type() == target.scalar_type(), "target_b must have target's dtype");
+  }
+  if (!mix) return;
+  place.check(*mix, "mix");
+  const bool one = mix->dim() == 1 && mix->size(0) == 1;
+  STD_TORCH_CHECK(
+      mix->scalar_type() == ScalarType::Double && mix->dim() == 1 && (mix->size(0) == batch || (one && !probabilities)),
+      "mix must be float64 of shape (", batch, ",) or (1,)");
+  inputs->mix = static_cast<const double*>(mix->const_data_ptr());
+  inputs->mix_stride = one ? 0 : mix->stride(0);
+}
+
+// All of the loss's arguments but weight and trade_off, which each kind of kernel takes in its own way. Returns the
+// number of target classes.
+template <class Place, class Tensor>
+int64_t read_loss(const Place& place, const Tensor& source_logits, const std::optional<Tensor>& target_logits,
+                  const Tensor& target, const std::optional<Tensor>& target_b, const std::optional<Tensor>& mix,
+                  const Tensor& relationship, double label_smoothing, int64_t ignore_index, int64_t reduction,
+                  bool kl_divergence, LossInputs* inputs) {
+  inputs->source_logits = const_matrix(place, source_logits, "source_logits");
+  const int64_t batch = inputs->source_logits.rows;
+  read_target(place, target, target_b, mix, ignore_index, batch, inputs);
+  inputs->relationship = const_matrix(place, relationship, "relationship");
+  STD_TORCH_CHECK(inputs->relationship.columns == inputs->source_logits.columns,
+                  "relationship must have one column a source class");
+  const bool probabilities = static_cast<bool>(inputs->probabilities);
+  STD_TORCH_CHECK(!probabilities || inputs->relationship.rows == batch,
+                  "with probabilities, relationship must have one row a row of the batch");
+  const int64_t classes = probabilities ? inputs->probabilities.columns : inputs->relationship.rows;
+  if (target_logits) {
+    inputs->target_logits = const_matrix(place, *target_logits, "target_logits");
+    STD_TORCH_CHECK(inputs->target_logits.rows == batch && inputs->target_logits.columns == classes,
+                    "target_logits must have shape (", batch, ", ", classes, ")");
+  }
+  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction must be 0, 1 or 2");
+  STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1]");
+  inputs->label_smoothing = label_smoothing;
+  inputs->reduction = static_cast<Reduction>(reduction);
+  inputs->kl_divergence = kl_divergence;
+  return classes;
+}
+
+// Only float64 is read: every layer above passes it.
+template <class Place, class Tensor>
+const double* read_trade_off(const Place& place, const Tensor& trade_off) {
+  place.check(trade_off, "trade_off");
+  STD_TORCH_CHECK(trade_off.dim() == 0 && trade_off.scalar_type() == ScalarType::Double,
+                  "trade_off must be a float64 number");
+  return static_cast<const double*>(trade_off.const_data_ptr());
+}
+
+// Where the loss and its terms are float64 instead of float32.
+inline bool has_double_results(const LossInputs& inputs) {
+  return inputs.source_logits.type == cotuning::ScalarType::kFloat64 ||
+         (inputs.target_logits && inputs.target_logits.type == cotuning::ScalarType::kFloat64);
+}
+
+// The memory that add_class_sums adds to.
+template <class Place, class Tensor>
+Matrix read_class_sums(const Place& place, const Tensor& sums, const Tensor& counts, const ConstMatrix& logits) {
+  const Matrix view = matrix(place, sums, "sums");
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float || sums.scalar_type() == ScalarType::Double,
+                  "sums must be float32 or float64");
+  STD_TORCH_CHECK(view.columns == logits.columns, "sums must have one column a column of logits");
+  place.check(counts, "counts");
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.dim() == 1 &&
+                      counts.size(0) == view.rows,
+                  "counts must be contiguous int64 of shape (", view.rows, ",)");
+  return view;
+}
+
+}  // namespace cotuning::ops

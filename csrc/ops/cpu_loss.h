@@ -1,0 +1,82 @@
+// The loss's problem as the CPU kernels take it, and its numbers back into tensors: for the operations (cpu.cpp) and
+// for the fast path (csrc/fast_path).
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <optional>
+#include <vector>
+
+#include "../kernels/cpu/co_tuning_loss.h"
+#include "arguments.h"
+
+namespace cotuning::ops {
+
+// A floating tensor of one dimension, or none, as doubles.
+template <class Tensor>
+std::vector<double> read_numbers(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() <= 1, name, " must be on the CPU, of one dimension at most");
+  const int64_t count = tensor.dim() == 0 ? 1 : tensor.size(0);
+  const int64_t stride = tensor.dim() == 0 ? 0 : tensor.stride(0);
+  std::vector<double> values(count);
+  const auto read = [&](const auto* data) {
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<double>(data[i * stride]);
+  };
+  const void* data = tensor.const_data_ptr();
+  switch (kernel_type(tensor, name)) {
+    case cotuning::ScalarType::kFloat32: read(static_cast<const float*>(data)); break;
+    case cotuning::ScalarType::kBFloat16: read(static_cast<const c10::BFloat16*>(data)); break;
+    case cotuning::ScalarType::kFloat16: read(static_cast<const c10::Half*>(data)); break;
+    case cotuning::ScalarType::kFloat64: read(static_cast<const double*>(data)); break;
+  }
+  return values;
+}
+
+template <class Tensor>
+cpu::LossProblem read_problem(const Tensor& source_logits, const std::optional<Tensor>& target_logits,
+                              const Tensor& target, const std::optional<Tensor>& target_b,
+                              const std::optional<Tensor>& mix, const Tensor& relationship,
+                              const std::optional<Tensor>& weight, double trade_off, double label_smoothing,
+                              int64_t ignore_index, int64_t reduction, bool kl_divergence) {
+  cpu::LossProblem problem;
+  const int64_t classes = read_loss(OnTheCpu{}, source_logits, target_logits, target, target_b, mix, relationship,
+                                    label_smoothing, ignore_index, reduction, kl_divergence, &problem);
+  if (weight) problem.weight = read_numbers(*weight, "weight");
+  STD_TORCH_CHECK(!weight || static_cast<int64_t>(problem.weight.size()) == classes, "weight must have shape (",
+                  classes, ",)");
+  problem.trade_off = trade_off;
+  return problem;
+}
+
+// The dtype of the loss and its terms.
+inline ScalarType loss_type(const cpu::LossProblem& problem) {
+  return has_double_results(problem) ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class Tensor>
+void store(const Tensor& tensor, int64_t index, double value) {
+  if (tensor.scalar_type() == ScalarType::Double) {
+    static_cast<double*>(tensor.mutable_data_ptr())[index] = value;
+  } else {
+    static_cast<float*>(tensor.mutable_data_ptr())[index] = static_cast<float>(value);
+  }
+}
+
+// The loss, and the terms [target, source] where they are wanted: one number each, or one a row.
+template <class Tensor>
+void store_losses(const cpu::LossProblem& problem, const cpu::LossResult& result, const Tensor& loss,
+                  const Tensor* terms) {
+  const bool both = static_cast<bool>(problem.target_logits);
+  const auto entries = static_cast<int64_t>(result.source_term.size());
+  for (int64_t i = 0; i < entries; ++i) {
+    const double source = result.source_term[i];
+    const double target = both ? result.target_term[i] : 0.0;
+    store(loss, i, both ? target + problem.trade_off * source : source);
+    if (terms == nullptr) continue;
+    store(*terms, i, target);
+    store(*terms, entries + i, source);
+  }
+}
+
+}  // namespace cotuning::ops
