@@ -100,8 +100,9 @@ def fit_temperature(
 
     Returns:
         :class:`TemperatureFit`. If every label has the highest logit of its row, the NLL falls for ever as ``T`` goes
-        to 0; if the labels are no likelier than chance, as ``T`` grows. Then ``temperature`` is the bound (1e-4 or
-        1e4), ``converged`` is false, and a warning says what happened.
+        to 0; if the labels are no likelier than chance, as ``T`` grows. Then ``temperature`` is 1e-4 or 1e4 (for
+        logits below 1e-3 or above 500 in size, a tenth or 20 times the largest), ``converged`` is false, and a warning
+        says what happened.
 
     Raises:
         TypeError, ValueError: wrong types or shapes; no labelled row; a row with NaN, +inf or nothing but -inf, or with
@@ -123,6 +124,7 @@ def fit_temperature(
         sample_terms_at = _terms_of(logits[::stride], labels[::stride], ignore_index, backend)
 
     least, most = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE
+    hard = most  # where the NLL falls for ever
     low, low_seen, high, high_seen = least, False, most, False
     b, nll_before = 1.0, math.nan
     last_b, last_curvature = math.nan, math.nan
@@ -139,7 +141,13 @@ def fit_temperature(
         # A row whose label is not its one highest logit has p <= 1/2, a NLL of at least log 2, at every temperature.
         if nll < math.log(2):
             _warn("every label has the highest logit of its row, so the NLL falls for ever as the temperature falls")
-            return TemperatureFit(1 / most, nll_before, terms_at(most)[0] / rows, iteration + 1, converged=False)
+            return TemperatureFit(1 / hard, nll_before, terms_at(hard)[0] / rows, iteration + 1, converged=False)
+        if (b == most and slope <= 0) or (b == least and slope >= 0):
+            # The bounds are those of ordinary logits. Others have theirs, at which the softmax is as hard or as flat.
+            size = _largest(logits)
+            least, most = min(least, 1 / (20 * size)), max(most, 1 / (LOWEST_TEMPERATURE * size))
+            hard = max(hard, 10 / size)
+            low, high = (low if low_seen else least), (high if high_seen else most)
         if b == most and slope <= 0:
             _warn("the NLL still falls at the lowest temperature of the search; are these logits?")
             return TemperatureFit(1 / most, nll_before, nll / rows, iteration, converged=False)
@@ -158,6 +166,8 @@ def fit_temperature(
         if _error_left(step, curvature, bend) <= tolerance * b:
             # The NLL at the end of the last step from its parabola: the error is of third order in a tiny step.
             nll_after = (nll + slope * step / 2) / rows
+            if not LOWEST_TEMPERATURE <= 1 / (b + step) <= HIGHEST_TEMPERATURE:
+                _warn(f"the temperature is {1 / (b + step):.3g}, because the logits have that size; are they logits?")
             return TemperatureFit(1 / (b + step), nll_before, nll_after, iteration, converged=True)
         if slope < 0:
             low, low_seen = b, True
@@ -363,6 +373,12 @@ def _check_probabilities(rows: Tensor) -> None:
     # 1e-2 allows rounding to half precision.
     if not ((rows >= 0).all() and ((rows.sum(dim=1) - 1).abs() <= 1e-2).all()):
         raise ValueError("with probabilities=True every row must be non-negative and sum to 1; are these logits?")
+
+
+def _largest(logits: Tensor) -> float:
+    """The largest finite size of a logit; 1 where all are 0."""
+    sizes = logits.abs()
+    return float(sizes.masked_fill_(~torch.isfinite(sizes), 0).max()) or 1.0
 
 
 def _warn(message: str) -> None:

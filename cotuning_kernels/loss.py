@@ -79,16 +79,11 @@ class FusedCoTuningLoss(nn.Module):
         validation.check_is_tensor("relationship", matrix)
         matrix = matrix.detach()
         validation.check_relationship(matrix, None, matrix.shape[-1] if matrix.dim() else 0, matrix.device)
-        bad = ~torch.isfinite(matrix) | (matrix < 0)
-        if bad.any():
-            row, column = (int(i) for i in bad.nonzero()[0])
-            raise ValueError(
-                f"relationship[{row}, {column}] is {float(matrix[row, column])}, expected a probability; a target "
-                "class without training images has no mean: see the `empty` argument of RelationshipEstimator.compute"
-            )
+        if not matrix.is_meta:  # deferred initialisation: there are no values yet
+            _check_probabilities(matrix)
         options = LossOptions(weight, trade_off, label_smoothing, ignore_index, reduction, source_loss)
         check_options(options, matrix.shape[0], matrix.device)
-        if weight is not None and not torch.isfinite(weight).all():
+        if weight is not None and not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(f"weight is {weight!r:.120}, expected finite numbers")
         backends.select(matrix.device.type, backend)
         self.register_buffer("relationship", matrix.clone(memory_format=torch.contiguous_format))
@@ -185,3 +180,16 @@ class FusedCoTuningLoss(nn.Module):
             f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
             f"reduction={self.reduction!r}, source_loss={self.source_loss!r}, backend={self.backend!r}"
         )
+
+
+def _check_probabilities(matrix: Tensor) -> None:
+    bad = ~torch.isfinite(matrix) | (matrix < 0)
+    if bad.any():
+        row, column = (int(i) for i in bad.nonzero()[0])
+        mend = ""
+        if matrix[row].isnan().all():
+            mend = (
+                f"; the whole row is NaN, as the mean of a target class without training images is, in tllib for "
+                f"instance. relationship[{row}] = 0 leaves the class without source supervision"
+            )
+        raise ValueError(f"relationship[{row}, {column}] is {float(matrix[row, column])}, expected a probability{mend}")

@@ -89,6 +89,8 @@ def check_is_tensor(name: str, value: Tensor) -> None:
         mend = "; torch.from_numpy makes one of an array" if hasattr(value, "__array__") else ""
         if name == "relationship" and isinstance(value, (str, os.PathLike)):
             mend = "; Relationship.load reads one from a file"
+        if name == "relationship" and hasattr(value, "relationship"):  # tllib's Relationship
+            mend = "; pass its array: torch.from_numpy(relationship.relationship)"
         raise TypeError(f"{name} is a {type(value).__name__}, expected a Tensor{mend}")
 
 

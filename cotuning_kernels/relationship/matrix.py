@@ -89,7 +89,7 @@ class Relationship:
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        unsupervised = self.num_target_classes - int(self.supervised.sum())
+        unsupervised = 0 if self.matrix.is_meta else self.num_target_classes - int(self.supervised.sum())
         return (
             f"Relationship({self.num_target_classes} target classes x {self.num_source_classes} source classes, "
             f"method={self.method!r}, temperature={self.temperature:.4g}, {self.matrix.dtype}, {self.matrix.device}"
@@ -276,7 +276,15 @@ class Relationship:
             PermissionError, OSError: the file cannot be read.
             RelationshipFileError: a directory, a damaged, truncated or foreign file, or one of a newer version.
         """
-        tensors, record = RELATIONSHIP_FILE.read(path)
+        try:
+            tensors, record = RELATIONSHIP_FILE.read(path)
+        except RelationshipFileError as error:
+            if _is_array_of_numpy(path):
+                raise RelationshipFileError(
+                    f"{os.fspath(path)} is an array of NumPy; Relationship(torch.from_numpy(numpy.load(path))) makes a "
+                    "relationship of it"
+                ) from error
+            raise
         try:
             return cls(
                 matrix=tensors["matrix"],
@@ -377,6 +385,8 @@ def _check_matrix(matrix: Tensor) -> None:
             f"matrix is {matrix.dtype} of shape {tuple(matrix.shape)}, expected (N_t, N_s) probabilities as "
             f"{', '.join(map(str, _ROW_SUM_TOLERANCE))}"
         )
+    if matrix.is_meta:  # deferred initialisation: there are no values yet
+        return
     # Row by row: this module makes no temporary of the matrix's size.
     lowest, highest = matrix.amin(dim=1), matrix.amax(dim=1)  # NaN where the row has one
     wrong = ~((lowest >= 0) & torch.isfinite(highest))
@@ -398,7 +408,7 @@ def _check_counts(counts: Tensor, num_target_classes: int) -> None:
     if not isinstance(counts, Tensor) or counts.dtype != torch.int64 or counts.shape != (num_target_classes,):
         found = f"{counts.dtype} {tuple(counts.shape)}" if isinstance(counts, Tensor) else type(counts).__name__
         raise ValueError(f"counts is {found}, expected an int64 Tensor ({num_target_classes},): one a row")
-    if (counts < 0).any():
+    if not counts.is_meta and (counts < 0).any():
         raise ValueError(f"counts has a negative number of samples: {int(counts.min())}")
 
 
@@ -425,3 +435,10 @@ def class_names(argument: str, names: Iterable[str] | None, expected: int) -> tu
 def _listed(indices: list[int], names: tuple[str, ...] | None, longest: int = 10) -> str:
     shown = [str(index) if names is None else repr(names[index]) for index in indices[:longest]]
     return ", ".join(shown) + (f" and {len(indices) - longest} more" if len(indices) > longest else "")
+
+
+def _is_array_of_numpy(path: str | os.PathLike[str]) -> bool:
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(6) == b"\x93NUMPY"

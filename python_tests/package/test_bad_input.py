@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import unittest
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +23,7 @@ from torch import Tensor
 import cotuning_kernels as ck
 from cotuning_kernels import autograd, backends, functional
 from cotuning_kernels.backends.registry import REGISTRY
+from cotuning_kernels.relationship import RelationshipFileError
 from support.backends import BACKENDS, Backend
 from support.layouts import Placed
 from support.stand_in import cpu_served_by
@@ -695,3 +698,38 @@ def test_no_weight_with_smoothing_is_no_silent_zero(backend: Backend) -> None:
     )  # fmt: skip
     assert not torch.isfinite(loss)
     assert not torch.isfinite(torch.autograd.grad(loss, target_logits)[0]).any()
+
+
+class TransferLearningLibraryRelationship:
+    """The interface of tllib.regularization.co_tuning.Relationship."""
+
+    relationship = np.full((3, 4), 0.25, np.float32)
+
+
+def test_what_tllib_gives_is_told_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"pass its array: torch\.from_numpy\(relationship\.relationship\)"):
+        ck.FusedCoTuningLoss(TransferLearningLibraryRelationship())  # type: ignore[arg-type]
+    empty_class = torch.full((3, 4), 0.25)
+    empty_class[1] = torch.nan
+    with pytest.raises(ValueError, match=r"\[1, 0\] is nan.* the whole row is NaN.* relationship\[1\] = 0 leaves"):
+        ck.FusedCoTuningLoss(empty_class)
+    empty_class[1] = 0
+    ck.FusedCoTuningLoss(empty_class)
+    np.save(tmp_path / "cache.npy", TransferLearningLibraryRelationship.relationship)
+    with pytest.raises(
+        RelationshipFileError, match=r"cache\.npy is an array of NumPy; Relationship\(torch\.from_numpy"
+    ):
+        ck.Relationship.load(tmp_path / "cache.npy")
+
+
+def test_deferred_initialisation_has_no_values_to_check() -> None:
+    with torch.device("meta"):
+        criterion = ck.FusedCoTuningLoss(torch.zeros(5, 11), weight=torch.ones(5))
+        relationship = ck.Relationship(torch.zeros(5, 11), counts=torch.ones(5, dtype=torch.int64))
+    assert criterion.relationship.is_meta
+    assert "meta" in repr(relationship)
+    loaded = criterion.to_empty(device="cpu")
+    other = ck.FusedCoTuningLoss(torch.full((5, 11), 1 / 11), weight=torch.ones(5))
+    loaded.load_state_dict(other.state_dict())
+    heads = torch.randn(3, 11), torch.randn(3, 5)
+    assert torch.equal(loaded(*heads, torch.arange(3)), other(*heads, torch.arange(3)))

@@ -535,3 +535,18 @@ def test_the_diagram_shows_accuracy_and_gap(tmp_path: Path, draw: torch.Generato
     assert bar_heights(before) != pytest.approx(bar_heights(after))
     with pytest.raises(ValueError, match=r"titles is \['one'\], expected 2"):
         plot_reliability(before, after, titles=["one"])
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1e6, 1e12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_search_goes_as_far_as_the_logits_size(size: float, dtype: torch.dtype, draw: torch.Generator) -> None:
+    logits = 3 * torch.randn(3000, 20, generator=draw, dtype=dtype)
+    labels = torch.multinomial(torch.softmax(logits / 2, 1), 1, generator=draw)[:, 0]
+    right = fit_temperature(logits, labels).temperature
+    with pytest.warns(UserWarning, match="because the logits have that size; are they logits"):
+        fit = fit_temperature(logits * size, labels)
+    assert fit.converged
+    assert fit.temperature / size == pytest.approx(right, rel=1e-5)
+    with pytest.warns(UserWarning, match="no likelier than chance"):
+        fit = fit_temperature(logits * size, logits.argmin(1))
+    assert (fit.temperature, fit.converged) == (pytest.approx(max(1e4, 20 * float(logits.abs().max()) * size)), False)
