@@ -122,6 +122,8 @@ def test_the_paths_and_commands_of_a_page_exist(page: Path) -> None:
     names = {name for name in names if not any(path for folder in PARENTS for path in (PROJECT / folder).rglob(name))}
     modules = [f"{name.replace('.', '/')}*" for name in re.findall(rf"python -m ({FOLDERS}[\w.]*\w)", text)]
     gone = [path for path in (*paths, *modules, *names) if not any(PROJECT.glob(path.rstrip("/")))]
+    commands = re.findall(r"python -m benchmarks ([a-z_]+)", text)
+    gone += [command for command in commands if not (PROJECT / f"benchmarks/{command}.py").exists()]
     targets = re.findall(r"^([a-z]+):", (PROJECT / "Makefile").read_text(), flags=re.MULTILINE)
     gone += [
         target for target in re.findall(r"(?:`|^    )make ([a-z]+)", text, flags=re.MULTILINE) if target not in targets
@@ -180,6 +182,9 @@ def check_guide(run: Run) -> None:
     assert run.value("The relationship", 1, "relationship").supervised.tolist() == [True, True, False]
     assert run.value("Direct and reverse", 0, "relationship").method == "reverse"
     assert run.value("Calibration", 0, "fit").converged
+    model = run.value("The model", 1, "model").train()
+    assert [layer.training for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)] == [False]
+    assert run.value("Before training", 0, "scores").uniform_entropy == pytest.approx(np.log(SOURCE))
     values = run.after["The loss"][0]
     torch.testing.assert_close(values["loss"].detach(), values["target_term"] + 2.3 * values["source_term"])
     assert run.namespace["criterion"].trade_off == pytest.approx(2.3 * 2 / 100)  # of the third and last step
