@@ -307,7 +307,7 @@ def _batches(loader: Iterable[Any], max_batches: int | None, progress: bool, wha
     if not progress:
         return batches
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
     except ImportError:
         return batches
     try:

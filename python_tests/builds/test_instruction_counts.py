@@ -1,60 +1,40 @@
 """The instructions that the CPU kernels run for an element of a row may not grow unnoticed.
 
-Times are noise on a shared machine; counts repeat exactly (csrc/tests/count_instructions.cpp says how they are taken).
-They belong to a compiler: with another one than the table's there is nothing to compare. After a change that is meant,
-rewrite the table and say in the commit what changed and why::
-
-    python python_tests/builds/test_instruction_counts.py
+``python -m tools.machine_code --write instructions`` renews the table; say in the commit what changed and why.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import platform
+from pathlib import Path
 
 import pytest
 
 from support.cpp_builds import build, compiler, run
-from support.paths import RECORDED
-
-TABLE = RECORDED / "instruction_counts.json"
-TOLERANCE = 0.05
-
-
-def compiler_version() -> str:
-    return run([compiler(), "--version"]).stdout.splitlines()[0]
+from tools.machine_code import __main__ as command
+from tools.machine_code import instructions
+from tools.machine_code.instructions import Measured, differences, recorded
 
 
 @functools.cache
+def measured() -> Measured:
+    try:
+        return instructions.measure(build() / "count_instructions", compiler())
+    except LookupError as reason:
+        pytest.skip(str(reason))
+
+
 def counted() -> dict[str, float]:
-    """``"isa operation dtype target_classes source_classes": instructions an element``."""
-    program = build() / "count_instructions"
-    if not program.exists():
-        pytest.skip("needs Linux: instructions are counted with ptrace")
-    printed = run([program])
-    if printed.returncode == 2:
-        pytest.skip(f"a process cannot be traced here: {printed.stdout.strip()}")
-    assert printed.returncode == 0, printed.stdout
-    rows = (line.rpartition(" ") for line in printed.stdout.splitlines())
-    return {case: float(instructions) for case, _, instructions in rows}
-
-
-def differences(counts: dict[str, float], table: dict[str, float]) -> list[str]:
-    """What is off by more than the tolerance, either way: a table that lags behind hides the next change."""
-    return [
-        f"{case}: {count:.3f} instructions an element, {table.get(case, float('nan')):.3f} in {TABLE.name}"
-        for case, count in counts.items()
-        if not abs(count / table.get(case, float("nan")) - 1) <= TOLERANCE
-    ]
+    return measured().instructions
 
 
 def test_no_kernel_runs_more_instructions_than_the_table_says() -> None:
-    table = json.loads(TABLE.read_text())
-    if (platform.machine(), compiler_version()) != (table["machine"], table["compiler"]):
-        pytest.skip(f"the table is for {table['compiler']} on {table['machine']}, here is {compiler_version()}")
+    table = recorded()
+    if measured()[:2] != table[:2]:
+        pytest.skip(f"the table is for {table.compiler} on {table.machine}, here is {measured().compiler}")
     assert counted(), "no instruction set of this processor is counted"
-    assert not (found := differences(counted(), table["instructions"])), "\n".join(found)
+    assert not (found := differences(counted(), table.instructions)), "\n".join(found)
 
 
 def test_counts_repeat_and_a_slower_kernel_is_noticed() -> None:
@@ -68,7 +48,24 @@ def test_counts_repeat_and_a_slower_kernel_is_noticed() -> None:
     assert differences({"a case that the table lacks": 1.0}, first)
 
 
-if __name__ == "__main__":
-    counts = {"machine": platform.machine(), "compiler": compiler_version(), "instructions": counted()}
-    TABLE.write_text(json.dumps(counts, indent=2) + "\n")
-    print(f"wrote {TABLE}")
+def test_the_command_says_which_table_differs_and_renews_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.json"
+    table.write_text('{"a": 1}')
+
+    def missing() -> tuple[Path, object]:
+        raise LookupError("there is no nvcc")
+
+    monkeypatch.setattr(command, "TABLES", {"numbers": lambda: (table, {"a": 2}), "cuda": missing})
+    assert command.main([]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "numbers: table.json differs; --write renews it", "cuda: not measured: there is no nvcc"
+    ]  # fmt: skip
+    assert command.main(["--write", "numbers"]) == 0
+    assert json.loads(table.read_text()) == {"a": 2}
+    assert command.main(["numbers"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "numbers: table.json holds"
+    with pytest.raises(SystemExit):
+        command.main(["nothing"])
+    assert "there is no table 'nothing': expected numbers, cuda" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 ``python_tests/recorded/cuda_machine_code.json`` says. It needs no device.
 
 Numbers belong to a compiler: with another nvcc than the table's there is nothing to compare. After a change that is
-meant, ``python -m tools.machine_code.cuda --write`` renews the table; say in the commit what changed and why."""
+meant, ``python -m tools.machine_code --write cuda`` renews the table; say in the commit what changed and why."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 the interpreter, find planted bugs.
 
 ``python_tests/recorded/triton_static.json`` holds the numbers of every kernel.
-``python -m tools.machine_code.triton --write`` renews it: a number that has grown must be explained by what it buys.
+``python -m tools.machine_code --write triton`` renews it: a number that has grown must be explained by what it buys.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_nothing_got_worse(name: str, target: str) -> None:
         assert (now["spills"], now["stack"], now["atomics"]) == (0, 0, counters), f"{compiled.name}: {now}"
         if _RECORDED["triton"] == triton.__version__:
             said = static.worse(_RECORDED["kernels"][_key(target, compiled, name)], now)
-            assert not said, f"{compiled.name}: {'; '.join(said)} (python -m tools.machine_code.triton --write)"
+            assert not said, f"{compiled.name}: {'; '.join(said)} (python -m tools.machine_code --write triton)"
 
 
 def test_the_table_was_compared() -> None:

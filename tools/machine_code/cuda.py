@@ -1,9 +1,8 @@
 """What nvcc made of the CUDA kernels, read out of the built library: the tables of docs/cuda.md. It needs no GPU.
 
-    python -m tools.machine_code.cuda             # of the library that is installed, or of LIBRARY
-    python -m tools.machine_code.cuda --write     # and writes python_tests/recorded/cuda_machine_code.json
-
-The disassembler is ``cuobjdump`` of the CUDA toolkit, or the one that the triton wheel carries.
+``python -m tools.machine_code.cuda [LIBRARY]`` prints them, for the installed library or another one.
+``python -m tools.machine_code`` renews the recorded table. The disassembler is ``cuobjdump`` of the CUDA toolkit, or
+the one that the triton wheel carries.
 
 Instructions an element are counted on the shortest way once around each loop over a row, among the ways that access
 memory just as the plan for the shape says: so many loads and stores of 16 bytes and no narrower ones. A loop that is
@@ -362,7 +361,7 @@ def differences(now: Measured, before: Measured) -> list[str]:
             if ratio > 1 + TOLERANCE:
                 said.append(f"{change}, worse")
             elif ratio < 1 - TOLERANCE:
-                said.append(f"{change}, better: renew the table (python -m tools.machine_code.cuda --write)")
+                said.append(f"{change}, better: renew the table (python -m tools.machine_code --write cuda)")
     return said
 
 
@@ -453,12 +452,9 @@ def widths_table(file: Path, architecture: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="what nvcc made of the CUDA kernels; it needs no GPU")
     parser.add_argument("library", nargs="?", type=Path, help="default: that of the installed cotuning_kernels")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     arguments = parser.parse_args()
     try:
         file = arguments.library or library()
-        if arguments.write:
-            TABLE.write_text(json.dumps(measure(file)._asdict(), indent=1) + "\n")
         print(usage_table(file), end="\n\n")
         if any(usage.architecture == "sm_90" for usage in resources(file)):
             for table in (instructions_table, sweeps_table, widths_table):

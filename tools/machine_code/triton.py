@@ -1,8 +1,7 @@
 """What the compiled Triton kernels are, on a machine without a GPU: registers, spills, widths of accesses, bytes.
 
-    python -m tools.machine_code.triton            # the table, measured now
-    python -m tools.machine_code.triton --write    # and written to python_tests/recorded: look at the difference
-    python -m tools.machine_code.triton --liger    # ours beside those of liger-kernel: the table of docs/triton.md
+``python -m tools.machine_code.triton`` prints the table of docs/triton.md, our kernels beside those of liger-kernel
+(``pip install liger-kernel``); ``python -m tools.machine_code`` renews the recorded table.
 
 The operations run on CPU tensors as they would on a GPU, up to the moment of a launch: a driver that says it is the GPU
 asked for makes Triton specialise and compile what a user would get, and nothing is run. The machine code is then read
@@ -11,7 +10,6 @@ with the disassemblers that Triton ships (NVIDIA), or as the assembly that Trito
 
 from __future__ import annotations
 
-import argparse
 import collections
 import itertools
 import json
@@ -364,6 +362,11 @@ def worse(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return said
 
 
+def table() -> dict[str, Any]:
+    """What belongs into :data:`TABLE`, measured now."""
+    return {"triton": triton.__version__, "kernels": measure_all()}
+
+
 def recorded() -> dict[str, Any]:
     table: dict[str, Any] = json.loads(TABLE.read_text())
     return table
@@ -459,19 +462,5 @@ def liger_table() -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="what the compiled Triton kernels are, without a GPU")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
-    parser.add_argument("--liger", action="store_true", help="compare with liger-kernel (pip install liger-kernel)")
-    arguments = parser.parse_args()
-    if arguments.liger:
-        print(liger_table())
-        return
-    table = {"triton": triton.__version__, "kernels": measure_all()}
-    if arguments.write:
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
-    json.dump(table, sys.stdout, indent=1)
-
-
 if __name__ == "__main__":
-    main()
+    print(liger_table())
