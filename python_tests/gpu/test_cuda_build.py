@@ -82,9 +82,8 @@ def test_cmake_builds_the_same(tmp_path: Path) -> None:
     assert set(commands) == names
     assert len({command.replace(name, "FILE") for name, command in commands.items()}) == 1
     assert {"-O3", "-std=c++17"} <= set(commands["class_sums.cu"].split())
-    built = run(
-        [cmake, "--build", tmp_path, "--target", "csrc/kernels/cuda/CMakeFiles/cotuning_kernels_cuda.dir/class_sums.cu.o"]
-    )
+    target = "csrc/kernels/cuda/CMakeFiles/cotuning_kernels_cuda.dir/class_sums.cu.o"
+    built = run([cmake, "--build", tmp_path, "--target", target])
     assert built.returncode == 0, built.stdout
     (compiled,) = tmp_path.rglob("class_sums.cu.o")
     used = resources_of(compiled)

@@ -246,10 +246,8 @@ def _machine_code(copy: Path) -> tuple[int, str]:
 
     from tools.machine_code import cuda as machine
 
-    cubin = copy / "loss.cubin"
-    compiled = run([
-        require("nvcc"), "-std=c++17", "-O3", "-arch=sm_90", "-cubin", copy / "csrc/kernels/cuda/co_tuning_loss.cu", "-o", cubin
-    ])  # fmt: skip
+    source, cubin = copy / "csrc/kernels/cuda/co_tuning_loss.cu", copy / "loss.cubin"
+    compiled = run([require("nvcc"), "-std=c++17", "-O3", "-arch=sm_90", "-cubin", source, "-o", cubin])
     assert compiled.returncode == 0, compiled.stdout
     machine.disassemble.cache_clear()
     try:
