@@ -24,6 +24,7 @@ EXTRAS_test := test,demo
 EXTRAS_bench := bench
 EXTRAS_lint := lint,plot
 EXTRAS_docs := docs,plot
+EXTRAS_wheel := wheel
 # nvcc takes minutes for all the cards that there are. Where there is none, only the tests have the CUDA kernels built, to
 # read what nvcc makes of them: for one card, or those in TORCH_CUDA_ARCH_LIST, and if that is empty for all.
 NO_CARD := $(if $(shell command -v nvidia-smi),,1)
@@ -33,10 +34,11 @@ CUDA_demo := $(NO_CUDA)
 CUDA_bench := $(NO_CUDA)
 CUDA_lint := COTUNING_KERNELS_CUDA=0
 CUDA_docs := COTUNING_KERNELS_CUDA=0
+CUDA_wheel := COTUNING_KERNELS_PURE_PYTHON=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test torture bench lint docs clean distclean
+.PHONY: help demo test torture bench lint docs wheel clean distclean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS=\"...\"] [PYTHON=python3.12] [TORCH=\"torch==2.13.0\"]"
@@ -67,6 +69,15 @@ lint: .venv/installed-lint ## ruff, mypy, clang-format
 docs: .venv/installed-docs ## build the documentation site into build/docs, with warnings as errors
 	@$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"
+
+# The wheel is for this Python and for torch from 2.10 on. Torch's own libraries stay outside of it.
+wheel: .venv/installed-wheel ## build a wheel and a source distribution into dist; auditwheel and twine check them
+	@rm -rf dist build/wheel
+	@$(BIN)/python -m build --no-isolation --sdist --outdir dist >build/sdist.log || { cat build/sdist.log; exit 1; }
+	@$(BIN)/python -m build --no-isolation --wheel --outdir build/wheel >build/wheel.log || { cat build/wheel.log; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude libc10.so \
+		--wheel-dir dist build/wheel/*.whl
+	@$(BIN)/python -m twine check --strict dist/*
 
 clean: ## remove what was built, written or cached here; .venv and the downloaded images stay
 	rm -rf build dist *.egg-info demo_output benchmark_page .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cotuning_kernels.relationship.reverse import learn_reverse_relationship
     from cotuning_kernels.transfer_scores import Transferability, transferability
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported when first used: a training loop that only needs the loss does not load them.
 _LAZY = {
