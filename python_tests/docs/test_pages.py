@@ -29,7 +29,10 @@ import cotuning_kernels as ck
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [
-    *(PROJECT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *(
+        PROJECT / name
+        for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "csrc/README.md")
+    ),
     *sorted((PROJECT / "docs").rglob("*.md")),
 ]
 # The authors' factor of all logits, and their values of C in their order.
@@ -141,9 +144,9 @@ def test_the_reference_has_every_public_name() -> None:
 
 
 def classifier() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 2 * 2, SOURCE)
-    ).eval()
+    head = nn.Linear(4 * 2 * 2, SOURCE)
+    head.weight.data *= 5  # predictions far from uniform
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), head).eval()
 
 
 def image_loader(rows: int = 30, batch: int = 10) -> DataLoader[Any]:
