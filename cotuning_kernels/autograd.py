@@ -53,6 +53,8 @@ def co_tuning_loss(
             target, source_logits.shape[0], relationship.shape[0], source_logits.device, options.ignore_index
         )
         operand = operand_target(target, relationship, _compute_dtype(source_logits))
+    if isinstance(options.label_smoothing, Tensor) or isinstance(options.ignore_index, Tensor):
+        raise TypeError("label_smoothing and ignore_index must be numbers")  # the dispatcher would take a tensor
     if relationship.requires_grad or (weight is not None and weight.requires_grad):
         raise ValueError("relationship and weight must not require grad")
     if not isinstance(trade_off, Tensor):

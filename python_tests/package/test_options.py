@@ -14,6 +14,7 @@ import cotuning_kernels as ck
 from cotuning_kernels import functional, reference
 from cotuning_kernels.backends.operations import operation
 from cotuning_kernels.options import LossOptions
+from support.backends import Backend
 
 CHANGES = {
     "label_smoothing": 0.3,
@@ -81,6 +82,18 @@ def test_a_wrong_option_is_refused_when_it_is_set(name: str, wrong: Any, error: 
         setattr(criterion, name, wrong)
     assert getattr(criterion, name) == before[0]
     assert torch.equal(criterion(*inputs), before[1])
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "ignore_index"])
+def test_a_tensor_is_no_number(backend: Backend, name: str) -> None:
+    *inputs, relationship = problem()
+    with pytest.raises(TypeError, match=f"{name} is tensor"):
+        functional.co_tuning_loss(*inputs, relationship, backend=backend.argument, **{name: torch.tensor(0)})
+
+
+def test_a_relationship_without_target_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"relationship is torch.float32 of shape \(0, 7\)"):
+        ck.FusedCoTuningLoss(torch.empty(0, 7))
 
 
 def test_a_weight_that_is_swapped_for_one_call_is_used() -> None:
