@@ -46,6 +46,7 @@ if _MISSING is None:
 
     from cotuning_kernels.backends.triton import IMPLEMENTATIONS, checks, counters, scale_gradients, warmup
     from cotuning_kernels.backends.triton import co_tuning_loss as loss
+    from cotuning_kernels.backends.triton import launch as launches
     from support.triton_interpreter import AnyOrder, interpreted, traffic
     from support.triton_stand_in import MODULES, triton_interpreted
     from tools.machine_code.triton import TARGETS, compiled_for
@@ -228,6 +229,9 @@ def test_bytes_moved(
         (32000, 9, torch.float64, {}, 0, 128),
         (32000, 8193, torch.float32, {}, 0, 1024),  # the target head wants more threads
         (32000, 16385, torch.float32, {}, 0, 128),  # and here fewer
+        (24576, 9, torch.bfloat16, {"triton": "3.6.0"}, 6, 512),
+        (24577, 9, torch.float32, {"triton": "3.6.0"}, 0, 128),  # its compiler would spill
+        (24577, 9, torch.float32, {"triton": "3.10.1+rocm"}, 13, 512),
     ],
 )
 def test_what_rows_are_kept(
@@ -238,7 +242,8 @@ def test_what_rows_are_kept(
 
     logits = new(2, n_s), new(2, n_t)
     labels, kl_divergence = new(2, dtype=torch.int64), options.get("kl_divergence", False)
-    with mock.patch.object(loss, "counters"):
+    most = launches.max_kept_row_bytes(options.get("triton", "3.7.0"))
+    with mock.patch.object(loss, "counters"), mock.patch.object(launches, "MAX_KEPT_ROW_BYTES", most):
         launch, _ = loss.plan(
             *logits, *logits, labels, None, None, new(n_t, n_s), None, new(), 0.0, -100, 0, kl_divergence
         )  # fmt: skip

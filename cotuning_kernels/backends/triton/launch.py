@@ -31,6 +31,7 @@ __all__ = [
     "compute_type",
     "is_amd",
     "is_kept",
+    "max_kept_row_bytes",
     "most_programs",
     "plan_kept_row",
     "plan_rows",
@@ -42,9 +43,19 @@ __all__ = [
 # The longest row that lies in registers with its row of R: 16384 in float32, or 8192 with two rows of R (more would
 # spill).
 MAX_WHOLE_ROW_BYTES = 65536
-# The longest row whose logits alone lie in registers: 32768 in float32, 64 in each of the 512 threads that then fill a
-# multiprocessor.
-MAX_KEPT_ROW_BYTES = 131072
+
+
+def max_kept_row_bytes(triton_version: str) -> int:
+    """Return the bytes of the longest row whose logits alone lie in registers, as the arithmetic has them.
+
+    That is 32768 columns in float32, 64 in each of the 512 threads that then fill a multiprocessor. Before Triton 3.7
+    the compiler would spill up to 39 registers there, so it is 24576 columns.
+    """
+    major, minor = triton_version.split(".")[:2]
+    return 131072 if (int(major), int(minor)) >= (3, 7) else 98304
+
+
+MAX_KEPT_ROW_BYTES = max_kept_row_bytes(triton.__version__)
 KEPT_THREADS = 512
 # A lane's columns of a kept row's block, or as many as it reads at a time; 8 that are read one by one would spill.
 KEPT_COLUMNS_A_LANE = 4
