@@ -51,7 +51,7 @@ demo: .venv/installed-demo ## fine-tune real weights on real images, plainly and
 test: .venv/installed-test ## run the whole test suite, a worker a core
 	@$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
-torture: .venv/installed-test ## kill, starve and feed with hostile files what saves and counts (about ten minutes)
+torture: .venv/installed-test ## kill, starve and feed with hostile files what saves and counts (up to twenty minutes)
 	@$(BIN)/python -m tools.torture $(ARGS)
 
 bench: .venv/installed-bench ## run the benchmarks, print a table of ratios to today's formulations, write a page with pictures

@@ -132,7 +132,7 @@ def killed_saves(draw: random.Random, tries: int, folder: Path) -> Counter[str]:
 
 def killed_passes(draw: random.Random, tries: int, folder: Path) -> Counter[str]:
     """A pass with a checkpoint after every batch is killed and resumed until it is through."""
-    batches, counts = made_batches(60), Counter[str]()
+    batches, counts = made_batches(24), Counter[str]()
     path, result = folder / "statistics", folder / "result"
     right = learn(batches, None)
 
