@@ -1,15 +1,15 @@
 # What this project does for a newcomer, in one environment that it makes itself (.venv). `make` lists it.
 
 PYTHON ?= python3
-# torch as pip is to install it: a version, a wheel, "torch==2.13.0 --index-url ..." for another build.
+# What pip installs as torch: a version, a wheel, "torch==2.13.0 --index-url ..." for another build.
 TORCH ?= torch==2.13.0
 # Passed on: make demo ARGS="--seed 1", make test ARGS="-k models -x".
 ARGS ?=
 
 BIN := .venv/bin
-# Python compiles a module when it is first imported: most of what torch brings along never is. What it has compiled is
-# kept beside the packages, whatever the caller's environment says: without that every process that imports torch, of
-# which the tests start hundreds, compiles it anew for three seconds.
+# pip compiles no module; Python compiles each when it is first imported, which most of torch's never are. Keep the result
+# in .venv, whatever the caller's environment says: the tests start hundreds of processes that import torch, and compiling
+# it takes each of them three seconds.
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
@@ -47,7 +47,7 @@ help: ## list the targets
 demo: .venv/installed-demo ## fine-tune real weights on real images, plainly and with Co-Tuning (about three minutes)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-# Each worker gets a stretch of neighbouring tests, which share what is expensive to make.
+# Each worker gets neighbouring tests, which share fixtures that take long to make.
 test: .venv/installed-test ## run the whole test suite, a worker a core
 	@$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 

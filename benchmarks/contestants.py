@@ -1,4 +1,4 @@
-"""Who takes part, and the check that everybody computes the same thing before anybody is timed."""
+"""The contestants, and the check that all compute the same result before one is timed."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Point:
     Attributes:
         sweep: the question it belongs to, a key of :func:`sweeps`.
         shape: ``[B, N_t, N_s]``.
-        seconds: medians by name; :data:`COPY` is the copy. Of a GPU, the device's seconds.
+        seconds: medians by name; :data:`COPY` is the copy. On a GPU, seconds of the device.
         loss_bytes: bytes of both heads' logits.
         host_seconds: of a GPU, medians by name of the time until the host has handed a call over; else empty.
     """

@@ -73,7 +73,7 @@ FLOOR_COMPILED = 2.8
 FLOOR_TEMPERATURE = 25.0
 FLOOR_RELATIONSHIP = 8.0
 FLOOR_RELATIONSHIP_BATCHES = 4.0
-# Of the whole path of penalties, than scikit-learn in its two ways; of the wordpiece head, than the authors' way.
+# The whole path of penalties, against scikit-learn's two ways; the wordpiece head, against the authors' way.
 FLOORS_REVERSE = {"same objectives": 5.0, "of 2020": 10.0}
 FLOOR_LANGUAGE_HEAD = 4.0
 

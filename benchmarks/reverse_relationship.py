@@ -112,7 +112,7 @@ def check_objectives(
     """The objectives, for each contestant and ``C``.
 
     Raises:
-        DisagreementError: ours is further above somebody's than its own tolerance allows.
+        DisagreementError: an objective of ours is above a contestant's by more than the tolerance.
     """
     objectives = {
         name: {c: objective(coefficients, probabilities, labels, c) for c, coefficients in path.items()}

@@ -31,7 +31,7 @@ def host_stopwatch(
     """Seconds of ``clock``. What a call returns is dropped outside its time.
 
     Args:
-        before: run before the time starts. With a :func:`synchronizer` a call pays for nobody else's work.
+        before: run before the time starts. With a :func:`synchronizer` a call does not pay for earlier work.
         after: run before the time ends. With a :func:`synchronizer` a call pays for its own work on the device, without
             one only for the time until the host has handed it over.
     """

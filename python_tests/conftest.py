@@ -1,4 +1,4 @@
-"""One seed for a session, one thread unless a test asks for more, and the table of errors at the end."""
+"""One seed a session, one thread unless a test asks for more, and the table of errors at the end."""
 
 from __future__ import annotations
 
@@ -37,12 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """Names of tests without a file's content: it may hold the time, and then two workers disagree on the names."""
+    """Keep a file's content out of the test's name: it may hold the time, and two workers then disagree on the name."""
     return f"{len(val)} bytes" if isinstance(val, bytes) else None
 
 
-# The next hooks are called with pytest-xdist, whose workers run the tests: they get the session's seed, and give back
-# what they have found for the table.
+# pytest-xdist calls the next hooks: its workers get the session's seed and return their rows of the table.
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     node.workerinput["seed"] = node.config.option.seed
@@ -63,7 +62,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"cotuning_kernels: repeat this session's numbers with --seed {config.option.seed}"
 
 
-# Files with tests that take seconds each. They go first: the many short ones then fill up what time the workers have.
+# Files whose tests take seconds each. They run first; the many short tests then keep all workers busy to the end.
 LONG = (
     "test_sanitizers.py", "test_cuda_emulated.py", "test_cuda_build.py", "test_cuda_machine_code.py",
     "test_cuda_planted.py", "test_triton_static.py", "test_build.py",
@@ -78,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _leave_out_rows_for_a_gpu(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where there is none: of the thousands each test keeps one, which is skipped and says why."""
+    """Without a GPU every test keeps one of its rows for one, which is skipped and says why."""
     kept: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
     said: set[tuple[str, str]] = set()
@@ -96,8 +95,8 @@ def _leave_out_rows_for_a_gpu(config: pytest.Config, items: list[pytest.Item]) -
 
 
 def _keep_ttsem_apart(items: list[pytest.Item]) -> None:
-    """Its first kernel switches MLIR to another form of printing for as long as the process lives: the rules that
-    test_triton_static.py has for intermediate code could not read a kernel that is compiled later."""
+    """Its first kernel changes how MLIR prints until the process ends, and the rules of test_triton_static.py for
+    intermediate code could not read a kernel that is compiled later."""
     apart = [item for item in items if item.path.name == "test_triton_ttsem.py"]
     if len(apart) < len(items):
         for item in apart:

@@ -99,7 +99,7 @@ def test_the_size_of_class_weights_costs_half_precision_no_digits(backend: Backe
 @pytest.mark.parametrize("backend", TABLE_BACKENDS, ids=lambda backend: backend.name, indirect=True)
 @pytest.mark.parametrize("kind", ["labels", "pair"])
 def test_a_row_of_R_with_a_nan_is_supervised_and_stays_alone(backend: Backend, kind: str, seed: int) -> None:
-    """In the reference, which multiplies matrices, 0 * NaN reaches every row of the batch; in no kernel."""
+    """The reference multiplies matrices, so 0 * NaN reaches every row of the batch there; not in a kernel."""
     if backend.argument == "reference":
         pytest.skip("reference: a matrix product spreads NaN")
     problem = Case("NaN in R", "", (4, 7, 90), kind).build(torch.float32, seed)

@@ -167,7 +167,7 @@ class _ScalesWhatItSaved(torch.autograd.Function):
 
 
 class _HandsOutWhatItSaved(torch.autograd.Function):
-    """Right, until somebody changes the gradient that they were given."""
+    """Right until the caller changes the gradient."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:

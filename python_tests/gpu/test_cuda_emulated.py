@@ -120,7 +120,7 @@ def emulated() -> None:
 
 
 def _traffic(classes: int, dtype: torch.dtype, plan: emulated_cuda.Plan, first_label: int = 0) -> emulated_cuda.Counts:
-    """Of the source term alone, two rows with its gradient. From label 0 on, rows of R start where those of the logits
+    """The source term alone, two rows, with its gradient. From label 0 on, rows of R start where those of the logits
     do."""
     rows = 2
     draw = torch.Generator().manual_seed(classes)
@@ -153,7 +153,7 @@ def test_a_row_is_read_and_written_once(emulated: None, classes: int, dtype: tor
     assert (plan["kept_target"] > 0) == ((classes, dtype) == (longest, torch.float32))
     element, vector = dtype.itemsize, 16 // dtype.itemsize
     once = 2 * classes * (element + 4)
-    # Of a row of R that starts elsewhere, one vector more than the 1 (of 16 bits: 2) that a vector of logits needs.
+    # A row of R that starts elsewhere takes one vector more than the 1 (in 16 bits: 2) that a vector of logits needs.
     elsewhere = classes * element % 16 != 0 or classes * 4 % 16 != 0
     for first_label, more in ((0, 0), (1, 4 / vector if elsewhere else 0)):
         counts = _traffic(classes, dtype, card, first_label)
@@ -196,7 +196,7 @@ def test_launches_of_a_training_step(emulated: None) -> None:
 
 
 def _upstream_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an upstream gradient on the CPU, and of no other, it is looked whether it is 1."""
+    """An upstream gradient is compared with 1 only if it is on the CPU."""
     monkeypatch.setattr(autograd, "_is_known_to_be_one", lambda upstream: False)
 
 

@@ -93,7 +93,7 @@ BUGS = (
         {"graph_captures": "AssertionError"},
     ),
     Bug(
-        "the counters of the first device are everybody's", "kernels/cuda/device.cu",
+        "every device counts in the first device's counters", "kernels/cuda/device.cu",
         "  void* first = nullptr;\n  check(cudaGetSymbolAddress(&first, counters)",
         "  static void* first = nullptr;\n  if (first == nullptr) check(cudaGetSymbolAddress(&first, counters)",
         {"devices_in_turn": "Segmentation fault"},

@@ -107,7 +107,7 @@ def test_nothing_is_left_after_an_error() -> None:
 
 
 class _Last:
-    """In the order of their numbers, but that one of them comes last: with all that are there, wherever it begins."""
+    """The order of the numbers, except that one chosen program comes last."""
 
     def __init__(self, last: int) -> None:
         self._last, self.programs = last, 0
@@ -374,7 +374,7 @@ def _a_gpu(stream: Callable[[], int], *, captures: bool = False) -> Iterator[tor
 
 
 def test_every_stream_has_counters_of_its_own() -> None:
-    """Of which all threads get the same, also where they ask for the first time together."""
+    """All threads get the same counters, also when they ask for them at the same time."""
     together, stream = threading.Barrier(4), threading.local()
 
     def ask(number: int) -> list[Tensor]:
@@ -392,7 +392,7 @@ def test_every_stream_has_counters_of_its_own() -> None:
 
 
 def test_a_graph_has_counters_of_its_own() -> None:
-    """Which a node of the graph clears (they are made within the capture), and which nobody else gets."""
+    """A node of the graph clears its counters, which are made within the capture and belong to it alone."""
     with _a_gpu(lambda: 0, captures=True) as device:
         first, second = counters.counters(device), counters.counters(device)
         assert first is not second

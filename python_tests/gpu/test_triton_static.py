@@ -93,7 +93,7 @@ _OF_1000 = [name for name in static.KERNELS if "1000, " in name and name.startsw
 @pytest.mark.parametrize("name", [n for n in _OF_1000 if "smoothing" not in n and "x 8192" not in n])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_heads_of_1000_and_200_are_moved_128_bits_at_a_time(name: str, target: str) -> None:
-    """Nothing narrower, but what there is one of a row: 8 bytes of a label or a share, 4 (8) of a loss or a count."""
+    """Only values of which a row has one are narrower: a label or share of 8 bytes, a loss or count of 4 (8)."""
     (kernel, *_) = _launches(name, target)
     accesses = static.measure(kernel)["accesses"]
     once_a_row = {"load 8", "store 8"} if "float64" in name else {"load 8", "store 4"}
@@ -106,7 +106,7 @@ def test_heads_of_1000_and_200_are_moved_128_bits_at_a_time(name: str, target: s
 @pytest.mark.parametrize("name", [name for name in static.KERNELS if "head of 32000" in name or "of 128256" in name])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_a_long_row_is_moved_128_bits_at_a_time(name: str, target: str) -> None:
-    """But what there is one of a row, and the glance at the beginning of a row of R, a number a thread."""
+    """Exceptions: values of which a row has one, and the glance at the start of a row of R, a number a thread."""
     accesses = Counter(static.measure(_launches(name, target)[0])["accesses"])
     if "32000, float32" in name:  # a kept row; the others are packed or looped over
         accesses["load 4"] -= 1
@@ -209,7 +209,7 @@ def disorder(compiled: static.Compiled) -> list[str]:
         expected = ["barrier"], ["barrier"]
     else:
         events = _events(compiled.kernel.asm["amdgcn"], _AMD_EVENTS)
-        joined = ["barrier"] if compiled.kernel.metadata.num_warps > 1 else []  # a wave alone has nobody to wait for
+        joined = ["barrier"] if compiled.kernel.metadata.num_warps > 1 else []  # a single wave waits for no other
         expected = [*joined, "write back", "wait"], ["wait", "forget", *joined]
     said = ["another atomic"] if "other atomic" in events else []
     for at in [k for k, event in enumerate(events) if event == "count"]:

@@ -156,7 +156,7 @@ def targets(draw: torch.Generator) -> dict[str, Any]:
 @pytest.mark.parametrize("form", ["labels", "int32 labels", "probabilities", "pair", "pair with a share a row"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_counts_are_what_the_means_divide_by(form: str, weighted: bool, draw: torch.Generator) -> None:
-    """From the criterion itself: sums over means, in float64."""
+    """The criterion divides sums by counts in float64."""
     relationship = torch.rand(4, 6, generator=draw, dtype=torch.float64)
     relationship[1] = 0
     weight = torch.rand(4, generator=draw, dtype=torch.float64) + 0.5 if weighted else None

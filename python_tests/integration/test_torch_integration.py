@@ -365,7 +365,7 @@ def test_the_operation_has_a_derivative_of_its_own(reduction: str, dtype: torch.
 
 
 def test_vmap_has_a_gradient(backend: Backend, seed: int) -> None:
-    """Of each problem what it has alone; torch's other transforms are refused (test_fast_path, test_gradcheck)."""
+    """Every problem gets the results it has alone; other transforms raise (test_fast_path, test_gradcheck)."""
     problems = [_problem("labels", torch.float32, seed + k) for k in range(3)]
     first = problems[0]
 

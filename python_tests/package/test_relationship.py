@@ -475,7 +475,7 @@ def test_the_order_of_merges_moves_little(dtype: torch.dtype, tolerance: float, 
 
 
 def test_sums_of_all_processes_are_not_merged_with_those_of_one(draw: torch.Generator) -> None:
-    """A second all_reduce would count them again, without a word."""
+    """A second all_reduce would silently count them again."""
     mine, reduced = estimator_of(random_batch(draw, 10)), estimator_of(random_batch(draw, 10))
     reduced._counted = reduced._counted._replace(all_reduced=True)  # what all_reduce leaves
     before = state_of(mine)

@@ -379,7 +379,7 @@ r.save(sys.argv[1])
 
 
 def test_every_process_saves_the_same_bytes(tmp_path: Path) -> None:
-    """safetensors' own writer puts the metadata into the order of a hash table that each process seeds anew."""
+    """safetensors' own writer orders the metadata by a hash table with a new seed in each process."""
     for name in "123":
         done = run_script(_SAVED, str(tmp_path / name))
         assert done.returncode == 0, done.stderr

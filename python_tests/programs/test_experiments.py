@@ -300,7 +300,7 @@ def test_a_setting_survives_its_line(experiments: ModuleType, tmp_path: Path) ->
 def test_cutting_off_half_a_line_is_whole_or_not_at_all(
     experiments: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk while the results are written anew without what a killed run left."""
+    """The disk is full while the results are rewritten without the leftovers of a killed run."""
     setting = experiments.Setting("made", "tiny", 2, 4, 0.1, "plain", 0.0, 0.0, 1.0, 5)
     file = tmp_path / "x.jsonl"
     experiments.append_result(file, setting, {"test_accuracy": 0.5})

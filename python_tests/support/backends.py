@@ -149,7 +149,7 @@ def missing_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device that this torch can use"
 
 
-# Of the two kinds of AVX-512, which differ in how they round to bfloat16, this processor is served by one. The other
+# The two kinds of AVX-512 differ in how they round to bfloat16; this processor is served by one of them. The other
 # runs the table alone.
 _SERVING, _OTHER = ("avx512_bf16", "avx512") if "avx512_bf16" in backends.cpu_isas() else ("avx512", "avx512_bf16")
 

@@ -256,7 +256,7 @@ def supervised_almost(bits: int) -> Edit:
 
 
 def garbage_where_unsupervised(value: float) -> Edit:
-    """Source logits of rows without source supervision, which nobody may look at."""
+    """Source logits of rows without source supervision, which no kernel may read."""
 
     def edit(problem: Problem) -> None:
         q = problem.distribution() @ problem.relationship.double()
@@ -266,7 +266,7 @@ def garbage_where_unsupervised(value: float) -> Edit:
 
 
 def garbage_where_ignored(value: float) -> Edit:
-    """Logits of ignored rows, which nobody may look at."""
+    """Logits of ignored rows, which no kernel may read."""
 
     def edit(problem: Problem) -> None:
         ignored = (problem.distribution() == 0).all(1)
@@ -397,7 +397,7 @@ def _options() -> list[Case]:
                                    ("one-hot probabilities", "normalised"))
     ]  # fmt: skip
     forms += [
-        Case(f"Q almost 1, {bits} bits", "nobody may take it for 1 where that is seen", (4, 7, 150),
+        Case(f"Q almost 1, {bits} bits", "it must not be taken for 1 where the result shows it", (4, 7, 150),
              options={"reduction": "none"}, edits=(supervised_almost(bits),))
         for bits in (11, 14, 22)
     ]  # fmt: skip
@@ -439,14 +439,14 @@ def _numbers() -> list[Case]:
              options={"reduction": "none"}, edits=(source(1, slice(0, 39), -_INF), target(2, slice(0, 6), -_INF))),
         Case("trade_off=0 meets an infinite loss", "0 * inf is NaN, as the formula says", relationship="dense",
              options={"trade_off": 0.0}, edits=(source(1, 3, -_INF),)),
-        Case("NaN in an ignored row", "nobody looks at it", (7, 5, 70), "ignoring",
+        Case("NaN in an ignored row", "no kernel reads it", (7, 5, 70), "ignoring",
              edits=(garbage_where_ignored(_NAN),)),
-        Case("-inf row, ignored", "nobody looks at it", (7, 5, 70), "ignoring", edits=(garbage_where_ignored(-_INF),)),
-        Case("+inf in an ignored pair", "nobody looks at it", (7, 5, 70), "pair ignoring",
+        Case("-inf row, ignored", "no kernel reads it", (7, 5, 70), "ignoring", edits=(garbage_where_ignored(-_INF),)),
+        Case("+inf in an ignored pair", "no kernel reads it", (7, 5, 70), "pair ignoring",
              edits=(garbage_where_ignored(_INF),)),
-        Case("NaN where unsupervised", "nobody looks at the source head there", (7, 5, 70), relationship="unsupervised",
+        Case("NaN where unsupervised", "no kernel reads the source head there", (7, 5, 70), relationship="unsupervised",
              edits=(garbage_where_unsupervised(_NAN),)),
-        Case("+inf where unsupervised, KL", "nobody looks at the source head there", (7, 5, 70), "pair", "unsupervised",
+        Case("+inf where unsupervised, KL", "no kernel reads the source head there", (7, 5, 70), "pair", "unsupervised",
              options={"source_loss": "kl"}, edits=(garbage_where_unsupervised(_INF),)),
         Case("offset 1e4", "softmax does not change, and neither may the loss: q . z must not be summed as it stands",
              wide, edits=(scaled(1.0, 1e4),)),

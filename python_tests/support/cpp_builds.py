@@ -48,7 +48,7 @@ def tool(*names: str) -> str | None:
 
 
 def require(*names: str) -> str:
-    """As :func:`tool`; skips the test where there is none."""
+    """Return :func:`tool`, or skip the test where there is none."""
     found = tool(*names)
     if found is None:
         pytest.skip(f"needs {' or '.join(names)}, which this machine does not have")
@@ -75,14 +75,14 @@ def workspace() -> Path:
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
-    """Of all workers, one at a time gets to ``name``; what it made there is the others' too."""
+    """One worker at a time enters the block of this ``name``; the others then find what it made."""
     with (workspace() / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def run(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Output and errors together; a hang is a failure."""
+    """Run a command; its output and errors come together, and a hang fails."""
     return subprocess.run(
         list(map(str, command)),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=600, check=False,
@@ -92,8 +92,8 @@ def run(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedPr
 
 @functools.cache
 def launcher(sanitize: str) -> list[str]:
-    """What a sanitized program is started with: nothing, or ``setarch -R`` where ThreadSanitizer cannot bear the
-    kernel's address randomisation. Skips the test where the sanitizer does not work at all."""
+    """The command that starts a sanitized program: nothing, or ``setarch -R`` where ThreadSanitizer does not work with
+    the kernel's address randomisation. Skips the test where the sanitizer does not work at all."""
     if not sanitize:
         return []
     source, program = workspace() / f"probe_{sanitize}.cpp", workspace() / f"probe_{sanitize}"
@@ -145,6 +145,6 @@ def run_kernel_tests(
 
 
 def instruction_sets() -> list[str]:
-    """What the plain build has and this processor runs."""
+    """The instruction sets that the plain build has and this processor runs."""
     printed = run_kernel_tests("", "any_nonzero", seed=0).stdout
     return printed.splitlines()[0].split("instruction sets:")[1].split()

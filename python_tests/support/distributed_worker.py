@@ -106,7 +106,7 @@ def main(folder: Path) -> None:
     for name, options in (("plain", {}), ("weighted", {"weight": torch.tensor([1.0, 2, 0.5, 1, 3])})):
         model = two_heads()
         result[name] = train(relationship, rows_of_process(rank, processes), model, options)
-    # One process alone has a batch: nobody waits for ever.
+    # Only one process has a batch: no process may wait for ever.
     if processes > 1:
         try:
             alone: Any = shares(training_data) if rank == 0 else []

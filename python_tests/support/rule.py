@@ -224,7 +224,7 @@ def verify(
         return placed[name].view
 
     given = problem.map(place)
-    # Of the placed tensors, since an expanded layout repeats one row; and now, since a kernel may write over them.
+    # Taken from the placed tensors, since an expanded layout repeats one row, and before a kernel may overwrite them.
     expectation = expectation or Expectation(given, form)
     with backend.using():
         outcome = backend.run(given, form, backend.argument)

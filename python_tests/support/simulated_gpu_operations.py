@@ -56,7 +56,7 @@ def _on_stream(device: torch.device, work: Callable[[], object]) -> None:
         try:
             with torch.no_grad():
                 to_do[0]()
-        except BaseException as error:  # there is nobody above: the words are all that can be given
+        except BaseException as error:  # no caller can catch it: print it
             print(f"simulated {device}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if not captured:
             to_do.clear()

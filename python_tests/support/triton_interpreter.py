@@ -54,7 +54,7 @@ _TRITON_MODULES = (tl, tl.standard, tl.random, tl.core.tensor)
 
 
 # What takes most of the time of small kernels is not their arithmetic, but the types of all values in between, which
-# Triton makes anew for each of them. Here each type is made once, and operands that agree are taken as they are.
+# Triton makes again for each of them. Here each type is made once, and operands that agree are taken as they are.
 _np_dtype_of_scalars = functools.cache(ti._get_np_dtype)
 
 
@@ -88,7 +88,7 @@ def _tensor(self: tl.tensor, handle: ti.TensorHandle, type: tl.dtype) -> None:
 
 
 def _operands(a: Any, b: Any, *rules: Any, **more_rules: Any) -> tuple[tl.tensor, tl.tensor]:
-    """Of an operation with two: converted to one type and one shape, where they are not already."""
+    """The two operands of an operation, converted to one type and one shape where they differ."""
     if isinstance(a, tl.tensor) and isinstance(b, tl.tensor) and a.shape is b.shape:
         name = a.dtype.name
         if name == b.dtype.name and name in ("fp32", "fp64", "int32", "int64"):
@@ -266,7 +266,7 @@ _memory = _Memory()
 @contextmanager
 def traffic() -> Iterator[Counter[str]]:
     """Bytes that interpreted kernels load, store and update atomically within a ``with`` block: what masks let through,
-    each time anew."""
+    each time."""
     moved: Counter[str] = Counter()
     with mock.patch.object(_memory, "moved", moved):
         yield moved

@@ -256,7 +256,7 @@ def sweeps(code: Code, dtype: torch.dtype, alike: bool, where: str, at_once: int
     those with as many accesses are longer. ``alike``: the row of R starts where the logits do, in 16 bytes. ``where`` R
     is kept. ``at_once``: so many vectors a thread has of the row, and no more than AT_ONCE."""
     count = 16 // dtype.itemsize
-    # Of a row of R that starts elsewhere, one aligned vector more is read than these elements of it fill.
+    # A row of R that starts elsewhere takes one aligned vector more than these elements fill.
     of_r = count // 4 + (0 if alike else 1)
     kept = {"STS 16": count // 4} if where == "shared memory" else {}
     again = {"shared memory": {"LDS 16": 1 + count // 4}, "registers": {"LDS 16": 1}}
@@ -326,7 +326,7 @@ class Measured(NamedTuple):
 
 
 def measure(file: Path) -> Measured:
-    """Of all kernels the registers; where the library is for sm_90, instructions an element."""
+    """Registers of every kernel and, where the library is for sm_90, instructions an element."""
     used = resources(file)
     registers = {f"{usage.architecture}: {readable(usage.kernel)}": usage.registers for usage in used}
     instructions = {}

@@ -80,7 +80,7 @@ def step(loss: Callable[..., torch.Tensor], relationship: Any) -> list[list[str]
     labels = torch.randint(0, 200, (48,), generator=draw)
     computed: list[torch.Tensor] = []
     forward = operations(lambda: computed.append(loss(source, target, labels, relationship, 2.3)))
-    # The gradient of a loss by itself, 1, which backward() would make, is nobody's kernel.
+    # backward() would make the gradient of the loss itself, 1: no formulation launches a kernel for it.
     one = torch.ones(())
     return [forward, operations(lambda: computed[0].backward(one))]
 

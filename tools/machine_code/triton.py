@@ -418,7 +418,7 @@ def _loop_ranges(sass: str) -> list[tuple[int, int]]:
 
 
 def bytes_by_logit(call: Callable[[], Any], width: int, loops: bool) -> float:
-    """What an interpreted call loads and stores, by logit: what the masks let through, each time anew."""
+    """Bytes an interpreted call loads and stores, a logit: every access that its mask lets through counts."""
     sys.path.insert(0, str(_ROOT / "python_tests"))
     from support.triton_interpreter import interpreted, traffic
     from support.triton_stand_in import MODULES
