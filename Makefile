@@ -72,7 +72,7 @@ docs: .venv/installed-docs ## build the documentation site into build/docs, with
 
 # The wheel is for this Python and for torch from 2.10 on. Torch's own libraries stay outside of it.
 wheel: .venv/installed-wheel ## build a wheel and a source distribution into dist; auditwheel and twine check them
-	@rm -rf dist build/wheel
+	@rm -rf dist build/wheel build/lib*
 	@$(BIN)/python -m build --no-isolation --sdist --outdir dist >build/sdist.log || { cat build/sdist.log; exit 1; }
 	@$(BIN)/python -m build --no-isolation --wheel --outdir build/wheel >build/wheel.log || { cat build/wheel.log; exit 1; }
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude libc10.so \
