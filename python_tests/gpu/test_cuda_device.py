@@ -182,9 +182,10 @@ def test_two_devices_in_turn() -> None:
 )  # fmt: skip
 def test_rows_around_48_kilobytes(dtype: torch.dtype, source_classes: int, target_classes: int) -> None:
     """The limit that a kernel has without asking is 48 KB less its static memory. 8142 classes are iNaturalist's."""
-    plan = backends.cuda_loss_plan(16, source_classes, target_classes, source_dtype=dtype, target_dtype=dtype)
+    rows = 16 if target_classes == 40 else 600  # fewer rows of the target head would have a block each
+    plan = backends.cuda_loss_plan(rows, source_classes, target_classes, source_dtype=dtype, target_dtype=dtype)
     assert (48 << 10) - 1424 < plan["shared_bytes"] <= 48 << 10
-    problem = _problem("cuda", dtype=dtype, shape=(16, target_classes, source_classes))
+    problem = _problem("cuda", dtype=dtype, shape=(rows, target_classes, source_classes))
     _check(problem, run_public(problem, "both heads", "cuda"))
 
 

@@ -17,6 +17,9 @@ void ask(int index, Device* device) {
   int shared = 0;
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "asking for shared memory");
   device->dynamic_shared_bytes = device->rules.shared_bytes = shared - kStaticSharedBytes;
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index), "asking for multiprocessors");
+  device->rules.multiprocessors = multiprocessors;
   void* first = nullptr;
   check(cudaGetSymbolAddress(&first, counters), "asking for the counters");
   device->counters = static_cast<unsigned*>(first);

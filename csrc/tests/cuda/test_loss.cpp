@@ -26,6 +26,7 @@ cuda::PlanRules draw_rules() {
   rules.shared_bytes = one_in(3) ? 0 : one_in(2) ? random_integer(500, 6000) : 200 << 10;
   rules.warp_vectors = one_in(2) ? 0 : 128;
   rules.max_blocks = random_integer(1, 4);
+  rules.multiprocessors = one_in(2) ? 0 : 132;
   return rules;
 }
 
@@ -247,8 +248,10 @@ TEST(cuda_loss_same_bits) {
   }
 }
 
-// As in a new process, where no kernel has been launched.
+// As in a new process, where no kernel has been launched. The device has too few multiprocessors to give few rows a
+// block each.
 void forget_limits() {
+  cuda::device_at(0).rules.multiprocessors = 0;
   emulator::forget_limits();
   for (std::atomic<bool>& allowed : cuda::device_at(0).allowed) allowed = false;
 }
@@ -278,6 +281,7 @@ TEST(cuda_shapes_around_48_kilobytes) {
       {ScalarType::kBFloat16, 8142, 10}, {ScalarType::kFloat16, 8184, 10},   {ScalarType::kFloat64, 2981, 10},
       {ScalarType::kFloat64, 3070, 10},  {ScalarType::kBFloat16, 4097, 985}, {ScalarType::kBFloat16, 7944, 1016},
       {ScalarType::kFloat32, 4097, 369}, {ScalarType::kFloat32, 5960, 380}};
+  forget_limits();
   for (const Shape& shape : shapes) {
     const int64_t bytes =
         cuda::plan_loss(2, shape.source, shape.type, shape.target, shape.type, cuda::device_at(0).rules).shared_bytes;

@@ -17,6 +17,7 @@ TEST(plans_fit_the_device) {
     PlanRules rules;
     constexpr int64_t kCards[] = {48 << 10, 64 << 10, 99 << 10, 163 << 10, 227 << 10};
     rules.shared_bytes = kCards[random_integer(0, 4)] - kStaticSharedBytes;
+    rules.multiprocessors = one_in(2) ? 0 : random_integer(1, 160);
     const LossPlan plan = plan_loss(rows, source, source_type, target, target_type, rules);
     CHECK(plan.shared_bytes <= rules.shared_bytes, "%lld bytes", static_cast<long long>(plan.shared_bytes));
     CHECK(plan.threads >= 128 && plan.threads <= kLargestBlock && (plan.threads & (plan.threads - 1)) == 0,
@@ -61,6 +62,26 @@ TEST(plans_of_known_heads) {
   const RowPlan half = staged(45000, ScalarType::kBFloat16);
   CHECK(half.staged_bytes > hopper.shared_bytes - 64, "%lld bytes", static_cast<long long>(half.staged_bytes));
   CHECK(staged(100000, ScalarType::kFloat32).staged_logits == 0, "more than there is room for");
+}
+
+// Few rows occupy more of a card with a block each; many rows, and short ones, have a warp each as ever.
+TEST(plans_of_few_rows) {
+  PlanRules hopper;
+  hopper.shared_bytes = (227 << 10) - kStaticSharedBytes;
+  hopper.multiprocessors = 132;
+  const auto plan_of = [&](int64_t rows) {
+    return plan_loss(rows, 1000, ScalarType::kBFloat16, 200, ScalarType::kBFloat16, hopper);
+  };
+  const LossPlan few = plan_of(48);
+  CHECK(few.source.threads_per_row == kSmallestBlock && few.source.items == 48, "%d threads a row",
+        few.source.threads_per_row);
+  CHECK(few.target.threads_per_row == kWarpThreads && few.target.items == 12, "%d threads a row",
+        few.target.threads_per_row);
+  CHECK(few.blocks == 60 && few.threads == kSmallestBlock, "%lld blocks", static_cast<long long>(few.blocks));
+  CHECK(plan_of(524).source.threads_per_row == kSmallestBlock, "131 + 131 items");
+  CHECK(plan_of(528).source.threads_per_row == kWarpThreads, "132 + 132 items");
+  hopper.multiprocessors = 0;
+  CHECK(plan_of(48).source.threads_per_row == kWarpThreads, "a device that is not known");
 }
 
 TEST(a_plan_of_no_rows_launches_one_block) {
