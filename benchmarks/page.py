@@ -5,7 +5,9 @@
 
 A *copy* reads the logits of both heads and writes as many bytes: what any forward and backward pass has to do at least
 when nothing stays in the caches. The *share of the copy* is its time over ours. On a GPU, times are the device's, from
-empty caches (:class:`benchmarks.timing.DeviceStopwatch`), and what a call takes of the host is in a table of its own.
+empty caches (:class:`benchmarks.timing.DeviceStopwatch`), so that the rows of the relationship that the labels name
+must be read as well, each once: the share is that of a copy with as many bytes more. What a call takes of the host is
+in a table of its own.
 """
 
 from __future__ import annotations
@@ -61,6 +63,8 @@ class Point:
         seconds: medians by name; :data:`COPY` is the copy. On a GPU, seconds of the device.
         loss_bytes: bytes of both heads' logits.
         host_seconds: of a GPU, medians by name of the time until the host has handed a call over; else empty.
+        relationship_bytes: of a GPU, bytes of the distinct rows of the relationship that the labels name; else 0, since
+            a processor's caches keep them from call to call.
     """
 
     sweep: str
@@ -70,13 +74,15 @@ class Point:
     seconds: dict[str, float]
     loss_bytes: int
     host_seconds: dict[str, float] = field(default_factory=dict)
+    relationship_bytes: int = 0
 
     @property
     def elements(self) -> int:
         return Shape(*self.shape).logits
 
     def share_of_copy(self) -> float:
-        return self.seconds[COPY] / self.seconds[OURS]
+        bound = self.seconds[COPY] * (1 + self.relationship_bytes / (2 * self.loss_bytes))
+        return bound / self.seconds[OURS]
 
     def copy_bandwidth(self) -> float:
         """Bytes a second that the copy reads and writes."""
@@ -144,7 +150,11 @@ def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, 
         times = run({**calls, COPY: copy}, turn=0.002)
     medians, host_medians = ({name: each.median for name, each in found.items()} for found in (times, host))
     size = sum(each.numel() * each.element_size() for each in logits)
-    return Point(sweep, list(shape), dtype, threads, medians, size, host_medians)
+    relationship = 0
+    if on_a_gpu:
+        row = problem.relationship[0]
+        relationship = problem.labels.unique().numel() * row.numel() * row.element_size()
+    return Point(sweep, list(shape), dtype, threads, medians, size, host_medians, relationship)
 
 
 def measure_memory(shape: Shape, dtype: str, *, device: str) -> Memory:

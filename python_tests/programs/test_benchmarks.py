@@ -604,6 +604,9 @@ def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mo
     # 5200 bytes are read and written in a millisecond.
     assert f"| 13x7x93 | float32 | 1 | 2.00 ms | {multiples} | 50 % | 0 GB/s |" in text
     assert fixed[0].copy_bandwidth() == 2 * 5200 / 1e-3
+    assert fixed[0].relationship_bytes == 0
+    # On a GPU, whose caches are emptied: a quarter more bytes than the copy's take a quarter more of its time.
+    assert replace(fixed[0], relationship_bytes=2600).share_of_copy() == pytest.approx(1.25 * 0.5)
     assert "| 13x7x93 | float32 | 2.00x |" in text
     assert "| 13x7x93 | float32 | 0.0 MB | 2.0 MB | 4.50x | 2.50x |" in text
     assert "processor: planted" in text
