@@ -3,7 +3,7 @@
 // With 48 rows the kernel takes about as long as everything around it: a Python autograd.Function, its backward in
 // Python, and the dispatcher with the stable ABI's boxing of 14 arguments. None of that is needed for the call that
 // training makes: ordinary CPU tensors, class indices, no tracing, no transform. This file serves that call and
-// *declines* (returns NotImplemented) everything else, without a word: the Python path then serves it or explains what
+// *declines* (returns NotImplemented) everything else: the Python path then serves the call or explains what
 // is wrong with it. So nothing here raises, and nothing here is a second copy of the mathematics: the arguments are
 // read by csrc/ops/arguments.h, the numbers come from csrc/kernels.
 //
@@ -249,7 +249,7 @@ std::optional<Losses> co_tuning_loss(const Tensor& source_logits, const Optional
 
 PyObject* decline() { Py_RETURN_NOTIMPLEMENTED; }
 
-// The trade-off as a finite float or a float64 tensor (whose value nobody checks, as in the operation).
+// The trade-off as a finite float or a float64 tensor (whose value is not checked, as in the operation).
 std::optional<double> read_trade_off(PyObject* object) {
   if (PyFloat_CheckExact(object)) {
     const double value = PyFloat_AS_DOUBLE(object);

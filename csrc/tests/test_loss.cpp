@@ -133,7 +133,7 @@ TEST(loss) {
   });
 }
 
-// Rows that are not finite, or that nobody is to look at, leave the others alone.
+// Rows that are not finite, or that are ignored, do not change the others.
 TEST(loss_of_special_rows) {
   for_each_isa([](const char* isa) {
     for (ScalarType type : kAllTypes) {

@@ -61,7 +61,7 @@ MomentResult take_the_first_moment(const void* z, int64_t n, double b, const voi
   return result;
 }
 
-// What is tested: every table that this processor runs, or one of them with the fault that was asked for.
+// The tables under test: all that this processor runs, or one of them with the planted fault.
 std::vector<RowKernels> tables() {
   RowKernels broken = right();
   if (planted("read-past-row")) broken.sweep[0] = read_past_the_row;

@@ -57,7 +57,7 @@ BUGS = [
              "    __syncthreads();\n    // The number of warps is a power of two",
              {"ThreadSanitizer": _RACE, "C++ tests": "FAILED"}),
     _without("the barrier after a reduction", "cuda/team.cuh",
-             "    __syncthreads();  // before anybody writes to `shared` again\n",
+             "    __syncthreads();  // before a thread writes to `shared` again\n",
              {"ThreadSanitizer": _RACE, "conformance": "AssertionError"}),
     _without("the barrier before the warps' totals are added", "cuda/team.cuh",
              "  __syncthreads();\n  if (thread < kCount) {",

@@ -41,7 +41,7 @@ __attribute__((visibility("default"))) void cotuning_emulator_take_counts(uint64
   seen = {};
 }
 
-// What a kernel finds in shared memory that nobody has written, static and dynamic: two numbers.
+// The contents of shared memory that has not been written, static and dynamic: two numbers.
 __attribute__((visibility("default"))) void cotuning_emulator_read_unwritten(float* out) {
   cotuning::emulator::launch_kernel(read_unwritten, 1, 1, 16, out);
 }

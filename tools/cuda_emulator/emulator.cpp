@@ -136,7 +136,7 @@ Launch* running = nullptr;
 Block* block = nullptr;
 Thread* current = nullptr;
 
-// Of all kernels. Host threads set limits while others launch.
+// Guards the state of all kernels: host threads set limits while others launch.
 std::mutex kernels_lock;
 std::map<const void*, KernelState>& kernel_states() {
   static std::map<const void*, KernelState> kernels;

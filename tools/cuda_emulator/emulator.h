@@ -1,7 +1,7 @@
 // CUDA on the CPU, for tests on machines without a GPU: g++ compiles the kernels of csrc/kernels/cuda with the headers
 // in include/ in place of the CUDA toolkit's, and every CUDA thread runs as a fiber.
 //
-// What is here is what a kernel may use; anything else does not compile:
+// A kernel may use the following; anything else does not compile:
 //   threadIdx, blockIdx, blockDim, gridDim; __syncthreads; __syncwarp, __shfl_sync, __shfl_xor_sync, __ballot_sync with
 //   full or partial masks; __threadfence; atomicAdd on integers; COTUNING_SHARED, COTUNING_DYNAMIC_SHARED;
 //   device_assert. The host code may use the runtime calls of include/cuda_runtime.h.
@@ -34,7 +34,7 @@ struct Error : std::runtime_error {
 };
 
 // The order in which warps and blocks run. The highest warp runs until it waits; `kRandom` draws the order of warps
-// anew now and then, so that one warp may be whole phases ahead of another.
+// again now and then, so that one warp may be whole phases ahead of another.
 enum class Order : int { kForward = 0, kReverse = 1, kRandom = 2 };
 
 struct Settings {

@@ -36,7 +36,7 @@ namespace cotuning::emulator {
 namespace {
 
 #ifdef COTUNING_ASAN
-// Of the context that adopted this thread, as the first fiber that it switched to was told.
+// The stack of the context that adopted this thread, as told to the first fiber that it switched to.
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
 #endif

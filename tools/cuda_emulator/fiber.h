@@ -28,7 +28,7 @@ char* stack_at(size_t index);
 
 // `context` starts with `entry` on `stack` when it is first switched to. `entry` may not return.
 void prepare(Context* context, char* stack, void (*entry)());
-// Of the thread that calls.
+// Makes the calling thread a context.
 void adopt(Context* context);
 void release(Context* context);
 

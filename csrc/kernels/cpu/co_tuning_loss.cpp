@@ -11,7 +11,7 @@
 namespace cotuning::cpu {
 namespace {
 
-// What is known of a class before any row is looked at, filled in for the classes that the batch has.
+// Facts about a class that rows share, computed once for each class of the batch.
 struct ClassFacts {
   enum : char { kUnknown, kSupervised, kUnsupervised };
   char supervision = kUnknown;
@@ -247,7 +247,7 @@ class Loss {
   }
 
   void run_rows(int64_t begin, int64_t end) {
-    // Of a thread once, not of each row: finding what is a thread's own takes a shared library a function call.
+    // Look up thread-local scratch once per chunk: each access is a function call in a shared library.
     void* const scratch =
         Scratch::get(0, std::max(exponentials_bytes(p_.source_logits), exponentials_bytes(p_.target_logits)));
     for (int64_t i = begin; i < end; ++i) {
@@ -261,7 +261,7 @@ class Loss {
     rows_.finish_streaming();
   }
 
-  // Of a row, in the compute type of its logits.
+  // Bytes of one row of exponentials, in the compute type of its logits.
   static size_t exponentials_bytes(const ConstMatrix& logits) {
     return static_cast<size_t>(logits.columns) * (is_double(logits) ? sizeof(double) : sizeof(float));
   }
@@ -368,7 +368,7 @@ class Loss {
       return 0;
     }
     const int type = static_cast<int>(logits.type);
-    // In place, the gradient overwrites the logits: read what is needed of them first.
+    // In place, the gradient overwrites the logits: read the labels' logits first.
     double logit[2] = {};
     for (int k = 0; k < target.count; ++k) logit[k] = element(logits, row, target.index[k]);
     void* gradient_row = p_.target_gradient.data != nullptr ? p_.target_gradient.row(row) : nullptr;

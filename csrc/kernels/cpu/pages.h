@@ -20,7 +20,7 @@ bool worth_streaming(const void* output, int64_t bytes);
 
 // Has the processor look up where the pages that begin in this part of an output are, before it is written. Stores are
 // done in their order: without it the first one to each 4 KB waits for the look-up, and everything behind it as well
-// (streamed rows of 4000 bytes took 280 ns instead of 200, measured on a virtual machine). A prefetch lets nobody wait.
+// (streamed rows of 4000 bytes took 280 ns instead of 200, measured on a virtual machine). A prefetch does not wait.
 inline void look_up_pages(const void* output, int64_t bytes) {
   constexpr uintptr_t kPage = 4096;
   const auto begin = reinterpret_cast<uintptr_t>(output), end = begin + static_cast<uintptr_t>(bytes);

@@ -24,7 +24,7 @@ struct RowTarget {
   double total() const { return count == 0 ? 0 : count == 1 ? share[0] : share[0] + share[1]; }
 };
 
-// Of all rows, in their order, until a label is bad.
+// Reads the targets of all rows, in their order, up to the first bad label.
 inline BadLabel read_row_targets(const TargetInputs& p, int64_t rows, int64_t classes,
                                  std::vector<RowTarget>* targets) {
   targets->resize(rows);

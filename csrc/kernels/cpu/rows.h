@@ -36,7 +36,7 @@ struct RowKernels {
   SweepResult (*sweep[kScalarTypes])(const void* z, const void* q, int64_t n, void* exponentials, const void* next,
                                      const void* written, double least_shift);
   // gradient = softmax_factor * exponentials - target_factor * q; `q` may be null. `stream`: write around the cache
-  // (with a q only); the thread calls finish_streaming before anybody else reads.
+  // (with a q only); the thread calls finish_streaming before another thread reads.
   void (*gradient[kScalarTypes])(const void* exponentials, const void* q, int64_t n, double softmax_factor,
                                  double target_factor, bool stream, void* gradient);
   void (*finish_streaming)();

@@ -154,7 +154,7 @@ static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, 
   return result;
 }
 
-// The maximum of the first elements, or what is asked for where that is more.
+// The maximum of the first elements, or the given value where that is larger.
 template <class T>
 static inline ComputeType<T> provisional_shift(const T* z, int64_t n, double least_shift) {
   using C = ComputeType<T>;

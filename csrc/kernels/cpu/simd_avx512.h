@@ -102,7 +102,7 @@ static inline void store_streaming(Float16* p, Float x) {
 }
 #if defined(__AVX512BF16__)
 static inline __m512i to_bf16(Float a, Float b) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)); }
-// Of subnormal numbers that instruction makes 0. They are rare: to look for them costs less than to round in steps.
+// That instruction turns subnormal numbers into 0. They are rare: a test for them costs less than rounding in steps.
 static inline bool any_subnormal(Float a, Float b) {
   constexpr int kSubnormal = 0x20;
   return !_kortestz_mask16_u8(_mm512_fpclass_ps_mask(a.v, kSubnormal), _mm512_fpclass_ps_mask(b.v, kSubnormal));

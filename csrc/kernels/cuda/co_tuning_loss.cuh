@@ -168,7 +168,7 @@ __device__ inline void finish_loss(const LossProblem& p, const double* sums) {
   // No supervised row is an ordinary batch, and its source term 0; no valid row at all has no mean.
   const double source_divisor = !mean || (sums[kSupervised] == 0 && any_valid) ? 1 : sums[kSupervised];
   const double target_divisor = mean ? sums[kWeight] : 1;
-  // What is left of the factors. Without a valid row every gradient is 0, and must stay 0 when it is multiplied by one.
+  // The rest of a factor, beyond the stored part. Without a valid row every gradient is 0, and the product must stay 0.
   const auto left = [&](ScalarType type, double factor, double divisor) {
     if (divisor == 0 && !any_valid) return 0.0;
     if (type == ScalarType::kFloat16) return factor / divisor;

@@ -1,4 +1,4 @@
-// What is asked of a device, once, and the counters of its launches.
+// The state of each device, asked of CUDA once, and the counters of its launches.
 #include <map>
 #include <mutex>
 

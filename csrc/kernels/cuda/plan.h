@@ -1,4 +1,4 @@
-// What is launched for a shape: plain functions of numbers, so that a plan can be asked for and tested without a
+// The launch of a shape: plain functions of numbers, so that a plan can be asked for and tested without a
 // device, and a captured graph stays right while shapes stay.
 #pragma once
 
@@ -18,11 +18,11 @@ struct PlanRules {
   int64_t vectors_per_thread = 4;
   // Blocks go on to further rows rather than there being more of them: the last block adds up one part for each.
   int64_t max_blocks = 4096;
-  // Of the device; 0 where it is not known.
+  // The device's number; 0: not known.
   int64_t multiprocessors = 0;
 };
 
-// Of the shared memory of a block, what the kernels use whatever the plan: for sums over warps and blocks.
+// Static shared memory per block at most, independent of the plan: sums over warps and blocks.
 inline constexpr int64_t kStaticSharedBytes = 2 << 10;
 
 inline constexpr int kWarpThreads = 32;
@@ -35,8 +35,8 @@ inline constexpr int kKeptVectors = 2;
 // How the rows of one matrix are shared out.
 struct RowPlan {
   int threads_per_row = kWarpThreads;  // a warp's, or the whole block's
-  // Of a row's vectors of 16 bytes of logits, the first so many are kept in shared memory from sweep to sweep: of the
-  // logits all or none, of the target distribution as many as there is room for beside them.
+  // How many of a row's vectors of 16 bytes stay in shared memory from sweep to sweep, the first ones: of the logits
+  // all or none, of the target distribution as many as fit beside them.
   int staged_logits = 0, staged_target = 0;
   // The rest of the target, where its threads can keep all of it in registers; else 0.
   int kept_target = 0;
@@ -44,7 +44,7 @@ struct RowPlan {
   int64_t items = 0;         // a block does an item at a time: the rows of its warps, or one
 };
 
-// Of the loss, what a launch does: all of it, or the rows of one head.
+// The part of the loss that a launch does: all of it, or the rows of one head.
 enum class LossPart : int { kWhole, kFirst, kLast };
 
 struct LossPlan {
@@ -62,7 +62,7 @@ COTUNING_HOST_DEVICE constexpr int64_t row_vectors(int64_t columns, ScalarType t
   return ceil_div(columns * size_of(type), 16) + 1;
 }
 
-// Of the target distribution beside a vector of logits, in the type that is computed in.
+// Bytes of target distribution per 16-byte vector of logits, in the compute type.
 COTUNING_HOST_DEVICE constexpr int64_t target_vector_bytes(ScalarType type) {
   return 16 / size_of(type) * (type == ScalarType::kFloat64 ? 8 : 4);
 }

@@ -175,7 +175,7 @@ class Stage {
       : memory_(memory), logits_(plan.staged_logits), target_(plan.staged_target), keeps_rest_(plan.kept_target != 0) {}
 
   __device__ bool has_logits() const { return logits_ != 0; }  // all or none
-  // Of a row's vectors, so many have their target here. Whether the others have it in the registers of their threads.
+  // How many of a row's vectors keep their target in shared memory; keeps_rest(): the others keep it in registers.
   __device__ int targets_of(int vectors) const { return target_ < vectors ? target_ : vectors; }
   __device__ bool keeps_rest() const { return keeps_rest_; }
 
@@ -225,8 +225,8 @@ class Stage {
   bool keeps_rest_;
 };
 
-// A thread's last vectors of the target, in registers. Registers have no index, so it is a stack: what was put last is
-// taken first. Where more are put than it holds, the plan has nothing taken.
+// A thread's last vectors of the target, in registers. Registers have no index, so this is a stack: the last one put is
+// the first one taken. A plan that puts more than it holds takes none.
 template <class C, int kCount>
 class RegisterStack {
  public:

@@ -18,7 +18,7 @@ __device__ __forceinline__ void narrow(float x, BFloat16* out) {
   out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 __device__ __forceinline__ void narrow(float x, Float16* out) { out->bits = __half_as_ushort(__float2half_rn(x)); }
-// One multiplication and one instruction of the special function unit. What is below 1e-38 becomes 0: beside a row's
+// One multiplication and one instruction of the special function unit. A result below 1e-38 becomes 0: beside a row's
 // maximum, whose exponential is 1, it does not count.
 __device__ __forceinline__ float exponential(float x) {
 #ifdef __CUDACC__  // CUDA has no function for this instruction, and a C++ compiler for the CPU knows no PTX

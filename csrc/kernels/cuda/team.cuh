@@ -10,7 +10,7 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kMostWarps = kLargestBlock / kWarpThreads;
 inline constexpr int kMostSums = 6;  // numbers that are reduced at once
 
-// Of a NaN and a number, the number.
+// The number, where the other is NaN.
 struct Largest {
   static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
   static __device__ __forceinline__ double of(double a, double b) { return fmax(a, b); }
@@ -41,8 +41,8 @@ class Team {
 
   __device__ int threads() const { return threads_; }
   __device__ int rank() const { return rank_; }
-  // Of `count` vectors, of which a thread takes that of its rank and every threads()-th from there on, its last; below
-  // 0 where it has none.
+  // A thread takes the vector of its rank and every threads()-th from there on: this is its last of `count`, below 0
+  // where it has none.
   __device__ int last_of(int count) const { return rank_ + ((count - 1 - rank_) & -threads_); }
 
   // Every thread gets the same bits. In a block all threads must come here.
@@ -62,7 +62,7 @@ class Team {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) values[k] = shared[(lane & (warps - 1)) * kCount + k];
     over_lanes<Operation>(values, warps);
-    __syncthreads();  // before anybody writes to `shared` again
+    __syncthreads();  // before a thread writes to `shared` again
   }
 
  private:
@@ -116,7 +116,7 @@ __device__ __forceinline__ bool sum_over_blocks(const BlockSums& sums, double* t
     if (thread % kWarpThreads == 0) totals[thread / kWarpThreads * kCount + k] = sum[k];
   }
   __syncthreads();
-  if (thread < kCount) {  // nobody else reads what it writes
+  if (thread < kCount) {  // no other thread reads what it writes
     for (int w = 1; w < warps; ++w) totals[thread] += totals[w * kCount + thread];
   }
   __syncthreads();

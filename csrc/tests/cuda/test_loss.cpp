@@ -130,7 +130,7 @@ long double stored_factor(const LossCase& c, const Grid& logits, bool of_source)
 }
 
 void check_gradient(const Grid& gradient, const ExpectedLoss::Head& head, long double stored, const std::string& text) {
-  // The factor itself is rounded, to what is computed in.
+  // The factor itself is rounded, to the compute type.
   const long double of_factor = gradient.type() == ScalarType::kFloat64 ? 0x1p-52L : 0x1p-23L;
   CHECK(gradient.gaps_untouched(), "%s: written between rows", text.c_str());
   for (int64_t i = 0; i < gradient.rows(); ++i) {

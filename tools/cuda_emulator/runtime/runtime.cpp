@@ -1,6 +1,6 @@
 // A CUDA runtime without a GPU: two devices that a CUDA build of torch takes for real ones, on which our kernels run
 // through the emulator. Preloaded (LD_PRELOAD), the functions here come before those of the same names in
-// libcudart.so.13; what is not here goes to that one, and gets its "no CUDA-capable device" or "driver too old".
+// libcudart.so.13; other calls reach that library, and get its "no CUDA-capable device" or "driver too old".
 //
 // It is there for what lies between torch and the kernels: the device and the stream of every launch, memory, captured
 // graphs, and that the host never waits. So it keeps what CUDA promises, and no more:
@@ -16,7 +16,7 @@
 //     the device grants less the static memory. It belongs to the kernel and the device, whichever thread set it last,
 //     and other threads get time to set theirs. A captured graph is refused where its kernels' limits have become too
 //     low when it is launched.
-// Of kernels there are only those of csrc/kernels/cuda. torch's own are refused with their name; the tests put
+// The only kernels are those of csrc/kernels/cuda. torch's own are refused with their name; the tests put
 // operations of the CPU in their place, by cudaLaunchHostFunc (python_tests/support/simulated_gpu_operations.py).
 //
 // What it cannot show is what the emulator cannot (docs/cuda.md), and anything of the driver: times, contexts, several
@@ -603,7 +603,7 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
   return *memory == nullptr ? give(cudaErrorMemoryAllocation) : cudaSuccess;
 }
 
-// Waits for the device, as CUDA's does: what is in flight may still use the memory.
+// Waits for the device, as CUDA's does: work in flight may still use the memory.
 cudaError_t cudaFree(void* memory) {
   if (memory == nullptr) return cudaSuccess;
   const cudaError_t error = cudaDeviceSynchronize();
