@@ -43,7 +43,7 @@ class FusedCoTuningLoss(nn.Module):
     Args:
         relationship: ``R[t, s] = p(y_source = s | y_target = t)``, a floating tensor ``(N_t, N_s)`` or a
             :class:`cotuning_kernels.Relationship`. It becomes a buffer: it moves with ``.to()`` and is part of the
-            ``state_dict``. A row of zeros is a target class without source supervision.
+            ``state_dict``, as is the trade-off. A row of zeros is a target class without source supervision.
         trade_off: the factor of the source term. The attribute may be set between steps, for instance in a warm-up.
         weight, label_smoothing, ignore_index, reduction, source_loss, inplace, backend: see
             :func:`cotuning_kernels.functional.co_tuning_loss`. They are attributes too, and may be set.
@@ -147,6 +147,22 @@ class FusedCoTuningLoss(nn.Module):
         return functional.compute_loss(
             source_logits, target_logits, target, relationship, self.options, self.inplace, self.backend, return_terms
         )
+
+    def get_extra_state(self) -> Tensor:
+        """The trade-off as part of the ``state_dict``, so that a resumed warm-up continues with it."""
+        return torch.tensor(self._trade_off, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the trade-off of a ``state_dict``."""
+        self.trade_off = float(state)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *errors: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *errors)
+        with_trade_off = f"{prefix}_extra_state"
+        if with_trade_off in missing_keys:  # buffers alone leave the trade-off as it is
+            missing_keys.remove(with_trade_off)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedCoTuningLoss:
         """``.to()``, ``.cuda()`` and ``.half()`` call this: the trade-off changes device, not dtype."""

@@ -649,10 +649,11 @@ def test_deepcopy_and_pickle_keep_everything(seed: int) -> None:
         assert torch.equal(_loss_of(criterion, problem), expected)
 
 
-def test_state_dict_holds_relationship_and_weight(seed: int) -> None:
+def test_state_dict_holds_relationship_weight_and_trade_off(seed: int) -> None:
     criterion, problem = _criterion(seed)
     state = criterion.state_dict()
-    assert set(state) == {"relationship", "weight"}
+    assert set(state) == {"relationship", "weight", "_extra_state"}
+    assert float(state["_extra_state"]) == criterion.trade_off
     assert problem.weight is not None
     other = ck.FusedCoTuningLoss(torch.full_like(problem.relationship, 0.5), weight=torch.ones_like(problem.weight))
     assert not torch.equal(_loss_of(other, problem), _loss_of(criterion, problem))

@@ -105,3 +105,16 @@ def test_a_weight_that_is_swapped_for_one_call_is_used() -> None:
     assert torch.equal(criterion(*inputs), before)
     criterion.load_state_dict({"relationship": relationship, "weight": CHANGES["weight"]}, assign=True)
     assert torch.equal(criterion(*inputs), expected)
+
+
+def test_a_resumed_warm_up_continues_with_its_trade_off() -> None:
+    *inputs, relationship = problem()
+    saved, resumed = (torch.nn.ModuleDict({"loss": ck.FusedCoTuningLoss(relationship)}) for _ in range(2))
+    saved["loss"].trade_off = 0.4
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed["loss"].trade_off == 0.4
+    assert torch.equal(resumed["loss"](*inputs), saved["loss"](*inputs))
+    resumed.load_state_dict({"loss.relationship": relationship})  # buffers alone: the trade-off stays
+    assert resumed["loss"].trade_off == 0.4
+    with pytest.raises(RuntimeError, match=r"Missing key.*loss\.relationship"):
+        resumed.load_state_dict({"loss._extra_state": torch.tensor(1.0)})
