@@ -115,7 +115,7 @@ def fit_temperature(
     logits, labels = check_labelled_logits("logits", logits, labels, None, ignore_index)
     num_classes = logits.shape[1]
     warn_of_probabilities("logits", logits, stacklevel=3)
-    backend = backends.select(logits.device.type, backend)
+    backend = backends.select(logits.device.type, backend, logits.device.index)
     terms_at = _terms_of(logits, labels, ignore_index, backend)
     sample_terms_at = None
     stride = min(_SAMPLE_STRIDE, len(labels) // _SAMPLE_ROWS)

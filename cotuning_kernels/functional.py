@@ -137,7 +137,7 @@ def translate_labels(
     batch = labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else 0
     validation.check_target(target, batch, relationship.shape[0], relationship.device, ignore_index)
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
-    served_by = backends.select(relationship.device.type, backend)
+    served_by = backends.select(relationship.device.type, backend, relationship.device.index)
     if probabilities or served_by == "reference":
         return reference.translate_labels(target, relationship, ignore_index=ignore_index)
     return autograd.translate_labels(target, relationship, ignore_index, served_by)
@@ -175,7 +175,7 @@ def compute_loss(
         return _compute_loss_of_rows(
             source_logits, target_logits, target, relationship, options, inplace, backend, return_terms
         )
-    served_by = backends.select(source_logits.device.type, backend)
+    served_by = backends.select(source_logits.device.type, backend, source_logits.device.index)
     inputs = source_logits, target_logits, target, relationship
     if served_by == "reference":
         _check_call(*inputs, options)

@@ -85,7 +85,7 @@ class FusedCoTuningLoss(nn.Module):
         check_options(options, matrix.shape[0], matrix.device)
         if weight is not None and not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(f"weight is {weight!r:.120}, expected finite numbers")
-        backends.select(matrix.device.type, backend)
+        backends.select(matrix.device.type, backend, matrix.device.index)
         self.register_buffer("relationship", matrix.clone(memory_format=torch.contiguous_format))
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
         self._trade_off = float(trade_off)

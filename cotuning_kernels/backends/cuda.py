@@ -18,7 +18,7 @@ from cotuning_kernels.backends.registry import REGISTRY
 from cotuning_kernels.backends.torch_version import too_old_for_kernels
 from cotuning_kernels.dtypes import FLOATING, named
 
-__all__ = ["cuda_build", "cuda_loss_plan", "driver_version", "unfit_reason"]
+__all__ = ["cuda_build", "cuda_loss_plan", "driver_version", "unfit_cards", "unfit_devices"]
 
 _REBUILD = "run `pip install --force-reinstall --no-deps .` in a checkout of cotuning_kernels"
 
@@ -53,17 +53,17 @@ def _load() -> str | None:
     return build.decode()
 
 
-def unfit_devices() -> str | None:
-    """Return why the kernels cannot run on the cards that torch sees, or ``None`` where they can."""
+def unfit_devices() -> dict[int, str]:
+    """Return the cards that the kernels cannot run on, by index, with the reasons."""
     cards = [
         (torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
         for device in range(torch.cuda.device_count())
     ]
-    return unfit_reason(cuda_build() or "", driver_version(), cards)
+    return unfit_cards(cuda_build() or "", driver_version(), cards)
 
 
-def unfit_reason(build: str, driver: int | None, cards: list[tuple[str, tuple[int, int]]]) -> str | None:
-    """Return why kernels cannot run: the driver is too old, or they were not compiled for a card.
+def unfit_cards(build: str, driver: int | None, cards: list[tuple[str, tuple[int, int]]]) -> dict[int, str]:
+    """Return the cards that kernels cannot run on: the driver is too old, or they were not compiled for the card.
 
     Args:
         build: what :func:`cuda_build` returns.
@@ -73,11 +73,13 @@ def unfit_reason(build: str, driver: int | None, cards: list[tuple[str, tuple[in
     compiler, _, architectures = build.partition(": ")
     needed = int(compiler.removeprefix("nvcc ").partition(".")[0])
     if driver is not None and driver < needed:
-        return f"they were built with {compiler} and need a driver for CUDA {needed}, and this one is for {driver}"
-    for name, (major, minor) in cards:
-        if not any(_runs_on((major, minor), built_for) for built_for in architectures.split()):
-            return f"they were built for {architectures}, and the {name} is {major}.{minor}; install again here"
-    return None
+        reason = f"they were built with {compiler} and need a driver for CUDA {needed}, and this one is for {driver}"
+        return dict.fromkeys(range(len(cards)), reason)
+    return {
+        index: f"they were built for {architectures}, and the {name} is {card[0]}.{card[1]}; install again here"
+        for index, (name, card) in enumerate(cards)
+        if not any(_runs_on(card, built_for) for built_for in architectures.split())
+    }
 
 
 def _runs_on(card: tuple[int, int], built_for: str) -> bool:

@@ -31,14 +31,15 @@ class Registry:
         self.fast_path_loss: Callable[..., Any] | None = None
         self._serving: dict[str, list[str]] = {}
         self._missing: dict[str, str] = {}
-        self._checks: dict[str, Callable[[], str | None]] = {}
+        self._checks: dict[str, Callable[[], Mapping[int, str]]] = {}
+        self._unfit: dict[tuple[str, int | None], str] = {}
         self._gpus_are_checked = False
 
-    def add(self, backend: str, device_type: str, check: Callable[[], str | None] | None = None) -> None:
+    def add(self, backend: str, device_type: str, check: Callable[[], Mapping[int, str]] | None = None) -> None:
         """Let ``backend`` serve ``device_type``, after the backends that were added before it.
 
-        ``check`` runs once, before the first tensor on a GPU is served. It returns the reason why the backend cannot
-        serve after all, or ``None``.
+        ``check`` runs once, before the first tensor on a GPU is served. It returns the GPUs that the backend cannot
+        serve, by index, with the reasons.
         """
         self._serving.setdefault(device_type, []).append(backend)
         if check is not None:
@@ -48,10 +49,11 @@ class Registry:
         """Record why ``backend`` is missing."""
         self._missing[backend] = reason
 
-    def select(self, device_type: str, backend: str = "auto") -> str:
+    def select(self, device_type: str, backend: str = "auto", index: int | None = None) -> str:
         """Return the name of the backend that serves tensors on ``device_type``.
 
-        ``"auto"`` takes the fastest kernels that serve the device, and the reference where none do.
+        ``"auto"`` takes the fastest kernels that serve the device, and the reference where none do. ``index`` is that
+        of the device: a backend may serve one GPU and not another.
 
         Raises:
             ValueError: ``backend`` is not the name of a backend.
@@ -60,13 +62,16 @@ class Registry:
         if device_type == "cuda" and not self._gpus_are_checked and not torch.compiler.is_compiling():
             self._check_gpus()
         kernels = self._serving.get(device_type, ())
+        if self._unfit and device_type == "cuda":
+            kernels = [name for name in kernels if (name, index) not in self._unfit]
         if backend == "auto":
             return kernels[0] if kernels else "reference"
         if backend == "reference" or backend in kernels:
             return backend
         if backend not in _NAMES:
             raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, _NAMES))}")
-        reason = self._missing.get(backend, f"it does not serve tensors on {device_type!r}")
+        reason = self._unfit.get((backend, index)) if device_type == "cuda" else None
+        reason = reason or self._missing.get(backend, f"it does not serve tensors on {device_type!r}")
         raise RuntimeError(f"backend {backend!r} cannot be used: {reason}")
 
     def available(self, device_type: str) -> list[str]:
@@ -95,7 +100,7 @@ class Registry:
         chosen = {**self._serving, **(serving or {})}
         self._serving = {device: [name for name in names if name not in missing] for device, names in chosen.items()}
         self._missing = {**self._missing, **missing}
-        self._checks = self._checks.copy()
+        self._checks, self._unfit = self._checks.copy(), {}
         self._gpus_are_checked = False
         if "fast_path" in missing or self.available("cpu")[0] != "cpp":
             self.fast_path_loss = None
@@ -105,16 +110,23 @@ class Registry:
             vars(self).update(before)
 
     def _check_gpus(self) -> None:
-        """Take out the backends that would raise at every call, so that others serve instead."""
+        """Find the GPUs on which a backend would raise at every call, so that others serve there instead."""
         self._gpus_are_checked = True
         if not torch.cuda.is_available():
             return
         serving = self._serving.get("cuda", [])
         for backend, check in self._checks.items():
-            if backend in serving and (reason := check()) is not None:
+            reasons = check() if backend in serving else {}
+            if not reasons:
+                continue
+            reason = next(iter(reasons.values()))
+            if len(reasons) == torch.cuda.device_count():
                 serving.remove(backend)
                 self._missing[backend] = reason
-                warnings.warn(f"cotuning_kernels runs without backend {backend!r}: {reason}", RuntimeWarning, 3)
+            else:
+                self._unfit |= {(backend, index): reason for index, reason in reasons.items()}
+                reason = f"on device {', '.join(map(str, reasons))}: {reason}"
+            warnings.warn(f"cotuning_kernels runs without backend {backend!r}: {reason}", RuntimeWarning, 3)
 
 
 REGISTRY = Registry()

@@ -120,7 +120,7 @@ class RelationshipEstimator:
         self._looked_for_probabilities = False
         self._backend = backend
         if not self._follows_batches:
-            backends.select(self.device.type, backend)  # raises now, not with the first batch
+            backends.select(self.device.type, backend, self.device.index)  # raises now, not with the first batch
 
     def __repr__(self) -> str:
         sums, counts, _ = self._settled()
@@ -373,7 +373,7 @@ class RelationshipEstimator:
             return _Counted(sums, counts.to(device, copy=True), all_reduced)
 
     def _add(self, counted: _Counted, logits: Tensor, labels: Tensor) -> None:
-        backend = backends.select(logits.device.type, self._backend)
+        backend = backends.select(logits.device.type, self._backend, logits.device.index)
         if backend != "reference":
             operation("add_class_sums_", backend)(
                 counted.sums, counted.counts, logits, labels, 1 / self.temperature, self.ignore_index

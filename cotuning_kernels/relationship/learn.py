@@ -129,7 +129,7 @@ def learn_relationship(
     check_empty_policy(empty)
     checked_penalties(inverse_penalties)
     if place is not None:
-        backends.select(place.type, backend)
+        backends.select(place.type, backend, place.index)
     # What a checkpoint's statistics depend on.
     settings: dict[str, Any] = {
         "num_target_classes": num_target_classes, "ignore_index": ignore_index, "temperature": temperature,

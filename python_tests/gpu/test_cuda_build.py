@@ -121,11 +121,14 @@ def test_the_kernels_step_back_where_they_cannot_run(
         if reason is None:
             assert backends.select("cuda") == "cuda"
             return
+        last = len(cards) - 1  # a fit card beside it keeps the kernels
         with pytest.warns(RuntimeWarning, match=reason):
-            assert backends.select("cuda") == "triton"
-        assert backends.select("cuda") == "triton"
+            assert backends.select("cuda", "auto", last) == "triton"
+        assert backends.select("cuda", "auto", last) == "triton"
         with pytest.raises(RuntimeError, match=reason):
-            backends.select("cuda", "cuda")
+            backends.select("cuda", "cuda", last)
+        assert backends.select("cuda", "auto", 0) == ("cuda" if last else "triton")
+        assert backends.select("cuda") == ("cuda" if last else "triton")
 
 
 # ------------------------------------------------------------------------------------------------- what is compiled for

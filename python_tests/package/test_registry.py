@@ -13,9 +13,10 @@ from cotuning_kernels.backends.registry import REGISTRY, Registry
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     """Two backends for GPUs, of which the first is refused when it is looked at; one for the CPU, with a fast path."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     registry = Registry()
     registry.add("cpp", "cpu")
-    registry.add("cuda", "cuda", check=lambda: "the driver is too old")
+    registry.add("cuda", "cuda", check=lambda: dict.fromkeys((0, 1), "the driver is too old"))
     registry.add("triton", "cuda")
     registry.fast_path_loss = print  # stands for the function of the C++ module
     return registry
@@ -29,7 +30,12 @@ def state(registry: Registry) -> dict[str, object]:
 
 def test_gpus_are_checked_once_and_with_the_first_tensor(registry: Registry) -> None:
     checked: list[str] = []
-    registry.add("fit", "cuda", check=lambda: checked.append("fit"))
+
+    def check() -> dict[int, str]:
+        checked.append("fit")
+        return {}
+
+    registry.add("fit", "cuda", check=check)
     registry.select("cpu")
     assert checked == []
     with pytest.warns(RuntimeWarning, match="runs without backend 'cuda': the driver is too old"):
@@ -41,6 +47,25 @@ def test_gpus_are_checked_once_and_with_the_first_tensor(registry: Registry) -> 
         registry.select("cuda", "cuda")
 
 
+def test_one_unfit_gpu_leaves_the_backend_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    registry = Registry()
+    registry.add("cuda", "cuda", check=lambda: {1: "the card is too old"})
+    registry.add("triton", "cuda")
+    with pytest.warns(RuntimeWarning, match="runs without backend 'cuda': on device 1: the card is too old"):
+        assert registry.select("cuda", "auto", 0) == "cuda"
+    assert registry.select("cuda", "auto", 1) == "triton"
+    assert registry.select("cuda", "cuda", 0) == "cuda"
+    assert registry.select("cuda", "triton", 1) == "triton"
+    assert registry.select("cpu", "auto", 1) == "reference"
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot be used: the card is too old"):
+        registry.select("cuda", "cuda", 1)
+    with registry.override(missing={"triton": "planted"}), pytest.warns(RuntimeWarning, match="on device 1"):
+        assert registry.select("cuda", "auto", 1) == "reference"
+    assert registry.select("cuda", "auto", 1) == "triton"
+
+
 def test_before_that_all_that_loaded_are_there(registry: Registry) -> None:
     assert registry.available("cuda") == ["cuda", "triton", "reference"]
     assert registry.select("cpu") == "cpp"
@@ -50,7 +75,7 @@ def test_before_that_all_that_loaded_are_there(registry: Registry) -> None:
 
 def fails_in_an_override(registry: Registry) -> None:
     with registry.override(serving={"cpu": ["triton"]}, missing={"cuda": "planted"}):
-        registry.add("cuda", "mps", check=lambda: "never")
+        registry.add("cuda", "mps", check=lambda: {0: "never"})
         registry.add_missing("cpp", "planted")
         assert registry.select("cpu") == "triton"
         assert registry.fast_path_loss is None
