@@ -157,7 +157,7 @@ def check_relationship(
         raise TypeError(
             f"relationship is a {type(relationship).__name__}, expected a Tensor of shape (N_t, N_s) or a Relationship"
         )
-    if relationship.dim() != 2 or relationship.shape[0] == 0 or not relationship.is_floating_point():
+    if relationship.dim() != 2 or not relationship.is_floating_point():
         raise ValueError(
             f"relationship is {relationship.dtype} of shape {tuple(relationship.shape)}, expected a floating tensor "
             "(N_t, N_s): one row of source-class probabilities a target class"

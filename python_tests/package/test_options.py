@@ -91,11 +91,6 @@ def test_a_tensor_is_no_number(backend: Backend, name: str) -> None:
         functional.co_tuning_loss(*inputs, relationship, backend=backend.argument, **{name: torch.tensor(0)})
 
 
-def test_a_relationship_without_target_classes_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"relationship is torch.float32 of shape \(0, 7\)"):
-        ck.FusedCoTuningLoss(torch.empty(0, 7))
-
-
 def test_a_weight_that_is_swapped_for_one_call_is_used() -> None:
     *inputs, relationship = problem()
     criterion = ck.FusedCoTuningLoss(relationship, weight=torch.ones(3))
