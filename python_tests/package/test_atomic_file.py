@@ -60,11 +60,15 @@ def test_only_regular_files_are_replaced(
     assert os.listdir(tmp_path) == ["there"]
 
 
-def test_a_device_behind_a_link_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(os.devnull)
+@pytest.mark.parametrize("make", [os.mkfifo, make_device])
+def test_a_special_file_behind_a_link_is_not_replaced(make: Callable[[Path], None], tmp_path: Path) -> None:
+    """Of its own: with this fault, a test as root would replace the machine's /dev/null."""
+    make(tmp_path / "special")
+    before = (tmp_path / "special").stat()
+    (tmp_path / "link").symlink_to("special")
     with pytest.raises(OSError, match="link is not a regular file"):
         write_atomically(tmp_path / "link", b"new")
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    assert (tmp_path / "special").stat() == before
 
 
 def test_a_check_changes_nothing(tmp_path: Path) -> None:
