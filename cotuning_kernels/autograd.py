@@ -57,6 +57,8 @@ def co_tuning_loss(
         raise TypeError("label_smoothing and ignore_index must be numbers")  # the dispatcher would take a tensor
     if relationship.requires_grad or (weight is not None and weight.requires_grad):
         raise ValueError("relationship and weight must not require grad")
+    if isinstance(options.label_smoothing, Tensor) or isinstance(options.ignore_index, Tensor):
+        raise TypeError("label_smoothing and ignore_index must be numbers")  # operations take a tensor's value
     if not isinstance(trade_off, Tensor):
         check_trade_off(trade_off, source_logits.device)
         trade_off = torch.full((), trade_off * 1.0, dtype=torch.float64, device=source_logits.device)

@@ -11,8 +11,8 @@ count. With ``ignore_index``, class weights, or target classes without source su
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sized
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from cotuning_kernels import functional, validation
-from cotuning_kernels.autograd import normalized_class_weights
 from cotuning_kernels.functional import CoTuningTerms
+from cotuning_kernels.options import LossOptions
 from cotuning_kernels.processes import rank_and_size
 from cotuning_kernels.shapes import logits_as_rows, shape_of_labels, target_as_rows
+from cotuning_kernels.sharded_loss import share_of_mean
 from cotuning_kernels.targets import Target, as_collated
 
 if TYPE_CHECKING:
@@ -104,59 +105,16 @@ def global_mean_loss(
         validation.check_shapes(source_logits, target_logits, target)
         target = target_as_rows(target, shape_of_labels(source_logits))
         source_logits, target_logits = logits_as_rows(source_logits), logits_as_rows(target_logits)
-    weight = criterion.weight
-    if weight is not None and not (isinstance(target, Tensor) and target.is_floating_point()):
-        weight = normalized_class_weights(weight)  # the kernels see a sum, which becomes a mean only here
-    counts = _counts(criterion, weight, target)
-    from torch import distributed
-
-    distributed.all_reduce(counts, group=group)
-    # Where a count is 0 the sum is 0, and so are its gradients, whatever divides it. NaN is added to the value, which
-    # is the criterion's value of such a mean.
-    target_count, source_count, _ = torch.where(counts == 0, 1, counts).unbind()
-    without_target, _, without_rows = torch.where(counts == 0, math.nan, 0.0).unbind()
-    # One fused call gives target_sum + x * source_sum; the global mean needs the sums divided by different counts.
     functional.require_target_logits(target_logits)
-    options = criterion.options._replace(
-        weight=weight, trade_off=criterion.trade_off * target_count / source_count, reduction="sum"
-    )
-    terms = functional.compute_loss(
-        source_logits,
-        target_logits,
-        target,
-        criterion.relationship,
-        options,
-        criterion.inplace,
-        criterion.backend,
-        True,
-    )
-    assert isinstance(terms, CoTuningTerms)
-    loss, target_sum, source_sum = terms
+
+    def compute(target: Target, relationship: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+        found = functional.compute_loss(
+            source_logits, target_logits, target, relationship, options, criterion.inplace, criterion.backend, True
+        )
+        assert isinstance(found, CoTuningTerms)
+        return found
+
+    all_reduce = partial(torch.distributed.all_reduce, group=group)
     return CoTuningTerms(
-        loss * (processes / target_count).to(loss.dtype) + (without_target + without_rows).to(loss.dtype),
-        target_sum * (processes / target_count).to(loss.dtype) + without_target.to(loss.dtype),
-        source_sum * (processes / source_count).to(loss.dtype) + without_rows.to(loss.dtype),
+        *share_of_mean(compute, target, criterion.relationship, criterion.options, all_reduce, processes)
     )
-
-
-@torch.no_grad()
-def _counts(criterion: FusedCoTuningLoss, weight: Tensor | None, target: Target) -> Tensor:
-    """The divisors of the two means, and the number of rows that count: float64 ``[target, source, rows]``."""
-    relationship = criterion.relationship
-    supervised = (relationship != 0).any(dim=1).double()
-    weight = torch.ones_like(supervised) if weight is None else weight.double()
-    if isinstance(target, Tensor) and target.is_floating_point():
-        rows = supervised.new_full((), len(target))  # filled on the device: a tensor from the host would wait for it
-        return torch.stack([rows, (target.double() @ supervised).sum(), (target != 0).any(dim=1).sum()])
-
-    def of_labels(labels: Tensor, share: Tensor | float) -> Tensor:
-        share = share.to(labels.device, torch.float64) if isinstance(share, Tensor) else share
-        counted = (labels != criterion.ignore_index).double() * share
-        # The loss names a label out of range.
-        index = torch.where(labels != criterion.ignore_index, labels, 0).long().clamp(0, len(weight) - 1)
-        return torch.stack([(counted * weight[index]).sum(), (counted * supervised[index]).sum(), counted.sum()])
-
-    if isinstance(target, tuple):
-        labels_a, labels_b, share = target
-        return of_labels(labels_a, share) + of_labels(labels_b, 1 - share)
-    return of_labels(target, 1.0)

@@ -11,6 +11,7 @@ from cotuning_kernels import autograd, backends, reference, validation
 from cotuning_kernels.backends.registry import REGISTRY
 from cotuning_kernels.options import LossOptions, check_options
 from cotuning_kernels.shapes import logits_as_rows, shape_of_labels, target_as_rows
+from cotuning_kernels.sharded_loss import is_dtensor, loss_of_dtensors
 from cotuning_kernels.targets import RelationshipLike, Target, as_collated
 
 __all__ = ["CoTuningTerms", "co_tuning_loss", "source_label_loss", "translate_labels"]
@@ -171,6 +172,15 @@ def compute_loss(
     if isinstance(target, tuple | list):
         target = as_collated(target)
     validation.check_is_tensor("source_logits", source_logits)
+    if is_dtensor(source_logits):
+
+        def of_part(s: Tensor, t: Tensor, y: Target, r: Tensor, o: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+            found = compute_loss(s, t, y, r, o, inplace, backend, True)
+            assert isinstance(found, CoTuningTerms)
+            return found
+
+        whole = loss_of_dtensors(of_part, source_logits, target_logits, target, relationship, options)
+        return CoTuningTerms(*whole) if return_terms else whole[0]
     if source_logits.dim() not in (0, 2):
         return _compute_loss_of_rows(
             source_logits, target_logits, target, relationship, options, inplace, backend, return_terms
@@ -181,6 +191,11 @@ def compute_loss(
         _check_call(*inputs, options)
         terms = _reference(*inputs, options, inplace)
         return terms if return_terms else terms.loss
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "torch.jit.trace cannot record the fused Co-Tuning loss: trace the model without the loss, use "
+            'torch.export or torch.compile for both, or backend="reference"'
+        )
     # Checking a small batch's arguments in Python takes about as long as its loss. The kernels reject what they cannot
     # take, and only then is the error put into words. A trace checks first: that costs nothing when it runs.
     if tracing:

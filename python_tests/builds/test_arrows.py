@@ -33,6 +33,7 @@ MODULE_FLOORS = (
     ("relationship.file",),
     ("calibration", "distributed", "loss"),
     ("functional",),
+    ("sharded_loss",),
     ("autograd",),
     ("options",),
     ("backends",),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -659,6 +660,55 @@ def test_state_dict_holds_relationship_weight_and_trade_off(seed: int) -> None:
     assert not torch.equal(_loss_of(other, problem), _loss_of(criterion, problem))
     other.load_state_dict(state)
     assert torch.equal(_loss_of(other, problem), _loss_of(criterion, problem))
+
+
+def test_a_resumed_warm_up_keeps_its_trade_off(seed: int) -> None:
+    criterion, problem = _criterion(seed)
+    criterion.trade_off = 0.3
+    for dtype in (torch.float64, torch.float16):
+        state = copy.deepcopy(criterion).to(dtype).state_dict()
+        criterion.trade_off = 0.3  # what was written does not change any more
+        other = ck.FusedCoTuningLoss(problem.relationship, weight=problem.weight)
+        compiled = torch.compile(other, backend="eager")
+        _loss_of(compiled, problem)
+        torch.nn.ModuleDict({"inner": other}).load_state_dict({f"inner.{name}": x for name, x in state.items()})
+        assert other.trade_off == 0.3
+        if dtype == torch.float64:
+            for each in (other, compiled):
+                torch.testing.assert_close(_loss_of(each, problem), _loss_of(criterion, problem))
+    # One of an earlier version has none, and leaves it alone.
+    del state["_extra_state"]
+    other.trade_off = 1.7
+    other.load_state_dict(state)
+    assert other.trade_off == 1.7
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*other"):
+        other.load_state_dict(state | {"other": torch.zeros(())})
+
+
+def test_tracing_by_jit_is_refused_with_a_way_out(seed: int) -> None:
+    criterion, problem = _criterion(seed)
+    logits = problem.source_logits.requires_grad_(), problem.target_logits.requires_grad_()
+
+    def trace(backend: str) -> Any:
+        criterion.backend = backend
+        return torch.jit.trace(lambda *x: criterion(*x, problem.target), logits, check_trace=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer
+        with pytest.raises(RuntimeError, match=r"torch.jit.trace cannot record .* torch.export or torch.compile"):
+            trace("auto")
+        torch.testing.assert_close(trace("reference")(*logits), _loss_of(criterion, problem))
+
+
+@pytest.mark.parametrize("option", ["label_smoothing", "ignore_index"])
+def test_tensors_for_numbers_are_refused_by_every_backend(backend: Backend, option: str, seed: int) -> None:
+    problem = _problem("labels", torch.float64, seed)
+    for inplace in (False, True) if backend.argument != "reference" else (False,):
+        with pytest.raises(TypeError, match=f"{option} is tensor"):
+            functional.co_tuning_loss(
+                problem.source_logits, problem.target_logits, problem.target, problem.relationship,
+                backend=backend.argument, inplace=inplace, **{option: torch.tensor(0)},
+            )  # fmt: skip
 
 
 def test_the_module_keeps_a_copy_of_what_it_was_given(seed: int) -> None:
