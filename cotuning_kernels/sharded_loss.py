@@ -1,8 +1,8 @@
 """The loss of rows that are shared out over processes, each of which has some of them.
 
 A mean is not a mean of means: with ignored labels, class weights or classes without source supervision, shares of
-equally many rows do not count equally. :func:`share_of_mean` divides a share's sums by the counts of all.
-:func:`loss_of_dtensors` takes logits that are DTensors, as a tensor-parallel head with ``use_local_output=False`` gives.
+equally many rows do not count equally. :func:`share_of_mean` divides a share's sums by the counts of all, and
+:func:`loss_of_dtensors` takes DTensors, as a tensor-parallel head with ``use_local_output=False`` gives them.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def loss_of_dtensors(
         raise ValueError(_PLACEMENT.format("source_logits", placements))
     if source_logits.dim() != 2:
         raise ValueError(
-            f"source_logits is a DTensor of shape {tuple(source_logits.shape)}, expected (B, N_s): pass what to_local() "
-            "gives"
+            f"source_logits is a DTensor of shape {tuple(source_logits.shape)}, expected (B, N_s): pass what "
+            "to_local() gives"
         )
 
     def local(name: str, value: Any, of_rows: bool) -> Any:

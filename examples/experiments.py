@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,10 @@ class Setting:
     warm_up: float
     temperature: float
     seed: int
+    # What the first results do not name, with the values that they have.
+    batchnorm: str = "trained"
+    clip: float = 0.0
+    bound: bool = False
 
 
 def read_plan(path: Path) -> list[Setting]:
@@ -76,6 +80,7 @@ def read_plan(path: Path) -> list[Setting]:
         raise UserError(f"{path} has no grids: give a plan with tables [[grid]], such as {RESULTS / 'plan.toml'}.")
     for grid in grids:
         names = [field.name for field in fields(Setting)]
+        grid = {field.name: [field.default] for field in fields(Setting) if field.default is not MISSING} | grid
         if set(grid) != set(names):
             raise UserError(f"{path}: a grid has {sorted(grid)}, expected each of {names}")
         for name in names:
@@ -83,6 +88,8 @@ def read_plan(path: Path) -> list[Setting]:
                 raise UserError(f"{path}: {name} is {grid[name]!r:.80}, expected a list of values")
         if not set(grid["method"]) <= set(METHODS):
             raise UserError(f"{path}: methods {grid['method']}, expected some of {METHODS}")
+        if not set(grid["batchnorm"]) <= {"trained", "frozen"}:
+            raise UserError(f"{path}: batchnorm {grid['batchnorm']}, expected trained or frozen")
         found |= {canonical(Setting(*values)): None for values in itertools.product(*(grid[name] for name in names))}
     return sorted(found, key=lambda setting: setting.seed)
 
@@ -91,8 +98,10 @@ def canonical(setting: Setting) -> Setting:
     """Methods without a source term have no trade-off: one run, not one for each value in the grid."""
     content = asdict(setting)
     if not setting.method.startswith("co-tuning"):
-        content |= {"trade_off": 0.0, "warm_up": 0.0, "temperature": 1.0}
-    for name in ("lr", "trade_off", "warm_up", "temperature"):
+        content |= {"trade_off": 0.0, "warm_up": 0.0, "temperature": 1.0, "bound": False}
+    if setting.method == "linear-probe":
+        content |= {"batchnorm": "trained"}  # its features are in evaluation mode in any case
+    for name in ("lr", "trade_off", "warm_up", "temperature", "clip"):
         content[name] = float(content[name])
     return Setting(**content)
 
@@ -115,7 +124,8 @@ def read_results(path: Path) -> dict[Setting, dict[str, Any]]:
     found = {}
     for line in whole.splitlines():
         content = json.loads(line)
-        found[Setting(**{field.name: content.pop(field.name) for field in fields(Setting)})] = content
+        setting = {field.name: content.pop(field.name) for field in fields(Setting) if field.name in content}
+        found[Setting(**setting)] = content
     return found
 
 
@@ -187,9 +197,13 @@ def run(setting: Setting) -> dict[str, Any]:
 
 def fine_tune(setting: Setting, images: Images, relationship: ck.Relationship | None) -> nn.Module:
     torch.manual_seed(setting.seed)
-    model = ck.CoTuningModel.from_classifier(classifier_of(setting.network), len(images.classes))
+    model = ck.CoTuningModel.from_classifier(
+        classifier_of(setting.network), len(images.classes), bound_source=setting.bound
+    )
     # EfficientNet's own momentum, 0.01, would leave its running statistics half those of ImageNet after 100 iterations.
     model.set_batchnorm_momentum(0.1)
+    if setting.batchnorm == "frozen":
+        model.freeze_batchnorm()
     # A linear probe's features are those of the pretrained model, whose BatchNorm statistics stay.
     model.train(setting.method != "linear-probe")
     loss_of = objective_of(
@@ -204,6 +218,8 @@ def fine_tune(setting: Setting, images: Images, relationship: ck.Relationship | 
         loss = loss_of(inputs, labels, iteration)
         optimizer.zero_grad()
         loss.backward()
+        if setting.clip > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), setting.clip)
         optimizer.step()
         schedule.step()
     return model.target_model()

@@ -354,7 +354,9 @@ def two_headed(classifier: nn.Module, num_classes: int, options: argparse.Namesp
     crop = options.pixels.crop
     noise = torch.randn(1, 3, crop, crop, generator=torch.Generator().manual_seed(0)).to(options.device)
     try:
-        return ck.CoTuningModel.from_classifier(classifier, num_classes, head=options.head, example_input=noise)
+        return ck.CoTuningModel.from_classifier(
+            classifier, num_classes, head=options.head, example_input=noise, bound_source=options.bound_source
+        )
     except (TypeError, ValueError) as error:
         # The argument in this program's words.
         said = str(error).replace("head='", "--head '").replace("head=", "--head")
@@ -472,6 +474,8 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
         return before
     torch.manual_seed(options.seed)
     model = two_headed(classifier, len(parts.classes), options)
+    if options.freeze_batchnorm:
+        model.freeze_batchnorm()
     if options.batchnorm_momentum is not None:
         model.set_batchnorm_momentum(options.batchnorm_momentum)
     relationship = relationship_of(method, classifier, parts, options) if method.startswith("co-tuning") else None
@@ -499,6 +503,8 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
         loss = loss_of(images.to(options.device), labels.to(options.device), progress.iteration)
         optimizer.zero_grad()
         loss.backward()
+        if options.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         optimizer.step()
         schedule.step()
         progress.iteration += 1
@@ -534,7 +540,7 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
 MEASURED = ("validation_accuracy", "test_accuracy_ten_crops")
 RECORDED = (
     "model", "sampling_rate", "images_per_class", "seed", "iterations", "batch_size", "lr", "trade_off", "warm_up",
-    "temperature", "l2_sp",
+    "temperature", "l2_sp", "freeze_batchnorm", "clip", "bound_source",
 )  # fmt: skip
 
 
@@ -689,6 +695,12 @@ def parser_of(description: str, data: str) -> argparse.ArgumentParser:
     add("--batch-size", type=number(int, 1), default=48)
     add("--lr", type=number(float, 0), default=1e-3, help="of all but the new head, which has ten times that")
     add("--batchnorm-momentum", type=number(float, 0, 1), help="of every BatchNorm layer; by default the model's own")
+    add("--freeze-batchnorm", action="store_true", help="BatchNorm in evaluation mode: the better choice where batches "
+        "or images are few; the paper trained it")  # fmt: skip
+    add("--clip", type=number(float, 0, above=True), metavar="X", help="largest norm of all gradients together; a "
+        "network that diverges, or whose BatchNorm is frozen, often needs about 5")  # fmt: skip
+    add("--bound-source", action=argparse.BooleanOptionalAction, default=True, help="bound the source head's gradient "
+        "into the backbone by the target head's; the paper did not")  # fmt: skip
     add("--size", type=number(int, 1), default=256, help="images are resized to it")
     add("--crop", type=number(int, 1), default=224, help="what the network sees")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0)

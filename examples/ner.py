@@ -241,6 +241,8 @@ def ner(options: argparse.Namespace) -> dict[str, Any]:
             loss = loss_of(model, inputs, labels, matrix, options.trade_off)
             optimizer.zero_grad()
             loss.backward()
+            if options.clip > 0:
+                nn.utils.clip_grad_norm_(model.parameters(), options.clip)
             optimizer.step()
             schedule.step()
     training_seconds = time.perf_counter() - begun
@@ -276,6 +278,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=number(int, 1), default=32, metavar="N", help="sentences")
     parser.add_argument(
         "--lr", type=number(float, 0), default=5e-5, metavar="X", help="of AdamW, falling linearly to 0"
+    )
+    parser.add_argument(
+        "--clip", type=number(float, 0), default=1.0, metavar="X", help="largest norm of all gradients; 0: any"
     )
     parser.add_argument(
         "--max-length", type=number(int, 3), default=128, metavar="N", help="wordpieces of a sentence at most"

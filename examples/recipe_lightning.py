@@ -41,7 +41,7 @@ def main(epochs: int = 10, trade_off: float = 1.0) -> float:
     module.train()
     trainer = lightning.Trainer(
         max_epochs=epochs, accelerator="auto", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_model_summary=False, gradient_clip_val=5.0,
     )  # fmt: skip
     trainer.fit(module, DataLoader(train, 10, shuffle=True))
     return accuracy(module.model.target_model())

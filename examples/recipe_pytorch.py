@@ -38,6 +38,7 @@ def main(epochs: int = 10, trade_off: float = 1.0, warm_up: int = 10) -> float:
             loss = criterion(source_logits, target_logits, labels)
             optimizer.zero_grad()
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
             step += 1
     return accuracy(model.target_model())

@@ -36,6 +36,7 @@ def main(epochs: int = 20, trade_off: float = 1.0) -> float:
             loss = criterion(source_logits, target_logits, target)
             optimizer.zero_grad()
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
     return accuracy(model.target_model())
 

@@ -68,7 +68,7 @@ def main(epochs: int = 10, trade_off: float = 1.0) -> float:
             TrainingArguments(
                 folder, num_train_epochs=epochs, per_device_train_batch_size=10, use_cpu=not torch.cuda.is_available(),
                 report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
-                label_names=["labels"],
+                label_names=["labels"], max_grad_norm=5.0,
             ),
             train_dataset=AsMappings(train),
             eval_dataset=AsMappings(FashionTask(TARGET, 20, test=True)),

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import cotuning_kernels as ck
 from cotuning_kernels import distributed as ck_distributed
+from cotuning_kernels import sharded_loss
 from cotuning_kernels.distributed import ShardSampler, global_mean_loss
 from support import distributed_worker as worker
 from support.backends import Backend
@@ -168,7 +169,7 @@ def test_counts_are_what_the_means_divide_by(form: str, weighted: bool, draw: to
         return torch.stack(criterion(source_logits, target_logits, target, return_terms=True)[1:])
 
     criterion = ck.FusedCoTuningLoss(relationship, weight=weight)
-    *found, rows = ck_distributed._counts(criterion, criterion.weight, target)
+    *found, rows = sharded_loss._counts(target, criterion.relationship, criterion.weight, criterion.ignore_index)
     torch.testing.assert_close(torch.stack(found), terms("sum") / terms("mean"), rtol=1e-12, atol=0)
     # Row 3 of the labels is ignored, and row 5 of the first ones of a pair.
     expected = {"labels": 7.0, "int32 labels": 7.0, "probabilities": 9.0, "pair": 7.7}
