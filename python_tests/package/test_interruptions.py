@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -39,6 +39,14 @@ def state_of(estimator: RelationshipEstimator) -> State:
         state["sums"].numpy().tobytes(), state["counts"].numpy().tobytes(), state["all_reduced"],
         estimator.num_source_classes,
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _grad_mode() -> Iterator[None]:
+    """An interruption within torch's own no_grad leaves gradients off, for the tests that follow too."""
+    before = torch.is_grad_enabled()
+    yield
+    torch.set_grad_enabled(before)
 
 
 class InterruptionAt:
