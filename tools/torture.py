@@ -423,6 +423,7 @@ def interruptions(draw: random.Random, tries: int, folder: Path) -> Counter[str]
         "save": save,
     }
     before_signal = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    grad_mode = torch.is_grad_enabled()  # an interruption within torch's own no_grad leaves gradients off
     try:
         for name, call in calls.items():
             whole = RelationshipEstimator(20, 400)
@@ -459,6 +460,7 @@ def interruptions(draw: random.Random, tries: int, folder: Path) -> Counter[str]
                     call(estimator)
                     check(state_of(estimator) == after, f"{name}: the same again is not as without an interruption")
     finally:
+        torch.set_grad_enabled(grad_mode)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before_signal)
     return counts

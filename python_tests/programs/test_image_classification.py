@@ -300,7 +300,7 @@ def test_batches_are_those_of_an_uninterrupted_run(runner: ModuleType, monkeypat
         (["--model=support.image_runner:two_ends", "--head=three"], "--head 'three' names no module of TwoEnds"),
         (
             ["--model=support.image_runner:two_ends", "--head=one"],
-            "with a second head (mat1 and mat2 shapes",
+            "or this is not its head (RuntimeError: mat1 and mat2 shapes",
         ),
         (["--model=support.image_runner:of_one_size"], "cannot be run on images of --crop 16 with a second head"),
         (["--crop=21"], "--crop 21 is cut out of images of --size 20: give a smaller crop"),
