@@ -38,7 +38,7 @@ CUDA_wheel := COTUNING_KERNELS_PURE_PYTHON=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test torture bench lint docs wheel clean distclean
+.PHONY: help demo test torture gpu bench lint docs wheel clean distclean
 
 help: ## list the targets
 	@echo "make TARGET [ARGS=\"...\"] [PYTHON=python3.12] [TORCH=\"torch==2.13.0\"]"
@@ -53,6 +53,10 @@ test: .venv/installed-test ## run the whole test suite, a worker a core
 
 torture: .venv/installed-test ## kill, starve and feed with hostile files what saves and counts (up to twenty minutes)
 	@$(BIN)/python -m tools.torture $(ARGS)
+
+# Not in .venv: a GPU machine has a torch of its own, and perhaps no network. Its Python is left as it is.
+gpu: ## on a GPU machine: build for its card, then checks, tests, times and counters in eight minutes, into gpu_report
+	@$(PYTHON) -m tools.gpu $(ARGS)
 
 bench: .venv/installed-bench ## run the benchmarks, print a table of ratios to today's formulations, write a page with pictures
 	@MALLOC_MMAP_MAX_=0 $(BIN)/pytest benchmarks --benchmark-only $(ARGS)
@@ -80,7 +84,7 @@ wheel: .venv/installed-wheel ## build a wheel and a source distribution into dis
 	@$(BIN)/python -m twine check --strict dist/*
 
 clean: ## remove what was built, written or cached here; .venv and the downloaded images stay
-	rm -rf build dist *.egg-info demo_output benchmark_page .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info demo_output benchmark_page gpu_report .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 	rm -f cotuning_kernels/*.so .venv/installed-*
 

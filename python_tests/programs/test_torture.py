@@ -52,7 +52,7 @@ def write_in_place(path: Any, *pieces: bytes | memoryview) -> None:
 def add_then_fail(self: RelationshipEstimator, logits: Tensor, labels: Tensor) -> Any:
     """Needs memory when the batch has been added."""
     self._add(self._counted, logits, labels)
-    torch.ones(10_000_000)
+    torch.ones(60_000_000)  # more than a process may have left from earlier work
     return self._counted
 
 

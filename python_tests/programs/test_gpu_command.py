@@ -1,0 +1,147 @@
+"""``make gpu`` on a machine without a GPU: its limits, its summary, and that the checks find a planted fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support.paths import ROOT
+from tools.gpu import __main__ as command
+from tools.gpu import checks
+from tools.gpu.__main__ import Outcome, Step, run_steps, steps, summary
+
+
+def python(code: str) -> tuple[str, ...]:
+    return sys.executable, "-c", code
+
+
+def run_all(chosen: list[Step], folder: Path, limit: float = 60.0) -> dict[str, Outcome]:
+    outcomes = run_steps(chosen, folder / "log.txt", limit=limit, environment=dict(os.environ))
+    return {outcome.name: outcome for outcome in outcomes}
+
+
+def test_a_step_that_fails_does_not_keep_the_next_from_running(tmp_path: Path) -> None:
+    ended = run_all(
+        [
+            Step("wrong", python("print('what went wrong'); raise SystemExit(3)"), 30),
+            Step("right", python("print(7)"), 30),
+        ],
+        tmp_path,
+    )
+    assert (ended["wrong"].state, ended["wrong"].words) == ("failed", "3: what went wrong")
+    assert (ended["right"].state, ended["right"].words) == ("passed", "7")
+    log = (tmp_path / "log.txt").read_text()
+    assert log.index("what went wrong") < log.index("== right:")
+
+
+def test_a_step_that_is_too_slow_ends_with_its_children(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    slow = f"(sleep 3; touch {child}) & echo begun; sleep 60"
+    started = time.monotonic()
+    ended = run_all([Step("slow", ("sh", "-c", slow), 1), Step("next", python("print('there')"), 30)], tmp_path)
+    assert time.monotonic() - started < 20
+    assert ended["slow"].state == "too slow"
+    assert ended["slow"].words == "ended after 1 s; last: begun"
+    assert ended["next"].state == "passed"
+    time.sleep(max(0.0, started + 4 - time.monotonic()))
+    assert not child.exists()
+
+
+def test_all_steps_together_have_a_limit(tmp_path: Path) -> None:
+    chosen = [Step("slow", ("sleep", "60"), 60), Step("late", python(""), 30)]
+    ended = run_all(chosen, tmp_path, limit=0.5)
+    assert ended["slow"].state == "too slow"
+    assert (ended["late"].state, ended["late"].words) == ("skipped", "the 0 seconds of all steps were spent")
+
+
+def test_a_program_that_is_not_there_or_is_refused_is_said(tmp_path: Path) -> None:
+    ended = run_all(
+        [
+            Step("absent", ("no-such-program",), 5, needs="no-such-program"),
+            Step("refused", python("print('Device not supported'); raise SystemExit(1)"), 30, needs="sh"),
+            Step("wrong", python("print('ERROR SUMMARY: 1 error'); raise SystemExit(9)"), 30, needs="sh"),
+        ],
+        tmp_path,
+    )
+    assert ended["absent"].words == "there is no no-such-program on the path"
+    assert (ended["refused"].state, ended["refused"].words) == ("skipped", "sh is refused here: Device not supported")
+    assert ended["wrong"].state == "failed"
+
+
+def test_the_summary_begins_with_what_failed() -> None:
+    outcomes = [Outcome(f"step {i}", "passed", 1.0, "fine") for i in range(12)]
+    outcomes[4] = replace(outcomes[4], state="too slow", words="ended after 9 s; last: x")
+    outcomes[9] = replace(outcomes[9], state="failed", words="1: y")
+    lines = summary(outcomes).splitlines()
+    assert lines[:3] == [
+        "1 failed, 1 too slow, 0 skipped, 10 passed",
+        "failed: step 9 (1 s): 1: y",
+        "too slow: step 4 (1 s): ended after 9 s; last: x",
+    ]
+    assert len(lines) == 10
+
+
+def test_every_step_names_what_is_there(tmp_path: Path) -> None:
+    chosen = steps(tmp_path)
+    assert len({step.name for step in chosen}) == len(chosen)
+    for step in chosen:
+        for word in map(str, step.command):
+            assert not word.startswith(str(ROOT)) or Path(word).exists(), word
+        if "tools.gpu.checks" in step.command:
+            named = step.command[step.command.index("tools.gpu.checks") + 1 :]
+            assert set(named) <= {*checks.CHECKS, "main shapes"}
+
+
+def test_without_a_gpu_the_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    out = tmp_path / "out"
+    status = command.main(["--installed", "--out", str(out), "--only", "report", "first checks"])
+    assert status == 1
+    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "steps.json", "summary.txt"]
+    states = {step["name"]: step["state"] for step in json.loads((out / "steps.json").read_text())}
+    assert states == {"report": "passed", "first checks": "failed"}
+    assert "1: There is no GPU that this torch can use." in (out / "summary.txt").read_text()
+    assert "cotuning_kernels" in (out / "log.txt").read_text()
+    assert "Written to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--only", "rapport"], "--only names 'rapport', expected some of report,"),
+    (["--wheel", "none.whl"], "--wheel is none.whl, which is no file"),
+])  # fmt: skip
+def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_checks_pass_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert checks.main(["values", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "values: OK\nevery check is OK\n"
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_the_checks_find_a_wrong_step(
+    wrong: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = checks.Batch.step
+
+    def step(self: checks.Batch, backend: str = "auto") -> tuple[Any, ...]:
+        result = list(right(self, backend))
+        if backend != "reference":
+            result[wrong] = result[wrong] * 1.01 if self.source_logits.dtype != torch.bfloat16 else result[wrong]
+        return tuple(result)
+
+    monkeypatch.setattr(checks.Batch, "step", step)
+    assert checks.main(["values", "--device", "cpu"]) == 1
+    named = ("loss", "source gradient", "target gradient")[wrong]
+    assert f"values: WRONG: WrongError: {named} of torch.float32" in capsys.readouterr().out
