@@ -23,7 +23,7 @@ EXTRAS_demo := demo
 EXTRAS_test := test,demo
 EXTRAS_bench := bench
 EXTRAS_lint := lint,plot
-EXTRAS_docs := docs,plot
+EXTRAS_docs := docs,plot,triton
 EXTRAS_wheel := wheel
 # nvcc takes minutes for all the cards that there are. Where there is none, only the tests have the CUDA kernels built, to
 # read what nvcc makes of them: for one card, or those in TORCH_CUDA_ARCH_LIST, and if that is empty for all.
