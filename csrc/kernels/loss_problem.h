@@ -1,4 +1,4 @@
-// The part of the loss's problem that the CPU and the CUDA kernels have in common.
+// The inputs of the loss that the CPU and the CUDA kernels share.
 #pragma once
 
 #include "views.h"
@@ -17,8 +17,8 @@ struct TargetInputs {
 
 struct LossInputs : TargetInputs {
   ConstMatrix source_logits;  // (B, N_s)
-  ConstMatrix target_logits;  // (B, N_t); no matrix: the source term alone
-  ConstMatrix relationship;   // (N_t, N_s); with probabilities (B, N_s), row i for row i
+  ConstMatrix target_logits;  // (B, N_t); no matrix: only the source term
+  ConstMatrix relationship;   // (N_t, N_s); with probabilities (B, N_s), one row per example
 
   double label_smoothing = 0;
   Reduction reduction = Reduction::kMean;

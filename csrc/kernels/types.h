@@ -1,4 +1,4 @@
-// The scalar types and options of both the CPU and the CUDA kernels. No torch below csrc/kernels.
+// The scalar types and options of the CPU and the CUDA kernels. Nothing in csrc/kernels includes torch.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Arithmetic is float for every type but double: half-precision values are widened as they are loaded.
+// All types but double compute in float: loads widen half-precision values.
 template <class T>
 struct ComputeTypeOf {
   using type = float;

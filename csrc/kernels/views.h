@@ -1,11 +1,11 @@
-// Views of memory, as the CPU and the CUDA kernels take them.
+// Views of memory for the CPU and the CUDA kernels.
 #pragma once
 
 #include "types.h"
 
 namespace cotuning {
 
-// Class indices, int64 or int32, at any distance.
+// Class indices, int64 or int32, with any stride.
 struct Labels {
   const void* data = nullptr;
   bool is_int32 = false;
@@ -16,8 +16,8 @@ struct Labels {
   }
 };
 
-// A matrix with dense columns and rows at any distance (0: every row is the same one). No columns: no matrix. (A null
-// pointer would not tell: a matrix without rows has one too.)
+// A matrix whose rows are contiguous, with any stride between rows (0: all rows are the same memory). No columns means
+// no matrix. A null pointer cannot mean that: a matrix without rows has one too.
 struct ConstMatrix {
   const void* data = nullptr;
   ScalarType type = ScalarType::kFloat32;
@@ -31,7 +31,7 @@ struct ConstMatrix {
   }
 };
 
-// The same for writing. No data: not wanted.
+// A writable matrix. Null data: the caller does not want it.
 struct Matrix {
   void* data = nullptr;
   ScalarType type = ScalarType::kFloat32;
@@ -42,7 +42,7 @@ struct Matrix {
   COTUNING_HOST_DEVICE void* row(int64_t i) const { return static_cast<char*>(data) + i * row_stride * size_of(type); }
 };
 
-// A vector at any distance (0: one number for all).
+// A vector with any stride (0: one number for all rows).
 struct ConstVector {
   const void* data = nullptr;
   ScalarType type = ScalarType::kFloat32;

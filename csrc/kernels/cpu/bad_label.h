@@ -1,11 +1,11 @@
-// Labels out of range: told to the caller, who says it in words.
+// Finds labels out of range. The caller writes the error message.
 #pragma once
 
 #include "../views.h"
 
 namespace cotuning::cpu {
 
-// The first label that is neither a class nor ignored, if there is one.
+// The first label that is neither a class nor ignored, if any.
 struct BadLabel {
   int64_t row = -1;
   int64_t value = 0;

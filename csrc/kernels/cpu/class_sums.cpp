@@ -15,7 +15,7 @@ struct ClassSums {
   double inverse_temperature;
   Matrix sums;
   int64_t* counts;
-  // Classes [first_class[k], first_class[k + 1]) are part k.
+  // Part k has the classes [first_class[k], first_class[k + 1]).
   std::vector<int64_t> first_class;
 
   void run(int64_t part_begin, int64_t part_end) const {
@@ -50,7 +50,7 @@ struct ClassSums {
   }
 };
 
-// Consecutive classes with about the same number of rows each.
+// Splits the classes into consecutive parts with about the same number of rows each.
 std::vector<int64_t> split_classes(const Labels& labels, int64_t rows, int64_t num_classes, int64_t ignore_index,
                                    int64_t parts) {
   std::vector<int64_t> rows_of(num_classes, 0), first_class{0};
@@ -73,7 +73,7 @@ BadLabel add_class_sums(const ConstMatrix& logits, const Labels& labels, int64_t
                         double inverse_temperature, const Matrix& sums, int64_t* counts, ParallelFor parallel_for) {
   const int64_t num_classes = sums.rows;
   if (BadLabel bad = find_bad_label(labels, logits.rows, num_classes, ignore_index)) return bad;
-  // More parts than threads even out classes of different sizes; every part reads all the labels.
+  // Having more parts than threads evens out classes of different sizes. Not too many: each part reads all labels.
   const int64_t work = logits.rows * logits.columns / kGrainElements;
   const int64_t parts = work < 1 ? 1 : work < 16 ? work : 16;
   ClassSums task{logits,

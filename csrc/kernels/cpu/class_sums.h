@@ -1,4 +1,4 @@
-// Sums of softmax outputs by class, of which the relationship is made.
+// Sums of softmax outputs by class, from which the relationship is computed.
 #pragma once
 
 #include "../views.h"
@@ -7,9 +7,9 @@
 
 namespace cotuning::cpu {
 
-// sums[t] += softmax(inverse_temperature * logits[i]) and counts[t] += 1 for each row i of class t. `sums` has a row a
-// class, in float or double. Nothing is written where a label is bad. Rows are added in their order, whatever the
-// number of threads: each thread has classes of its own, and no memory of its own but one scratch row.
+// sums[t] += softmax(inverse_temperature * logits[i]) and counts[t] += 1 for each row i of class t. `sums` has one row
+// per class, in float or double. If a label is bad, nothing is written. Rows are added in order for any number of
+// threads: no two threads share a class. A thread needs one scratch row.
 BadLabel add_class_sums(const ConstMatrix& logits, const Labels& labels, int64_t ignore_index,
                         double inverse_temperature, const Matrix& sums, int64_t* counts, ParallelFor parallel_for);
 

@@ -11,7 +11,7 @@
 namespace cotuning::cpu {
 namespace {
 
-// Facts about a class that rows share, computed once for each class of the batch.
+// What all rows of a class share, computed once per class of the batch.
 struct ClassFacts {
   enum : char { kUnknown, kSupervised, kUnsupervised };
   char supervision = kUnknown;
@@ -20,11 +20,11 @@ struct ClassFacts {
 
 bool is_double(const ConstMatrix& matrix) { return matrix.type == ScalarType::kFloat64; }
 
-// scale = stored * factor. Half precision cannot hold a gradient divided by a large batch, or multiplied by a class
-// weight of 1e-3: it would lose what is below 6e-8. Such a gradient is stored with a scale that makes the row of the
-// largest mass one of [2^13, 2^14), as near to its largest number, 65504, as a row whose entries cancel allows: no
-// gradient is larger than twice that mass. Rows of little mass then keep their digits. The rest is a power of two,
-// which rounds nothing when the backward pass multiplies by it.
+// scale = stored * factor. A float16 gradient divided by a large batch, or multiplied by a class weight of 1e-3, would
+// lose every entry below 6e-8. It is therefore stored with a scale that puts the largest mass of a row into
+// [2^13, 2^14), so that rows of little mass keep their digits. A larger scale could overflow 65504: where entries
+// cancel, a gradient can reach twice that mass. The factor is a power of two, so the backward pass multiplies by it
+// without rounding.
 double split_scale(ScalarType type, double scale, double largest_mass, double* stored) {
   *stored = scale;
   const double largest = std::fabs(scale * largest_mass);
@@ -36,10 +36,10 @@ double split_scale(ScalarType type, double scale, double largest_mass, double* s
   return std::ldexp(1.0, exponent - kLargestExponent);
 }
 
-// Where the exponentials of a row wait for the second pass: in scratch, which stays in the first-level cache together
-// with the row, the next one, its distribution and its gradient; where these five do not fit, in the gradient's own
-// memory, which is a fifth less to go through the second-level cache. In place they cannot: a second sweep (rows.h)
-// would need the logits that the first one has overwritten.
+// Whether the gradient's memory holds a row's exponentials between the two passes. Scratch holds them where it fits
+// in the first-level cache with the row, the next row, the distribution and the gradient. Where these five do not fit,
+// using the gradient's memory sends a fifth less through the second-level cache. A gradient written over its logits
+// cannot hold them: a second sweep (rows.h) would need logits that the first has overwritten.
 constexpr int64_t kFirstLevelBytes = 32 << 10;
 bool keeps_exponentials(const Matrix& gradient, const ConstMatrix& logits) {
   const bool same_type = logits.type == ScalarType::kFloat32 || is_double(logits);
@@ -47,22 +47,22 @@ bool keeps_exponentials(const Matrix& gradient, const ConstMatrix& logits) {
          5 * logits.columns * size_of(logits.type) > kFirstLevelBytes;
 }
 
-// Fetching the next row early helps while the relationship comes from a cache. Where it comes from memory too, its
-// rows arrive later for it.
+// Prefetching the next row helps while the relationship fits in a cache. A larger one comes from memory, and the
+// prefetch would delay its rows.
 constexpr int64_t kCachedRelationshipBytes = 2 << 20;
 
 constexpr double kUnknown = -INFINITY;
 
 double loss_of(const SweepResult& s) { return s.mass * std::log(s.sum) - s.dot; }
 
-// Where a row's maximum comes late and is far above the first elements, the shift is far below it. Then z - shift is
-// rounded coarsely where it counts, and with it the exponentials; by exp(12), which rows in no order hardly reach, that
-// is 7e-7 of them.
+// The shift is far below a row's maximum where the maximum comes late and is far above the first elements. The largest
+// z - shift are then rounded coarsely, and so are their exponentials: by 7e-7 of their value where the sum is exp(12).
+// Rows in random order hardly reach that.
 constexpr double kFarSum = 162755;
 
-// And log sum and q (z - shift) are large, and so is the rounding of their difference. Whether the difference is
-// smaller than they are by a factor of 8 (in rows that are confident and right: their loss is near 0). The sum alone,
-// above exp(8), tells most rows.
+// log sum and q (z - shift) are then large too, and so is the rounding error of their difference. True if the
+// difference is smaller than either by a factor of 8, as in rows that are confident and right: their loss is near 0.
+// Most rows have a sum below exp(8), which settles it.
 bool is_coarse(const SweepResult& s) {
   constexpr double kMost = 8, kLeastSum = 2981;
   if (!(s.sum > kLeastSum)) return false;
@@ -113,12 +113,12 @@ class Loss {
       }
     }
     target_divisor_ = target_weight;
-    // No supervised row is an ordinary batch, and its source term 0; no valid row at all has no mean.
+    // A batch without a supervised row is ordinary: its source term is 0. A batch without a valid row has no mean.
     source_divisor_ = source_rows == 0 && any_valid_ ? 1 : source_rows;
   }
 
   void choose_factors(LossResult* result) {
-    // Without a valid row every gradient is 0, and must stay 0 when it is multiplied by the factor.
+    // Without a valid row every gradient is 0. A factor of 0 keeps it 0, where 1 / 0 would make it NaN.
     const double trade_off = p_.target_logits ? p_.trade_off : 1.0;
     const double source = source_divisor_ == 0 && !any_valid_ ? 0.0 : trade_off / source_divisor_;
     const double target = target_divisor_ == 0 && !any_valid_ ? 0.0 : 1.0 / target_divisor_;
@@ -133,7 +133,7 @@ class Loss {
     if (p_.target_gradient.data != nullptr) {
       prefer_huge_pages(p_.target_gradient.data, batch_ * p_.target_logits.columns * size_of(p_.target_logits.type));
     }
-    // In place the lines have just been read: in the cache, stores to them cost least.
+    // Do not stream over the logits: their lines have just been read, and stores to cached lines cost least.
     const Matrix& gradient = p_.source_gradient;
     streams_source_gradient_ = gradient.data != nullptr && gradient.data != p_.source_logits.data &&
                                !keeps_exponentials(gradient, p_.source_logits) &&
@@ -167,7 +167,7 @@ class Loss {
     }
   }
 
-  // A row of the source distribution in the compute type of the source logits.
+  // A row's source distribution in the compute type of the source logits.
   const void* distribution(const void* a, double share_a, const void* b, double share_b) const {
     return mixed_row(rows_, p_.relationship, is_double(p_.source_logits), a, share_a, b, share_b);
   }
@@ -177,8 +177,8 @@ class Loss {
                                        : rows_.sum_q_log_q_float(static_cast<const float*>(q), source_classes_);
   }
 
-  // The largest mass, about, of a row's distribution, or its largest entry, where entries cancel: no gradient is
-  // larger. Only half precision needs to know, for its gradients.
+  // About the largest mass of a row's distribution, or the largest entry if entries cancel: it bounds the gradients.
+  // Only split_scale for float16 needs it.
   double largest_source_mass() const {
     if (p_.source_gradient.data == nullptr || p_.source_logits.type != ScalarType::kFloat16) return 1;
     double largest = 0;
@@ -214,7 +214,7 @@ class Loss {
     return (1 - smoothing) * largest + smoothing * total / static_cast<double>(p_.weight.size());
   }
 
-  // The classes of a row that have source supervision.
+  // Those classes of a row's target that have source supervision.
   RowTarget supervised_target(int64_t row) const {
     RowTarget target;
     for (int k = 0; k < targets_[row].count; ++k) {
@@ -274,7 +274,7 @@ class Loss {
                         q_log_q;
   }
 
-  // Relative to the logarithm of the sum that the sweep before has found.
+  // Sweeps again with the first sweep's log of the sum of all exp(z) as the least shift.
   SweepResult sweep_again(const SweepResult& s, const ConstMatrix& logits, int64_t row, const void* q,
                           void* exponentials) const {
     const double shift = s.shift + std::log(s.sum);
@@ -282,8 +282,8 @@ class Loss {
                                                       nullptr, shift);
   }
 
-  // Cross entropy of a row against the distribution q, and its gradient; no q: no loss, and a gradient of zeros.
-  // `mass`: that of q, where it is known better than from a sum in the type that is computed in.
+  // Cross entropy of a row against the distribution q, and its gradient. Without q the loss and the gradient are 0.
+  // `mass`: the mass of q, if known more exactly than its sum in the compute type.
   double dense_row(const ConstMatrix& logits, int64_t row, const void* q, void* scratch, const void* next, double scale,
                    const Matrix& gradient, bool stream, const double* mass = nullptr) {
     const int type = static_cast<int>(logits.type);
@@ -317,8 +317,8 @@ class Loss {
     }
   }
 
-  // weight * ((1 - smoothing) * target + smoothing / N_t), or null where it is all zeros; and its mass. (Of smoothed
-  // labels: thousands of small numbers, added in float to the label's, would lose their digits to it.)
+  // weight * ((1 - smoothing) * target + smoothing / N_t), or null if all zeros; and its mass. The mass is a double:
+  // in float, thousands of small smoothed entries would lose their digits beside the label's.
   template <class C>
   const void* target_distribution(int64_t row, double* mass) const {
     const double smoothing = p_.label_smoothing;
@@ -351,8 +351,8 @@ class Loss {
     rows_.mix_to_double[type](a, factor, nullptr, 0.0, target_classes_, out);
   }
 
-  // Cross entropy against one or two classes, without building their distribution: the gradient is softmax everywhere,
-  // and the target is taken off at its classes.
+  // Cross entropy against one or two classes without building their distribution: the gradient is the softmax, less
+  // the target at its classes.
   double sparse_target_row(int64_t row, void* scratch, const void* next) {
     const ConstMatrix& logits = p_.target_logits;
     RowTarget target;
@@ -373,7 +373,7 @@ class Loss {
     for (int k = 0; k < target.count; ++k) logit[k] = element(logits, row, target.index[k]);
     void* gradient_row = p_.target_gradient.data != nullptr ? p_.target_gradient.row(row) : nullptr;
     void* exponentials = gradient_row != nullptr ? scratch : nullptr;
-    // Relative to the labels' higher logit where that is high: of a confident row, log sum is nearly that logit.
+    // Shift by at least the labels' higher logit: in a confident row, log sum is close to it.
     const double highest = target.count == 2 && logit[1] > logit[0] ? logit[1] : logit[0];
     SweepResult s =
         rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, next, gradient_row, highest);
@@ -390,7 +390,7 @@ class Loss {
     return loss;
   }
 
-  // What the sweep stored for a column: in the compute type of the logits.
+  // The exponential that the sweep stored for a column, in the compute type of the logits.
   static double exponential(const void* exponentials, const ConstMatrix& logits, int64_t column) {
     return is_double(logits) ? static_cast<const double*>(exponentials)[column]
                              : static_cast<const float*>(exponentials)[column];
@@ -422,7 +422,7 @@ class Loss {
     std::fill(bytes, bytes + logits.columns * size_of(logits.type), char(0));
   }
 
-  // Serial and in the order of rows: the result does not depend on the number of threads.
+  // Adds serially in the order of rows, so that the result does not depend on the number of threads.
   void reduce(std::vector<double>* terms, double divisor) const {
     if (p_.reduction == Reduction::kNone) return;
     constexpr int kSums = 8;  // independent chains of additions
@@ -430,7 +430,7 @@ class Loss {
     for (size_t i = 0; i < terms->size(); ++i) sums[i % kSums] += (*terms)[i];
     double total = 0;
     for (double sum : sums) total += sum;
-    terms->assign(1, total / divisor);  // no valid row: 0 / 0, as F.cross_entropy
+    terms->assign(1, total / divisor);  // no valid row: 0 / 0, as in F.cross_entropy
   }
 
   const LossProblem& p_;
@@ -440,7 +440,7 @@ class Loss {
   std::vector<ClassFacts> facts_;
   bool any_valid_ = false;
   double source_divisor_ = 1, target_divisor_ = 1, source_scale_ = 1, target_scale_ = 1;
-  bool streams_source_gradient_ = false;  // it is written around the cache
+  bool streams_source_gradient_ = false;  // stores bypass the cache
   bool fetch_next_source_row_ = false;
   double* source_rows_ = nullptr;
   double* target_rows_ = nullptr;

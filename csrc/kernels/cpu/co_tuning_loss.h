@@ -15,13 +15,13 @@ struct LossProblem : LossInputs {
 };
 
 struct LossResult {
-  // One entry, or one a row without reduction.
+  // One entry, or one per row without reduction.
   std::vector<double> target_term, source_term;
-  // The gradient of the loss is factor * the stored gradient.
+  // The gradient of the loss is the factor times the stored gradient.
   double source_factor = 1, target_factor = 1;
 };
 
-// Nothing is written where a label is bad.
+// If a label is bad, nothing is written.
 BadLabel co_tuning_loss(const LossProblem& problem, ParallelFor parallel_for, LossResult* result);
 
 }  // namespace cotuning::cpu

@@ -1,4 +1,4 @@
-// Which of the row tables this processor runs, and which one is in use.
+// The row tables that this processor runs, and the one in use.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -17,7 +17,7 @@ extern const RowKernels kRows_portable;
 namespace {
 
 #if defined(__x86_64__)
-// AVX-512, with what AVX512_BF16 has in its place.
+// The AVX-512 table with the AVX512_BF16 primitives in place of their counterparts.
 RowKernels avx512_with_bf16() {
   constexpr auto kType = static_cast<int>(ScalarType::kBFloat16);
   RowKernels kernels = kRows_avx512;

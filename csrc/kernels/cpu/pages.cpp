@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kStreamingBytes = int64_t{32} << 20;
 constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 
-// Whether the pages of a block are in memory, judged by a few of them.
+// Whether the pages of a block are in memory, judged by a sample.
 bool is_resident(const void* block, int64_t bytes) {
 #if defined(__linux__)
   constexpr int kSamples = 8;
@@ -33,7 +33,7 @@ bool is_resident(const void* block, int64_t bytes) {
 
 void prefer_huge_pages(void* output, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // Whole ones only: what else lies at the ends is not ours.
+  // Whole huge pages only: those at the ends may hold other data too.
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(output) + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(output) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
   if (begin >= end || is_resident(output, bytes)) return;

@@ -1,4 +1,4 @@
-// A row's target as classes and shares, and the row of the relationship that belongs to it.
+// A row's target as classes and shares, and the row of the relationship that it selects.
 #pragma once
 
 #include <vector>
@@ -10,7 +10,7 @@
 
 namespace cotuning::cpu {
 
-// Up to two classes and their shares. An ignored label has no share.
+// Up to two classes and their shares. Ignored labels are left out.
 struct RowTarget {
   int64_t index[2];
   double share[2];
@@ -24,7 +24,7 @@ struct RowTarget {
   double total() const { return count == 0 ? 0 : count == 1 ? share[0] : share[0] + share[1]; }
 };
 
-// Reads the targets of all rows, in their order, up to the first bad label.
+// Reads the targets of all rows in order, up to the first bad label.
 inline BadLabel read_row_targets(const TargetInputs& p, int64_t rows, int64_t classes,
                                  std::vector<RowTarget>* targets) {
   targets->resize(rows);
@@ -46,8 +46,8 @@ inline BadLabel read_row_targets(const TargetInputs& p, int64_t rows, int64_t cl
   return {};
 }
 
-// share_a * a + share_b * b of two rows of a matrix, in float or double; `b` may be null. The matrix's own memory where
-// that already is the result, else this thread's scratch.
+// share_a * a + share_b * b for two rows of a matrix, in float or double; `b` may be null. Returns the row itself where
+// it already is the result, else this thread's scratch.
 inline const void* mixed_row(const RowKernels& kernels, const ConstMatrix& matrix, bool in_double, const void* a,
                              double share_a, const void* b, double share_b) {
   const ScalarType wanted = in_double ? ScalarType::kFloat64 : ScalarType::kFloat32;

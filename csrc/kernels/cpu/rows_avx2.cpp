@@ -1,4 +1,4 @@
-// The row primitives in AVX2. Compiled with the flags that csrc/sources.txt gives it.
+// The row primitives in AVX2. csrc/sources.txt has the compiler flags.
 #define COTUNING_ISA avx2
 #include "rows_impl.h"
 

@@ -1,4 +1,4 @@
-// The row primitives in AVX-512. Compiled with the flags that csrc/sources.txt gives it.
+// The row primitives in AVX-512. csrc/sources.txt has the compiler flags.
 #define COTUNING_ISA avx512
 #include "rows_impl.h"
 

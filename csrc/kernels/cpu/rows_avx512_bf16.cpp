@@ -1,5 +1,5 @@
-// The row primitives that AVX512_BF16 makes faster: those that store rows of bfloat16. isa.cpp takes all others from
-// AVX-512. Compiled with the flags that csrc/sources.txt gives it.
+// The row primitives that AVX512_BF16 makes faster: those that store rows of bfloat16. isa.cpp takes the others from
+// AVX-512. csrc/sources.txt has the compiler flags.
 #define COTUNING_ISA avx512_bf16
 #include "rows_impl.h"
 
@@ -14,7 +14,7 @@ static constexpr RowKernels stores_of_bfloat16() {
   return kernels;
 }
 
-// A constant: code that ran when the library is loaded would do so on processors without these instructions.
+// Must be a compile-time constant: code that runs at load time would run on processors without these instructions.
 extern const RowKernels kRows_avx512_bf16;
 constexpr RowKernels kRows_avx512_bf16 = stores_of_bfloat16();
 

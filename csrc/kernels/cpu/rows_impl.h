@@ -5,8 +5,8 @@
 //
 //   s = sum exp(z - m)     loss = Q log(s) - sum q (z - m)     dloss/dz = (Q / s) exp(z - m) - q
 //
-// which is one sweep that stores exp(z - m) in scratch, and one that combines it with q. The products q (z - m) are
-// summed after the shift, not before: logits with a common offset of 1e4 would otherwise cancel to noise.
+// One sweep stores exp(z - m) in scratch; another combines it with q. The products q (z - m) are summed after the
+// shift: before it, logits with a common offset of 1e4 would cancel to noise.
 #pragma once
 
 #include "rows.h"
@@ -25,13 +25,13 @@ struct VectorOf<double> {
 template <class T>
 using Vector = typename VectorOf<T>::type;
 
-// The shift is the maximum of the first elements only, which saves a sweep over the row. The sums are as good as with
-// the true maximum while they are far from overflowing.
+// The shift is the maximum of the first elements only, which saves a sweep over the row. While the sums are far from
+// overflowing, they are as exact as with the true maximum.
 constexpr int kProvisionalElements = 64;
 constexpr double kLargestSum = 1e26;
 
-// A row's tail: lanes past the end take part in the arithmetic with this in place of z - m. Its exponential is 1e-38,
-// lost in a sum that is at least 1, and it is finite, so that 0 * tail is 0.
+// The value of z - m in the lanes past the end of a row. Its exponential is 1e-38, which is lost in a sum of at least
+// 1. It is finite, so that 0 * kTail is 0.
 constexpr float kTail = -87.0f;
 
 template <class T>
@@ -47,7 +47,7 @@ static inline Vector<T> max_over(const T* z, int64_t n) {
   return m;
 }
 
-// The same of kProvisionalElements, which most rows have: their number is a constant, and the loop unrolled.
+// The same over kProvisionalElements, which most rows have: a constant count unrolls the loop.
 template <class T>
 static inline Vector<T> max_over_first(const T* z) {
   using V = Vector<T>;
@@ -56,7 +56,7 @@ static inline Vector<T> max_over_first(const T* z) {
   return m;
 }
 
-// Both accumulators of each sum take every second vector: the chains of additions are half as long.
+// Each sum has two accumulators that take alternate vectors, so that each chain of additions is half as long.
 template <class V>
 struct SweepSums {
   V sum = broadcast(typename V::Scalar(0));
@@ -80,9 +80,9 @@ struct PartSums {
   C sum, dot, mass;
 };
 
-// Part of a row, with accumulators of its own. kMasked: for rows with numbers that are not finite. exp(-inf) is 0, and
-// a logit of -inf where q is 0 contributes 0 to the dot product instead of 0 * -inf = NaN. kStore: whether the
-// exponentials are wanted, which without a gradient they are not.
+// Sweeps part of a row with fresh accumulators. kMasked: for rows with numbers that are not finite. exp(-inf) is 0, and
+// a logit of -inf where q is 0 adds 0 to the dot product instead of 0 * -inf = NaN. kStore: whether to store the
+// exponentials, which only a gradient needs.
 template <bool kMasked, bool kTarget, bool kStore, class T>
 [[gnu::always_inline]] static inline PartSums<ComputeType<T>> sweep_part(const T* z, const ComputeType<T>* q, int64_t n,
                                                                          ComputeType<T>* exponentials, const T* next,
@@ -111,7 +111,7 @@ template <bool kMasked, bool kTarget, bool kStore, class T>
   }
   for (; i + V::kLanes <= n; i += V::kLanes) sweep_at(i, even);
   if (i < n) {
-    const int tail = static_cast<int>(n - i) & (V::kLanes - 1);  // which it is; g++ is told
+    const int tail = static_cast<int>(n - i) & (V::kLanes - 1);  // no change; tells g++ the range
     const V x = keep_first(load_partial(z + i, tail) - shift, tail, broadcast(static_cast<ComputeType<T>>(kTail)));
     const V e = sweep_vector<kMasked, kTarget>(x, kTarget ? load_partial(q + i, tail) : none, odd);
     if constexpr (kStore) store_partial(exponentials + i, e, tail);
@@ -120,8 +120,8 @@ template <bool kMasked, bool kTarget, bool kStore, class T>
   return {reduce_add(even.sum + odd.sum), reduce_add(even.dot + odd.dot), reduce_add(even.mass + odd.mass)};
 }
 
-// The same of a part that begins later. A function of its own: what is summed up over the parts would take registers
-// that the loop needs.
+// The same for a part that begins later. Not inlined: the sums over all parts would take registers that the loop
+// needs.
 template <bool kMasked, bool kTarget, bool kStore, class T>
 [[gnu::noinline]] static PartSums<ComputeType<T>> sweep_later_part(const T* z, const ComputeType<T>* q, int64_t begin,
                                                                    int64_t n, ComputeType<T>* exponentials,
@@ -132,9 +132,9 @@ template <bool kMasked, bool kTarget, bool kStore, class T>
       next == nullptr ? nullptr : next + begin, written == nullptr ? nullptr : written + begin, shift_value);
 }
 
-// By parts of so many additions to each accumulator. One chain through all of a long row would add small numbers to an
-// ever larger sum: with equal ones (smoothed labels, a class that looks like everything) each addition errs in the same
-// direction, by 1e-5 of the mass of 22 000 classes.
+// Sums a row in parts of kChain additions to each accumulator. One chain through a long row would add small numbers to
+// an ever larger sum. Where the numbers are equal (smoothed labels, a uniform distribution), each addition errs in the
+// same direction: 1e-5 of the mass for 22 000 classes.
 template <bool kMasked, bool kTarget, bool kStore, class T>
 static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, int64_t n, ComputeType<T>* exponentials,
                                            const T* next, const T* written, ComputeType<T> shift_value) {
@@ -154,7 +154,7 @@ static inline SweepResult sweep_with_shift(const T* z, const ComputeType<T>* q, 
   return result;
 }
 
-// The maximum of the first elements, or the given value where that is larger.
+// The maximum of the first elements, but at least least_shift.
 template <class T>
 static inline ComputeType<T> provisional_shift(const T* z, int64_t n, double least_shift) {
   using C = ComputeType<T>;
@@ -172,8 +172,8 @@ static inline SweepResult sweep_row(const T* z, const ComputeType<T>* q, int64_t
   const SweepResult result = sweep_with_shift<false, kTarget, kStore>(z, q, n, exponentials, next, written,
                                                                       provisional_shift(z, n, least_shift));
   if (sum_in_range(result.sum) && finite(result.dot)) return result;
-  // A large logit late in the row, or one that is not finite: once more, with the true maximum. What is then still not
-  // finite is what the formula gives: NaN for a row with a NaN, with +inf, or with nothing but -inf.
+  // A large logit late in the row, or one that is not finite: sweep again with the true maximum. A result that is still
+  // not finite is what the formula gives: NaN for a row with a NaN, with +inf, or with only -inf.
   const T* none = nullptr;
   return sweep_with_shift<true, kTarget, kStore>(z, q, n, exponentials, none, none, reduce_max(max_over(z, n)));
 }
@@ -210,7 +210,7 @@ static inline void gradient_row(const ComputeType<T>* e, const ComputeType<T>* q
     store_partial(gradient + i, kTarget ? fma(b, load_partial(q + i, part), p) : p, part);
     i = end;
   };
-  if constexpr (kStream) {  // to where a line of the cache begins
+  if constexpr (kStream) {  // up to the start of a cache line
     constexpr uintptr_t kLine = 64;
     const auto head = static_cast<int64_t>((kLine - reinterpret_cast<uintptr_t>(gradient) % kLine) % kLine / sizeof(T));
     go_to(head < n ? head : n);
@@ -341,7 +341,7 @@ MomentResult moments(const void* z, int64_t n, double b, const void* next, doubl
   return moments_with_shift<true>(logits, n, static_cast<C>(b), none, reduce_max(max_over(logits, n)));
 }
 
-// exp(b (z - m)) to `exponentials`; their sum.
+// Writes exp(b (z - m)) to `exponentials`; returns their sum.
 template <bool kMasked, class T>
 static inline ComputeType<T> exponentials_with_shift(const T* z, int64_t n, ComputeType<T> b_value,
                                                      ComputeType<T>* exponentials, const T* next,
@@ -420,7 +420,7 @@ static inline double sum_q_log_q(const double* q, int64_t n) {
   return total;
 }
 
-// One entry a scalar type, in the order of ScalarType.
+// One entry per scalar type, in the order of ScalarType.
 #define COTUNING_EACH_TYPE(function) {function<float>, function<BFloat16>, function<Float16>, function<double>}
 #define COTUNING_EACH_TYPE_TO(function, C) \
   {function<float, C>, function<BFloat16, C>, function<Float16, C>, function<double, C>}

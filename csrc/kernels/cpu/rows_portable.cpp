@@ -1,4 +1,4 @@
-// The row primitives in plain C++, for processors without AVX2. Compiled with the flags that csrc/sources.txt gives it.
+// The row primitives in plain C++, for processors without AVX2. csrc/sources.txt has the compiler flags.
 #define COTUNING_ISA portable
 #include "rows_impl.h"
 

@@ -6,7 +6,7 @@
 
 namespace cotuning::cpu {
 
-// row *= factor * upstream, where upstream is one number, or one a row (upstream_stride 0 or more).
+// row *= factor * upstream. `upstream` has one number for all rows (upstream_stride 0) or one per row.
 void scale_gradients(const Matrix& rows, double factor, const double* upstream, int64_t upstream_stride,
                      ParallelFor parallel_for);
 

@@ -1,4 +1,4 @@
-// Scratch rows that a thread keeps between calls, so that a training step allocates none.
+// Scratch rows that a thread keeps between calls, so that a training step allocates nothing.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,4 @@
-// The vector vocabulary of the instruction set that this translation unit is compiled for, and the functions written in
-// it.
+// The vector vocabulary of this translation unit's instruction set, and the functions written in it.
 #pragma once
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -31,19 +30,19 @@ static inline void finish_streaming() {}
 
 namespace cotuning::cpu::COTUNING_ISA {
 
-// Fetches a line that is going to be written.
+// Prefetches a line that is about to be written.
 static inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
-// exp(x) to about 1 ulp (and 3e-9 |x| with AVX-512) for x <= 88; 0 below -87.3 (so exp(-inf) = 0); NaN for NaN. Above
-// 88 the result is worthless.
+// exp(x) to about 1 ulp (and 3e-9 |x| with AVX-512) for x <= 88; 0 below -87.3 (so exp(-inf) = 0); NaN for NaN. The
+// result is undefined above 88.
 //
-// exp_in_range(x): exp(x) as well as that for x in [-87.3, 88]. Above, the result is at least 1e38, below -87.3 less
-// than 1e-37 or, far below (-1e13 and less), anything that is not a finite positive number: whoever sums these sees
-// from the sum that something was out of range.
+// exp_in_range(x) is as exact for x in [-87.3, 88]. Above 88 the result is at least 1e38. Below -87.3 it is less than
+// 1e-37 or, at -1e13 and below, anything but a finite positive number. A sum of these therefore shows that an x was out
+// of range.
 #if !defined(COTUNING_HAS_EXP)
 // x = n ln 2 + r with n the nearest integer, |r| <= ln 2 / 2: exp(x) = 2^n exp(r). Adding 1.5 * 2^23 rounds x / ln 2 to
-// an integer and leaves that integer in the low bits, ready for the exponent field. ln 2 is subtracted in two parts,
-// the first of which has zeros at its end, so that n * 0.693359375 is exact. exp(r) = 1 + r + r^2 p(r), with Cephes'
+// an integer and leaves that integer in the low bits, ready for the exponent field. ln 2 is subtracted in two parts.
+// The first, 0.693359375, ends in zero bits, so that n times it is exact. exp(r) = 1 + r + r^2 p(r), with Cephes'
 // coefficients for p.
 static inline Float exp(Float x) {
   const Float round = broadcast(0x1.8p23f);
@@ -62,7 +61,7 @@ static inline Float exp(Float x) {
 static inline Float exp_in_range(Float x) { return exp(min(broadcast(88.0f), x)); }
 #endif
 
-// log(x) for a positive normal x; worthless elsewhere. Plain C++ without branches, which compilers vectorise.
+// log(x) for a positive normal x; undefined elsewhere. Plain C++ without branches, which compilers vectorise.
 //
 // x = 2^e m with m in [sqrt(1/2), sqrt(2)): log x = e ln 2 + log(1 + f), f = m - 1, and
 // log(1 + f) = f - f^2 / 2 + f^3 p(f), with Cephes' coefficients for p.

@@ -1,5 +1,5 @@
 // The vector vocabulary (see simd_portable.h) in AVX-512: 16 floats, and masked loads and stores for the end of a row.
-// Where the translation unit has AVX512_BF16 as well, one instruction rounds two vectors to bfloat16.
+// With AVX512_BF16, one instruction rounds two vectors to bfloat16.
 #pragma once
 
 #include <immintrin.h>
@@ -30,7 +30,7 @@ static inline Float keep_where_nonzero(Float test, Float x) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(test.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.v)};
 }
 
-// Each 16 bits to the upper half of 32, and zeros to the lower: one instruction, where widening and shifting are two.
+// Moves each 16 bits to the upper half of 32 and zeros the lower: one instruction instead of widening and shifting.
 static inline Float from_bf16(__m256i x) {
   const __m512i sources = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5,
                                            4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
@@ -68,13 +68,13 @@ static inline Float zero_below(Float test, Float bound, Float x) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(test.v, bound.v, _CMP_NLT_UQ), x.v)};
 }
 
-// exp(x) = 2^k T_j exp(r) for x = (k + j / 16) ln 2 + r with T_j = 2^(j / 16): a table of 16 floats is one register,
-// and looking 16 of them up is one instruction.
+// exp(x) = 2^k T_j exp(r) for x = (k + j / 16) ln 2 + r with T_j = 2^(j / 16). The table of 16 floats fits in one
+// register, and one instruction looks up 16 of them.
 //
-// Adding 1.5 * 2^19 rounds x / ln 2 to a multiple of 1/16 and leaves j in the lowest bits, where the look-up takes it
-// from. |r| <= ln 2 / 32, where exp(r) = 1 + r + r^2 (c + d r) to 1.6e-9. ln 2 as a float is off by 3e-9 of its value,
-// so that one subtraction is enough: the exponential is off by 3e-9 |x|, less than from one rounding of x. scalef
-// multiplies by 2^floor(n), and overflows and underflows as it should.
+// Adding 1.5 * 2^19 rounds x / ln 2 to a multiple of 1/16 and leaves j in the lowest bits, where the look-up reads it.
+// |r| <= ln 2 / 32, where exp(r) = 1 + r + r^2 (c + d r) to 1.6e-9. ln 2 as a float is off by 3e-9 of its value, so one
+// subtraction is enough: the exponential is off by 3e-9 |x|, less than from one rounding of x. scalef multiplies by
+// 2^floor(n), and overflows and underflows correctly.
 #define COTUNING_HAS_EXP
 static inline Float exp_by_table(Float x) {
   const __m512 table =
@@ -89,7 +89,7 @@ static inline Float exp_by_table(Float x) {
   const Float p = fma(fma(r, broadcast(0.16666748f), broadcast(0.50001615f)), r * r, r);
   return {_mm512_scalef_ps(fma(power, p, power).v, n.v)};
 }
-// exp(x) for x <= 88; 0 below -87.3 (so exp(-inf) = 0); NaN for NaN. Above 88 the result is worthless.
+// exp(x) for x <= 88; 0 below -87.3 (so exp(-inf) = 0); NaN for NaN. The result is undefined above 88.
 static inline Float exp(Float x) { return zero_below(x, broadcast(-87.3f), exp_by_table(x)); }
 static inline Float exp_in_range(Float x) { return exp_by_table(x); }
 
@@ -102,7 +102,8 @@ static inline void store_streaming(Float16* p, Float x) {
 }
 #if defined(__AVX512BF16__)
 static inline __m512i to_bf16(Float a, Float b) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)); }
-// That instruction turns subnormal numbers into 0. They are rare: a test for them costs less than rounding in steps.
+// The AVX512_BF16 instruction turns subnormal numbers into 0. They are rare: testing for them costs less than rounding
+// in several steps.
 static inline bool any_subnormal(Float a, Float b) {
   constexpr int kSubnormal = 0x20;
   return !_kortestz_mask16_u8(_mm512_fpclass_ps_mask(a.v, kSubnormal), _mm512_fpclass_ps_mask(b.v, kSubnormal));

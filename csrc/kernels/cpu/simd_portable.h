@@ -1,5 +1,5 @@
 // The vector vocabulary in the compiler's generic vectors (GCC and Clang): 16 bytes, which is SSE2 on every x86-64 and
-// NEON on ARM. Serves processors without AVX2, and double everywhere (which exists for gradcheck and for exact work,
+// NEON on ARM. Serves processors without AVX2, and double on all processors (double is for gradcheck and exact work,
 // not for speed).
 //
 // The vocabulary, the same in all simd_*.h: Float (a vector of kLanes floats) and Double; load, load_partial (the
@@ -7,9 +7,9 @@
 // max, min (the second argument where one is NaN), reduce_add, reduce_max, exp, keep_first(x, n, other) = x in the
 // first n lanes, and keep_where_nonzero(test, x) = x where test is not 0, else 0.
 //
-// Everything is in the namespace of its instruction set: two translation units compiled with different flags must not
-// share one symbol, or the linker may give the AVX-512 copy to a processor without AVX-512. For the same reason no
-// std:: function template is used below this line.
+// Everything is in the namespace of its instruction set. If translation units with different flags shared a symbol, the
+// linker could give the AVX-512 copy to a processor without AVX-512. For the same reason nothing below this line uses a
+// std:: function template.
 #pragma once
 
 #include <math.h>
@@ -162,13 +162,13 @@ template <class F, class T>
 static inline void store_partial(T* p, Lanes<F> x, int n) {
   for (int k = 0; k < n; ++k) narrow(static_cast<F>(x.v[k]), p + k);
 }
-// Stores around the cache where the instruction set can: `p` aligned to what is stored, but at most to 64 bytes. Here:
-// plain stores.
+// Streaming stores, if the instruction set has them. `p` must be aligned to the size stored, at most to 64 bytes. Here
+// they are plain stores.
 template <class F, class T>
 static inline void store_streaming(T* p, Lanes<F> x) {
   store(p, x);
 }
-// Two vectors, one after the other: an instruction set may have more for two than for one.
+// Stores two consecutive vectors: an instruction set may have a faster way for two.
 template <class T, class V>
 static inline void store_two(T* p, V a, V b) {
   store(p, a);

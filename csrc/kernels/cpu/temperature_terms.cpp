@@ -26,7 +26,7 @@ struct Temperature {
       const void* at_label = static_cast<const char*>(logits.row(i)) + label * size_of(logits.type);
       double logit;
       rows.mix_to_double[type](at_label, 1.0, nullptr, 0.0, 1, &logit);
-      // Relative to the label's logit where that is high: in a confident row, log sum and mean are nearly that logit.
+      // Shift by at least the label's logit: in a confident row, log sum and mean are close to it.
       const MomentResult m = rows.moments[type](logits.row(i), logits.columns, inverse_temperature, next, logit);
       const double x = logit - m.shift, mean = m.first / m.sum;
       nll[i] = std::log(m.sum) - inverse_temperature * x;
@@ -48,7 +48,7 @@ BadLabel temperature_terms(const ConstMatrix& logits, const Labels& labels, int6
   parallel_for(
       0, logits.rows, grain_rows(logits.columns),
       [](int64_t begin, int64_t end, void* context) { static_cast<Temperature*>(context)->run(begin, end); }, &task);
-  // In the order of rows, whatever the threads.
+  // In the order of rows, for any number of threads.
   for (int k = 0; k < 4; ++k) terms[k] = 0;
   for (int64_t i = 0; i < logits.rows; ++i) {
     terms[0] += task.nll[i];

@@ -12,7 +12,7 @@ struct TranslateProblem : TargetInputs {
   Matrix out;  // (B, N_s), contiguous, in the relationship's type
 };
 
-// Nothing is written where a label is bad.
+// If a label is bad, nothing is written.
 BadLabel translate_labels(const TranslateProblem& problem, ParallelFor parallel_for);
 
 }  // namespace cotuning::cpu
