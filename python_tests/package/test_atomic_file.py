@@ -1,4 +1,4 @@
-"""Saving: what is replaced and what is not, whose the new file is, and what killed saves leave behind."""
+"""Atomic saves: which targets are replaced, the new file's owner and rights, and leftovers of killed saves."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_only_regular_files_are_replaced(
 
 @pytest.mark.parametrize("make", [os.mkfifo, make_device])
 def test_a_special_file_behind_a_link_is_not_replaced(make: Callable[[Path], None], tmp_path: Path) -> None:
-    """Of its own: with this fault, a test as root would replace the machine's /dev/null."""
+    """Uses own special files: with this fault, a test run as root would replace the machine's /dev/null."""
     make(tmp_path / "special")
     before = (tmp_path / "special").stat()
     (tmp_path / "link").symlink_to("special")
@@ -139,7 +139,7 @@ def test_another_group_does_not_get_the_rights_of_the_old_one(
 
 NAME = re.compile(r"\.r\.[0-9a-f]{16}\.tmp")
 
-# A child writes without end and is killed, many times.
+# A child that writes in an endless loop is killed, many times.
 _KILLED = """
 import json, os, random, signal, sys, time
 from cotuning_kernels.atomic_file import write_atomically
@@ -166,7 +166,7 @@ def test_the_next_save_removes_what_killed_ones_left(tmp_path: Path, seed: int) 
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["left"] > 0  # kills that hit a save
-    assert report["most"] <= 2  # they do not gather
+    assert report["most"] <= 2  # leftovers do not accumulate
     assert report["after"] == ["r"]
 
 
@@ -184,7 +184,7 @@ def test_only_leftovers_of_the_same_target_are_removed(tmp_path: Path) -> None:
     mine.write_bytes(b"half")
     remove(tmp_path / "r")
     assert sorted(os.listdir(tmp_path)) == sorted(path.name for path in others)
-    remove(tmp_path / "r")  # which does not exist
+    remove(tmp_path / "r")  # the file does not exist
 
 
 def test_a_link_and_a_pipe_with_the_name_of_a_leftover(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_link_and_a_pipe_with_the_name_of_a_leftover(tmp_path: Path) -> None:
 
 
 def test_the_temporary_of_a_save_that_goes_on_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second save of the same target, from start to end in the middle of the first."""
+    """A second save of the same target starts and ends in the middle of the first."""
     path, fsync, nested = tmp_path / "r", os.fsync, []
 
     def save_in_between(descriptor: int) -> None:
@@ -247,7 +247,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     leftover.touch()
     write_atomically(tmp_path / "r", b"new")
     assert (tmp_path / "r").read_bytes() == b"new"
-    assert leftover.exists()  # it may be in use
+    assert leftover.exists()  # another save may be using it
 
 
 _RACE = """
@@ -279,7 +279,7 @@ def test_processes_that_save_the_same_target_at_once(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    """A limit of the file size stands for it: the write itself ends in an error."""
+    """A file size limit simulates it: the write itself fails."""
     path = tmp_path / "r"
     write_atomically(path, b"old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

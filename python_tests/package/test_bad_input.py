@@ -1,7 +1,7 @@
-"""Wrong arguments: each gets an error that names the argument, what was given, what was expected, or how to mend it.
+"""Wrong arguments: each error names the argument, the value given, the value expected, or the fix.
 
-None crashes the process, none writes to the caller's tensors, and the error is a TypeError, ValueError, IndexError or
-RuntimeError whatever was wrong.
+No wrong argument crashes the process or writes to the caller's tensors. The error is always a TypeError, ValueError,
+IndexError or RuntimeError.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _pair(**changes: Any) -> tuple[Any, Any, Any]:
 
 _Z, _Y, _R = torch.zeros(_B, _S), torch.zeros(_B, dtype=torch.long), torch.full((_T, _S), 1 / _S)
 
-# What is changed in a valid call, the error's type, and what its message has to say: name, given, expected or mend.
+# The change to a valid call, the error's type, and parts of its message: name, value given, value expected or fix.
 _BAD: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "source logits as a list": ({"source_logits": [[0.0] * _S] * _B}, TypeError, ["source_logits", "list", "Tensor"]),
     "target logits as an array": (
@@ -184,7 +184,7 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
 
 
 def _says(parts: list[str]) -> str:
-    """A pattern that holds all parts in any order."""
+    """A pattern that matches all parts in any order."""
     return "(?s)" + "".join(f"(?=.*{part})" for part in parts)
 
 
@@ -264,7 +264,7 @@ def test_the_module_refuses_what_no_step_could_use(change: dict[str, Any], error
 def test_a_label_out_of_range_is_an_index_error_and_nothing_is_written(
     backend: Backend, where: str, bad: int, inplace: bool
 ) -> None:
-    """Row and value are named; logits stay as they were, also where gradients would go in their place."""
+    """The error names row and value; logits stay unchanged, even where gradients would overwrite them."""
     if backend.device_code:
         pytest.skip(f"{backend.name}: an assertion of the device, as test_triton.py shows")
     if inplace and "in place" not in backend.forms:
@@ -289,7 +289,7 @@ def test_a_label_out_of_range_is_an_index_error_and_nothing_is_written(
 
 
 class _Alias(torch.autograd.Function):
-    """The same memory, no longer a leaf."""
+    """Shares the input's memory, but is not a leaf."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ def test_labels_out_of_range_elsewhere(backend: Backend, bad: int) -> None:
 
 
 def test_a_large_batch_with_one_bad_label_names_it(backend: Backend) -> None:
-    """Rows are shared between threads; the error must come out of them whole, and name the first row."""
+    """Threads share the rows; the error must come out of a thread intact, and name the first row."""
     if backend.device_code:
         pytest.skip(f"{backend.name}: an assertion of the device, as test_triton.py shows")
     torch.set_num_threads(2)
@@ -349,7 +349,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 
 
 def _loss_op(**changes: Any) -> None:
-    """The operation itself, with a valid call's arguments but for ``changes``."""
+    """Call the operation itself with valid arguments, except for ``changes``."""
     given = {
         "source": _Z, "head": torch.zeros(_B, _T), "target": _Y, "target_b": None, "mix": None, "relationship": _R,
         "weight": None, "trade_off": torch.tensor(2.3, dtype=torch.float64), "smoothing": 0.0, "ignore_index": -100,
@@ -416,7 +416,7 @@ _WRONG_CALLS: dict[str, Callable[[], None]] = {
 
 @pytest.mark.parametrize("what", _WRONG_CALLS)
 def test_operations_called_directly_do_not_leave_their_tensors(what: str) -> None:
-    """``torch.ops`` skips the checks in words; what would read or write outside a tensor is still refused."""
+    """``torch.ops`` skips the Python checks; a call that would read or write outside a tensor still raises."""
     if backends.extension() is None:
         pytest.skip(str(backends.missing_reason("cpp")))
     _loss_op()
@@ -435,7 +435,7 @@ _sizes = st.lists(st.sampled_from([0, 1, 2, _T, _B, _S]), min_size=0, max_size=3
 
 @st.composite
 def _any_tensor(draw: st.DrawFn) -> Tensor:
-    """Any shape, dtype and strides, of small numbers, sometimes with NaN, on the CPU or nowhere."""
+    """Small numbers, sometimes with NaN, in any shape, dtype and strides, on the CPU or the meta device."""
     x = torch.randint(-2, 4, draw(_sizes)).to(draw(_dtypes))
     if x.is_floating_point() and x.numel() and draw(st.booleans()):
         x.view(-1)[0] = draw(st.sampled_from([math.nan, math.inf, -math.inf]))
@@ -486,7 +486,7 @@ _FUZZED = {
 )
 @given(data=st.data())
 def test_whatever_is_passed_ends_in_a_result_or_in_an_ordinary_error(backend: Backend, data: st.DataObject) -> None:
-    """From one to four arguments of a valid call are replaced by anything at all."""
+    """Arbitrary values replace one to four arguments of a valid call."""
     changed = data.draw(st.lists(st.sampled_from(sorted(_FUZZED)), min_size=1, max_size=4, unique=True))
     arguments = (
         _arguments() | {"backend": backend.argument} | {name: data.draw(_FUZZED[name], name) for name in changed}
@@ -505,11 +505,11 @@ def test_whatever_is_passed_ends_in_a_result_or_in_an_ordinary_error(backend: Ba
 
 
 def _assert_it_made_sense(arguments: dict[str, Any], loss: Tensor) -> None:
-    """The kernels see arguments before the checks in words do: what they take, these must take, and mean the same."""
+    """The kernels see arguments before the Python checks: both must accept the same arguments, with the same result."""
     same = functional.co_tuning_loss(**arguments | {"backend": "reference", "inplace": False, "return_terms": False})
     assert isinstance(same, Tensor)
     assert (loss.shape, loss.dtype, loss.device) == (same.shape, same.dtype, same.device)
-    both_finite = loss.isfinite() & same.isfinite()  # 0 * NaN is NaN in a matrix product, and nothing in a kernel
+    both_finite = loss.isfinite() & same.isfinite()  # 0 * NaN is NaN in a matrix product; a kernel skips it
     torch.testing.assert_close(loss[both_finite], same[both_finite], rtol=1e-3, atol=1e-3)
 
 
@@ -519,7 +519,7 @@ def _assert_it_made_sense(arguments: dict[str, Any], loss: Tensor) -> None:
 )
 @given(data=st.data())
 def test_whatever_an_operation_is_called_with(backend: Backend, data: st.DataObject) -> None:
-    """The same without the Python layer: nothing but the checks in C++ stands before the memory."""
+    """The same without the Python layer: only the C++ checks protect memory."""
     ops = torch.ops.cotuning_kernels
     tensor, maybe = _any_tensor(), st.one_of(st.none(), _any_tensor())
     number, label = st.floats(), st.integers(-5, 5)
@@ -542,7 +542,7 @@ def test_whatever_an_operation_is_called_with(backend: Backend, data: st.DataObj
     arguments, fuzz = calls[name]
     for position in data.draw(st.lists(st.integers(0, len(fuzz) - 1), min_size=1, max_size=3, unique=True)):
         arguments = [*arguments[:position], data.draw(fuzz[position], str(position)), *arguments[position + 1 :]]
-    # A schema takes no gradient into account; autograd's own complaint about that is not what is looked for.
+    # Detach: autograd's own errors about gradients are not tested here.
     arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
     try:
         getattr(ops, name)(*arguments)
@@ -580,7 +580,7 @@ _SOUND = autograd.co_tuning_loss
 
 
 class _Found(unittest.SkipTest):
-    """At a test that skips itself hypothesis stops, and looks for no smaller example."""
+    """Hypothesis stops at a test that skips itself, without shrinking the example."""
 
 
 def _assert_that_it_fails(fuzz: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -621,7 +621,7 @@ def test_the_fuzz_of_the_operations_finds(fault: Callable[..., Any], monkeypatch
 def test_in_place_refuses_heads_that_overlap(
     source_columns: tuple[int, int], target_columns: tuple[int, int], apart: bool
 ) -> None:
-    """Two heads are columns of one matrix in a model that computes them at once: that must work, an overlap not."""
+    """A model may compute both heads as columns of one matrix: this must work; an overlap must raise."""
     if backends.select("cpu") == "reference":
         pytest.skip(str(backends.missing_reason("cpp")))
     both = torch.randn(5, 14, requires_grad=True)
@@ -643,7 +643,7 @@ def test_in_place_refuses_heads_that_overlap(
 
 @pytest.mark.parametrize("start", [6, 5])
 def test_in_place_takes_the_two_parts_of_one_row(start: int) -> None:
-    """A batch of one: its row strides say nothing."""
+    """In a batch of one the row strides are meaningless."""
     if backends.select("cpu") == "reference":
         pytest.skip(str(backends.missing_reason("cpp")))
     both = torch.randn(12, requires_grad=True)
@@ -669,7 +669,7 @@ def test_an_empty_batch_may_have_any_strides(kind: str, backend: Backend) -> Non
 
 @pytest.mark.parametrize("kind", ["labels", "probabilities"])
 def test_meta_tensors_have_a_loss_of_the_right_shape(kind: str) -> None:
-    """What tools for large models count memory with; no kernel is registered for them, the reference serves."""
+    """Tools for large models count memory with meta tensors. They have no kernel; the reference serves them."""
     source, target_logits, relationship = (torch.randn(n, m, device="meta") for n, m in ((5, 9), (5, 4), (4, 9)))
     target = torch.zeros(5, dtype=torch.int64, device="meta") if kind == "labels" else torch.rand(5, 4, device="meta")
     loss = functional.co_tuning_loss(source.requires_grad_(), target_logits, target, relationship, reduction="none")
@@ -690,7 +690,7 @@ def test_the_entropy_of_a_negative_relationship_is_nan(where: int, backend: Back
 
 
 def test_no_weight_with_smoothing_is_no_silent_zero(backend: Backend) -> None:
-    """Labels that weigh nothing divide by 0: the gradient must not look like that of a finished training."""
+    """Labels of total weight 0 divide by 0: the gradient must not be 0, as after a finished training."""
     target_logits = torch.randn(4, 3, requires_grad=True)
     loss = functional.co_tuning_loss(
         torch.randn(4, 5), target_logits, torch.tensor([0, 0, 0, 0]), torch.rand(3, 5),

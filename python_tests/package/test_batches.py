@@ -112,7 +112,7 @@ def test_class_names_behind_a_concatenation() -> None:
     for data in (both, Subset(both, range(15)), ConcatDataset([both, Named(names)])):
         relationship = ck.learn_relationship(model, DataLoader(data, 5), progress=False)
         assert relationship.target_classes == ("ant", "bee")
-    # Parts that disagree number their classes differently: no names are better than wrong ones.
+    # Parts that disagree number their classes differently: better no names than wrong ones.
     other = ConcatDataset([Named(names), Named(["cat", "dog"])])
     assert ck.learn_relationship(model, DataLoader(other, 5), 2, progress=False).target_classes is None
 

@@ -1,4 +1,4 @@
-"""The bound on the source head's gradient into the backbone, against gradients of the two terms taken apart."""
+"""The bound on the source head's gradient into the backbone, against separate gradients of the two terms."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_bound(model: ck.CoTuningModel, x: Tensor, trade_off: float) -> float:
-    """The gradients in training mode equal those of the two terms by themselves, with the factor as its formula says.
+    """Check that training gradients equal those of the separate terms, with the factor from its formula.
 
     Returns the factor.
     """
@@ -82,7 +82,7 @@ def test_the_gradients_are_those_of_the_formula(convolutional: bool, size_of_the
     model = ck.CoTuningModel.from_classifier(Classifier(convolutional).double().train(), N_T)
     model.source_head.weight.data *= size_of_the_source_head
     factor = check_bound(model, inputs(convolutional).double(), 2.3)
-    assert (factor < 1) == (size_of_the_source_head > 1)  # both ways through min
+    assert (factor < 1) == (size_of_the_source_head > 1)  # both branches of min
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_the_check_catches_a_wrong_bound(fault: object, monkeypatch: pytest.Monk
 
 
 def test_without_a_gradient_to_compare_with_there_is_no_bound() -> None:
-    """A loss of the source logits alone trains the backbone, and so does a batch whose labels are all ignored."""
+    """A loss of the source logits alone trains the backbone; so does a batch with only ignored labels."""
     model = ck.CoTuningModel.from_classifier(Classifier().train(), N_T)
     x = inputs()
     _, source_term = terms(model, x)
@@ -140,7 +140,7 @@ def test_plain_fine_tuning_and_evaluation_are_as_without() -> None:
 
 
 def test_the_scale_of_the_loss_does_not_matter_and_an_overflow_stays_one() -> None:
-    """What a GradScaler needs."""
+    """A GradScaler needs both."""
     model = ck.CoTuningModel.from_classifier(Classifier().train(), N_T)
     model.source_head.weight.data *= 30
     x = inputs()
@@ -167,7 +167,7 @@ def test_compiled_and_under_vmap() -> None:
 
 
 def test_the_bound_saves_a_backbone() -> None:
-    """A pretrained head with large weights destroys a backbone that plain fine-tuning improves; bounded it does not."""
+    """A pretrained head with large weights destroys a backbone that plain fine-tuning improves; the bound saves it."""
     torch.manual_seed(0)
     x = torch.randn(40, 3)
     y = (x[:, 0] > 0).long() * 2 + (x[:, 1] > 0).long()
@@ -202,7 +202,7 @@ def _one_process() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_one_process")
 def test_norms_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a second process that has other norms, both take the factor of the sums."""
+    """The factor uses squared norms summed over the processes, of which the second is simulated."""
     model = ck.CoTuningModel.from_classifier(Classifier().train(), N_T)
     model.source_head.weight.data *= 30
     x = inputs()

@@ -32,12 +32,12 @@ from cotuning_kernels.plots import plot_reliability
 from support.backends import Backend
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# |dT| / T that is allowed. The kernel's exponentials are float32 unless the logits are float64.
+# Largest allowed |dT| / T. The kernel's exponentials are float32 unless the logits are float64.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 
 def calibrated(draw: torch.Generator, rows: int, classes: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Float64 logits whose softmax at ``temperature`` is exactly how likely the labels are."""
+    """Float64 logits, and labels drawn from their softmax at ``temperature``."""
     logits = 2 * torch.randn(rows, classes, generator=draw, dtype=torch.float64)
     labels = torch.multinomial(torch.softmax(logits, 1), 1, generator=draw)[:, 0]
     return logits * temperature, labels
@@ -51,7 +51,7 @@ def slope(logits: Tensor, labels: Tensor, b: float) -> float:
 
 
 def exact_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The root of the slope by bisection, which needs nothing but its sign."""
+    """The root of the slope by bisection, which needs only the slope's sign."""
     low, high = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE
     while high / low - 1 > 1e-12:
         middle = math.sqrt(low * high)
@@ -123,9 +123,9 @@ def test_the_check_of_a_fit_catches_wrong_derivatives(
 def test_the_fit_is_exact_on_every_scale(
     seed: int, rows: int, classes: int, truth: float, power: float, heavy: bool
 ) -> None:
-    """Logits from a thousandth to hundreds of what they should be, where plain Newton steps go astray.
+    """Logits are scaled by a thousandth to hundreds, where plain Newton steps diverge.
 
-    The same with a sample that is far too small, and often misleading.
+    Repeated with a sample that is far too small and often misleading.
     """
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, classes, generator=draw, dtype=torch.float64)
@@ -147,14 +147,14 @@ def test_the_fit_is_exact_on_every_scale(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [0.4, 2.3])
 def test_a_sample_saves_passes(dtype: torch.dtype, temperature: float, draw: torch.Generator) -> None:
-    """Two as a rule. Of 600 draws eleven saved one: the sample is small. So the draw in the middle of seven counts."""
+    """It usually saves two passes; in 11 of 600 draws one, as the sample is small. So the median of seven counts."""
     saved = []
     for number in range(7):
         logits, labels = calibrated(draw, 16384, 12, temperature)
         logits = logits.to(dtype)
         fit = fit_temperature(logits, labels)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(calibration, "_LEAST_STRIDE", len(labels))  # never a sample
+            patch.setattr(calibration, "_LEAST_STRIDE", len(labels))  # disables the sample
             plain = fit_temperature(logits, labels)
         saved.append(plain.iterations - fit.iterations)
         if number == 0:  # the check takes longer than the fits
@@ -165,7 +165,7 @@ def test_a_sample_saves_passes(dtype: torch.dtype, temperature: float, draw: tor
 
 
 def test_a_wrong_step_with_the_sample_costs_passes_only(draw: torch.Generator) -> None:
-    """A planted sum instead of a mean over the sample: the fit is as right, and the count of passes tells."""
+    """Plants a sum over the sample instead of a mean: the fit stays exact but takes more passes."""
     logits, labels = calibrated(draw, 16384, 12, 2.3)
     right = calibration._step_with_sample
 
@@ -181,7 +181,7 @@ def test_a_wrong_step_with_the_sample_costs_passes_only(draw: torch.Generator) -
 
 @pytest.mark.parametrize("sample", ["other temperature", "ignored", "separable", "worse than chance"])
 def test_a_misleading_sample_does_not_mislead(sample: str, draw: torch.Generator) -> None:
-    """What lies at every stride-th row is not what the other rows are like; the optimum is that of all rows."""
+    """Every stride-th row differs from the other rows; the optimum is still that of all rows."""
     logits, labels = calibrated(draw, 16384, 12, 1.4)
     stride = calibration._SAMPLE_STRIDE
     if sample == "other temperature":
@@ -199,7 +199,7 @@ def test_a_misleading_sample_does_not_mislead(sample: str, draw: torch.Generator
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_confident_rows_whose_label_comes_late(dtype: torch.dtype, backend: Backend, draw: torch.Generator) -> None:
-    """Nearly all rows are sure, and right: the few others decide, and no rounding of the sure ones may hide them."""
+    """Nearly all rows are confident and correct: rounding them must not hide the few rows that decide."""
     rows, classes = 100 if backend.device_code else 3000, 200  # interpreted, a row takes milliseconds
     logits = 3 * torch.randn(rows, classes, generator=draw)
     labels = torch.randint(100, classes, (rows,), generator=draw)
@@ -304,7 +304,7 @@ def test_separable_data_has_no_finite_optimum(
 
 
 def test_one_wrong_row_makes_the_optimum_finite(backend: Backend, draw: torch.Generator) -> None:
-    """The neighbour of separable data: the curvature is tiny on the way."""
+    """Nearly separable data: the curvature is tiny on the way to the optimum."""
     rows = 200 if backend.device_code else 2000  # interpreted, a row takes milliseconds
     logits = torch.randn(rows, 10, generator=draw, dtype=torch.float64)
     labels = logits.argmax(1)
@@ -335,7 +335,7 @@ def test_too_few_iterations(draw: torch.Generator) -> None:
     logits, labels = calibrated(draw, 300, 10, 5.0)
     with pytest.warns(UserWarning, match="no convergence in 2 iterations") as record:
         fit = fit_temperature(logits, labels, max_iterations=2)
-    assert record[0].filename == __file__  # the caller's line
+    assert record[0].filename == __file__  # the warning points at the caller
     assert not fit.converged
     assert fit.nll_after == pytest.approx(float(F.cross_entropy(logits / fit.temperature, labels)), rel=1e-9)
     loose = fit_temperature(logits, labels, tolerance=0.1)
@@ -354,7 +354,7 @@ def test_bad_rows_are_named(backend: Backend, fault: str, dtype: torch.dtype, dr
     else:
         logits[row, 2] = float(fault)
     logits[(row + 1) % 30] = math.nan
-    labels[(row + 1) % 30] = -100  # this one does not count
+    labels[(row + 1) % 30] = -100  # an ignored row
     found = rf", {labels[row]}\] is -inf, but" if fault == "label" else r"\] has no softmax"
     with pytest.raises(ValueError, match=rf"logits\[{row}{found}"):
         fit_temperature(logits.to(dtype), labels, backend=backend.argument)
@@ -384,7 +384,7 @@ def test_bad_input(logits: Any, labels: Any, options: dict[str, Any], error: typ
 
 
 def test_a_tolerance_that_no_number_has(draw: torch.Generator) -> None:
-    """Steps end below the last digit of the temperature: it stays where it is, in peace."""
+    """Steps shrink below the last digit of the temperature; the fit keeps its value."""
     logits, labels = 2 * torch.randn(500, 7, generator=draw), torch.randint(7, (500,), generator=draw)
     logits += 2 * F.one_hot(labels, 7)
     fit = fit_temperature(logits, labels)

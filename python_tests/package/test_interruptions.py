@@ -1,4 +1,4 @@
-"""Ctrl-C at every line that an estimator runs through: what it raises in the middle of is not counted."""
+"""Ctrl-C at every line of an estimator's methods: an interrupted call changes nothing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def state_of(estimator: RelationshipEstimator) -> State:
 
 @pytest.fixture(autouse=True)
 def _grad_mode() -> Iterator[None]:
-    """An interruption within torch's own no_grad leaves gradients off, for the tests that follow too."""
+    """An interruption inside torch's no_grad would leave gradients off for later tests."""
     before = torch.is_grad_enabled()
     yield
     torch.set_grad_enabled(before)
@@ -52,7 +52,7 @@ def _grad_mode() -> Iterator[None]:
 class InterruptionAt:
     """Raises KeyboardInterrupt at the n-th line, call or return within a method of the estimator.
 
-    Its own return does not count: Python looks for signals after a call, and the method's last step calls nothing.
+    The method's own return is excluded: Python checks for signals after a call, and the last step calls nothing.
     """
 
     def __init__(self, place: int, method: str) -> None:
@@ -80,7 +80,7 @@ class InterruptionAt:
 def interrupted_everywhere(
     make: Callable[[], RelationshipEstimator], method: str, call: Callable[[RelationshipEstimator], None]
 ) -> int:
-    """The number of places; after an interruption at each of them the estimator must be as before, and go on."""
+    """The number of places. After an interruption at each, the estimator must be unchanged and still work."""
     expected_before, whole = state_of(make()), make()
     call(whole)
     expected_after = state_of(whole)
@@ -151,7 +151,7 @@ def test_an_interrupted_state_is_not_loaded() -> None:
 
 
 def test_an_interrupted_all_reduce_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two alike processes; the other one is played."""
+    """Simulates a second process with the same sums."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(estimator_module, "rank_and_size", lambda group: (0, 2))
 
@@ -171,7 +171,7 @@ def test_an_interrupted_all_reduce_adds_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_second_interruption_while_the_first_is_dealt_with() -> None:
-    """What reads the estimator afterwards may be interrupted as well."""
+    """Reading the estimator afterwards may be interrupted as well."""
     estimator = estimator_with(batch(10, 3))
     before = state_of(estimator)
     for place in range(40):
@@ -183,7 +183,7 @@ def test_a_second_interruption_while_the_first_is_dealt_with() -> None:
 
 
 def test_another_thread_reads_a_whole_number_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a batch is added in place."""
+    """The other thread reads while a batch is added in place."""
     estimator = estimator_with(batch(10, 3))
     before, seen = state_of(estimator), []
     add = RelationshipEstimator._add

@@ -1,4 +1,4 @@
-"""CoTuningModel against separate computations, on architectures whose heads differ in every way that matters."""
+"""CoTuningModel against separate computations, on architectures with every kind of head that matters."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SqueezeNetLike(nn.Module):
 
 
 class TimmLike(nn.Module):
-    """Knows its head, has a second one of the same width for training, and BatchNorm in a subclass."""
+    """Knows its head; has a second head of the same width for training, and a subclass of BatchNorm."""
 
     class BatchNormAct(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def _numbers_from_the_seed(seed: int) -> None:
 
 
 def with_head(classifier: nn.Module, name: str, head: nn.Module) -> nn.Module:
-    """The classifier with another head, put in by hand."""
+    """The classifier with ``head`` in place of its own."""
     classifier = copy.deepcopy(classifier)
     parent, _, leaf = name.rpartition(".")
     setattr(classifier.get_submodule(parent), leaf, copy.deepcopy(head))
@@ -161,7 +161,7 @@ def with_head(classifier: nn.Module, name: str, head: nn.Module) -> nn.Module:
 
 
 def check_logits_and_gradients(model: CoTuningModel, classifier: nn.Module, architecture: Architecture) -> None:
-    """Both outputs, and every gradient for random upstream gradients, equal two classifiers that know of no other."""
+    """Both outputs, and all gradients for random upstream gradients, equal those of two separate classifiers."""
     x = architecture.inputs()
     x = x.double() if x.is_floating_point() else x
     source_only = copy.deepcopy(classifier).double().eval()
@@ -291,7 +291,7 @@ def test_target_model_has_no_source_head_and_the_same_outputs(architecture: Arch
 
     head_parameters = sum(p.numel() for p in model.target_head.parameters())
     backbone = set(model.parameters()) - set(model.target_head.parameters())
-    if architecture.make is not TransformerLike:  # there the source head's weight is the embedding's as well
+    if architecture.make is not TransformerLike:  # its source head shares the embedding's weight
         backbone -= set(model.source_head.parameters())
     else:
         backbone -= {model.source_head.bias}
@@ -364,7 +364,7 @@ def test_frozen_parameters_are_left_out() -> None:
 
 
 def test_what_the_new_head_shares_is_pretrained() -> None:
-    """A layer that is in the backbone or in the source head as well does not move at ten times the rate."""
+    """A layer shared with the backbone or the source head does not train at ten times the rate."""
     shared, with_source, new = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, N_TARGET)
     model = CoTuningModel(
         nn.Sequential(shared, nn.ReLU()),
@@ -378,7 +378,7 @@ def test_what_the_new_head_shares_is_pretrained() -> None:
     assert found["source_head"] == (0.1, {id(p) for p in model.source_head.parameters()})
     assert found["target_head"] == (1.0, {id(p) for p in new.parameters()})
 
-    # The whole head, in the backbone: nothing of it is new.
+    # The whole target head is in the backbone: no parameter is new.
     again = CoTuningModel(nn.Sequential(nn.Linear(6, 6), new), nn.Linear(N_TARGET, N_SOURCE), new)
     check_groups(again.param_groups(0.1), again)
     assert [group["name"] for group in again.param_groups(0.1)] == ["backbone", "source_head"]
@@ -469,7 +469,7 @@ class TimmWithHeadModule(TimmLike):
 
 
 def test_head_in_a_module_that_get_classifier_returns() -> None:
-    """Its last layer; the auxiliary classifier, which comes after it in the network, is no rival."""
+    """The head is the module's last layer; the auxiliary classifier after it is no candidate."""
     classifier, images = TimmWithHeadModule().eval(), torch.randn(2, 3, 8, 8)
     model = CoTuningModel.from_classifier(classifier, N_TARGET, example_input=images)
     assert model.source_head.in_features == 16
@@ -564,10 +564,10 @@ def test_example_input_finds_a_wrong_head_and_mixed_classes() -> None:
     with pytest.raises(ValueError, match="mixes its classes after the head, as a softmax does"):
         CoTuningModel.from_classifier(nn.Sequential(ResNetLike(), nn.Softmax(1)), N_TARGET, example_input=x)
 
-    # Without an example it is found at the first call at the latest.
+    # Without an example the first call finds the error.
     with pytest.raises(ValueError, match=r"this is not its head .*shapes cannot be multiplied"):
         CoTuningModel.from_classifier(HeadFirst(), N_TARGET)(torch.randn(2, 6))
-    # The classifier is as it was, also where it was to be taken over.
+    # The classifier is unchanged, even with copy=False.
     taken = HeadFirst().eval()
     vectors = torch.randn(2, 6)
     before = taken(vectors)
@@ -577,7 +577,7 @@ def test_example_input_finds_a_wrong_head_and_mixed_classes() -> None:
 
 
 class Masked(ResNetLike):
-    """Classes that are switched off: their logit is -inf, for every image or for some."""
+    """Masks a class: its logit is -inf."""
 
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x)
@@ -593,7 +593,7 @@ def test_masked_classes_are_the_same_in_both() -> None:
         classifier.bias[2] = -torch.inf
     CoTuningModel.from_classifier(classifier, N_TARGET, example_input=torch.randn(2, 6))
 
-    # An infinite logit makes no other difference small.
+    # An infinite logit does not make other differences look small.
     masked = torch.tensor([[-torch.inf, 1.0, 2.0]])
     for other in ([-torch.inf, 1.0, 2.1], [0.0, 1.0, 2.0], [torch.inf, 1.0, 2.0], [-torch.inf, -torch.inf, 2.0]):
         assert not models._same_logits(torch.tensor([other]), masked)
@@ -610,7 +610,7 @@ def test_an_empty_example_input() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_parametrized_head_is_found(bias: bool) -> None:
-    """Its weight lies in a module of its own, after it."""
+    """Its weight lies in a separate module, after the head."""
     head = nn.utils.parametrizations.weight_norm(nn.Linear(8, N_SOURCE, bias=bias))
     classifier = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), head)
     x = torch.randn(3, 6)
@@ -618,7 +618,7 @@ def test_a_parametrized_head_is_found(bias: bool) -> None:
     torch.testing.assert_close(model(x).source_logits, classifier(x))
     torch.testing.assert_close(model.target_model()(x), model(x).target_logits)
     check_groups(model.param_groups(0.1), model)
-    with pytest.raises(ValueError, match="ambiguous"):  # a layer after it is still one
+    with pytest.raises(ValueError, match="ambiguous"):  # a layer after the head is still ambiguous
         CoTuningModel.from_classifier(nn.Sequential(classifier, nn.BatchNorm1d(N_SOURCE)), N_TARGET)
 
 
@@ -645,7 +645,7 @@ def test_outputs_that_cannot_be_cut() -> None:
 def test_the_new_head_follows_the_old_one() -> None:
     model = CoTuningModel.from_classifier(TupleMlp().to(torch.bfloat16), N_TARGET)
     assert model.target_head.weight.dtype == torch.bfloat16
-    assert model.target_head.bias is None  # as the source head
+    assert model.target_head.bias is None  # like the source head
     meta = CoTuningModel.from_classifier(ResNetLike().to("meta"), N_TARGET)
     assert meta.target_head.weight.device.type == "meta"
 
@@ -740,7 +740,7 @@ def test_reestimated_batchnorm_is_the_mean_over_batches(wrap: Callable[[Tensor],
     network = model.network[1]
     network.dropout.eval()
     modes = [module.training for module in model.modules()]
-    model(images())  # statistics of before, which must go
+    model(images())  # old statistics, which must be discarded
     loader = [images(6) * (1 + i) for i in range(3)]
     features = [network.conv(x) for x in loader]
     assert model.reestimate_batchnorm([wrap(x) for x in loader]) == 3
@@ -789,7 +789,7 @@ def test_reestimation_that_fails_changes_nothing() -> None:
         assert all(module.training for module in model.modules())
     with pytest.raises(ValueError, match="no BatchNorm layer"):
         CoTuningModel.from_classifier(SqueezeNetLike(), N_TARGET).reestimate_batchnorm([images()])
-    # A batch without rows says nothing.
+    # An empty batch is skipped.
     assert model.reestimate_batchnorm([images()[:0], (batch := images())]) == 1
     found = copy.deepcopy(model.state_dict())
     assert model.reestimate_batchnorm([batch]) == 1
@@ -844,7 +844,7 @@ def test_combined_heads_are_refused_at_once() -> None:
 
 
 class TrainsASecondHead(nn.Module):
-    """The second head is for training, under a name that does not say so."""
+    """Uses the second head in training alone; its name does not say so."""
 
     def __init__(self, num_classes: int = N_SOURCE) -> None:
         super().__init__()
@@ -864,7 +864,7 @@ def test_a_second_head_for_training_alone_is_taken_with_an_example() -> None:
 
 
 class WithAuxiliary(nn.Module):
-    """As Inception and GoogLeNet: the auxiliary head's output comes beside the logits, in training."""
+    """Like Inception and GoogLeNet: returns auxiliary logits beside the logits in training."""
 
     def __init__(self, num_classes: int = N_SOURCE) -> None:
         super().__init__()
@@ -878,9 +878,9 @@ class WithAuxiliary(nn.Module):
 
 
 def test_auxiliary_heads() -> None:
-    """Found beside the head, with gradients of exactly 0, and with the target's number of classes at the end."""
+    """They are found, get gradients of exactly 0, and have the target's number of classes at the end."""
     classifier = WithAuxiliary().train()
-    model = CoTuningModel.from_classifier(classifier, N_TARGET)  # the name says that AuxLogits is none
+    model = CoTuningModel.from_classifier(classifier, N_TARGET)  # the name rules AuxLogits out
     x = torch.randn(4, 6)
     source_logits, target_logits = model(x)
     (source_logits.square().sum() + target_logits.sum()).backward()
@@ -890,12 +890,12 @@ def test_auxiliary_heads() -> None:
     WithAuxiliary(N_TARGET).load_state_dict(model.target_model().state_dict())
     torch.testing.assert_close(model.eval()(x).source_logits, classifier.eval()(x))
 
-    # A logit that is not finite in the auxiliary head does not reach the rest.
+    # An infinite auxiliary logit does not reach other gradients.
     model.train().network.AuxLogits[1].bias.data[0] = math.inf
     model.zero_grad()
     sum(logits.sum() for logits in model(x)).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    # The loss may write over the logits here as well.
+    # The loss may overwrite the logits here too.
     source_logits, target_logits = model(x)
     (source_logits.mul_(2.0).sum() + target_logits.sum()).backward()
 
@@ -908,7 +908,7 @@ def test_auxiliary_heads() -> None:
 
 
 def test_heads_that_forward_reads() -> None:
-    """The weight and bias of both heads are there for a product of the classifier's own, and for its dtype."""
+    """A classifier may read both heads' weight and bias, to multiply by hand or for their dtype."""
 
     class Reads(nn.Module):
         def __init__(self) -> None:
@@ -943,7 +943,7 @@ class FixesItsClasses(TrainsASecondHead):
 
 
 class Cosine(nn.Module):
-    """Its last linear layer is no head."""
+    """Its last linear layer is not a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -961,7 +961,7 @@ def test_what_two_heads_cannot_do_is_said_at_the_first_call(train: bool) -> None
         model = CoTuningModel.from_classifier(classifier, N_TARGET, head=head).train(train)
         with pytest.raises(ValueError, match="runs with one head but not with two"):
             model(torch.randn(2, 6))
-        # An error that one head has as well is the caller's.
+        # An error that also occurs with one head passes through.
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             model(torch.randn(2, 7))
         assert all(module.training == train for module in model.modules())
@@ -1032,7 +1032,7 @@ def test_a_tied_head_is_in_the_state_dict_once(tmp_path: Any) -> None:
     other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
     assert other.source_head.weight is other.network.embeddings.weight
     torch.testing.assert_close(tuple(other(x)), tuple(expected), rtol=0, atol=0)
-    # One that has both names, as any other module writes it.
+    # A state dict with both names of the weight, as nn.Module writes it.
     full = dict(nn.Module.state_dict(model))
     assert len(full) == len(model.state_dict()) + 1
     wrapped.load_state_dict({f"inner.{name}": value for name, value in full.items()})
@@ -1051,7 +1051,7 @@ def test_trainer_saves_a_model_with_a_tied_head(tmp_path: Any) -> None:
 
 
 class WithMatcher(TimmLike):
-    """What timm's layer-wise rates and its optimizers without decay ask of a model."""
+    """Has the methods that timm's layer-wise rates and weight decay exclusions call."""
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {"stem": r"^stem|norm", "blocks": [(r"^head\.fc", None), (r"^[^x]uxiliary", (7,))]}
@@ -1117,9 +1117,9 @@ def test_frozen_batchnorm_stays_frozen() -> None:
     source_logits, _ = model(x)
     source_logits.sum().backward()
     torch.testing.assert_close(dict(norm.state_dict()), before, rtol=0, atol=0)
-    assert norm.weight.grad is not None  # it is trained all the same
+    assert norm.weight.grad is not None  # it is still trained
     frozen = model.network.eval()(x)
-    torch.testing.assert_close(model.train().network(x), frozen)  # there is no dropout in it
+    torch.testing.assert_close(model.train().network(x), frozen)  # the network has no dropout
 
     assert model.freeze_batchnorm(False) == 1
     assert norm.training

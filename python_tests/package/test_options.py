@@ -1,4 +1,4 @@
-"""The options of the loss: one order, checked when they are set, and the same through every door."""
+"""The options of the loss: one order, checked when they are set, and the same through every entry point."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def problem() -> tuple[torch.Tensor, ...]:
 
 
 def test_every_layer_names_the_same_options() -> None:
-    """The operations' schema in the same order; the functions, the module and the reference by name."""
+    """The operations' schema has the same order; the functions, the module and the reference have the same names."""
     schema = [argument.name for argument in operation("co_tuning_loss", "auto")._schema.arguments]
     named = [{"source_loss": "kl_divergence"}.get(name, name) for name in LossOptions._fields]
     start = schema.index("weight")

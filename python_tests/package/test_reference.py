@@ -1,5 +1,5 @@
-"""The reference itself, against three things that know nothing of it: ``torch.nn.functional``, the formula summed in
-Python floats, and the edge cases spelled out as numbers. Everything in float64."""
+"""The reference in float64 against three independent checks: ``torch.nn.functional``, the formula summed in Python
+floats, and edge cases with the expected numbers written out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INF, _NAN = math.inf, math.nan
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_torch_functional(case: Case, seed: int) -> None:
-    """Every case of the table, in every way of calling, wherever torch's own functions have an answer."""
+    """Every case of the table, called in every way, wherever torch has an equivalent."""
     problem = case.build(torch.float64, seed)
     for form in ("both heads", "source head"):
         ours, torchs = reference_outcome(problem, form).tensors(), torch_formulation(problem, form).tensors()
@@ -96,7 +96,7 @@ def test_kl_equals_torch_kl_div(draw: torch.Generator) -> None:
     assert torch.allclose(ours, F.kl_div(torch.log_softmax(z, 1), q, reduction="batchmean"), rtol=1e-12)
 
 
-# One class of two source classes each, and logits whose softmax is easy: log 1, log 3 -> 1/4, 3/4.
+# Each class has two source classes, and the logits have a simple softmax: log 1, log 3 -> 1/4, 3/4.
 _R = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
 _Z = torch.tensor([[math.log(1.0), math.log(3.0)]], dtype=torch.float64)
 _T = torch.tensor([[0.0, 0.0, math.log(2.0)]], dtype=torch.float64)  # 1/4, 1/4, 1/2
@@ -159,7 +159,7 @@ def test_an_ignored_row_is_not_looked_at(value: float) -> None:
 
 
 def test_an_ignore_index_of_64_bits_is_no_label_of_32() -> None:
-    """Cut to 32 bits it would be class 1."""
+    """Truncated to 32 bits it would be class 1."""
     expected = _call(_Z.expand(2, 2), _T.expand(2, 3), torch.tensor([0, 1]))
     found = _call(_Z.expand(2, 2), _T.expand(2, 3), torch.tensor([0, 1], dtype=torch.int32), ignore_index=2**32 + 1)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))

@@ -1,4 +1,4 @@
-"""What serves a device, and that a test which overrides it leaves nothing behind."""
+"""Which backend serves a device, and that an override leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cotuning_kernels.backends.registry import REGISTRY, Registry
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    """Two backends for GPUs, of which the first is refused when it is looked at; one for the CPU, with a fast path."""
+    """Two GPU backends, of which the first fails its check, and a CPU backend with a fast path."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     registry = Registry()
     registry.add("cpp", "cpu")
     registry.add("cuda", "cuda", check=lambda: dict.fromkeys((0, 1), "the driver is too old"))
     registry.add("triton", "cuda")
-    registry.fast_path_loss = print  # stands for the function of the C++ module
+    registry.fast_path_loss = print  # stands in for the C++ function
     return registry
 
 

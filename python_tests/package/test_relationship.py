@@ -39,7 +39,7 @@ def random_batch(draw: torch.Generator, rows: int, dtype: torch.dtype = torch.fl
     """Logits with masked classes, labels with ignored rows."""
     logits = 4 * torch.randn(rows, N_S, generator=draw, dtype=torch.float64)
     logits = logits.masked_fill(torch.rand(rows, N_S, generator=draw) < 0.1, -math.inf)
-    logits[:, 0] = 1.0  # never the whole row
+    logits[:, 0] = 1.0  # never mask a whole row
     labels = torch.randint(0, N_T, (rows,), generator=draw)
     labels[torch.rand(rows, generator=draw) < 0.1] = -100
     return logits.to(dtype), labels
@@ -55,14 +55,14 @@ def estimator_of(*batches: tuple[Tensor, Tensor], **options: Any) -> Relationshi
 def check_against_reference(
     estimator: RelationshipEstimator, logits: Tensor, labels: Tensor, tolerance: float, temperature: float = 1.0
 ) -> None:
-    """Sums and counts are those of the float64 reference, each sum relative to itself."""
+    """Sums and counts equal those of the float64 reference; each sum has a relative tolerance."""
     sums, counts = reference.softmax_class_sums(logits.double(), labels, N_T, inverse_temperature=1 / temperature)
     torch.testing.assert_close(estimator.sums.double(), sums, rtol=tolerance, atol=1e-30)
     assert torch.equal(estimator.counts, counts)
 
 
 def state_of(estimator: RelationshipEstimator) -> tuple[bytes, bytes]:
-    """Bit for bit."""
+    """The state's bytes, to compare bit for bit."""
     return estimator.sums.numpy().tobytes(), estimator.counts.numpy().tobytes()
 
 
@@ -84,7 +84,7 @@ def test_float64_sums_have_float64_precision(backend: Backend, draw: torch.Gener
     estimator = estimator_of((logits, labels), dtype=torch.float64, backend=backend.argument)
     assert estimator.sums.dtype == torch.float64
     check_against_reference(estimator, logits, labels, 1e-12)
-    with pytest.raises(AssertionError):  # and float32 would not pass for it
+    with pytest.raises(AssertionError):  # float32 would fail
         check_against_reference(estimator_of((logits, labels), backend=backend.argument), logits, labels, 1e-12)
 
 
@@ -186,7 +186,7 @@ def test_merging_is_as_if_all_batches_had_been_one_estimators(draw: torch.Genera
     reversed_merge = estimator_of(second)
     reversed_merge.merge(one)
     one.merge(other)
-    assert state_of(one) == state_of(reversed_merge)  # addition of two numbers commutes, to the bit
+    assert state_of(one) == state_of(reversed_merge)  # adding two numbers commutes exactly
     torch.testing.assert_close(one.sums, both.sums, rtol=1e-6, atol=1e-30)
     assert torch.equal(one.counts, both.counts)
     into_double = estimator_of(first, dtype=torch.float64)
@@ -236,7 +236,7 @@ def test_a_bad_row_is_named_and_leaves_the_state_as_it_was(
         estimator.update(logits, labels)
     assert state_of(estimator) == before
 
-    labels[bad] = -100  # the same row where it does not count
+    labels[bad] = -100  # the same row, now ignored
     estimator.update(ignored, labels)
     assert bool(torch.isfinite(estimator.sums).all())
     assert int(estimator.counts.sum()) == (0 if fresh else int(state_counts(before).sum())) + rows - 1
@@ -248,7 +248,7 @@ def state_counts(state: tuple[bytes, bytes]) -> Tensor:
 
 @pytest.mark.parametrize("large", [False, True], ids=["small batch", "large batch"])
 def test_the_test_of_bad_rows_can_fail(large: bool, draw: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the check, or without the undoing, NaN reaches the sums."""
+    """Without the check or the undo, NaN reaches the sums."""
     estimator = estimator_of(random_batch(draw, 9))
     before = state_of(estimator)
     logits, labels = random_batch(draw, 100 if large else N_T - 1)
@@ -263,7 +263,7 @@ def test_the_test_of_bad_rows_can_fail(large: bool, draw: torch.Generator, monke
 
 
 def test_masked_classes_and_overflowing_sums_are_not_bad_rows(draw: torch.Generator) -> None:
-    logits = torch.full((4, N_S), 6e4, dtype=torch.float16)  # their sum is not a float16
+    logits = torch.full((4, N_S), 6e4, dtype=torch.float16)  # their sum overflows float16
     logits[1, 5:] = -math.inf
     labels = torch.tensor([0, 1, 1, 4])
     check_against_reference(estimator_of((logits, labels)), logits, labels, 1e-5)
@@ -350,7 +350,7 @@ def test_an_empty_batch_counts_nothing(backend: Backend) -> None:
 
 
 class LargestResult(TorchDispatchMode):
-    """The most elements that any operation's fresh result had."""
+    """Records the most elements in any new tensor that an operation returned."""
 
     largest = 0
 
@@ -375,8 +375,8 @@ def test_no_temporary_of_the_size_of_the_logits(rows: int, draw: torch.Generator
         with LargestResult() as mode:
             estimator.update(logits, labels)
         largest[name] = mode.largest
-    assert largest["cpp"] <= N_T * columns  # the copy of the sums that undoing needs
-    assert largest["reference"] >= logits.numel()  # where such a temporary is, this test sees it
+    assert largest["cpp"] <= N_T * columns  # the copy of the sums that the undo needs
+    assert largest["reference"] >= logits.numel()  # this test does detect such a temporary
 
 
 def test_logits_that_require_grad_leave_no_graph(draw: torch.Generator) -> None:
@@ -396,7 +396,7 @@ def test_inference_mode_leaves_ordinary_tensors(draw: torch.Generator) -> None:
     estimator.update(logits, labels)
     for matrix in (inside.matrix, given.matrix, estimator.compute(empty="uniform").matrix):
         assert not matrix.is_inference()
-        (matrix * torch.ones(1, requires_grad=True)).sum().backward()  # what an inference tensor cannot take part in
+        (matrix * torch.ones(1, requires_grad=True)).sum().backward()  # fails for an inference tensor
     with torch.inference_mode():
         spoiled = torch.softmax(torch.randn(2, 3), 1)
     with pytest.raises(RuntimeError, match=r"[Ii]nference"):
@@ -410,7 +410,7 @@ def test_learning_goes_on_after_an_interruption(draw: torch.Generator) -> None:
     file = io.BytesIO()
     torch.save(saved, file)
     estimator.update(*second)
-    assert saved["counts"].sum() < estimator.counts.sum()  # a checkpoint in hand does not change
+    assert saved["counts"].sum() < estimator.counts.sum()  # the saved state does not change
     file.seek(0)
     resumed = RelationshipEstimator(N_T, N_S, temperature=1.3)
     resumed.load_state_dict(torch.load(file, weights_only=True))
@@ -426,7 +426,7 @@ def test_an_estimator_takes_the_number_of_source_classes_from_its_first_batch(dr
         assert sized.num_source_classes is None
         with pytest.raises(ValueError, match="nothing was counted"):
             sized.compute()
-        sized.merge(RelationshipEstimator(N_T))  # which has counted nothing either
+        sized.merge(RelationshipEstimator(N_T))  # an empty estimator
         sized.update(*first)
         assert sized.num_source_classes == N_S
         with pytest.raises(ValueError, match=f"has {N_S - 1} classes, but the estimator was made for {N_S}"):
@@ -450,7 +450,7 @@ def test_an_estimator_without_a_device_follows_the_batches(draw: torch.Generator
     estimator.update(logits, labels)
     estimator._counted = estimator._copy(
         N_S, torch.device("meta")
-    )  # a stand-in for a state that a checkpoint left elsewhere
+    )  # stands in for a state that a checkpoint left on another device
     assert estimator.device.type == "meta"
     with pytest.raises(NotImplementedError, match="meta"):
         estimator.update(logits, labels)
@@ -477,7 +477,7 @@ def test_the_order_of_merges_moves_little(dtype: torch.dtype, tolerance: float, 
 def test_sums_of_all_processes_are_not_merged_with_those_of_one(draw: torch.Generator) -> None:
     """A second all_reduce would silently count them again."""
     mine, reduced = estimator_of(random_batch(draw, 10)), estimator_of(random_batch(draw, 10))
-    reduced._counted = reduced._counted._replace(all_reduced=True)  # what all_reduce leaves
+    reduced._counted = reduced._counted._replace(all_reduced=True)  # as after all_reduce
     before = state_of(mine)
     with pytest.raises(ValueError, match="merge them before all_reduce"):
         mine.merge(reduced)
@@ -607,7 +607,7 @@ def test_two_processes_learn_what_one_would(tmp_path: Path, draw: torch.Generato
         sums, counts = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(sums, one.sums, rtol=1e-5, atol=1e-30)
         assert torch.equal(counts, one.counts)
-        assert not torch.equal(counts, half.counts)  # without the sum it would be this
+        assert not torch.equal(counts, half.counts)  # the result without the sum
         report = json.loads((tmp_path / f"{rank}.json").read_text())
         assert "already holds the sums of all processes" in report["twice"]
         assert "(5, 37, 1.0, 'torch.float32'), (6, 37, 1.0, 'torch.float32')" in report["different"]
@@ -646,7 +646,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def source_model() -> nn.Sequential:
-    """BatchNorm and dropout, which give something else in training mode; some submodules frozen."""
+    """Has BatchNorm and dropout, which behave differently in training mode, and some frozen submodules."""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 11))
     model[1].running_mean.normal_()
     model.train()
@@ -746,12 +746,12 @@ def test_what_a_loader_may_not_give(batch: Any, message: str) -> None:
 
 
 def test_a_classifier_that_ends_in_a_softmax(draw: torch.Generator) -> None:
-    """The softmax of probabilities is nearly uniform, and nothing in the relationship would look wrong."""
+    """The softmax of probabilities is nearly uniform, so the relationship would not look wrong."""
     data, model = Images(30, draw), source_model().eval()
     loader = DataLoader(data, batch_size=8)
     with pytest.warns(UserWarning, match="probabilities do, and logits are expected; leave out the model's softmax"):
         learn_relationship(nn.Sequential(model, nn.Softmax(1)), loader, progress=False)
-    # Logarithms of probabilities are logits, and what misses one of the two properties may be. One class has no others.
+    # Log-probabilities are logits. Values outside [0, 1], sums other than 1, and a single class may be logits.
     change = torch.zeros(11)
     change[:2] = torch.tensor([1.0, -1.0])
     with warnings.catch_warnings():
@@ -763,7 +763,7 @@ def test_a_classifier_that_ends_in_a_softmax(draw: torch.Generator) -> None:
 
 
 def test_logits_of_tokens(draw: torch.Generator) -> None:
-    """A label a token; a loader's batch is ``(B, T)``, the logits ``(B, T, N_s)``."""
+    """Each token has a label; a loader's batch is ``(B, T)``, the logits ``(B, T, N_s)``."""
     model = nn.Linear(8, 11)
     tokens = torch.randn(6, 4, 8, generator=draw)
     labels = torch.randint(-1, N_T, (6, 4), generator=draw)
@@ -809,7 +809,7 @@ def test_the_number_of_classes_and_their_names(draw: torch.Generator) -> None:
     before = data.fetched
     with pytest.raises(ValueError, match="source_classes has 3 names, expected 11"):
         learn_relationship(model, DataLoader(data, batch_size=5), source_classes=list("abc"), progress=False)
-    assert data.fetched == before + 5  # found out at the first batch, not after an hour
+    assert data.fetched == before + 5  # found at the first batch, not after an hour
 
 
 def test_max_batches_fetches_no_more(draw: torch.Generator) -> None:
@@ -861,7 +861,7 @@ def test_methods_and_models_that_there_are_not() -> None:
 
 
 class CachesATable(nn.Module):
-    """Makes something in its first forward pass and keeps it, as models with rotary embeddings do."""
+    """Keeps a table that its first forward pass makes, like models with rotary embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -882,7 +882,7 @@ def test_a_model_that_caches_can_be_trained_afterwards(draw: torch.Generator) ->
     assert features.grad is not None
 
     spoiled = CachesATable()
-    with torch.inference_mode():  # the other way to run without gradients is why this test can fail
+    with torch.inference_mode():  # shows that this test can fail
         spoiled(data.features)
     with pytest.raises(RuntimeError, match=r"[Ii]nference"):
         spoiled(data.features.clone().requires_grad_()).sum().backward()
@@ -951,7 +951,7 @@ def test_without_supervision() -> None:
         assert torch.equal(result.without_supervision(classes).matrix, result.matrix)
     changed = result.without_supervision(["cat", 3])
     assert changed.supervised.tolist() == [False, True, False, False]
-    assert result.supervised.tolist() == [True, True, False, True]  # the original is as it was
+    assert result.supervised.tolist() == [True, True, False, True]  # the original is unchanged
     assert changed.source_classes == result.source_classes
     with pytest.raises(ValueError, match="no target class 'B-PER'"):
         result.without_supervision("B-PER")
@@ -1049,8 +1049,8 @@ def test_similar_classes_stand_next_to_each_other(draw: torch.Generator) -> None
     matrix, kind = blocks(draw)
     order = plots.similarity_order(matrix)
     assert sorted(order) == list(range(12))
-    assert neighbours_of_one_kind(order, kind) == 9  # the most there can be
-    assert neighbours_of_one_kind(list(range(12)), [0, 1, 2] * 4) == 0  # an order that does not care
+    assert neighbours_of_one_kind(order, kind) == 9  # the maximum
+    assert neighbours_of_one_kind(list(range(12)), [0, 1, 2] * 4) == 0  # an order that ignores similarity
     assert order[0] == 0
     matrix[4] = 0
     assert plots.similarity_order(matrix)[-1] == 4  # without supervision: last
@@ -1081,7 +1081,7 @@ def test_the_rest_of_the_probability_is_shown() -> None:
 def test_plots_of_unusual_sizes_and_names(tmp_path: Path, draw: torch.Generator) -> None:
     names = [r"$\frac{a}", "$", "a very long name of a class, with, commas, in it", "ünï"]
     Relationship(torch.eye(4), names, names).plot(tmp_path / "names.png")
-    # What os.listdir makes of a folder in Latin-1, and a surrogate from elsewhere.
+    # A surrogate as os.listdir returns it for a Latin-1 folder, and another surrogate.
     names = [os.fsdecode(b"caf\xe9"), "\ud800"]
     figure = Relationship(torch.eye(2), names, names).plot(tmp_path / "names.png")
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["caf\ufffd", "\ufffd"]

@@ -1,4 +1,4 @@
-"""The file of a relationship: what comes back, what is refused, and what an interruption leaves behind."""
+"""Relationship files: round trips, refused files, and interrupted saves."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_any_text_comes_back(
     path = tmp_path_factory.getbasetemp() / "any-text.safetensors"
     saved = Relationship(torch.eye(3), names, names, metadata=metadata)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)  # for the time that it takes
+        patch.setattr(os, "fsync", lambda descriptor: None)  # fsync is slow
         saved.save(path)
     assert same(Relationship.load(path), saved)
 
@@ -158,7 +158,7 @@ def test_the_file_has_the_usual_permissions(tmp_path: Path, draw: torch.Generato
 
 
 def check_refused_or_same(path: Path, content: bytes, saved: Relationship) -> bool:
-    """Whether ``content`` is refused; if not, then it must be what was saved. Any other exception passes through."""
+    """Whether ``content`` is refused; if not, it must equal ``saved``. Any other exception passes through."""
     path.write_bytes(content)
     refusal, loaded = "", None
     try:
@@ -192,7 +192,7 @@ def test_a_flipped_bit_never_gives_another_relationship(tmp_path: Path, draw: to
 def test_without_the_checksum_a_flipped_bit_would_be_another_relationship(
     tmp_path: Path, draw: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plants the fault that the test above is there for."""
+    """Plants the fault that the test above must catch."""
     monkeypatch.setattr(tensor_file, "_digest", lambda text, tensors: "constant")
     saved = full_relationship(draw)
     content = bytearray(save_bytes(saved, tmp_path / "r"))
@@ -312,7 +312,7 @@ def test_a_whole_file_with_the_wrong_things_in_it(
 
 
 def write_record_as(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file's writer takes ``text`` for the record; only the header is written with options."""
+    """Make the writer use ``text`` as the record. Only the header is dumped with options."""
     dumps = json.dumps
     monkeypatch.setattr(tensor_file.json, "dumps", lambda x, **options: dumps(x, **options) if options else text)
 
@@ -363,7 +363,7 @@ def test_a_header_that_load_would_refuse_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_long_names_of_many_classes_come_back(tmp_path: Path) -> None:
-    """As many as ImageNet-21k has, each as long as the longest there and outside ASCII."""
+    """As many as in ImageNet-21k, each as long as its longest, with characters outside ASCII."""
     names = [f"{i:05}" + "é" * 100 for i in range(21841)]
     saved = Relationship(torch.full((1, 21841), 1 / 21841), source_classes=names)
     saved.save(tmp_path / "r")
@@ -379,7 +379,7 @@ r.save(sys.argv[1])
 
 
 def test_every_process_saves_the_same_bytes(tmp_path: Path) -> None:
-    """safetensors' own writer orders the metadata by a hash table with a new seed in each process."""
+    """The writer of safetensors does not: it orders metadata by a hash table with a new seed in each process."""
     for name in "123":
         done = run_script(_SAVED, str(tmp_path / name))
         assert done.returncode == 0, done.stderr
@@ -408,7 +408,7 @@ def test_paths_that_cannot_be_written(tmp_path: Path, draw: torch.Generator) -> 
 
 
 class Interruption(BaseException):
-    """Like KeyboardInterrupt: not an Exception."""
+    """Like KeyboardInterrupt, not an Exception."""
 
 
 def interrupt(*arguments: Any, **options: Any) -> None:
@@ -418,7 +418,7 @@ def interrupt(*arguments: Any, **options: Any) -> None:
 def check_save_is_all_or_nothing(
     save: Callable[[Relationship, Path], None], interrupted: str, folder: Path, draw: torch.Generator
 ) -> None:
-    """A ``save`` that is interrupted in a function of ``os`` leaves the old file as it was, and nothing else."""
+    """A ``save`` interrupted in a function of ``os`` leaves the old file unchanged, and no other file."""
     old, new = full_relationship(draw), random_relationship(draw)
     path = folder / "r"
     content = save_bytes(old, path)
@@ -485,7 +485,7 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(
     assert calls == ["file", "replace", "directory"]
 
 
-# A parent forks a child that saves without end, kills it at a random moment and looks at what is there; many times.
+# A parent forks a child that saves in a loop, kills it at a random moment and inspects the folder; many times.
 _KILLED = """
 import json, os, random, signal, sys, time
 import torch

@@ -1,4 +1,4 @@
-"""Relationship learning that was interrupted goes on where its statistics on disk stand, to the same bits."""
+"""Interrupted relationship learning resumes from its statistics on disk, to the same bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 class StoppedError(Exception):
-    """Stands for whatever ends a process."""
+    """Stands in for anything that ends a process."""
 
 
 class Counting(nn.Module):
@@ -59,7 +59,7 @@ def learn(model: nn.Module, batches: Any, method: str, **options: Any) -> cotuni
 @pytest.mark.filterwarnings("ignore:the regression has no best temperature")
 @pytest.mark.parametrize("method", ["direct", "reverse"])
 def test_settings_are_the_same_numbers_whatever_their_type(method: str, batches: Batches, tmp_path: Path) -> None:
-    """NumPy's too, which a checkpoint could not be read with."""
+    """NumPy numbers are converted: a checkpoint with them could not be read."""
     file = tmp_path / "statistics.pt"
     with pytest.raises(StoppedError):
         learn(Counting(5), batches, method, checkpoint=file, checkpoint_every=3, temperature=np.float64(2.0),
@@ -100,7 +100,7 @@ def test_the_same_bits_as_without_an_interruption(method: str, stop_at: int, bat
     total = len(batches) + (3 if method == "reverse" else 0)
     saved = {0: 0, 1: 0, 4: 3, 5: 3, 10: 9, 12: 11}[stop_at]
     assert again.calls == total - saved
-    assert list(tmp_path.iterdir()) == []  # nothing is left over to be taken for new statistics
+    assert list(tmp_path.iterdir()) == []  # no leftover that could pass for new statistics
 
 
 def test_a_checkpoint_that_is_whole_costs_no_forward_pass(batches: Batches, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ CRAFTED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 
 
 def craft(path: Path, method: str, tensors: dict[str, Any], change: dict[str, Any], batches: Batches) -> None:
-    """A checkpoint with a right digest and wrong content."""
+    """Write a checkpoint with a correct digest and wrong content."""
     interrupted_at(path, method, batches)
     _, record = passes._CHECKPOINT_FILE.read(path)
     content = {name: tensor for name, tensor in (tensors_of(method) | tensors).items() if tensor is not None}
@@ -313,7 +313,7 @@ def test_crafted_checkpoints_are_refused_for_what_was_changed(method: str, batch
 
 
 def test_a_function_that_gives_other_classes_than_before(batches: Batches, tmp_path: Path) -> None:
-    """A function shows no weights that the checkpoint could be compared with."""
+    """A function has no weights to compare with the checkpoint's."""
     classes = N_S
 
     def model(x: Tensor) -> Tensor:
@@ -405,7 +405,7 @@ def lines(process: subprocess.Popen[str]) -> Iterator[str]:
 
 
 def test_killed_at_any_moment(tmp_path: Path, seed: int) -> None:
-    """Two kills, a save after every batch; the result is that of a process that lived."""
+    """Two kills, a save after every batch; the result is that of an uninterrupted process."""
     delays = torch.rand(2, generator=torch.Generator().manual_seed(seed)) * 0.01
     for delay in delays.tolist():
         process = run_to_be_killed(str(tmp_path / "statistics.pt"), str(tmp_path / "never.pt"))

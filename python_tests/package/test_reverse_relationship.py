@@ -1,4 +1,4 @@
-"""The reverse method: the regression's optimum, scikit-learn's, the authors' procedure, and Bayes' rule."""
+"""The reverse method against the regression's optimum, scikit-learn, the authors' procedure and Bayes' rule."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LogitsAndLabels = tuple[Tensor, Tensor]
 def classes_like_source_classes(
     draw: torch.Generator, rows: int, prototypes: Tensor, dtype: torch.dtype = torch.float32
 ) -> LogitsAndLabels:
-    """Logits around a prototype a class, so that the labels can be predicted from them, but not all of them."""
+    """Logits around one prototype per class: they predict most labels, but not all."""
     labels = torch.randint(0, len(prototypes), (rows,), generator=draw)
     noise = torch.randn(rows, prototypes.shape[1], generator=draw, dtype=torch.float64)
     return (prototypes[labels] + 2 * noise).to(dtype), labels
@@ -44,7 +44,7 @@ def train_and_validation(
 
 
 def objective(coefficients: Tensor, probabilities: Tensor, labels: Tensor, inverse_penalty: float) -> Tensor:
-    """What a regression minimises, spelled out in float64."""
+    """The objective of a regression, written out in float64."""
     logits = probabilities.double() @ coefficients.double().T
     return F.cross_entropy(logits, labels, reduction="sum") + coefficients.double().square().sum() / 2 / inverse_penalty
 
@@ -80,16 +80,16 @@ def test_every_fit_is_the_minimum(backend: Backend, dtype: torch.dtype, draw: to
         assert fit.converged
         assert fit.coefficients.dtype == dtype
         exact = objective(fit.coefficients, probabilities, labels, fit.inverse_penalty).item()
-        # A logit is rounded as the largest coefficient is, which reaches 70 under the weakest penalty, and the
-        # objective as its logits are: at most 0.27 of this in 4 352 fits from 64 draws, in either dtype.
+        # Logits round like the largest coefficient, which reaches 70 under the weakest penalty, and the objective
+        # rounds like its logits: the error was at most 0.27 of this in 4 352 fits from 64 draws, in either dtype.
         rounding = torch.finfo(dtype).eps * (8 + fit.coefficients.abs().max().item())
         assert abs(fit.objective - exact) <= rounding * exact
-        # The bound that ended the fit is one, and it is no wild guess.
+        # The bound that ended the fit holds.
         above = above_the_minimum(fit.coefficients, probabilities, labels, fit.inverse_penalty)
         gained = min(exact, len(labels) * math.log(N_T) - exact)
         assert above <= fit.gap * gained * (1 + 1e-3) + rounding * exact
-        # Where rounding keeps the bound above the tolerance, what it bounds is not, or hardly: of 24 such fits in 237
-        # paths the worst was 1.01 tolerances above the minimum.
+        # Rounding may keep the bound above the tolerance; the fit itself is then at most slightly above it: the worst
+        # of 24 such fits in 237 paths was 1.01 tolerances above the minimum.
         assert fit.gap <= tolerance or (dtype == torch.float32 and above <= 2 * tolerance * gained)
 
 
@@ -162,7 +162,7 @@ def softmax(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def procedure_of_the_authors(
     train: LogitsAndLabels, validation: LogitsAndLabels, temperature: float, penalties: Sequence[float] = PENALTIES
 ) -> tuple[Tensor, float]:
-    """What the authors' script does, with scikit-learn and SciPy, everything converged; and the validation accuracy."""
+    """The relationship of the authors' script, by converged scikit-learn and SciPy, and its validation accuracy."""
     linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     optimize, special = pytest.importorskip("scipy.optimize"), pytest.importorskip("scipy.special")
     x, held_out = (softmax(logits.double().numpy() / temperature) for logits, _ in (train, validation))
@@ -201,7 +201,7 @@ def test_the_authors_procedure_gives_the_same_relationship(
     ours = learn_reverse_relationship(
         *train, *validation, N_T, temperature=temperature, inverse_penalties=PENALTIES, tolerance=tolerance
     )
-    # A validation row between two classes may fall to either side, and then another penalty may be ahead by this row.
+    # A validation row between two classes may fall to either side, so another penalty may win by this row.
     chosen = [float(ours.metadata["inverse_penalty"])]
     expected, accuracy = procedure_of_the_authors(train, validation, temperature, chosen)
     _, best_accuracy = procedure_of_the_authors(train, validation, temperature)
@@ -247,7 +247,7 @@ def test_a_target_class_that_no_source_class_predicts_still_has_a_row() -> None:
 
 
 def test_a_relationship_between_copies_of_the_source_classes(draw: torch.Generator) -> None:
-    """Target classes that are source classes: the relationship is the identity, nearly."""
+    """The target classes are source classes: the relationship is nearly the identity."""
     labels = torch.arange(N_T).repeat(50)
     logits = 8.0 * F.one_hot(labels, N_T) + torch.randn(len(labels), N_T, generator=draw)
     with pytest.warns(UserWarning, match="no best temperature on 300 validation rows"):  # every row is right
@@ -281,7 +281,7 @@ def test_what_it_returns(draw: torch.Generator, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["autocast", "inference"])
 def test_modes_of_the_caller_change_nothing(mode: str, draw: torch.Generator) -> None:
-    """Neither bfloat16 products, nor an error of autograd's after the whole pass."""
+    """No bfloat16 products, and no autograd error after the whole pass."""
     train, validation = train_and_validation(draw)
     loaders = DataLoader(TensorDataset(*train), 100), DataLoader(TensorDataset(*validation), 100)
     model = nn.Identity()
@@ -345,12 +345,12 @@ def test_a_class_without_a_training_row(empty: str, draw: torch.Generator) -> No
 
 
 def test_a_strong_penalty_is_calibrated_away(draw: torch.Generator) -> None:
-    """Its coefficients are almost nothing, and the temperature makes them as large as they should be."""
+    """Its coefficients are almost 0; the temperature scales them back up."""
     train, validation = train_and_validation(draw)
     found = learn_reverse_relationship(*train, *validation, N_T, inverse_penalties=[1e-7])
     assert float(found.metadata["regression_temperature"]) < 1e-4
     spread = found.matrix.amax(dim=0) / found.matrix.amin(dim=0)
-    assert spread.max() > 3  # and not 1 + 1e-5, as it would be at temperature 1
+    assert spread.max() > 3  # at temperature 1 it would be 1 + 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:the regression has no best temperature")  # on ten rows

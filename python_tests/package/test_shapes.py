@@ -34,7 +34,7 @@ def problem(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float6
 
 
 def by_hand(logits: Tensor) -> Tensor:
-    """Rows, one place after the other."""
+    """Flatten to rows, position by position."""
     if logits.dim() == 1:
         return logits[None]
     return (
@@ -61,7 +61,7 @@ def test_the_loss_is_that_of_the_rows(backend: Backend, shape: tuple[int, ...], 
         gradients = torch.autograd.grad(expected.loss, (source, target), upstream.reshape(expected.loss.shape))
         for one, other in zip(found, gradients, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
-    # torch's own, with the class weights and the smoothing of the target head.
+    # torch's own target term, with the same smoothing.
     torch_term = F.cross_entropy(target, labels, label_smoothing=0.1, reduction=reduction)
     torch.testing.assert_close(terms.target_term, torch_term.detach(), rtol=1e-6, atol=1e-8, equal_nan=True)
 
@@ -146,7 +146,7 @@ def test_a_relationship_is_learnt_from_a_model_of_maps(seed: int) -> None:
     expected = ck.RelationshipEstimator(N_T)
     expected.update(by_hand(source.detach()), labels.flatten())
     torch.testing.assert_close(found.matrix, expected.compute().matrix)
-    tokens, words = torch.randn(2, 5, N_S), torch.randint(0, N_T, (2, 5))  # transformers' order stays
+    tokens, words = torch.randn(2, 5, N_S), torch.randint(0, N_T, (2, 5))  # the order of transformers stays
     assert ck.learn_relationship(lambda x: x, [(tokens, words)], N_T, progress=False).num_source_classes == N_S
     square = [(torch.randn(2, 5, 5), words)]
     with pytest.raises(TypeError, match="the classes may be dimension 1 or the last"):

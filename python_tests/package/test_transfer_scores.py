@@ -1,4 +1,4 @@
-"""The scores of transfer_scores, each against a computation of its formula that shares nothing with it."""
+"""The scores of transfer_scores, each against an independent computation of its formula."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ N_S, N_T, WIDTH = 12, 4, 7
 
 
 def problem(seed: int, rows: int = 60, width: int = WIDTH) -> tuple[Tensor, Tensor, Tensor]:
-    """``theta``, labels and features that have something to do with each other."""
+    """Correlated ``theta``, labels and features."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, N_T, (rows,), generator=generator)
     centres = torch.randn(N_T, width, generator=generator)
@@ -57,7 +57,7 @@ def test_h_score_with_a_pseudo_inverse(width: int, seed: int) -> None:
     g = np.stack([f[y == label].mean(0) for label in y])
     expected = np.trace(np.linalg.pinv(np.cov(f, rowvar=False), rcond=1e-12) @ np.cov(g, rowvar=False))
     assert transfer_scores.h_score(features, labels) == pytest.approx(expected, rel=1e-6)
-    if width > len(labels):  # as its docstring says
+    if width > len(labels):  # as the docstring of h_score says
         assert expected == pytest.approx(N_T - 1)
 
 
@@ -153,7 +153,7 @@ def test_a_function_has_no_features(seed: int) -> None:
 
 
 def test_tokens_and_convolutional_heads(seed: int) -> None:
-    """Features of a row a label: a token's, or a mean over places."""
+    """Features have one row per label: a token's, or the mean over positions."""
     torch.manual_seed(seed)
     y = torch.arange(24).reshape(4, 6) % N_T
     x = torch.randn(4, 6, 5) + 3 * torch.randn(N_T, 5)[y]
@@ -177,7 +177,7 @@ def test_a_source_head_that_says_nothing_is_named(seed: int) -> None:
     with pytest.warns(UserWarning, match=r"says nothing about these images: .*nearly uniform .*entropy 2.48 of 2.48"):
         ck.transferability(model, loader, N_T, progress=False)
     with torch.no_grad():
-        model.head.bias[2] = 9.0  # always the same source class
+        model.head.bias[2] = 9.0  # always predicts the same source class
     with pytest.warns(UserWarning, match="do not tell the target classes apart"):
         ck.transferability(model, loader, N_T, progress=False)
 
