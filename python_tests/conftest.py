@@ -27,11 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    sys.path.append(str(ROOT))  # `benchmarks` and `tools`; behind site-packages, where an installed cotuning_kernels is
+    sys.path.append(str(ROOT))  # `benchmarks` and `tools`; an installed cotuning_kernels in site-packages comes first
     if hasattr(config, "workerinput"):
         config.option.seed = config.workerinput["seed"]
     else:
-        cpp_builds.workspace()  # before there are workers, who share it
+        cpp_builds.workspace()  # before the workers start, which share it
         if config.getoption("--seed") is None:
             config.option.seed = secrets.randbelow(2**31)
 
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _leave_out_rows_for_a_gpu(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU every test keeps one of its rows for one, which is skipped and says why."""
+    """Without a GPU every test keeps one of its GPU rows, which is skipped with the reason."""
     kept: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
     said: set[tuple[str, str]] = set()
@@ -95,7 +95,7 @@ def _leave_out_rows_for_a_gpu(config: pytest.Config, items: list[pytest.Item]) -
 
 
 def _keep_ttsem_apart(items: list[pytest.Item]) -> None:
-    """Its first kernel changes how MLIR prints until the process ends, and the rules of test_triton_static.py for
+    """ttsem's first kernel changes how MLIR prints until the process ends. The rules of test_triton_static.py for
     intermediate code could not read a kernel that is compiled later."""
     apart = [item for item in items if item.path.name == "test_triton_ttsem.py"]
     if len(apart) < len(items):
@@ -117,7 +117,7 @@ def draw(seed: int) -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The tensors of these tests are small: threads only cost. Tests of threads set their own number."""
+    """The tensors of these tests are small: threads only cost time. Tests of threads set their own number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,6 +1,6 @@
-"""Arrows go one way: no module imports, and no C++ file includes, what is above it or what leads back to it.
+"""Arrows go one way: no module imports, and no C++ file includes, a file above it or one that leads back to it.
 
-The floors name every module of the package and every folder of ``csrc``. Imports for types alone do not count; late
+The floors name every module of the package and every folder of ``csrc``. Imports only for types do not count; late
 imports in functions do. Each check is shown to catch planted faults.
 """
 
@@ -19,8 +19,8 @@ from support.paths import ROOT
 CSRC = ROOT / "csrc"
 PACKAGE = Path(cotuning_kernels.__file__).parent
 
-# From the roof down. A module imports from lower floors only. A name stands for what is below it too
-# (backends.triton for backends.triton.rows), unless that has a floor of its own.
+# From the roof down. A module imports only from lower floors. A package's name stands for its modules too
+# (backends.triton for backends.triton.rows), unless they have their own floor.
 MODULE_FLOORS = (
     ("__main__",),
     ("environment",),
@@ -76,7 +76,7 @@ def floor_of(name: str, floors: tuple[tuple[str, ...], ...], separator: str) -> 
 
 
 def upward(arrows: Mapping[str, set[str]], floors: tuple[tuple[str, ...], ...], separator: str) -> list[str]:
-    """Arrows that do not lead down, and ends of arrows that have no floor."""
+    """Arrows that do not lead down, and names in arrows that have no floor."""
     found = []
     for start in arrows:
         for end in arrows[start]:
@@ -104,7 +104,7 @@ def circles(arrows: Mapping[str, set[str]]) -> list[str]:
 
 
 def imports_of(package: Path) -> dict[str, set[str]]:
-    """By module of ``package``: the modules of it that it imports, in functions too, but not for types alone."""
+    """By module of ``package``: those of its modules that it imports, in functions too, but not only for types."""
     files = {".".join(file.relative_to(package).with_suffix("").parts): file for file in package.rglob("*.py")}
     files = {name.removesuffix("__init__").rstrip(".") or package.name: file for name, file in files.items()}
 

@@ -1,6 +1,6 @@
-"""What is built, and of what: one list of sources, no torch below the kernels, no module that imports one above it, no
-symbol that the linker could mix up, the instruction set on request, and life without the extension. Each checker is
-shown to find a planted fault."""
+"""The build: one list of sources, no symbol that the linker could mix up, only the stable ABI, the instruction set on
+request, the package without the extension, and what distributions hold. Each checker is shown to find a planted
+fault."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ def test_cmake_names_a_sanitizer_it_does_not_know(tmp_path: Path) -> None:
 
 
 def foreign_symbols(object_file: Path, isa: str) -> list[str]:
-    """What an object compiled for ``isa`` exports outside its own namespace.
+    """Symbols that an object compiled for ``isa`` exports outside its own namespace.
 
-    The linker keeps one copy of an inline function or a template. Were it that of an object compiled for AVX-512, other
-    objects would call it on a processor without.
+    The linker keeps one copy of an inline function or a template. If it kept a copy compiled for AVX-512, other objects
+    would call it on a processor without AVX-512.
     """
     own = re.compile(rf"_ZN?K?(N8cotuning3cpu|8cotuning3cpu)({len(isa)}{isa}|{len(isa) + 6}kRows_{isa}E)")
     return [name for name in symbols("--extern-only", "--defined-only", object_file) if not own.match(name)]
@@ -222,7 +222,7 @@ def test_an_unknown_instruction_set_is_a_clear_error() -> None:
 
 
 def test_without_the_extension_the_reference_serves(tmp_path: Path) -> None:
-    """The package as a machine without a compiler has it: everything but ``_C``."""
+    """The package as on a machine without a compiler: everything but ``_C``."""
     copy = tmp_path / "cotuning_kernels"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     code = _LOSS + (
@@ -303,7 +303,7 @@ def test_a_torch_that_is_too_old_for_the_package() -> None:
 def test_what_is_built_beside_an_older_torch(
     installed: str, said: str | None, setup_py: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kernels that would not load are not built; a torch that pip will replace does not count."""
+    """Kernels that would not load are not built. A torch that pip will replace does not count."""
     (tmp_path / "version.py").write_text(f"__version__ = '{installed}'\n")
     pure_python = setup_py["pure_python"]
     monkeypatch.delenv("COTUNING_KERNELS_PURE_PYTHON", raising=False)
@@ -314,7 +314,7 @@ def test_what_is_built_beside_an_older_torch(
 
 
 def test_sources_that_hide_the_installed_package_say_so(tmp_path: Path) -> None:
-    """In a checkout Python finds its folder first: the reason is not that nothing was built."""
+    """In a checkout Python finds the checkout's folder first; the message must not say that nothing was built."""
     copy, installed = tmp_path / "checkout" / "cotuning_kernels", tmp_path / "installed"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C*", "_cuda*", "__pycache__"))
     (installed / "cotuning_kernels").mkdir(parents=True)
@@ -361,7 +361,7 @@ def test_a_source_distribution_has_what_the_build_reads(tmp_path: Path) -> None:
 
 
 def test_a_wheel_takes_no_extension_that_lies_in_the_checkout(tmp_path: Path) -> None:
-    """``pip install -e .`` leaves its extensions there, and they belong to one torch, one Python and one processor."""
+    """``pip install -e .`` leaves extensions there that fit only one torch, one Python and one processor."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*_NOT_IN_A_CHECKOUT))
     (tree / "cotuning_kernels" / "_C.cpython-311-x86_64-linux-gnu.so").touch()

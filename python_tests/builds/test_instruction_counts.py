@@ -1,4 +1,4 @@
-"""The instructions that the CPU kernels run for an element of a row may not grow unnoticed.
+"""The number of instructions that the CPU kernels run per element of a row may not grow unnoticed.
 
 ``python -m tools.machine_code --write instructions`` renews the table; say in the commit what changed and why.
 """

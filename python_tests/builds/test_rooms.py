@@ -1,4 +1,4 @@
-"""Every room of ``python_tests`` runs alone: its tests import what is in ``support``, and never another test module."""
+"""Every room of ``python_tests`` runs alone: its tests import from ``support``, never from another test module."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The C++ tests of the kernels, plain and under sanitizers; and faults that they and the sanitizers must find.
 
-The tests themselves are in csrc/tests: each instruction set and scalar type against long double, rows at the very end
-of their page, all halves, any number of threads.
+The tests themselves are in csrc/tests: each instruction set and scalar type against long double, rows that end where
+their page ends, all half-precision values, any number of threads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def test_kernels_pass_without_a_report(sanitize: str, tests: tuple[str, ...], se
     assert sorted(passed) == sorted(tests or all_tests())
 
 
-# The fault, the build that must find it, the test that runs into it, and the report.
+# The fault, the build that must find it, the test that triggers it, and the report.
 SANITIZER_FAULTS = [
     ("heap-overread", MEMORY, "scaled_rows", "AddressSanitizer: heap-buffer-overflow"),
     ("class-too-many", MEMORY, "loss", "AddressSanitizer: SEGV"),

@@ -1,6 +1,6 @@
-"""Where rounding adds up or is hidden: the CPU kernels' float32 against torch's, both against float64.
+"""Inputs whose rounding errors add up: the CPU kernels' float32 against torch's, both against float64.
 
-The conformance table draws rows in which errors mostly cancel. In these they do not: thousands of equal terms, each of
+The conformance table draws rows in which errors mostly cancel. Here they do not: thousands of equal terms, each of
 which a sum rounds in the same direction, and rows whose largest logits come last."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _uniform(draw: torch.Generator, classes: int) -> Arguments:
 
 
 def _late(draw: torch.Generator) -> Arguments:
-    """Rows of which all but the last three logits are far below: exp(58)."""
+    """Rows whose last three logits lie far above all others: by a factor of exp(58)."""
     logits = torch.full((40, 200), -58.0)
     logits[:, -3:] = _normal(draw, 40, 3)
     return logits, logits.clone(), torch.arange(40) + 100, torch.softmax(_normal(draw, 200, 200), 1), {}
@@ -79,13 +79,13 @@ def test_no_less_exact_than_torch(case: str, isa: str, draw: torch.Generator) ->
     ):
         scale = expected.abs().max().clamp(min=1e-30)
         error, theirs = ((x - expected).abs().max() / scale for x in (given, torchs))
-        # Two ulps beside theirs; before the sums were taken in parts, and far rows once more, it was up to 500.
+        # Two ulps beyond twice torch's error. Without partial sums and a second sweep of far rows it is up to 500 ulps.
         assert error <= 2 * theirs + 2.5e-7, (name, float(error), float(theirs))
 
 
 @pytest.mark.parametrize("share", [1e-3, 1e-6])
 def test_float16_keeps_the_digits_of_rows_with_little_mass(share: float, draw: torch.Generator) -> None:
-    """The first class of each pair counts for little, and the second one has no supervision."""
+    """The first class of each pair has a small share, and the second one has no supervision."""
     relationship = torch.cat([torch.softmax(_normal(draw, 1, 90), 1), torch.zeros(1, 90)])
     target = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long), share
     logits = _normal(draw, 4, 90)

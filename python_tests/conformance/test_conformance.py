@@ -24,12 +24,12 @@ _CASE = {case.name: case for case in CASES}
 
 @lru_cache(maxsize=len(FORMS) * len(DTYPES))
 def _drawn(name: str, dtype: torch.dtype, form: str, seed: int) -> tuple[Problem, Expectation]:
-    """The tests run case by case through all backends, which share the truth."""
+    """The problem and its truth. Tests run case by case through all backends, which share both."""
     problem = _CASE[name].build(dtype, seed)
     return problem, Expectation(problem, form)
 
 
-# All dtypes in one test: what a test costs besides what it does would be as much again, four times.
+# All dtypes in one test: four tests would pay a test's fixed cost, as large as its work, four times.
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
@@ -52,7 +52,7 @@ def test_table(name: str, backend: Backend, seed: int) -> None:
                     raise AssertionError(case) from error
 
 
-# Three target forms are three ways to read the other operands. Widths: a multiple of every vector, and two others.
+# Three target forms read the other operands in three ways. Widths: a multiple of every vector, and two others.
 _LAYOUT_CASES = (
     Case("labels in a layout", "ignored rows are skipped over", (5, 9, 67), "ignoring", weight="random"),
     Case("pair in a layout", "two rows of R at once", (5, 16, 64), "pair", options={"source_loss": "kl"}),
@@ -74,7 +74,7 @@ def _in_any_layout(number: int, dtype: torch.dtype, form: str, seed: int) -> tup
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts(backend: Backend, layout: Layout, case: Case, dtype: torch.dtype, seed: int) -> None:
     problem, expectation = _in_any_layout(_LAYOUT_CASES.index(case), dtype, FORMS[0], seed)
-    if layout.expanded:  # repeats one row, and is another problem
+    if layout.expanded:  # repeats one row: a different problem
         expectation = None
     verify(backend, problem, logits_layout=layout, expectation=expectation)
     verify(backend, problem, other_layout=layout, expectation=expectation)
@@ -86,7 +86,7 @@ def test_layouts(backend: Backend, layout: Layout, case: Case, dtype: torch.dtyp
 @pytest.mark.parametrize("backend", TABLE_BACKENDS, ids=lambda backend: backend.name, indirect=True)
 @pytest.mark.parametrize("size", [1e-6, 1e5])
 def test_the_size_of_class_weights_costs_half_precision_no_digits(backend: Backend, size: float, seed: int) -> None:
-    """Only their ratios count in a mean. The rule of the table allows for what is lost when a gradient is stored."""
+    """Only their ratios matter in a mean. (The table's rule alone allows the digits lost when a gradient is stored.)"""
     problem = Case("weights", "", (12, 48, 70), weight="random", upstream="gradient scaler").build(torch.float16, seed)
     assert problem.weight is not None
     problem.weight = problem.weight * size
@@ -99,7 +99,7 @@ def test_the_size_of_class_weights_costs_half_precision_no_digits(backend: Backe
 @pytest.mark.parametrize("backend", TABLE_BACKENDS, ids=lambda backend: backend.name, indirect=True)
 @pytest.mark.parametrize("kind", ["labels", "pair"])
 def test_a_row_of_R_with_a_nan_is_supervised_and_stays_alone(backend: Backend, kind: str, seed: int) -> None:
-    """The reference multiplies matrices, so 0 * NaN reaches every row of the batch there; not in a kernel."""
+    """The reference multiplies matrices, so 0 * NaN reaches every row of the batch; in a kernel it must not."""
     if backend.argument == "reference":
         pytest.skip("reference: a matrix product spreads NaN")
     problem = Case("NaN in R", "", (4, 7, 90), kind).build(torch.float32, seed)
@@ -143,7 +143,7 @@ def test_every_run_and_every_thread_count_gives_the_same_bits(
 
 
 def _product_on_one_thread(*arguments: Any) -> OperandTarget:
-    """The product of probabilities and relationship is torch's, whose order of summation may follow the threads."""
+    """torch multiplies probabilities by the relationship, and its order of summation may follow the threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -54,7 +54,7 @@ def test_finite_differences(backend: Backend, kind: str, reduction: str, source_
 
 @pytest.mark.parametrize("head", ["source", "target"])
 def test_a_head_that_needs_no_gradient_gets_none(backend: Backend, head: str, seed: int) -> None:
-    """Its logits come from frozen weights, or it is being evaluated; the other head's gradient does not change."""
+    """As with frozen weights or in evaluation; the other head's gradient does not change."""
     problem = Case("one head", "", (5, 6, 37), "pair").build(torch.float32, seed)
     both = [problem.source_logits.clone().requires_grad_(), problem.target_logits.clone().requires_grad_()]
     expected = torch.autograd.grad(_loss(problem, both[0], both[1], backend), both, problem.upstream)
@@ -119,7 +119,7 @@ def test_the_terms_are_for_logging_only(backend: Backend, seed: int) -> None:
 
 
 def test_double_backward_is_refused(backend: Backend, seed: int) -> None:
-    """A wrong second derivative would be silent. The reference, which is plain PyTorch, has a right one."""
+    """A wrong second derivative would be silent. The reference is plain PyTorch and has the right one."""
     problem = Case("double backward", "", (3, 4, 5)).build(torch.float64, seed)
     source, target = problem.source_logits.requires_grad_(), problem.target_logits.requires_grad_()
     if backend.argument == "reference":
@@ -141,7 +141,7 @@ def test_double_backward_is_refused(backend: Backend, seed: int) -> None:
 
 
 def test_forward_mode_is_refused(backend: Backend, seed: int) -> None:
-    """It would pass the operation by: a derivative of 0."""
+    """Forward mode would bypass the operation and give a derivative of 0."""
     problem = Case("forward mode", "", (3, 4, 5)).build(torch.float64, seed)
     source, target = problem.source_logits, problem.target_logits
     tangent = torch.randn(3, 5, dtype=torch.float64)
@@ -190,7 +190,7 @@ class _Heads(nn.Module):
 @pytest.mark.parametrize("backend", _KERNELS, ids=lambda backend: backend.name, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_place_trains_the_same_weights(backend: Backend, dtype: torch.dtype, seed: int) -> None:
-    """Bit for bit the weight gradients of the ordinary call; the logits' memory holds their gradient afterwards."""
+    """The weight gradients are bit for bit those of the ordinary call; the logits' memory then holds their gradient."""
     problem = Case("in place", "", (5, 6, 37), "pair").build(dtype, seed)
     torch.manual_seed(seed)
     heads = _Heads(problem)
@@ -212,7 +212,7 @@ def test_in_place_trains_the_same_weights(backend: Backend, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("backend", _KERNELS, ids=lambda backend: backend.name, indirect=True)
 def test_in_place_on_logits_that_an_operation_saved_is_an_error(backend: Backend, seed: int) -> None:
-    """``exp`` needs its result for its own backward pass. Autograd has to say so instead of using a gradient for it."""
+    """``exp`` needs its result for its backward pass. Autograd must raise instead of reading a gradient there."""
     problem = Case("saved", "", (5, 6, 37)).build(torch.float32, seed)
     source = torch.exp(problem.source_logits.requires_grad_())
     target = problem.target_logits.requires_grad_() * 1.0
@@ -246,7 +246,7 @@ def test_in_place_refuses_logits_it_would_spoil(backend: Backend, what: str, hea
 
 @pytest.mark.parametrize("backend", _KERNELS, ids=lambda backend: backend.name, indirect=True)
 def test_in_place_without_grad_leaves_the_logits_alone(backend: Backend, seed: int) -> None:
-    """A criterion with inplace=True also evaluates: no gradient is wanted then, and none is written."""
+    """A criterion with inplace=True also evaluates: without grad mode it writes no gradient."""
     problem = Case("evaluation", "", (5, 6, 37)).build(torch.float32, seed)
     source, target = Placed(problem.source_logits), Placed(problem.target_logits)
     expected = _loss(problem, source.view, target.view, backend)

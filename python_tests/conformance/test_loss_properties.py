@@ -1,6 +1,6 @@
-"""Laws that the loss obeys whatever the numbers: hypothesis looks for sizes, options and values that break one.
+"""Laws that the loss obeys for all numbers: hypothesis looks for sizes, options and values that break one.
 
-In float64, so that what remains is rounding; ``backend`` runs every law on each of them.
+Problems are in float64, so that errors are only rounding; ``backend`` runs every law on every backend.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _examples = settings(
 def _fewer_examples_where_interpreted(
     request: pytest.FixtureRequest, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call in an interpreter takes as long as twenty others: it gets the first 10 examples, and after a failure all
-    that hypothesis wants for a smaller one."""
+    """A call in an interpreter takes as long as twenty others: it gets the first 10 examples, and after a failure as
+    many as hypothesis needs to shrink it."""
     if not backend.device_code:
         return
     law, tried = request.function.hypothesis.inner_test, 0.0
@@ -100,7 +100,7 @@ def _assert_close(ours: Outcome, expected: Outcome) -> None:
 @_law
 @given(problem=problems(("labels", "int32", "pair", "pair, float share"), ("sum", "none")))
 def test_every_target_form_equals_its_dense_probabilities(backend: Backend, problem: Problem) -> None:
-    """Indices and pairs are shorthands. The means differ by their divisor, as F.cross_entropy's do, hence no mean."""
+    """Indices and pairs are shorthands. No mean here: its divisor depends on the form, as in F.cross_entropy."""
     dense = replace(problem, target=problem.distribution())
     _assert_close(_run(backend, problem), _run(backend, dense))
 
@@ -170,7 +170,7 @@ def test_a_shift_of_all_logits_changes_nothing(backend: Backend, problem: Proble
 @_law
 @given(problem=problems())
 def test_gradients_of_a_row_sum_to_zero(backend: Backend, problem: Problem) -> None:
-    """``sum_j Q softmax_j - q_j = Q - Q``, also where Q is not 1; it follows from the invariance to shifts."""
+    """``sum_j Q softmax_j - q_j = Q - Q``, also where Q is not 1. This follows from the invariance to shifts."""
     outcome = _run(backend, problem)
     assume(outcome.loss.isfinite().all())  # the mean over rows without weight: test_sum_and_mean_follow_from_none
     for gradient in outcome.gradients().values():
@@ -182,7 +182,7 @@ def test_gradients_of_a_row_sum_to_zero(backend: Backend, problem: Problem) -> N
 @_law
 @given(problem=problems(), factor=st.floats(-4, 4))
 def test_linear_in_the_trade_off(backend: Backend, problem: Problem, factor: float) -> None:
-    """The loss is target_term + trade_off * source_term, the terms do not depend on it, nor the target's gradient."""
+    """The loss is target_term + trade_off * source_term; the terms and the target's gradient ignore trade_off."""
     one, scaled = (_run(backend, replace(problem, trade_off=x)) for x in (1.0, factor))
     assert one.target_term is not None
     assert one.source_term is not None
@@ -287,7 +287,7 @@ def test_sums_of_two_batches_add_up(backend: Backend, problem: Problem, split: i
 @_law
 @given(problem=problems(), trade_off=st.floats(-3, 3))
 def test_the_module_is_the_function(backend: Backend, problem: Problem, trade_off: float) -> None:
-    """With the same arguments, and after its trade_off was set to another value, as a warm-up does."""
+    """With the same arguments, also after its trade_off is set to another value, as a warm-up does."""
     options = problem.options
     criterion = ck.FusedCoTuningLoss(problem.relationship, backend=backend.argument, **options)
     for value in (problem.trade_off, trade_off):
@@ -305,13 +305,13 @@ def test_the_module_is_the_function(backend: Backend, problem: Problem, trade_of
 
 
 class _StuckModule(ck.FusedCoTuningLoss):
-    """Does not see that its trade_off was set."""
+    """Ignores a new trade_off."""
 
     trade_off = property(ck.FusedCoTuningLoss.trade_off.fget, lambda self, value: None)  # type: ignore[attr-defined]
 
 
 def _saturating(problem: Problem, form: str, _: str) -> Outcome:
-    """Logits above 30 are taken for 30, so that exp cannot overflow."""
+    """Clamps logits to 30, so that exp cannot overflow."""
     return textbook_kernel(problem.map(lambda name, x: x.clamp(max=30) if name.endswith("logits") else x), form, "")
 
 
@@ -334,7 +334,7 @@ _LAW_FAULTS: dict[str, str | Backend] = {
         "stuck", "reference", lambda: mock.patch.object(ck, "FusedCoTuningLoss", _StuckModule)
     ),
 }
-"""By law: a fault of the textbook kernel, or a backend with one, that it must find."""
+"""By law: a fault of the textbook kernel, or a faulty backend, that the law must find."""
 
 
 def test_every_law_has_a_fault_to_find() -> None:
@@ -344,8 +344,8 @@ def test_every_law_has_a_fault_to_find() -> None:
 
 @pytest.mark.parametrize("law", _LAW_FAULTS)
 def test_the_law_finds(law: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Among the examples that hypothesis draws for it: one where the kernel with the fault objects and that without one
-    does not."""
+    """Hypothesis draws an example on which the kernel with the fault breaks the law and the kernel without it does
+    not."""
     test, fault = globals()[f"test_{law}"], _LAW_FAULTS[law]
     sound = Backend("textbook", "reference", run=textbook_kernel)
     faulty = fault if isinstance(fault, Backend) else replace(sound, run=partial(textbook_kernel, fault=fault))

@@ -1,8 +1,7 @@
-"""The checkers can fail: each is given a kernel with one planted fault, and must object.
+"""The checkers can fail: each gets a kernel with one planted fault, and must object.
 
-The kernel is a textbook one, written here in a page of torch: like a real kernel it computes loss and gradients at
-once from what it reads from memory, stores half-precision gradients before the upstream gradient arrives, and scales
-them then. Without a fault it passes the whole table; that shows that the objections below are to the faults.
+The kernel is that of support.textbook_kernel, a page of torch. Without a fault it passes the whole table, which shows
+that the objections below are to the faults.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ _TABLE_FAULTS = {
     "a row written past its end": "the mask of the tail is one too long",
     "a loss in the logits' dtype": "bfloat16 losses are good to two digits",
 }
-"""Faults that the table alone must find, by what they are, and how one comes by them."""
+"""Faults that the table alone must find, and how each arises in practice."""
 
 _LAYOUT_FAULTS = {
     "a row stride taken for the width": "right for contiguous logits only",
@@ -81,7 +80,7 @@ _CASES = [case for case in CASES if math.prod(case.shape) <= 300_000 and case.ta
 
 @cache
 def _drawn(name: str, dtype: torch.dtype, seed: int) -> tuple[Problem, Expectation]:
-    """All faults are held against the same problems."""
+    """All faults run the same problems."""
     (case,) = (case for case in _CASES if case.name == name)
     problem = case.build(dtype, seed)
     return problem, Expectation(problem, "both heads")
@@ -121,7 +120,7 @@ def test_the_layouts_find(fault: str, seed: int) -> None:
     caught_by = []
     for layout in LAYOUTS:
         if layout.expanded:
-            continue  # its memory is one row, reading on would leave the process's memory
+            continue  # its memory is one row: reading on would leave the process's memory
         problem = case.build(torch.float32, seed)
         verify(textbook_backend("none"), problem, logits_layout=layout, other_layout=layout)
         try:
@@ -133,14 +132,14 @@ def test_the_layouts_find(fault: str, seed: int) -> None:
 
 
 def test_the_margins_find_a_row_written_past_its_end_in_place(seed: int) -> None:
-    """In place the logits do change, so that only the margins can tell."""
+    """In place the logits change anyway, so only the margins can show it."""
     problem = Case("margins", "", (3, 9, 67)).build(torch.float32, seed)
     with pytest.raises(AssertionError, match="memory around source_logits was written"):
         verify(textbook_backend("a row written past its end"), problem, "in place", logits_layout=LAYOUTS[1])
 
 
 def test_bits_that_depend_on_the_threads_are_found(seed: int) -> None:
-    """One ulp in one element, as another order of summation gives."""
+    """One ulp in one element, as from another order of summation."""
     problem = Case("bits", "", (3, 9, 67)).build(torch.float32, seed)
     first, second = (textbook_kernel(problem, "both heads", "") for _ in range(2))
     assert_same_bits(first, second, "two runs")
@@ -153,7 +152,7 @@ def test_bits_that_depend_on_the_threads_are_found(seed: int) -> None:
 
 
 class _ScalesWhatItSaved(torch.autograd.Function):
-    """Multiplies the saved gradient where it lies, on every backward pass; as a kernel does, unseen by autograd."""
+    """Multiplies the saved gradient in place on every backward pass, unseen by autograd, as a kernel would."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
@@ -167,7 +166,7 @@ class _ScalesWhatItSaved(torch.autograd.Function):
 
 
 class _HandsOutWhatItSaved(torch.autograd.Function):
-    """Right until the caller changes the gradient."""
+    """Correct until the caller changes the gradient."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def run_public(problem: Problem, form: str, backend: str) -> Outcome:
 
 
 class _Produced(torch.autograd.Function):
-    """A tensor in its input's memory that is not a leaf: like a Linear's output, but lying where the test wants it."""
+    """A non-leaf tensor in its input's memory: like a Linear's output, but in the layout that the test chooses."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:
@@ -60,9 +60,9 @@ class Backend:
     """One row of the table of backends.
 
     ``argument`` is what users pass as ``backend=``, ``using`` selects a variant of it, ``missing`` says why it cannot
-    run here (None where it can), and ``run(problem, form, argument)`` calls it. A slow backend runs some of the table,
-    by a rule: ``takes(case)``, and ``all_forms`` only in these dtypes, elsewhere the first. ``device_code`` is made for
-    a GPU: a label out of range is an assertion, and where it is interpreted one thread at a time may call it.
+    run here (None where it can), and ``run(problem, form, argument)`` calls it. A slow backend runs part of the table:
+    the cases that ``takes(case)`` accepts, and only the first form in dtypes outside ``all_forms``. ``device_code``
+    marks kernels for a GPU: a label out of range is an assertion, and only one thread at a time may interpret them.
     """
 
     name: str
@@ -73,8 +73,8 @@ class Backend:
     forms: tuple[str, ...] = FORMS
     run: Callable[[Problem, str, str], Outcome] = run_public
     takes: Callable[[Case], bool] = lambda case: True
-    # How an element is loaded does not depend on where its gradient goes, nor on whether there is another head: these
-    # forms run in one wide and one narrow dtype.
+    # Loading an element does not depend on where its gradient goes or on another head, so the other forms run in one
+    # wide and one narrow dtype.
     all_forms: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     device_code: bool = False
 
@@ -92,9 +92,9 @@ def _cpp(isa: str) -> Backend:
 def _triton(name: str, *, loops: bool) -> Backend:
     """The Triton kernels in Triton's interpreter, on CPU tensors.
 
-    It takes some 20 ms a call. So it runs every case in every dtype of the case, but the other forms in float32 alone;
-    and the kernels for long rows, as if those began above 64 columns, run the cases that have such rows. The case of
-    hundreds of rows is for threads, of which there are none here.
+    A call takes about 20 ms. So every case runs in every dtype of the case, but the other forms only in float32. The
+    kernels for long rows, which here begin above 64 columns, run only the cases with such rows. The case of hundreds of
+    rows is left out: it tests threads, and the interpreter has none.
     """
 
     def using() -> AbstractContextManager[None]:
@@ -122,14 +122,14 @@ TRITON_ON_GPU = Backend(
 )  # fmt: skip
 
 
-# inplace=True is refused by the reference: there is no kernel that could write in place.
+# The reference refuses inplace=True: it has no kernel that could write in place.
 REFERENCE = Backend("reference", "reference", forms=("both heads", "source head"))
-# Plain labels take the fast path where it is there; the last row is what everybody else gets.
+# Plain labels take the fast path where it exists; this row sends them through the operations as well.
 _OPERATIONS = Backend("cpp-operations", "cpp", backends.without_fast_path, lambda: backends.missing_reason("cpp"))
 
 
 def _emulated_cuda(name: str, plan: emulated_cuda.Plan, least_columns: int = 0) -> Backend:
-    """The CUDA kernels on the CPU, by a plan of their own; every call runs warps and blocks in another order."""
+    """The CUDA kernels on the CPU, launched by ``plan``; every call runs warps and blocks in another order."""
     calls = itertools.count()
 
     def run(problem: Problem, form: str, argument: str) -> Outcome:
@@ -149,8 +149,8 @@ def missing_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device that this torch can use"
 
 
-# The two kinds of AVX-512 differ in how they round to bfloat16; this processor is served by one of them. The other
-# runs the table alone.
+# The two kinds of AVX-512 differ in how they round to bfloat16. This processor uses one of them; the other runs only
+# the table.
 _SERVING, _OTHER = ("avx512_bf16", "avx512") if "avx512_bf16" in backends.cpu_isas() else ("avx512", "avx512_bf16")
 
 BACKENDS = (
@@ -164,15 +164,15 @@ BACKENDS = (
 TABLE_BACKENDS = (
     *BACKENDS,
     _cpp(_OTHER),
-    # A warp a row where that is enough, and few blocks, so that each goes on to further rows.
+    # One warp per row where that is enough, and few blocks, so that each block takes several rows.
     _emulated_cuda("warps", emulated_cuda.Plan(max_blocks=2)),
     _emulated_cuda("blocks", emulated_cuda.Plan(warp_vectors=0, max_blocks=3)),
     _emulated_cuda("unstaged", emulated_cuda.Plan(shared_bytes=0, warp_vectors=16)),
-    # Room for the logits of 128 columns or so, but not for as many of the target, of which registers keep the rest; of
-    # shorter rows they keep none.
+    # Shared memory has room for the logits of about 128 columns but not for all of their target: registers keep the
+    # rest. For shorter rows registers keep nothing.
     _emulated_cuda("registers", emulated_cuda.Plan(shared_bytes=4 * 16 * 35, max_blocks=2), least_columns=65),
     _triton("triton-loops", loops=True),
     Backend("cuda", "cuda", missing=missing_cuda, device="cuda"),
     TRITON_ON_GPU,
 )
-"""The table runs on these; everything else that is asked of a backend, on ``BACKENDS``."""
+"""The backends that run the table; the other tests run on ``BACKENDS``."""

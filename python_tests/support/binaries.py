@@ -1,4 +1,4 @@
-"""What is in object files and shared libraries."""
+"""Symbols, dependencies and CUDA resources of object files and shared libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.cpp_builds import require, run
 from tools.machine_code import cuda
 
 KERNELS_OF_THE_LOSS = 4
-KERNELS = KERNELS_OF_THE_LOSS + 10  # 4 of the temperature, 4 of the class sums, one each that scales and translates
+KERNELS = KERNELS_OF_THE_LOSS + 10  # 4 for the temperature, 4 for the class sums, 1 to scale, 1 to translate
 
 
 def symbols(*options: str | Path) -> list[str]:
@@ -44,7 +44,7 @@ def needed_libraries(library: Path) -> list[str]:
 
 
 def resources_of(file: Path) -> list[cuda.Usage]:
-    """Of each CUDA kernel in the file; skips the test where there is no disassembler."""
+    """Resources of each CUDA kernel in the file; skips the test where there is no disassembler."""
     try:
         return cuda.resources(file)
     except LookupError as reason:

@@ -200,7 +200,7 @@ def scaled(factor: float, offset: float = 0.0) -> Edit:
 
 
 def masked_where_not_a_label(problem: Problem) -> None:
-    """-inf wherever the label distribution is 0 in every second column; the label itself keeps its logit."""
+    """-inf where a distribution is 0: in all columns of the source logits, in every second of the target logits."""
     p = problem.distribution()
     q = p @ problem.relationship.double()
     problem.source_logits.masked_fill_(q == 0, -math.inf)
@@ -209,7 +209,7 @@ def masked_where_not_a_label(problem: Problem) -> None:
 
 
 def staircase(step: float) -> Edit:
-    """Every 16 columns a step up (or down): a running maximum is overtaken again and again."""
+    """A step up (or down) every 16 columns: the running maximum changes many times."""
 
     def edit(problem: Problem) -> None:
         problem.source_logits += step * (torch.arange(problem.source_logits.shape[1]) // 16)
@@ -235,19 +235,19 @@ def predicts_the_relationship(problem: Problem) -> None:
 
 
 def rows_that_cancel(problem: Problem) -> None:
-    """Every second row of R has a sum of exactly 0, in whatever order, and entries that are not."""
+    """Every second row of R has non-zero entries whose sum is exactly 0 in any order."""
     signs = torch.tensor([0.25, -0.25]).repeat(problem.relationship.shape[1] // 2)
     problem.relationship[::2] = 0
     problem.relationship[::2, : len(signs)] = signs.to(problem.relationship.dtype)
 
 
 def supervised_late(problem: Problem) -> None:
-    """Rows of R have no entry in their first 130 columns, as where classes are matched by hand."""
+    """Rows of R are 0 in their first 130 columns, as in a table made by hand."""
     problem.relationship[:, :130] = 0
 
 
 def supervised_almost(bits: int) -> Edit:
-    """Rows of R have a sum that is off 1 by almost ``2**-bits``."""
+    """Rows of R have sums that differ from 1 by almost ``2**-bits``."""
 
     def edit(problem: Problem) -> None:
         problem.relationship *= 1 + 0.95 * 2.0**-bits
@@ -289,7 +289,7 @@ def _sizes() -> list[Case]:
         Case(f"N_s={n}", "vector tails of either head; N_t runs through the same widths backwards", (3, m, n))
         for n, m in zip(_TAILS, reversed(_TAILS), strict=True)
     ]
-    # The loops over pairs, probabilities and KL differ from that over labels, each has tails of its own.
+    # The loops for pairs, probabilities and KL differ from the loop for labels; each has its own tails.
     others = [
         Case(f"{kind}, {loss}, N_s={n}", "vector tails of this target form's loop", (3, 19, n), kind,
              options={"source_loss": loss})
@@ -319,7 +319,7 @@ def _sizes() -> list[Case]:
 
 
 def _options() -> list[Case]:
-    # The full cross of target forms, reductions and the options of the target term: they meet in the mean's divisor.
+    # The full cross of target forms, reductions and options of the target term: all change the mean's divisor.
     target_term = [
         Case(f"{kind}, {reduction}, weight {weight}, smoothing {smoothing}", "options meet in the divisor of the mean",
              (6, 9, 21), kind, weight=weight, options={"reduction": reduction, "label_smoothing": smoothing})
@@ -328,7 +328,7 @@ def _options() -> list[Case]:
             ("mean", "sum", "none"), ("none", "random", "zeros"), (0.0, 0.1),
         )
     ]  # fmt: skip
-    # And the full cross of what meets in the divisor of the source term's mean.
+    # The full cross of everything that changes the divisor of the source term's mean.
     source_term = [
         Case(f"{kind}, {reduction}, {relationship}, {loss}", "meet in the divisor of the source term's mean",
              (6, 9, 21), kind, relationship, options={"reduction": reduction, "source_loss": loss})
@@ -368,7 +368,7 @@ def _options() -> list[Case]:
     ]
     forms += [Case(name, why, target="ignoring", options=options) for name, why, options in scalars]
     forms.append(Case("half weight", "a weight in half precision", weight="half"))
-    # With label smoothing as well, the loss is infinite and F.cross_entropy's gradient inf - inf, which is no standard.
+    # No label smoothing here: the loss would be infinite and F.cross_entropy's gradient inf - inf, so no standard.
     forms.append(Case("no weight at all", "a divisor of 0: NaN as F.cross_entropy", weight="zeros",
                       edits=(labels_of_class(2),)))  # fmt: skip
     for dtype in DTYPES:
@@ -411,8 +411,8 @@ def _options() -> list[Case]:
     ]  # fmt: skip
     expanded = "loss.sum().backward() sends a tensor of stride 0"
     forms.append(Case("upstream expanded", expanded, upstream="expanded", options={"reduction": "none"}))
-    # Options are arithmetic on rows, the dtype is how elements are loaded: every option meets every dtype somewhere in
-    # the table, but not every combination of options does.
+    # Options change the arithmetic on rows, dtypes change how elements are loaded: every option meets every dtype
+    # somewhere in the table, but not every combination of options does.
     crossed = [
         replace(case, dtypes=(torch.float32, DTYPES[1 + zlib.crc32(case.name.encode()) % 3]))
         for case in (*target_term, *source_term)
@@ -421,7 +421,7 @@ def _options() -> list[Case]:
 
 
 def _numbers() -> list[Case]:
-    """Values of the logits. Rows are edited one at a time: the others must not notice."""
+    """Values of the logits. One row is edited at a time; the results of the others must not change."""
     wide = (4, 90, 300)
     cases = [
         Case("q=0 meets -inf", "contributes 0, never NaN (a masked vocabulary)", edits=(masked_where_not_a_label,)),
@@ -494,7 +494,7 @@ def _numbers() -> list[Case]:
             Case(f"late maximum {height:g} above", "about the height where one sweep no longer does, and exp overflows",
                  (3, 90, 300), edits=(scaled(0.5), source(1, 250, height), target(1, 80, height)))
         )  # fmt: skip
-    # The CPU keeps the exponentials of a long row in its gradient, which in place are the logits of the second sweep.
+    # The CPU keeps the exponentials of a long row in its gradient; in place, the second sweep reads its logits there.
     for kind, edits in (
         ("labels", (source(1, 1500, 5e3),)),
         ("pair", (source(1, 1500, _NAN),)),

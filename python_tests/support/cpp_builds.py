@@ -1,4 +1,4 @@
-"""Builds of the C++ tests in csrc/tests, once a session and kind, outside the checkout."""
+"""Builds the C++ tests in csrc/tests outside the checkout, once per session and kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 
 from support.paths import ROOT
 
-# Reports of the sanitizers as these tests expect them, whatever the caller's environment asks for.
+# The sanitizers' options that these tests rely on; they override those of the caller's environment.
 ENVIRONMENT = {
     **os.environ,
     "ASAN_OPTIONS": "exitcode=99",
@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "TSAN_OPTIONS": "exitcode=99:halt_on_error=1:atexit_sleep_ms=0",
 }
 
-# Sanitizers of memory, together; and the tests of `cuda_tests` that launch many threads: the others would show
+# The memory sanitizers, used together; and those `cuda_tests` that launch many threads: the other tests would show
 # ThreadSanitizer nothing more.
 MEMORY = "address,undefined"
 THREADS = (
@@ -59,7 +59,7 @@ def compiler() -> str:
     return require(os.environ.get("CXX") or "g++", "clang++", "c++")
 
 
-# Where the session's builds are, told to pytest-xdist's workers in their environment: each is built once for all.
+# The environment variable that gives the session's build folder to pytest-xdist's workers: each kind is built once.
 _WORKSPACE = "COTUNING_KERNELS_TEST_BUILDS"
 
 
@@ -92,7 +92,7 @@ def run(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedPr
 
 @functools.cache
 def launcher(sanitize: str) -> list[str]:
-    """The command that starts a sanitized program: nothing, or ``setarch -R`` where ThreadSanitizer does not work with
+    """The prefix that starts a sanitized program: empty, or ``setarch -R`` where ThreadSanitizer does not work with
     the kernel's address randomisation. Skips the test where the sanitizer does not work at all."""
     if not sanitize:
         return []
@@ -129,7 +129,7 @@ def build(sanitize: str = "") -> Path:
             f"-DCOTUNING_SANITIZE={sanitize}", "-DCOTUNING_CUDA=OFF",
         ])  # fmt: skip
         assert configured.returncode == 0, configured.stdout
-        built = run([cmake, "--build", folder, "--parallel", str(min(4, os.cpu_count() or 1))])  # at once, the 2nd time
+        built = run([cmake, "--build", folder, "--parallel", str(min(4, os.cpu_count() or 1))])  # quick if it is built
         assert built.returncode == 0, built.stdout
     return folder
 

@@ -11,9 +11,9 @@ Result = TypeVar("Result")
 
 
 def capture(step: Callable[[], Result]) -> tuple[Result, torch.cuda.CUDAGraph]:
-    """What the step returned, and the graph that does it again into the same memory.
+    """Return the step's result, and the graph that computes it again into the same memory.
 
-    The step is run once before, on a stream of its own as PyTorch asks, so that nothing is set up in the capture.
+    The step first runs once on a side stream, as PyTorch requires, so that the capture contains no setup.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -25,7 +25,7 @@ N_T, N_S, FEATURES, STEPS, BATCH = 5, 23, 8, 6, 24
 
 
 def data(rows: int, seed: int) -> TensorDataset:
-    """Inputs, and labels of which some are ignored and some classes have few."""
+    """Inputs and labels; some labels are ignored, and some classes are rare."""
     random = torch.Generator().manual_seed(seed)
     inputs = torch.randn(rows, FEATURES, generator=random)
     labels = (inputs[:, :3].sum(1) * 1.3).round().long().clamp(-2, 2) + 2
@@ -117,8 +117,8 @@ def main(folder: Path) -> None:
     if launched:
         distributed.barrier()
         distributed.destroy_process_group()
-        # Now and then gloo's threads do not survive the end of the interpreter (torch 2.13: "terminate called without
-        # an active exception"); all that matters is written.
+        # Sometimes gloo's threads crash as the interpreter ends (torch 2.13: "terminate called without an active
+        # exception"); the results are already written.
         os._exit(0)
 
 

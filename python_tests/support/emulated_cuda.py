@@ -1,6 +1,6 @@
 """The CUDA kernels on the CPU: g++ compiles them against tools/cuda_emulator, and they take the CPU kernels' place.
 
-What runs is what runs on a GPU, from the checks of csrc/ops/cuda.cpp down to the kernels; only the device is another.
+The code is the GPU's, from the checks in csrc/ops/cuda.cpp down to the kernels; only the device differs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ORDERS = ("forward", "reverse", "random")
 
 
 def sources(root: Path, *groups: str) -> list[Path]:
-    """What csrc/sources.txt lists in these groups."""
+    """The sources that csrc/sources.txt lists in these groups."""
     lines = (root / "csrc" / "sources.txt").read_text().splitlines()
     fields = [line.split() for line in lines if line.strip() and not line.startswith("#")]
     return [root / "csrc" / path for path, group, *_ in fields if group in groups]
@@ -47,7 +47,7 @@ def headers(root: Path) -> Path:
 
 
 def missing() -> str | None:
-    """Why there is no emulated library here."""
+    """Why the emulated library cannot be built here, or None."""
     if reason := too_old_for_kernels():
         return reason
     if not (ROOT / "csrc" / "sources.txt").is_file() or not emulator_sources(ROOT):
@@ -68,7 +68,7 @@ def _compile(source: Path, root: Path, folder: Path) -> Path:
 
 
 def build(root: Path, folder: Path) -> Path:
-    """The library from the sources of a checkout, in ``folder``; what is there already is not made again."""
+    """Build the library from a checkout's sources in ``folder``; files that exist are not compiled again."""
     path = folder / "emulated_cuda.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,13 +82,13 @@ def build(root: Path, folder: Path) -> Path:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Compiled and loaded: its operations are ``torch.ops.cotuning_kernels_emulated``."""
+    """Compile and load the library: its operations are ``torch.ops.cotuning_kernels_emulated``."""
     with alone("emulated"):
         path = build(ROOT, workspace() / "emulated")
     definitions = torch.library.Library(NAMESPACE, "DEF")
     for name, signature in SCHEMAS.items():
         definitions.define(name + signature)
-    library.definitions = definitions  # type: ignore[attr-defined]  # as long as the process lives
+    library.definitions = definitions  # type: ignore[attr-defined]  # kept while the process lives
     torch.ops.load_library(str(path))
     loaded = ctypes.CDLL(str(path))
     loaded.cotuning_emulator_schedule.argtypes = (ctypes.c_int, ctypes.c_uint64)
@@ -103,7 +103,7 @@ def operations() -> dict[str, Callable[..., Any]]:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rules by which plans are made (csrc/kernels/cuda/plan.h)."""
+    """The limits within which csrc/kernels/cuda/plan.h plans a launch."""
 
     shared_bytes: int = 223 << 10
     warp_vectors: int = 128
@@ -116,7 +116,7 @@ def schedule(order: str, seed: int = 1) -> None:
 
 
 class Counts(NamedTuple):
-    """Bytes of rows in global memory, by accesses of 16 bytes and by smaller ones; and launches."""
+    """Bytes of rows moved in global memory, by 16-byte and by smaller accesses; and launches."""
 
     vector_bytes_read: int
     other_bytes_read: int
@@ -126,7 +126,7 @@ class Counts(NamedTuple):
 
 
 def take_counts() -> Counts:
-    """What the emulated kernels did since the last call."""
+    """Counts of the emulated kernels since the last call."""
     numbers = (ctypes.c_uint64 * len(Counts._fields))()
     library().cotuning_emulator_take_counts(numbers)
     return Counts(*numbers)

@@ -9,7 +9,7 @@ from torch import nn
 
 
 def small_classifier() -> nn.Module:
-    """With all that a resumed run could get wrong: BatchNorm statistics and dropout."""
+    """A classifier with BatchNorm statistics and dropout, which a resumed run could get wrong."""
     torch.manual_seed(1)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(),
@@ -18,7 +18,7 @@ def small_classifier() -> nn.Module:
 
 
 def without_noise() -> nn.Module:
-    """Neither BatchNorm nor dropout: several processes train it as one does."""
+    """A classifier without BatchNorm and dropout: several processes train it as one process does."""
     torch.manual_seed(1)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 7)
@@ -26,7 +26,7 @@ def without_noise() -> nn.Module:
 
 
 class TwoEnds(nn.Module):
-    """``one`` reads the image and ``two`` the features of ``one``: which is the head cannot be seen."""
+    """``one`` reads the image and ``two`` the features of ``one``: the model does not show which is the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class TwoEnds(nn.Module):
 
 
 def brightness() -> nn.Module:
-    """Logits that are the mean of each colour: a classifier of blue, green and red, and far from certain."""
+    """A classifier of blue, green and red whose logits are the mean of each colour, so it is far from certain."""
     head = nn.Linear(3, 4)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -65,4 +65,4 @@ def arguments(data: Path, output: Path, *more: str) -> list[str]:
 
 
 class StoppedError(Exception):
-    """Stands for whatever ends a process."""
+    """Stands for anything that ends a process."""

@@ -1,4 +1,4 @@
-"""What each process of a test in test_image_classification.py does: the image runner, stopped and resumed too.
+"""Each process of a test in test_image_classification.py runs this: the image runner, also stopped and resumed.
 
 ``torchrun --nproc-per-node P image_runner_worker.py DATA FOLDER``; the results are in folders of ``FOLDER``.
 """
@@ -37,12 +37,12 @@ def stop_after(steps: int) -> None:
 
 def main(data: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    # A group of processes cannot be left and joined again: the first run joins it, the last one leaves it.
+    # A process cannot leave a process group and join again: the first run joins, the last one leaves.
     leave = distributed.destroy_process_group
     distributed.destroy_process_group = lambda group=None: None
     assert runner.main(arguments(data, folder / "without_noise", NO_NOISE, "--methods", *METHODS)) == 0
     distributed.init_process_group = lambda **options: None
-    # With dropout, of which every process has its own.
+    # With dropout, which each process draws for itself.
     more = ("--methods", "co-tuning", "--checkpoint-every=2")
     assert runner.main(arguments(data, folder / "whole", *more)) == 0
     stop_after(5)
@@ -52,8 +52,8 @@ def main(data: Path, folder: Path) -> None:
         assert (folder / "resumed/co-tuning.checkpoint.safetensors").exists()
     assert runner.main(arguments(data, folder / "resumed", *more)) == 0
     distributed.destroy_process_group = leave
-    assert runner.main(arguments(data, folder / "resumed", *more, "--seed=1")) == 1  # told in every process
-    os._exit(0)  # as distributed_worker.py, and why
+    assert runner.main(arguments(data, folder / "resumed", *more, "--seed=1")) == 1  # in every process
+    os._exit(0)  # distributed_worker.py says why
 
 
 if __name__ == "__main__":

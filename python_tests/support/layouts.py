@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """How a matrix lies in memory. A vector takes the column step alone."""
+    """How a matrix lies in memory. A vector uses only the column step."""
 
     name: str
     why: str

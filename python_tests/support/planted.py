@@ -15,7 +15,7 @@ _number = itertools.count()
 
 
 def _with(directory: Path, module: ModuleType, changes: dict[str, str]) -> ModuleType:
-    """A copy of a module with its source changed, beside the module itself."""
+    """A copy of a module with its source changed, loaded beside the original."""
     assert module.__file__ is not None
     text = Path(module.__file__).read_text()
     for before, after in changes.items():
@@ -34,7 +34,7 @@ def _with(directory: Path, module: ModuleType, changes: dict[str, str]) -> Modul
 
 
 def plant(directory: Path, module: ModuleType, changes: dict[str, str]) -> tuple[ModuleType, ModuleType]:
-    """The loss with a bug in it or in the file about rows or targets, and that file."""
+    """Plant a bug in the loss or in a module that it uses; return the loss and that module."""
     if module is loss:
         return _with(directory, loss, changes), labels
     changed = _with(directory, module, changes)

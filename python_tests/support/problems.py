@@ -1,4 +1,4 @@
-"""The arguments of a call with what they should give: the reference's outcome, and that of torch's own operations."""
+"""The arguments of a call, and its outcome by the reference and by torch's own operations."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Problem:
         )
 
     def double(self) -> Problem:
-        """Every floating tensor in float64 on the CPU, dense: what the truth is computed from."""
+        """Every floating tensor as dense float64 on the CPU, from which the truth is computed."""
         return self.map(lambda _, x: (x.double() if x.is_floating_point() else x).detach().cpu().clone())
 
     def distribution(self) -> Tensor:
@@ -75,7 +75,7 @@ class Problem:
 
 @dataclass
 class Outcome:
-    """What one call gave, or arrays of the same shapes that belong to it. None: not part of this form of the call."""
+    """The results of one call, or arrays of the same shapes. None: not part of this form of the call."""
 
     loss: Tensor
     source_grad: Tensor
@@ -167,5 +167,5 @@ def torch_formulation(problem: Problem, form: str) -> Outcome:
 
 
 def compute_dtype(*logits: Tensor) -> torch.dtype:
-    """What losses are computed in and returned as."""
+    """The dtype in which losses are computed and returned."""
     return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32

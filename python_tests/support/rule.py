@@ -25,9 +25,9 @@ from support.backends import TABLE_BACKENDS, Backend
 from support.layouts import CONTIGUOUS, Layout, Placed, bits
 from support.problems import Outcome, Problem, compute_dtype, reference_outcome, torch_formulation
 
-# Units beyond torch's own error, or beyond half a unit where few numbers make that small by luck. Half precision: we
-# round a gradient when it is stored and again when the upstream gradient arrives, each time by half a unit; torch under
-# autocast does it once. Float64: the truth is rounded there itself.
+# Units beyond torch's own error, or beyond half a unit where torch's error on few numbers is small by luck. Half
+# precision: we round a gradient when it is stored and again when the upstream gradient arrives, each time by half a
+# unit; torch under autocast rounds once. Float64: the truth itself is rounded.
 SLACK = {torch.float32: 4.0, torch.bfloat16: 0.6, torch.float16: 0.6, torch.float64: 16.0}
 
 
@@ -38,7 +38,7 @@ class Expectation:
     0: its unit is ``eps * (sum of terms + Q)``. A gradient is ``c (Q softmax(z) - q)`` with a constant ``c`` a row: an
     ulp of either part where they nearly cancel, an ulp of the argument of ``exp``, and one rounding to the logits'
     dtype. So its unit is ``eps(compute) * parts * (1 + max(z) - z) + eps(logits) * |x|``, where
-    ``parts = c (Q softmax(z) + q)``; among subnormal numbers, the distance of two. Where entries of R cancel, their
+    ``parts = c (Q softmax(z) + q)``; among subnormal numbers it is their spacing. Where entries of R cancel, their
     errors do not: sizes are those of ``|R|``.
     """
 
@@ -48,7 +48,7 @@ class Expectation:
         self.torch_outcome = torch_formulation(problem.map(lambda _, x: x.detach().cpu()), form)
         alone = form == "source head"
         heads = (problem.source_logits,) if alone else (problem.source_logits, problem.target_logits)
-        # A head's arithmetic is that of its own logits, and their sum is as good as the worse of the two.
+        # Each head computes in the precision of its own logits; their sum is as exact as the less exact head.
         source_dtype, target_dtype = compute_dtype(problem.source_logits), compute_dtype(problem.target_logits)
         worse = torch.float32 if torch.float32 in map(compute_dtype, heads) else torch.float64
         self._arithmetic = {
@@ -72,7 +72,7 @@ class Expectation:
         if exact.reduction == "mean":
             source_count = (p @ (exact.relationship != 0).any(1).double()).sum()
             target_count = target_count * len(p) if probabilities else (p * weight).sum()
-        # Where nothing takes part, nothing is measured either.
+        # Where no row takes part, there is nothing to measure.
         source_factor = (1.0 if alone else exact.trade_off) / torch.where(source_count > 0, source_count, 1.0)
         target_factor = 1.0 / torch.where(target_count > 0, target_count, 1.0)
 
@@ -87,7 +87,7 @@ class Expectation:
 
         def gradient_size(logits: Tensor, part: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
             constant = (factor * exact.upstream).reshape(-1, 1)
-            # A row without a softmax has no finite truth, or no part.
+            # A row without a softmax has no finite truth or takes no part.
             parts = constant.abs() * (part.sum(1, keepdim=True) * torch.softmax(logits, 1).nan_to_num(0.0) + part)
             tiny = torch.finfo(dtype).smallest_normal / torch.finfo(dtype).eps
             return parts + tiny * constant.abs().clamp(min=1)
@@ -103,7 +103,7 @@ class Expectation:
             "source gradient": argument(exact.source_logits, source_dtype),
             "target gradient": argument(exact.target_logits, target_dtype),
         }
-        # A sum of exponentials in a few partial sums, each of which rounds once an element.
+        # The exponentials are summed in a few partial sums, each of which rounds once per element.
         self._sum_units = max(x.shape[1] for x in heads) / 2048
         source_size = gradient_size(exact.source_logits, q_size, source_factor, source_dtype)
         if alone:
@@ -140,7 +140,7 @@ class Expectation:
         return unit
 
     def errors(self, outcome: Outcome) -> dict[str, tuple[float, float]]:
-        """By tensor, over what is finite: largest error in units, and relative to the size of the largest number."""
+        """By tensor, over finite numbers: the largest error in units, and relative to the largest magnitude."""
         found = {}
         for name, ours in outcome.tensors().items():
             exact, unit, size = self.truth.tensors()[name], self._units[name], self.size.tensors()[name]
@@ -152,7 +152,7 @@ class Expectation:
         return found
 
     def check(self, outcome: Outcome) -> dict[str, tuple[float, float]]:
-        """Its errors. Raises AssertionError where ``outcome`` breaks the rule of this module."""
+        """Return the errors. Raises AssertionError where ``outcome`` breaks the rule of this module."""
         assert outcome.tensors().keys() == self.truth.tensors().keys(), f"got {outcome.tensors().keys()}"
         for name, ours in outcome.tensors().items():
             exact = self.truth.tensors()[name]
@@ -182,7 +182,7 @@ def _first(mask: Tensor) -> list[int]:
 
 @dataclass
 class Record:
-    """Largest errors seen, relative to the size of the largest number of a tensor, beside torch's own."""
+    """Largest errors seen, relative to a tensor's largest magnitude, beside torch's own."""
 
     loss: float = 0.0
     torch_loss: float = 0.0
@@ -191,7 +191,7 @@ class Record:
     checks: int = 0
 
     def add(self, ours: dict[str, tuple[float, float]], torchs: dict[str, tuple[float, float]]) -> None:
-        for name in ours.keys() & torchs.keys():  # where torch's formulation is NaN there is nothing to stand beside
+        for name in ours.keys() & torchs.keys():  # torch's formulation may be NaN: nothing to compare with
             kind = "gradient" if "gradient" in name else "loss"
             setattr(self, kind, max(getattr(self, kind), ours[name][1]))
             setattr(self, f"torch_{kind}", max(getattr(self, f"torch_{kind}"), torchs[name][1]))
@@ -204,16 +204,16 @@ class Record:
 
 
 RECORDS: dict[tuple[str, str], Record] = {}
-"""By name of the backend and dtype of the logits; the summary of a test session prints them."""
+"""By backend name and logits dtype; the summary of a test session prints them."""
 
 
 def verify(
     backend: Backend, problem: Problem, form: str = "both heads", *,
     logits_layout: Layout = CONTIGUOUS, other_layout: Layout = CONTIGUOUS, expectation: Expectation | None = None,
 ) -> Outcome:  # fmt: skip
-    """Run ``problem`` on ``backend`` among poisoned memory and judge all that came out. Raises AssertionError.
+    """Run ``problem`` on ``backend`` among poisoned memory and judge every result. Raises AssertionError.
 
-    ``expectation`` saves its computation where several backends are held against one problem.
+    Pass ``expectation`` to compute it once where several backends run one problem.
     """
     placed: dict[str, Placed] = {}
 
@@ -249,7 +249,7 @@ def assert_same_bits(first: Outcome, second: Outcome, what: str) -> None:
 
 
 def error_lines(records: dict[tuple[str, str], Record]) -> list[str]:
-    """The table: of those whom the conformance table judges, not of the kernels that faults are planted in."""
+    """The table of errors: of the backends that the conformance table judges, not of kernels with planted faults."""
     names = [*(backend.name for backend in TABLE_BACKENDS), "triton-ttsem"]
     lines = [f"{'backend':20}{'logits':16}{'checks':>8}{'loss':>12}{'torch':>12}{'gradient':>12}{'torch':>12}"]
     for (name, dtype), record in sorted(records.items(), key=lambda item: item[0]):

@@ -1,13 +1,13 @@
-"""Two CUDA devices that are not there, for a torch that is built with CUDA, on a machine with nvcc and g++.
+"""Two simulated CUDA devices, for a torch that is built with CUDA, on a machine with nvcc and g++.
 
     PYTHONPATH=python_tests python -m support.simulated_gpu -m pytest python_tests/gpu/test_cuda_device.py
 
-The CUDA extension is the one that ``pip install .`` makes, from the same sources by nvcc, linked to the CUDA runtime
-as a library of its own; in the place of that library's functions come those of tools/cuda_emulator/runtime, which run
-our kernels through the emulator. So everything from the public functions down to ``<<<...>>>`` is what runs on a GPU:
-dispatch to CUDA, device guards, streams, the caching allocator, autograd's threads, captured graphs. What the runtime
-holds to, and what it cannot show, is said in tools/cuda_emulator/runtime/runtime.cpp; how torch's own kernels are
-replaced, in simulated_gpu_operations.py.
+The CUDA extension is the one that ``pip install .`` makes: nvcc compiles the same sources. It links to the CUDA runtime
+as a shared library, and tools/cuda_emulator/runtime replaces that library's functions by ones that run our kernels
+through the emulator. So everything from the public functions down to ``<<<...>>>`` is what runs on a GPU: dispatch to
+CUDA, device guards, streams, the caching allocator, autograd's threads, captured graphs.
+tools/cuda_emulator/runtime/runtime.cpp says what the runtime guarantees and what it cannot show;
+simulated_gpu_operations.py says how torch's own kernels are replaced.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _extension(root: Path) -> list[Path]:
 
 
 def _runtime(root: Path) -> list[Path]:
-    # The controls are of the emulated extension, and reach into its plans.
+    # The controls belong to the emulated extension and change its plans.
     emulator = [path for path in emulated_cuda.emulator_sources(root) if path.name != "controls.cpp"]
     return [*emulator, *sorted((root / "tools" / "cuda_emulator" / "runtime").glob("*.cpp"))]
 
@@ -87,8 +87,8 @@ def _command(source: Path, root: Path) -> list[str | Path]:
 
 
 def build(folder: Path, root: Path = ROOT) -> None:
-    """All that :func:`environment` needs, in ``folder``, from the sources of a checkout. What is there already, and may
-    be in use, is not made again."""
+    """Build everything that :func:`environment` needs in ``folder``, from a checkout's sources. Files that exist may be
+    in use and are not built again."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> Path:
@@ -100,7 +100,7 @@ def build(folder: Path, root: Path = ROOT) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         extension, runtime = (pool.map(compiled, listed(root)) for listed in (_extension, _runtime))
-    # Who asks for the driver by its name gets the little of it that there is.
+    # Programs that load the driver by its name get the few functions that are simulated.
     named = "-Wl,-soname,libcuda.so.1"
     of_torch = [f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
     libraries: dict[Path, list[str | Path]] = {
@@ -117,7 +117,7 @@ def build(folder: Path, root: Path = ROOT) -> None:
 
 
 def _package(folder: Path) -> Path:
-    """The installed package without its CUDA extension, and the entry point by which torch calls for its operations."""
+    """The installed package without its CUDA extension, and the entry point through which torch gets its operations."""
     found = importlib.util.find_spec("cotuning_kernels")
     assert found is not None
     assert found.origin is not None
@@ -136,7 +136,7 @@ def _package(folder: Path) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of a process that has the devices."""
+    """The environment of a process that has the devices."""
     paths = [str(folder), str(TESTS), sysconfig.get_path("platlib"), str(ROOT)]
     return os.environ | {
         "LD_PRELOAD": str(folder / "libsimulated_runtime.so"),

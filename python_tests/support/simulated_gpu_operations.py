@@ -1,13 +1,12 @@
-"""torch's operations for the simulated devices: the CPU's, done when the stream has come so far.
+"""torch's operations for the simulated devices: the CPU's operations, run in the order of the stream.
 
 torch's own CUDA kernels do not run there (tools/cuda_emulator/runtime/runtime.cpp), but the tests need more of torch
 than our kernels: a linear layer, a sum of gradients. The memory of a simulated device is memory of this process, so the
-CPU's operation works on it in place. It is put on the current stream as a host function,
-which keeps its order there, and is captured with the rest. All of it is in the CUDA dispatch key, below autograd and
-autocast.
+CPU's operation works on it in place. It goes onto the current stream as a host function, which keeps its order there
+and is captured with the rest. All operations are registered for the CUDA dispatch key, below autograd and autocast.
 
-``install`` is called by ``import torch`` itself, through the entry point that simulated_gpu.py writes: so the
-operations are in every process that a test starts, too.
+``import torch`` itself calls ``install``, through the entry point that simulated_gpu.py writes. So every process that a
+test starts has the operations too.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["install"]
 
-# Those that allocate, that say how memory is seen, or that wait for a number: torch's code for them has no kernels.
+# Operations that allocate, that make views, or that wait for a number: torch's code for them has no kernels.
 _NATIVE = {"empty", "empty_strided", "resize_", "set_", "is_set_to", "record_stream", "_local_scalar_dense"}
-# Indices may lie on the CPU: torch brings them over.
+# Indices may lie on the CPU: torch copies them to the device.
 _TAKE_INDICES_FROM_ANYWHERE = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_kept: list[Any] = []  # what the runtime, or a captured graph, may call at any time: as long as the process lives
+_kept: list[Any] = []  # the runtime or a captured graph may call these at any time: never freed
 
 
 class _View:
-    """A tensor as a launch knows it: an address and how it is read. It does not keep the memory from being freed."""
+    """A tensor as a launch knows it: an address and how to read it. It does not keep the memory alive."""
 
     def __init__(self, x: Tensor) -> None:
         self.start = x.data_ptr()
@@ -49,7 +48,7 @@ class _View:
 
 
 def _on_stream(device: torch.device, work: Callable[[], object]) -> None:
-    """``work`` is done when the device's current stream has come so far; where it is captured, with every replay."""
+    """Run ``work`` in the order of the device's current stream; under capture, with every replay."""
     to_do = [work]
 
     def call(_: int | None) -> None:
@@ -74,7 +73,7 @@ def _on_stream(device: torch.device, work: Callable[[], object]) -> None:
 
 
 def _viewed(x: Any) -> Any:
-    """To be kept until the stream has come so far. A number on the CPU is taken as it is now."""
+    """The argument as it is kept until the stream reaches it. A number on the CPU is read now."""
     return (_View(x) if x.is_cuda else x.clone()) if isinstance(x, Tensor) else x
 
 
@@ -99,7 +98,7 @@ def _tensors(given: Any) -> list[Tensor]:
 
 
 def _check_one_device(op: torch._ops.OpOverload, device: torch.device, given: Any) -> None:
-    """torch's kernels take a number from the CPU, of any other tensor they say this."""
+    """torch's kernels take a number from the CPU; for any other tensor there they raise this error."""
     for x in _tensors(given):
         if x.device != device and not (x.is_cpu and x.dim() == 0):
             raise RuntimeError(
@@ -121,7 +120,7 @@ class _Operation:
     def call(self, change: Callable[[Any], Any], given: Any) -> Any:
         """The operation with its arguments changed by ``change``."""
         args, kwargs = pytree.tree_map(change, given, is_leaf=lambda x: isinstance(x, _View))
-        # `x % 6` calls the operation for two tensors; the number of the second comes out as it went in.
+        # `x % 6` calls the overload for two tensors with a number in place of the second.
         number = any(k < len(args) and isinstance(args[k], (int, float, complex)) for k in self.of_tensors)
         return (self.op.overloadpacket if number else self.op)(*args, **kwargs)
 
@@ -144,7 +143,7 @@ class _Operation:
         return results[0] if len(self.op._schema.returns) == 1 else tuple(results)
 
     def _resize(self, given: Any, results: list[Any]) -> None:
-        """An empty ``out`` gets the shape of the result, as of any operation of torch."""
+        """An empty ``out`` gets the shape of the result, as in any operation of torch."""
         args, kwargs = pytree.tree_map(_meta, given)
         self.op(*args, **kwargs)
         by_name = dict(zip(self.names, args, strict=False)) | kwargs
@@ -155,7 +154,7 @@ class _Operation:
     def _make(self, device: torch.device, given: Any) -> Any:
         try:
             shapes = self.call(_meta, given)
-        except (NotImplementedError, RuntimeError):  # only the numbers say how large it is: the host waits for them
+        except (NotImplementedError, RuntimeError):  # its size depends on the data: the host waits
             made = self.call(_copied_to_host, given)
             return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, made)
 
@@ -176,20 +175,20 @@ class _Operation:
 
 
 def _copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """``aten::copy_`` between any two devices, with what CUDA says of memory of the host."""
-    if self.is_cuda and source.is_cuda and self.device != source.device:  # they are no peers: through the host
+    """``aten::copy_`` between any two devices, with CUDA's rules for host memory."""
+    if self.is_cuda and source.is_cuda and self.device != source.device:  # not peers: through the host
         return self.copy_(source.cpu())
     device = self.device if self.is_cuda else source.device
 
     def waits(x: Tensor) -> bool:
         return not x.is_cuda and not (non_blocking and x.is_pinned())
 
-    # Memory of the host that is not page-locked is free to change as soon as the call is over.
+    # Host memory that is not page-locked may change as soon as the call returns.
     kept = source.clone() if waits(source) else source
     to, given = _View(self), _View(kept)
     held = None if kept.is_cuda else kept
     _on_stream(device, lambda: (to.on_host().copy_(given.on_host()), held))
-    # A copy that was not said to be non-blocking waits, from the host to the device, too.
+    # A copy waits unless it is non-blocking, also from the host to the device.
     if waits(self) or not (non_blocking or (self.is_cuda and source.is_cuda)):
         torch.cuda.current_stream(device).synchronize()
     return self
@@ -201,12 +200,12 @@ def _is_view(schema: torch.FunctionSchema) -> bool:
 
 
 def install() -> None:
-    """Every operation that torch has a CUDA kernel for, and that makes or changes numbers."""
+    """Install every operation that makes or changes numbers and for which torch has a CUDA kernel."""
     library = torch.library.Library("aten", "IMPL")
     _kept.append(library)
     with_kernels = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
     names = [name.removeprefix("aten::") for name in with_kernels if name.startswith("aten::")]
-    for name in sorted([*names, "copy_"]):  # which is one for all devices
+    for name in sorted([*names, "copy_"]):  # copy_ is one for all devices
         packet, _, overload = name.partition(".")
         op = getattr(getattr(torch.ops.aten, packet), overload or "default")
         if packet in _NATIVE or _is_view(op._schema):

@@ -1,6 +1,6 @@
-"""Kernels that were written for another device serve CPU tensors, within a ``with`` block.
+"""Kernels written for another device serve CPU tensors within a ``with`` block.
 
-It is how the GPU backends run the conformance table on a machine that has no GPU: the emulated CUDA kernels and the
+This is how the GPU backends run the conformance table on a machine without a GPU: the emulated CUDA kernels and the
 interpreted Triton kernels stand in for the CPU implementations of the operations, and everything above the operations
 (the public functions, autograd, checks) is what users run.
 """
@@ -25,10 +25,10 @@ __all__ = ["cpu_served_by"]
 def cpu_served_by(backend: str, implementations: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """``backend=backend`` and ``"auto"`` use ``implementations`` (operation: function) for tensors on the CPU.
 
-    An operation that is not among them keeps its CPU implementation.
+    The other operations keep their CPU implementation.
     """
     library = torch.library.Library(operations.NAMESPACE, "IMPL")
-    # Torch 2.6 does not know the argument; beside it there is nothing to override.
+    # Torch 2.6 lacks the argument, and has nothing to override.
     overriding: dict[str, Any] = (
         {"allow_override": True} if "allow_override" in inspect.signature(library.impl).parameters else {}
     )

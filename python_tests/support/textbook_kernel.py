@@ -18,7 +18,7 @@ from support.problems import Outcome, Problem, compute_dtype
 
 
 def _read(x: Tensor, contiguous_anyway: bool) -> Tensor:
-    """A copy of what a kernel reads; with the fault, as if rows followed each other."""
+    """A copy of what a kernel reads; with the fault, as if the tensor were contiguous."""
     if contiguous_anyway:
         strides = (x.shape[1], 1) if x.dim() == 2 else (1,)
         return torch.as_strided(x, x.shape, strides, x.storage_offset()).clone()
@@ -27,7 +27,7 @@ def _read(x: Tensor, contiguous_anyway: bool) -> Tensor:
 
 def _labels(x: Tensor, fault: str) -> Tensor:
     labels = _read(x, fault == "the labels' stride taken for 1")
-    # The poison around labels would end in an IndexError: a way to be caught too, but not the one meant here.
+    # The poison around labels would raise an IndexError, which catches the fault too, but not as meant here.
     return torch.where(labels == ABSURD_CLASS, torch.zeros_like(labels), labels)
 
 

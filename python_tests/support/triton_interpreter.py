@@ -1,17 +1,17 @@
-"""Runs kernels that are already ``@triton.jit`` ones in Triton's interpreter, on CPU tensors, within a ``with`` block.
+"""Runs ``@triton.jit`` kernels in Triton's interpreter, on CPU tensors, within a ``with`` block.
 
-Triton itself interprets a whole process or nothing: an environment variable, read when a kernel is decorated. Here the
-kernels of the modules that are named, and what they call of ``triton.language``, are exchanged for interpreted ones and
-put back afterwards, so that the same process can compile them before and after.
+Triton itself interprets a whole process or nothing: it reads an environment variable when a kernel is decorated. Here
+the kernels of the named modules, and the functions of ``triton.language`` that they call, are replaced by interpreted
+ones and restored afterwards, so that the same process can compile them before and after.
 
-The interpreter is NumPy, one program after another. What it does not do as a GPU does is put right here:
+The interpreter runs one program after another in NumPy. Where it differs from a GPU, it is corrected here:
 
-* float32 to bfloat16 rounds to nearest even, as the hardware's conversion (the interpreter cuts off);
-* a scalar that is compared and then broadcast stays a truth value (the interpreter makes it a number);
-* a parameter has the type of its annotation (the interpreter takes a Python float for a float32 constant);
-* assertions of the device are checked, and so is every address before it is used: an access that leaves the tensors of
-  the launch is an error and not made;
-* NaN and infinity are no warning.
+* float32 to bfloat16 rounds to nearest even, as hardware does (the interpreter truncates);
+* a scalar that is compared and then broadcast stays a boolean (the interpreter makes it a number);
+* a parameter has the type of its annotation (the interpreter makes a Python float a float32 constant);
+* device assertions are checked, and so is every address before it is used: an access outside the tensors of the launch
+  is an error and does not happen;
+* NaN and infinity give no warning.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ program_order = np.ndindex
 
 
 class AnyOrder:
-    """Programs one after another, but not in the order of their numbers. For ``program_order``."""
+    """Programs one after another, in a random order. For ``program_order``."""
 
     def __init__(self, draw: np.random.Generator) -> None:
         self._draw = draw
@@ -49,12 +49,12 @@ class AnyOrder:
         return iter(self._draw.permutation(np.array(list(np.ndindex(*size)))).tolist())
 
 
-# Where triton keeps jitted functions of its own that kernels call: tl.sum, tl.max and so on.
+# Modules with Triton's own jitted functions that kernels call: tl.sum, tl.max and so on.
 _TRITON_MODULES = (tl, tl.standard, tl.random, tl.core.tensor)
 
 
-# What takes most of the time of small kernels is not their arithmetic, but the types of all values in between, which
-# Triton makes again for each of them. Here each type is made once, and operands that agree are taken as they are.
+# Small kernels spend most of their time not on arithmetic but on the types of intermediate values, which Triton makes
+# again for each value. Here each type is made once, and operands that agree are not converted.
 _np_dtype_of_scalars = functools.cache(ti._get_np_dtype)
 
 
@@ -125,7 +125,7 @@ class _Interpreted:
 
     def _body(self) -> Any:
         if self._rewritten is None:
-            # The rewriter adds names of the interpreter to the module of the function: to a copy of it, here.
+            # The rewriter adds the interpreter's names to the function's module: give it a copy.
             copy = types.FunctionType(
                 self.fn.__code__, dict(self.fn.__globals__), self.fn.__name__, self.fn.__defaults__, self.fn.__closure__
             )
@@ -147,15 +147,15 @@ _stand_ins: dict[int, tuple[JITFunction[Any], _Interpreted]] = {}
 
 
 def _stand_in(function: JITFunction[Any]) -> _Interpreted:
-    """One for each function: to rewrite its source takes longer than to run it."""
-    if id(function) not in _stand_ins:  # the hash of a jitted function is that of all its source
+    """One per function: rewriting its source takes longer than running it."""
+    if id(function) not in _stand_ins:  # hashing a jitted function hashes all its source
         _stand_ins[id(function)] = function, _Interpreted(function)
     return _stand_ins[id(function)][1]
 
 
 @contextmanager
 def interpreted(*modules: types.ModuleType) -> Iterator[None]:
-    """The jitted functions of ``modules`` run in the interpreter; nothing is left of it afterwards."""
+    """The jitted functions of ``modules`` run in the interpreter; afterwards everything is restored."""
     with ExitStack() as stack:
         for module in (*_TRITON_MODULES, *modules):
             for name, function in list(vars(module).items()):
@@ -175,7 +175,7 @@ def interpreted(*modules: types.ModuleType) -> Iterator[None]:
         stack.enter_context(np.errstate(all="ignore"))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
-        # Triton exchanges its language in the modules that a function sees; this one sees them all.
+        # Triton replaces its language in the modules that a function refers to; this function refers to all.
         sees_both = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
         for owner in (tl, tl.core, tl.math, tl.core.dtype, tl.core.tensor, tl.core.tensor_descriptor_base):
             stack.callback(_restore, owner, dict(vars(owner)))
@@ -186,7 +186,7 @@ def interpreted(*modules: types.ModuleType) -> Iterator[None]:
 
 
 def _restore(owner: types.ModuleType | type, before: dict[str, Any]) -> None:
-    """Give a module or class the names that it had, and no others. (Triton 3.5 cannot undo its exchange.)"""
+    """Give a module or class exactly the names that it had. (Triton 3.5 cannot undo its replacements.)"""
     for name, value in list(vars(owner).items()):
         if name not in before:
             delattr(owner, name)
@@ -218,14 +218,14 @@ def _splat(block_type: tl.block_type, scalar: ti.TensorHandle) -> ti.TensorHandl
 
 
 class _Memory:
-    """Every access of an interpreted kernel: within one of its tensors, or it is not made."""
+    """Checks every access of an interpreted kernel: outside its tensors it is an error and does not happen."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, tuple[int, int]] = {}
         self.moved: Counter[str] | None = None
 
     def enter(self, arguments: dict[str, Any]) -> None:
-        """The tensors of a launch: where each begins and ends, whatever its storage is."""
+        """Note where each tensor of a launch begins and ends, which may be within a larger storage."""
         self.tensors = {}
         for name, x in arguments.items():
             if isinstance(x, torch.Tensor) and x.numel():
@@ -265,8 +265,8 @@ _memory = _Memory()
 
 @contextmanager
 def traffic() -> Iterator[Counter[str]]:
-    """Bytes that interpreted kernels load, store and update atomically within a ``with`` block: what masks let through,
-    each time."""
+    """Bytes that interpreted kernels load, store and update atomically within a ``with`` block. Each unmasked access
+    counts."""
     moved: Counter[str] = Counter()
     with mock.patch.object(_memory, "moved", moved):
         yield moved

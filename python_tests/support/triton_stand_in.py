@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted, in the place of the CPU's: how they run the conformance table without a GPU."""
+"""Interpreted Triton kernels in place of the CPU's, so that they run the conformance table without a GPU."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ __all__ = ["MODULES", "long_rows", "triton_interpreted"]
 MODULES: tuple[ModuleType, ...] = (
     class_sums, exponential, labels, loss, rows, scale_gradients, temperature_terms, translate_labels,
 )  # fmt: skip
-"""Where the kernels are, and the functions that they call."""
+"""The modules of the kernels and of the functions that they call."""
 
 _active: list[bool] = []
 
 
 @contextmanager
 def long_rows(kernels: ModuleType = loss) -> Iterator[None]:
-    """Rows of more than 64 columns are long ones, taken 128 columns at a time; otherwise those above 16384 are. Up to
-    200 columns they may be kept, in blocks of 64 or 128; otherwise up to 32768, in blocks of 2048 or 4096. And a group
-    of rows whose numbers are added up is as small as can be; otherwise it has 256. ``kernels``: the loss's."""
+    """Lower the kernels' limits. Rows are long above 64 columns (normally 16384) and are taken 128 columns at a time.
+    They may be kept up to 200 columns (32768), in blocks of 64 or 128 (2048 or 4096). A group of rows whose numbers are
+    added up is as small as possible (256). ``kernels`` is the loss's module."""
     with (
         mock.patch.object(launch, "MAX_WHOLE_ROW_BYTES", 256),
         mock.patch.object(launch, "MAX_KEPT_ROW_BYTES", 4 * 200),
@@ -52,10 +52,10 @@ def long_rows(kernels: ModuleType = loss) -> Iterator[None]:
 def triton_interpreted(*, loops: bool = False) -> Iterator[None]:
     """``backend="triton"`` and ``"auto"`` mean the interpreted kernels, for tensors on the CPU.
 
-    ``loops``: with :func:`long_rows`. A launch that stops at an error leaves its counters as they are, so that every
-    block has counters of its own.
+    ``loops``: with :func:`long_rows`. Every ``with`` block has new counters, because a launch that stops at an error
+    does not reset its own.
     """
-    if _active[-1:] == [loops]:  # a test within a fixture
+    if _active[-1:] == [loops]:  # nested: a test within a fixture
         yield
         return
     both_overloads = {f"{name}{overload}": f for name, f in IMPLEMENTATIONS.items() for overload in ("", ".triton")}
