@@ -1,9 +1,9 @@
-// The operations' arguments, from torch's tensors to the views and problems that the kernels take: for the CPU's and
-// the CUDA operations and for the fast path, for the stable ABI's tensors and for the ordinary ones.
+// Turns torch's tensors into the views and problems that the kernels take. Serves the CPU and CUDA operations and the
+// fast path, with tensors of the stable ABI and ordinary ones.
 //
 // A Place says where tensors must lie: check(tensor, name) refuses others, and kMostColumns is the longest row that its
-// kernels count. The Python layer has already checked its arguments, in words for people. The checks here are those
-// without which a direct caller could read or write outside a tensor.
+// kernels can count. The Python layer has already checked its arguments, with messages for users. The checks here keep
+// a direct caller from reading or writing outside a tensor.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -41,7 +41,7 @@ ConstMatrix const_matrix(const Place& place, const Tensor& tensor, const char* n
   return {tensor.const_data_ptr(), kernel_type(tensor, name), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
-// A row that another row overlaps cannot hold a gradient of its own.
+// Rows that overlap cannot hold separate gradients.
 template <class Place, class Tensor>
 Matrix matrix(const Place& place, const Tensor& tensor, const char* name) {
   check_matrix(place, tensor, name);
@@ -58,7 +58,7 @@ Labels labels(const Place& place, const Tensor& tensor, int64_t rows, const char
   return {tensor.const_data_ptr(), is_int32, tensor.stride(0)};
 }
 
-// Each row's target; shared by the loss and by translate_labels.
+// Reads each row's target; shared by the loss and by translate_labels.
 template <class Place, class Tensor>
 void read_target(const Place& place, const Tensor& target, const std::optional<Tensor>& target_b,
                  const std::optional<Tensor>& mix, int64_t ignore_index, int64_t batch, TargetInputs* inputs) {
@@ -84,7 +84,7 @@ void read_target(const Place& place, const Tensor& target, const std::optional<T
   inputs->mix_stride = one ? 0 : mix->stride(0);
 }
 
-// All of the loss's arguments but weight and trade_off, which each kind of kernel takes in its own way. Returns the
+// Reads the loss's arguments except weight and trade_off, which CPU and CUDA kernels take differently. Returns the
 // number of target classes.
 template <class Place, class Tensor>
 int64_t read_loss(const Place& place, const Tensor& source_logits, const std::optional<Tensor>& target_logits,
@@ -114,7 +114,7 @@ int64_t read_loss(const Place& place, const Tensor& source_logits, const std::op
   return classes;
 }
 
-// Only float64 is read: every layer above passes it.
+// Accepts only float64: every layer above passes it.
 template <class Place, class Tensor>
 const double* read_trade_off(const Place& place, const Tensor& trade_off) {
   place.check(trade_off, "trade_off");
@@ -123,7 +123,7 @@ const double* read_trade_off(const Place& place, const Tensor& trade_off) {
   return static_cast<const double*>(trade_off.const_data_ptr());
 }
 
-// Where the loss and its terms are float64 instead of float32.
+// Whether the loss and its terms are float64 instead of float32.
 inline bool has_double_results(const LossInputs& inputs) {
   return inputs.source_logits.type == cotuning::ScalarType::kFloat64 ||
          (inputs.target_logits && inputs.target_logits.type == cotuning::ScalarType::kFloat64);

@@ -1,5 +1,5 @@
-// The loss's problem as the CPU kernels take it, and its numbers back into tensors: for the operations (cpu.cpp) and
-// for the fast path (csrc/fast_path).
+// Builds the problem that the CPU kernels take, and stores their results in tensors. Used by the operations (cpu.cpp)
+// and the fast path (csrc/fast_path).
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -13,7 +13,7 @@
 
 namespace cotuning::ops {
 
-// A floating tensor of one dimension, or none, as doubles.
+// A floating-point tensor of 0 or 1 dimensions, as doubles.
 template <class Tensor>
 std::vector<double> read_numbers(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() <= 1, name, " must be on the CPU, of one dimension at most");
@@ -63,7 +63,7 @@ void store(const Tensor& tensor, int64_t index, double value) {
   }
 }
 
-// The loss, and the terms [target, source] where they are wanted: one number each, or one a row.
+// Stores the loss, and the terms [target, source] if wanted: one number each, or one per row.
 template <class Tensor>
 void store_losses(const cpu::LossProblem& problem, const cpu::LossResult& result, const Tensor& loss,
                   const Tensor* terms) {

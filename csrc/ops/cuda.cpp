@@ -1,9 +1,9 @@
-// What cotuning_kernels/backends/operations.py defines, for the CUDA dispatch key: checks, views, allocation, launches.
-// The mathematics is in csrc/kernels/cuda. Nothing here waits for the device or reads from it, so a CUDA graph can
-// capture all of it.
+// The operations of cotuning_kernels/backends/operations.py for the CUDA dispatch key: checks, views, allocation,
+// launches. The mathematics is in csrc/kernels/cuda. Nothing here waits for the device or reads from it, so a CUDA
+// graph can capture all of it.
 //
-// For the tests the same file is compiled with COTUNING_EMULATE and an emulator's CUDA headers: tensors then lie on the
-// CPU, where torch has no stream and no device to guard, and the operations are registered in a namespace of their own.
+// The tests compile this file with COTUNING_EMULATE and the emulator's CUDA headers. Tensors then lie on the CPU, where
+// torch has no stream and no device to guard, and the operations are registered in another namespace.
 #include "stable_abi.h"
 
 #include <dlfcn.h>
@@ -36,8 +36,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 #ifndef COTUNING_EMULATE
-// The handle of a device's current stream. The function that knows it is in libtorch_cuda, which is not linked, so that
-// this library loads beside a torch for CPUs. (The stable ABI's own Stream::nativeHandle is there from torch 2.13 on.)
+// The handle of a device's current stream. It comes from libtorch_cuda, which is looked up instead of linked, so that
+// this library loads beside a CPU build of torch. (The stable ABI has Stream::nativeHandle from torch 2.13 on.)
 void* current_stream(int32_t device_index) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const auto get_stream = [] {
@@ -51,7 +51,7 @@ void* current_stream(int32_t device_index) {
 }
 #endif
 
-// Where everything of one call lies, and the stream that it is launched on.
+// The device that holds all tensors of a call, and the stream of its launches.
 class DeviceContext {
  public:
   static constexpr int64_t kMostColumns = std::numeric_limits<int>::max() / 2 - 1;
@@ -112,8 +112,7 @@ cuda::LossProblem read_problem(const DeviceContext& device, const Tensor& source
   return problem;
 }
 
-// Memory for sums over blocks. It is free for others when this is destroyed, in the order of the stream, like that of
-// any temporary tensor.
+// Memory for sums over blocks. It is freed with this object, in stream order, like any temporary tensor.
 class SumsMemory {
  public:
   SumsMemory(const DeviceContext& device, int64_t blocks, int64_t sums)
@@ -130,7 +129,7 @@ class SumsMemory {
   cuda::BlockSums sums_;
 };
 
-// Launches the problem, and gives (loss, terms, factors).
+// Launches the loss and returns (loss, terms, factors).
 std::tuple<Tensor, Tensor, Tensor> solve(const DeviceContext& device, cuda::LossProblem problem) {
   problem.results_in_double = has_double_results(problem);
   const ScalarType type = problem.results_in_double ? ScalarType::Double : ScalarType::Float;
@@ -152,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> solve(const DeviceContext& device, cuda::Loss
   return {loss, terms, factors};
 }
 
-// Fresh memory for a gradient, or an empty tensor where none is wanted.
+// Uninitialised memory for a gradient, or an empty tensor if none is wanted.
 Tensor new_gradient(const DeviceContext& device, const OptionalTensor& logits, bool wanted, Matrix* view) {
   if (!logits || !wanted) return device.empty({0, 0}, ScalarType::Float);
   Tensor gradient = device.empty({logits->size(0), logits->size(1)}, logits->scalar_type());
@@ -264,7 +263,7 @@ COTUNING_LIBRARY_IMPL(library) {
 }  // namespace cotuning::ops
 
 #ifndef COTUNING_EMULATE
-// "nvcc 13.0: 8.0 9.0+PTX", for the environment report.
+// For the environment report, such as "nvcc 13.0: 8.0 9.0+PTX".
 extern "C" __attribute__((visibility("default"))) const char* cotuning_kernels_cuda_build() {
   return COTUNING_CUDA_BUILD;
 }

@@ -1,4 +1,4 @@
-// Torch's dtypes and the kernels', for the stable ABI's tensors and for the ordinary ones.
+// Translates torch's dtypes to the kernels' types, for tensors of the stable ABI and ordinary ones.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>

@@ -1,5 +1,5 @@
-// What the fast path (csrc/fast_path) calls of the kernels that `_C` holds, handed over in a Python capsule: one copy
-// of the kernels, and one choice of instruction set, in the process.
+// The kernels of `_C` that the fast path (csrc/fast_path) calls, passed in a Python capsule: the process has one copy
+// of the kernels, and one choice of instruction set.
 #pragma once
 
 #include <cstddef>

@@ -15,7 +15,7 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
 
 namespace cotuning::ops {
 
-// Torch's own words where it tells them, since callers look for them in an error (to try a smaller batch, say).
+// Torch's own message where it is available, since callers look for it in an error (to try a smaller batch, say).
 inline std::string allocation_failure(int64_t elements, int32_t device_type) {
   if (torch_exception_get_what_without_backtrace != nullptr) return torch_exception_get_what_without_backtrace();
   const bool cpu = device_type == aoti_torch_device_type_cpu();
@@ -24,7 +24,7 @@ inline std::string allocation_failure(int64_t elements, int32_t device_type) {
          std::to_string(elements) + " elements";
 }
 
-// Contiguous and not initialised; `device_type` as aoti_torch_device_type_cpu() and its like give it.
+// Contiguous and uninitialised. `device_type` is a value such as aoti_torch_device_type_cpu().
 inline torch::stable::Tensor stable_empty(std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType type,
                                           int32_t device_type, int32_t device_index) {
   std::vector<int64_t> strides(sizes.size());

@@ -5,8 +5,9 @@
 
 namespace cotuning::cuda {
 
-// sums[t] += softmax(z / T) of the rows of class t, counts[t] += their number. A block does a class: it goes through
-// all labels and adds its rows in their order, so no two blocks write to one place and the order is always the same.
+// sums[t] += softmax(z / T) over the rows of class t, counts[t] += the number of those rows. One block handles one
+// class: it scans all labels and adds its rows in order, so no two blocks write to one place and the order is always
+// the same.
 template <class T, class S>
 __device__ void add_softmax(const Team& team, const T* logits, int columns, ComputeType<T> inverse_temperature,
                             S* sums) {
@@ -22,7 +23,7 @@ __device__ void add_softmax(const Team& team, const T* logits, int columns, Comp
     for (int i = 0; i < kLanes<T>; ++i) total[0] += exponential(inverse_temperature * (z[i] - top));
   }
   team.reduce<Sum>(total);
-  // By column, not by vector: rows of one class may start anywhere, and a column must stay one thread's.
+  // By column, not by vector: rows of one class may start anywhere, and one thread must own a column.
   for (int j = team.rank(); j < columns; j += team.threads()) {
     sums[j] += static_cast<S>(exponential(inverse_temperature * (widen(logits[j]) - top)) / total[0]);
   }

@@ -5,7 +5,7 @@ namespace cotuning::cuda {
 
 namespace {
 
-// Without asking, a kernel has 48 KB less its static memory. Two threads may both ask: it is the same number.
+// A kernel's default limit is 48 KB less its static memory. If two threads both raise it, they set the same number.
 template <class T>
 void launch_loss_kernel(const LossProblem& problem, const LossPlan& plan, Device& device, std::atomic<bool>* allowed,
                         void* stream) {

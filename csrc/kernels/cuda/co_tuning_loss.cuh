@@ -1,10 +1,10 @@
 // The Co-Tuning loss of a batch in one launch: both heads, both gradients, labels, options, and the reduction. (Heads
-// of two types have a launch each, the second of which goes on with the first one's sums: kernels for every pair of
-// types would be 16 instead of 4, and three times the time of nvcc.)
+// of different types take a launch each, and the second continues the first one's sums: a kernel for every pair of
+// types would mean 16 kernels instead of 4, and three times nvcc's time.)
 //
-// A block does items: first rows of the source head, which are the longer ones, then rows of the target head; the rows
-// of its warps at a time, or one row (plan.h). Each warp adds what its rows contribute to the sums in `totals`; the
-// last block to finish turns the sums of all blocks into the loss, the terms and the factors.
+// A block processes items: one row per warp, or one row for the whole block (plan.h). Rows of the source head come
+// first, since they are longer. Each warp adds its rows' contributions to the sums in `totals`; the last block to
+// finish turns the sums of all blocks into the loss, the terms and the factors.
 #pragma once
 
 #include <type_traits>
@@ -29,10 +29,10 @@ __device__ __forceinline__ T* row_of(const Matrix& matrix, int64_t row) {
   return matrix.data == nullptr ? nullptr : static_cast<T*>(matrix.row(row));
 }
 
-// What the gradients of one head are multiplied by as they are stored: as much of the loss's factor as is known before
-// the rows are counted, which is all of it where each of them takes part. The factor of the backward pass is then
-// exactly 1, and where the upstream gradient is 1 as well, that pass touches no gradient: half the traffic of a step.
-// float16 keeps its gradients as large as probabilities: divided by a large batch, they would lose their digits.
+// The factor on one head's stored gradients: the part of the loss's factor that is known before the rows are counted.
+// If every row takes part, it is the whole factor, and the backward pass's factor is exactly 1. If the upstream
+// gradient is also 1, the backward pass touches no gradient, which halves a step's traffic. float16 gradients stay as
+// large as probabilities: divided by a large batch, they would lose their digits.
 template <class T>
 constexpr bool kStoresFactor = !std::is_same_v<T, Float16>;
 
@@ -42,7 +42,7 @@ __device__ __forceinline__ ComputeType<T> stored_factor(const LossProblem& p, bo
   return static_cast<ComputeType<T>>(of_source && p.target_logits.columns > 0 ? *p.trade_off * p.per_row : p.per_row);
 }
 
-// Whether a row of probabilities has any.
+// Whether any probability of a row is nonzero.
 __device__ __forceinline__ bool any_probability(const Team& team, const ConstMatrix& probabilities, int64_t row) {
   float any[1] = {0};
   for (int64_t j = team.rank(); j < probabilities.columns; j += team.threads()) {
@@ -129,8 +129,8 @@ __device__ void target_row(const LossProblem& p, const Team& team, int64_t row, 
   if (p.reduction == Reduction::kNone) store_result(p.terms, p.results_in_double, row, result.loss);
 }
 
-// The loss of every row, from its terms. One block does them all: several are read before one is written, since what
-// waits for a store waits for the memory.
+// The loss of every row, from its terms. One block handles all rows. It reads several terms before it writes a loss: a
+// load that waits for a store waits for the memory.
 template <int kAtOnce>
 __device__ inline void finish_rows(const LossProblem& p, double trade_off) {
   const bool both = p.target_logits.columns > 0, in_double = p.results_in_double;
@@ -161,11 +161,11 @@ __device__ inline void finish_loss(const LossProblem& p, const double* sums) {
   const bool both = p.target_logits.columns > 0, in_double = p.results_in_double;
   const double trade_off = both ? *p.trade_off : 1.0;
   if (p.reduction == Reduction::kNone) {
-    finish_rows<sizeof(T) == 8 ? 8 : 4>(p, trade_off);  // of float64, nvcc spills with 4 on 12.0
+    finish_rows<sizeof(T) == 8 ? 8 : 4>(p, trade_off);  // for float64, nvcc spills with 4 on 12.0
   }
   if (threadIdx.x != 0) return;
   const bool mean = p.reduction == Reduction::kMean, any_valid = sums[kValid] > 0;
-  // No supervised row is an ordinary batch, and its source term 0; no valid row at all has no mean.
+  // A batch without a supervised row is ordinary: its source term is 0. A batch without a valid row has no mean.
   const double source_divisor = !mean || (sums[kSupervised] == 0 && any_valid) ? 1 : sums[kSupervised];
   const double target_divisor = mean ? sums[kWeight] : 1;
   // The rest of a factor, beyond the stored part. Without a valid row every gradient is 0, and the product must stay 0.
@@ -189,7 +189,7 @@ __device__ __forceinline__ Stage<T> stage_of(const RowPlan& plan, char* memory, 
   return {memory + index * plan.staged_bytes, plan};
 }
 
-// The rows of logits of type T. The 1 keeps nvcc from saving registers for a second block by spilling.
+// Handles the rows whose logits have type T. The 1 keeps nvcc from spilling to save registers for a second block.
 template <class T>
 __global__ void __launch_bounds__(kLargestBlock, 1) loss_kernel(LossProblem p, LossPlan plan) {
   COTUNING_DYNAMIC_SHARED(staged);
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) loss_kernel(LossProblem p, L
   const int64_t items = plan.source.items + plan.target.items;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     __syncthreads();  // before the shared memory of the rows before is written again, by other threads
-    // A warp may have no row in its last item; where a block does a row, there is one.
+    // A warp may have no row in its last item. A block that handles one row at a time always has one.
     if (item < plan.source.items) {
       const RowSlot slot = slot_in(plan.source, item);
       if (slot.row >= p.source_logits.rows) continue;

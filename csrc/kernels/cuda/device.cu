@@ -1,4 +1,4 @@
-// The state of each device, asked of CUDA once, and the counters of its launches.
+// The state of each device, queried from CUDA once, and the counters of its launches.
 #include <map>
 #include <mutex>
 
@@ -8,8 +8,7 @@
 namespace cotuning::cuda {
 namespace {
 
-// A stream holds about a thousand launches that wait. Two launches in flight share a counter only when this many lie
-// between them.
+// A stream queues about a thousand launches. Two launches in flight share a counter only if this many lie between them.
 constexpr unsigned kCounters = 1 << 16;
 __device__ unsigned counters[kCounters];
 

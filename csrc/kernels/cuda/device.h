@@ -1,5 +1,5 @@
 // The vocabulary of the kernels: CUDA's, and a few macros. The build decides which <cuda_runtime.h> is found: the
-// toolkit's, or one for the CPU, which then brings its own macros.
+// toolkit's, or one for the CPU that brings its own macros.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,15 +19,15 @@
 
 namespace cotuning::cuda {
 
-// The error is taken off the thread as well: the caller throws it, and the next call of another library must not.
+// Clears the thread's last error before throwing, so that the next call of another library does not report it.
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();
   throw std::runtime_error(std::string("cotuning_kernels: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// The call returns its own error. <<<>>> would leave it with the thread, where an older error of another library may
-// lie as well.
+// cudaLaunchKernel returns its own error. <<<>>> would leave it with the thread, which may also hold an older error of
+// another library.
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
             Parameters... arguments) {

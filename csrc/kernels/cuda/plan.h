@@ -1,5 +1,5 @@
-// The launch of a shape: plain functions of numbers, so that a plan can be asked for and tested without a
-// device, and a captured graph stays right while shapes stay.
+// Launch plans by shape. They are pure functions of numbers, so a plan can be computed and tested without a device, and
+// a captured graph stays valid as long as the shapes stay.
 #pragma once
 
 #include <cstdint>
@@ -9,20 +9,20 @@
 
 namespace cotuning::cuda {
 
-// The thresholds; those of a launch are these, with the shared memory of its device.
+// The thresholds. A launch uses these with the shared memory and multiprocessors of its device.
 struct PlanRules {
-  int64_t shared_bytes = 46 << 10;  // that a block may have beside kStaticSharedBytes, after asking
-  // Up to so many vectors of 16 bytes a row, a warp does a row: 4 a lane.
+  int64_t shared_bytes = 46 << 10;  // per block, beside kStaticSharedBytes, once the limit is raised
+  // A warp handles a row of up to this many 16-byte vectors: 4 per lane.
   int64_t warp_vectors = 128;
-  // A thread of a block that does a row has about so many.
+  // About this many vectors per thread, where a block handles a row.
   int64_t vectors_per_thread = 4;
-  // Blocks go on to further rows rather than there being more of them: the last block adds up one part for each.
+  // Beyond this many, blocks take further rows instead: the last block adds up one part per block.
   int64_t max_blocks = 4096;
-  // The device's number; 0: not known.
+  // 0: unknown.
   int64_t multiprocessors = 0;
 };
 
-// Static shared memory per block at most, independent of the plan: sums over warps and blocks.
+// Upper bound of static shared memory per block, independent of the plan: sums over warps and blocks.
 inline constexpr int64_t kStaticSharedBytes = 2 << 10;
 
 inline constexpr int kWarpThreads = 32;
@@ -32,26 +32,26 @@ inline constexpr int kLargestBlock = 512;
 // Vectors of the target that a thread can keep in registers, 4 registers each. With one more, float64 spills on 12.0.
 inline constexpr int kKeptVectors = 2;
 
-// How the rows of one matrix are shared out.
+// How the rows of one matrix are divided among threads.
 struct RowPlan {
-  int threads_per_row = kWarpThreads;  // a warp's, or the whole block's
-  // How many of a row's vectors of 16 bytes stay in shared memory from sweep to sweep, the first ones: of the logits
-  // all or none, of the target distribution as many as fit beside them.
+  int threads_per_row = kWarpThreads;  // a warp, or the whole block
+  // How many of a row's 16-byte vectors, counted from the first, stay in shared memory between sweeps: all or none of
+  // the logits, and as many of the target distribution as fit beside them.
   int staged_logits = 0, staged_target = 0;
-  // The rest of the target, where its threads can keep all of it in registers; else 0.
+  // The remaining vectors of the target if the row's threads can keep all of them in registers; else 0.
   int kept_target = 0;
-  int64_t staged_bytes = 0;  // a row
-  int64_t items = 0;         // a block does an item at a time: the rows of its warps, or one
+  int64_t staged_bytes = 0;  // per row
+  int64_t items = 0;         // a block handles one item at a time: a row per warp, or one row
 };
 
-// The part of the loss that a launch does: all of it, or the rows of one head.
+// The part of the loss that a launch computes: all of it, or the rows of one head.
 enum class LossPart : int { kWhole, kFirst, kLast };
 
 struct LossPlan {
   LossPart part = LossPart::kWhole;
-  int threads = kSmallestBlock;  // a block
+  int threads = kSmallestBlock;  // per block
   int64_t blocks = 1;
-  int64_t shared_bytes = 0;  // a block
+  int64_t shared_bytes = 0;  // per block
   RowPlan source, target;
 };
 
@@ -67,8 +67,8 @@ COTUNING_HOST_DEVICE constexpr int64_t target_vector_bytes(ScalarType type) {
   return 16 / size_of(type) * (type == ScalarType::kFloat64 ? 8 : 4);
 }
 
-// So many can be kept in registers. None beside logits in 16 bits, where each would take 8 of the registers, of which
-// those kernels have few left, and shared memory has room for longer rows.
+// How many vectors of the target a row's threads can keep in registers. None beside 16-bit logits: each vector would
+// take 8 registers, those kernels have few left, and shared memory has room for longer rows.
 inline int64_t most_kept(int threads, ScalarType type) {
   return target_vector_bytes(type) == 16 ? int64_t{threads} * kKeptVectors : 0;
 }
@@ -77,7 +77,7 @@ inline bool fits_a_warp(int64_t columns, ScalarType type, const PlanRules& rules
   return ceil_div(columns * size_of(type), 16) <= rules.warp_vectors;
 }
 
-// Threads of a block that does a row: a power of two.
+// Threads of a block that handles a row: a power of two.
 inline int block_threads(int64_t columns, ScalarType type, const PlanRules& rules) {
   int threads = kSmallestBlock;
   while (threads < kLargestBlock && threads * rules.vectors_per_thread < ceil_div(columns * size_of(type), 16)) {
@@ -100,8 +100,8 @@ inline RowPlan plan_rows(int64_t rows, int64_t columns, ScalarType type, int thr
   plan.items = ceil_div(rows, rows_per_item);
   const int64_t vectors = row_vectors(columns, type), room = rules.shared_bytes / rows_per_item;
   if (!staged || vectors * 16 > room) return plan;
-  // A row with less room than it wants has the largest block, whose registers leave none for a second one beside it:
-  // all the room is its own.
+  // A row with less room than it needs has the largest block, whose registers leave none for a second block on the
+  // multiprocessor: it may take all the shared memory.
   int64_t of_target = (room - vectors * 16) / target_vector_bytes(type);
   if (of_target > vectors) of_target = vectors;
   plan.staged_logits = static_cast<int>(vectors);
@@ -112,8 +112,8 @@ inline RowPlan plan_rows(int64_t rows, int64_t columns, ScalarType type, int thr
   return plan;
 }
 
-// The rules for a batch whose rows, a warp each, would leave multiprocessors idle: 48 rows of 1000 bfloat16 logits
-// would occupy 12. Then a block has a row, unless a warp has only one vector a lane to do.
+// With a warp per row, a small batch would leave multiprocessors idle: 48 rows of 1000 bfloat16 logits would occupy 12.
+// These rules then give each row a block, unless it has only one vector per lane.
 inline PlanRules rules_of_batch(int64_t rows, bool both, const PlanRules& rules) {
   PlanRules own = rules;
   const int64_t items = ceil_div(rows, kSmallestBlock / kWarpThreads) * (both ? 2 : 1);
@@ -150,7 +150,7 @@ struct PassPlan {
   RowPlan rows;
 };
 
-// One pass over the rows of a matrix that keeps nothing.
+// The plan of one pass over the rows of a matrix, which keeps nothing.
 inline PassPlan plan_pass(int64_t rows, int64_t columns, ScalarType type, const PlanRules& rules) {
   PassPlan plan;
   if (!fits_a_warp(columns, type, rules)) plan.threads = block_threads(columns, type, rules);

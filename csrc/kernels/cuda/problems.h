@@ -1,4 +1,4 @@
-// The operations' arguments as the CUDA kernels take them. All memory is the device's.
+// The arguments of the operations, as the CUDA kernels take them. All pointers are to device memory.
 #pragma once
 
 #include "../loss_problem.h"
@@ -18,8 +18,8 @@ using cotuning::ScalarType;
 using cotuning::size_of;
 using cotuning::TargetInputs;
 
-// Sums over blocks in a fixed order: every block leaves its part in `parts`, and the last one to finish, which it
-// learns from `finished`, adds them up. `finished` is 0 before the launch and 0 again after it.
+// Sums over blocks in a fixed order. Every block stores its part in `parts`. A block learns from `finished` that it is
+// the last one, and adds up the parts. `finished` is 0 before the launch and after it.
 struct BlockSums {
   double* parts = nullptr;
   unsigned* finished = nullptr;
@@ -29,15 +29,15 @@ struct LossProblem : LossInputs {
   int64_t target_classes = 0;
   ConstVector weight;  // (N_t)
   const double* trade_off = nullptr;
-  double per_row = 1;  // in a mean, 1 / B: the factor of a row where all of them take part
+  double per_row = 1;  // 1 / B in a mean: the factor of a row if all rows take part
 
-  // () or (B); (2) or (2, B), the target's first; (2), the source's first. All float, or all double. The gradient of
-  // the loss is factor * the stored one (co_tuning_loss.cuh, stored_factor).
+  // Shapes: loss () or (B); terms (2) or (2, B), target first; factors (2), source first. All float, or all double. The
+  // gradient of the loss is factor * stored gradient (co_tuning_loss.cuh, stored_factor).
   void *loss = nullptr, *terms = nullptr, *factors = nullptr;
   bool results_in_double = false;
 
   BlockSums sums;
-  double* first_sums = nullptr;  // kLossSums numbers: of the first of two launches
+  double* first_sums = nullptr;  // kLossSums numbers from the first of two launches
 };
 inline constexpr int kLossSums = 5;
 
@@ -56,7 +56,7 @@ struct ClassSumsProblem {
   Labels labels;
   int64_t ignore_index = -100;
   double inverse_temperature = 1;
-  Matrix sums;  // float32 or float64, a row a class
+  Matrix sums;  // float32 or float64, one row per class
   int64_t* counts = nullptr;
 };
 

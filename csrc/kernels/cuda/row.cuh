@@ -2,8 +2,8 @@
 //
 //   Q = sum q    s = sum exp(z - max z)    loss = Q log s - sum q (z - max z)    dloss/dz = (Q / s) exp(z - max z) - q
 //
-// Three sweeps: the maximum; the sums; the gradient. What the plan keeps, in shared memory or in registers, is read
-// once. A thread takes the same vectors in every sweep, so what it keeps is its own, and no barrier is needed.
+// Three sweeps: the maximum; the sums; the gradient. Vectors that the plan keeps in shared memory or registers are read
+// once. A thread takes the same vectors in every sweep, so it alone uses what it keeps, and no barrier is needed.
 #pragma once
 
 #include "team.cuh"
@@ -11,8 +11,8 @@
 
 namespace cotuning::cuda {
 
-// A vector's part of a row of R, or of probabilities, of a type that is known only now: q += share * row. Returns
-// whether any element differs from 0 (a NaN does).
+// q += share * row, for one vector of a row of R or of probabilities. Returns whether any element of the row differs
+// from 0 (a NaN does). add_row picks the row's type at run time.
 template <class U, class C, int kCount>
 __device__ __forceinline__ bool add_columns(const void* row, int columns, int first, C share, C (&q)[kCount]) {
   constexpr int kPiece = kCount < kLanes<U> ? kCount : kLanes<U>;
@@ -49,14 +49,14 @@ struct TranslatedTarget {
   C shares[2];
   ScalarType type;
   bool kl_divergence;
-  // The one row that there is, where it is float32 and a whole part: the ordinary case. Its vectors start `offset`
-  // bytes beyond multiples of 16 (in double, of 8), all of them alike. Those at `plain_count` columns from
-  // `plain_first` on are read whole, with the aligned vectors around them where there is an offset.
+  // The ordinary case: a single row with share 1, in float32. All its vectors start `offset` bytes past a multiple of
+  // 16 (of 8 for double logits). Vectors that start in the `plain_count` columns from `plain_first` on are read whole;
+  // with an offset, by way of the aligned vectors around them.
   const float* plain = nullptr;
   int offset = 0, plain_first = 0;
   unsigned plain_count = 0;
 
-  // Looks for it, along the columns of a row of logits.
+  // Detects the ordinary case, along the columns of a row of logits.
   template <class T>
   __device__ __forceinline__ void find_plain(const T* logits, int columns) {
     if (rows[0] == nullptr || rows[1] != nullptr || shares[0] != 1 || type != ScalarType::kFloat32) return;
@@ -69,7 +69,7 @@ struct TranslatedTarget {
     plain_count = count > 0 ? static_cast<unsigned>(count) : 0;
   }
 
-  // Sets q, and adds to sums[3], sums[4]: whether the rows of R differ from 0, and sums[5]: sum q log q.
+  // Sets q. Sets sums[3] and sums[4] to 1 if the two rows of R have a nonzero element. Adds q log q to sums[5].
   template <int kCount>
   __device__ __forceinline__ void load(int columns, int first, C (&q)[kCount], C (&sums)[kSums]) const {
     if (static_cast<unsigned>(first - plain_first) < plain_count) {
@@ -102,14 +102,14 @@ struct TranslatedTarget {
       q[i] = pack.at[i];
       bits |= words[i];
     }
-    if ((bits & 0x7fffffffu) != 0) sums[3] = 1;  // but for its sign, a 0 is no bits
+    if ((bits & 0x7fffffffu) != 0) sums[3] = 1;  // ignores the sign bit of a 0
   }
 
   template <int kCount>
   __device__ __forceinline__ void load_any(int columns, int first, C (&q)[kCount], C (&sums)[kSums]) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) q[i] = 0;
-    // Not unrolled: the second row is rare, and half of the code.
+    // Not unrolled: the second row is rare, and unrolling would double the code.
 #pragma unroll 1
     for (int k = 0; k < 2; ++k) {
       const void* row = k == 0 ? rows[0] : rows[1];
@@ -121,7 +121,7 @@ struct TranslatedTarget {
   }
 };
 
-// The target head's: up to two classes, probabilities, smoothing, weights. q = w (base + scale P) + peaks.
+// The target head's distribution: up to two classes, probabilities, smoothing, weights. q = w (base + scale P) + peaks.
 template <class C>
 struct ClassTarget {
   static constexpr int kSums = 4;
@@ -138,7 +138,7 @@ struct ClassTarget {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) q[i] = base;
     if (probabilities != nullptr) add_row(probabilities, type, columns, first, scale, q);
-    // Without a base or probabilities there is nothing to weigh but the peaks.
+    // Without a base or probabilities only the peaks are left, which are already weighted.
     if (weight.data != nullptr && (base != 0 || probabilities != nullptr)) weigh(columns, first, q);
     bool any = false;
 #pragma unroll
@@ -163,8 +163,8 @@ struct ClassTarget {
   }
 };
 
-// A row's vectors in shared memory, the first ones (plan.h): the logits as they are, the target in the compute type, in
-// planes of 16 bytes, so that neighbouring threads touch neighbouring memory.
+// A row's first vectors in shared memory (plan.h): the logits as they are, and the target in the compute type. The
+// target lies in planes of 16 bytes, so that neighbouring threads touch neighbouring memory.
 template <class T>
 class Stage {
  public:
@@ -190,7 +190,7 @@ class Stage {
     memcpy(&pack, &bytes, sizeof pack);
     return pack;
   }
-  // Over the logits, as wide as they are.
+  // Replaces the logits, which are as wide.
   __device__ __forceinline__ void put_exponentials(int vector, const C (&e)[kLanes<T>]) const {
     Bytes16 bytes;
     memcpy(&bytes, e, sizeof bytes);
@@ -225,8 +225,8 @@ class Stage {
   bool keeps_rest_;
 };
 
-// A thread's last vectors of the target, in registers. Registers have no index, so this is a stack: the last one put is
-// the first one taken. A plan that puts more than it holds takes none.
+// A thread's last vectors of the target, in registers. Registers cannot be indexed, so this is a stack: the last vector
+// put is the first one taken. If a plan puts more than it holds, nothing is taken.
 template <class C, int kCount>
 class RegisterStack {
  public:
@@ -247,7 +247,7 @@ class RegisterStack {
 template <class C>
 struct RowResult {
   C loss;
-  bool supervised[2];  // whether the rows of R have any entry
+  bool supervised[2];  // whether the rows of R have a nonzero element
 };
 
 template <class T>
@@ -264,8 +264,8 @@ __device__ __forceinline__ ComputeType<T> row_maximum(const Team& team, const T*
   using C = ComputeType<T>;
   const Columns cut = columns_of(logits, columns);
   C top[1] = {-static_cast<C>(INFINITY)};
-  // This sweep is the one that waits for the memory, and too few warps fit on a processor to hide that with one load a
-  // thread on its way: several are, before the first is looked at.
+  // This sweep waits for the memory, and too few warps fit on a multiprocessor to hide that with one load in flight per
+  // thread. So a thread issues several loads before it looks at the first.
   constexpr int kAtOnce = 4;
   for (int start = team.rank(); start < cut.vectors; start += kAtOnce * team.threads()) {
     Pack<T, kLanes<T>> packs[kAtOnce];
@@ -290,8 +290,8 @@ __device__ __forceinline__ ComputeType<T> row_maximum(const Team& team, const T*
   return top[0];
 }
 
-// `gradient` may be null, and may be the logits themselves; it is multiplied by what `stored_factor` says (loss.cuh),
-// which is asked late: the sums need the registers.
+// `gradient` may be null, and may be the logits themselves. It is multiplied by stored_factor() (co_tuning_loss.cuh),
+// which is called late because the sums need the registers.
 template <class T, class Target, class StoredFactor>
 __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Team& team, const T* logits, int columns,
                                                                         const Target& target,
@@ -299,13 +299,13 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
                                                                         const Stage<T>& stage) {
   using C = ComputeType<T>;
   constexpr int kCount = kLanes<T>;
-  // Where they are as wide as the logits, the exponentials take the place of those that are staged, which the gradient
-  // needs for nothing else, and what is left of the target may be in registers.
+  // If exponentials are as wide as logits, they replace the staged logits, which the gradient needs for nothing else,
+  // and the rest of the target may be in registers.
   constexpr bool kAsWide = sizeof(T) == sizeof(C);
   const C top = row_maximum(team, logits, columns, &stage);
 
-  // sums: exponentials, q (z - max), q, and what the target adds. A number that is not finite spoils them as it should:
-  // all of the row is -inf, or one is +inf or NaN, then z - max is NaN.
+  // sums: exponentials, q (z - max), q, and the target's own sums. Logits that are not finite spoil them as they
+  // should: if all are -inf, or one is +inf or NaN, then z - max is NaN.
   C sums[Target::kSums] = {};
   const Columns cut = columns_of(logits, columns);
   const auto add = [&](int k, C(&q)[kCount]) {
@@ -323,7 +323,7 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
     }
     if (kAsWide && stage.has_logits()) stage.put_exponentials(k, e);
   };
-  // A loop for the vectors whose target is staged and one for the rest: a branch in one loop costs instructions.
+  // Two loops, for vectors whose target is staged and for the rest: a branch in a single loop costs instructions.
   const int staged = stage.targets_of(cut.vectors);
   RegisterStack<C, kCount> rest;
   int k = team.rank();
@@ -354,7 +354,7 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
   }
   const C factor = sums[2] / sums[0], stored = stored_factor();
   const Columns written = columns_of(gradient, columns);
-  const bool same = same_cut(gradient, logits);  // else a thread takes other vectors than it has staged
+  const bool same = same_cut(gradient, logits);  // else a thread takes vectors that it has not staged
   const bool kept = stage.has_logits() && same;
   const bool rest_kept = kAsWide && stage.keeps_rest() && same;
   const auto store = [&](int k, const C(&q)[kCount]) {
@@ -370,7 +370,7 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
     for (int i = 0; i < kCount; ++i) narrow(stored * (factor * e[i] - q[i]), &pack.at[i]);
     store_vector(gradient, columns, first, pack);
   };
-  // From the last vector to the first, as `rest` gives them back.
+  // From the last vector to the first, the order in which `rest` returns them.
   const int first_of_rest = same ? staged : 0;
   for (k = team.last_of(written.vectors); k >= first_of_rest; k -= team.threads()) {
     C q[kCount], unused[Target::kSums];

@@ -6,7 +6,7 @@
 
 namespace cotuning::cuda {
 
-// Up to two classes and their shares. An ignored label has none.
+// Up to two classes and their shares. An ignored label has share 0.
 struct RowTarget {
   int64_t index[2];
   double share[2];

@@ -18,8 +18,8 @@ __device__ __forceinline__ void narrow(float x, BFloat16* out) {
   out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 __device__ __forceinline__ void narrow(float x, Float16* out) { out->bits = __half_as_ushort(__float2half_rn(x)); }
-// One multiplication and one instruction of the special function unit. A result below 1e-38 becomes 0: beside a row's
-// maximum, whose exponential is 1, it does not count.
+// One multiplication and one instruction of the special function unit. A result below 1e-38 becomes 0: it is negligible
+// beside the row's maximum, whose exponential is 1.
 __device__ __forceinline__ float exponential(float x) {
 #ifdef __CUDACC__  // CUDA has no function for this instruction, and a C++ compiler for the CPU knows no PTX
   float y;
@@ -39,7 +39,7 @@ __device__ __forceinline__ uint32_t joined_halves(uint32_t low, uint32_t high) {
 __device__ __forceinline__ void narrow(float x, float* out) { *out = x; }
 __device__ __forceinline__ void narrow(double x, double* out) { *out = x; }
 
-// -inf of a type: what stands where a row of logits has no column, since its exponential is 0.
+// -inf in a type. It fills columns outside a row of logits, since its exponential is 0.
 template <class T>
 __device__ __forceinline__ T minus_infinity() {
   return -static_cast<T>(INFINITY);
@@ -53,7 +53,7 @@ __device__ __forceinline__ Float16 minus_infinity<Float16>() {
   return {0xfc00};
 }
 
-// body(T{}) with a type that is known only now.
+// Calls body(T{}) with a type that is known only at run time.
 template <class Body>
 __device__ __forceinline__ void with_type(ScalarType type, const Body& body) {
   switch (type) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ void with_type(ScalarType type, const Body& body) {
   }
 }
 
-// One number of a type that is known only now: for the few that are not worth a loop of their own.
+// One number of a type that is known only at run time: for reads too rare to deserve a typed loop.
 __device__ __forceinline__ double number_at(const void* data, ScalarType type, int64_t i) {
   switch (type) {
     case ScalarType::kFloat32: return static_cast<const float*>(data)[i];

@@ -6,8 +6,8 @@
 
 namespace cotuning::cuda {
 
-// grad *= factor * upstream, in place. A 0 stays 0 whatever the factor: a row that takes no part has no
-// gradient, though the divisor of a mean over no row is 0.
+// grad *= factor * upstream, in place. A 0 stays 0 whatever the factor: a row that takes no part has gradient 0, even
+// if a mean over no rows makes the factor infinite.
 template <class T>
 __device__ __forceinline__ void scale_row(const Team& team, T* row, int columns, double factor) {
   using C = ComputeType<T>;
@@ -44,7 +44,7 @@ __device__ __forceinline__ void scale_item(const Matrix& gradient, const RowPlan
   });
 }
 
-// Two branches and no table of the two heads: an array indexed by a variable would lie in local memory.
+// Two branches instead of indexing by head: an array indexed by a variable would lie in local memory.
 __global__ void __launch_bounds__(kLargestBlock) scale_kernel(ScaleProblem p, ScalePlan plan) {
   for (int64_t item = blockIdx.x; item < plan.rows[0].items + plan.rows[1].items; item += gridDim.x) {
     if (item < plan.rows[0].items) {

@@ -1,4 +1,4 @@
-// The threads that do one row together: a warp, or the whole block.
+// The threads that share one row: a warp, or the whole block.
 #pragma once
 
 #include "plan.h"
@@ -10,7 +10,7 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kMostWarps = kLargestBlock / kWarpThreads;
 inline constexpr int kMostSums = 6;  // numbers that are reduced at once
 
-// The number, where the other is NaN.
+// If one argument is NaN, returns the other.
 struct Largest {
   static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
   static __device__ __forceinline__ double of(double a, double b) { return fmax(a, b); }
@@ -22,7 +22,7 @@ struct Sum {
   }
 };
 
-// The row that a thread works on in an item, and which of the item's rows that is.
+// The row that a thread works on in an item, and its index among the item's rows.
 struct RowSlot {
   int index;
   int64_t row;
@@ -35,17 +35,17 @@ __device__ __forceinline__ RowSlot slot_in(const RowPlan& plan, int64_t item) {
 
 class Team {
  public:
-  // `scratch`: kMostWarps * kMostSums doubles of shared memory, of the block.
+  // `scratch`: kMostWarps * kMostSums doubles of the block's shared memory.
   __device__ Team(int threads, double* scratch)
       : threads_(threads), rank_(static_cast<int>(threadIdx.x) & (threads - 1)), scratch_(scratch) {}
 
   __device__ int threads() const { return threads_; }
   __device__ int rank() const { return rank_; }
-  // A thread takes the vector of its rank and every threads()-th from there on: this is its last of `count`, below 0
-  // where it has none.
+  // A thread takes the vectors rank(), rank() + threads(), and so on. Returns its last vector below `count`, or a
+  // negative number if it has none.
   __device__ int last_of(int count) const { return rank_ + ((count - 1 - rank_) & -threads_); }
 
-  // Every thread gets the same bits. In a block all threads must come here.
+  // Every thread gets the same bits. If the team is a block, all its threads must call this.
   template <class Operation, class C, int kCount>
   __device__ __forceinline__ void reduce(C (&values)[kCount]) const {
     static_assert(kCount <= kMostSums);
@@ -58,7 +58,7 @@ class Team {
       for (int k = 0; k < kCount; ++k) shared[rank_ / kWarpThreads * kCount + k] = values[k];
     }
     __syncthreads();
-    // The number of warps is a power of two: lanes beyond it hold the same again.
+    // The number of warps is a power of two, so lanes beyond it read the same values again.
 #pragma unroll
     for (int k = 0; k < kCount; ++k) values[k] = shared[(lane & (warps - 1)) * kCount + k];
     over_lanes<Operation>(values, warps);
@@ -80,8 +80,8 @@ class Team {
   double* scratch_;
 };
 
-// Adds up what the warps of all blocks have in `totals` (shared memory, kCount numbers a warp), in an order that
-// depends on the shape of the launch alone. True in the last block to finish, which alone gets the sums, in `totals`.
+// Adds up `totals` (shared memory, kCount numbers per warp) over the warps of all blocks, in an order that depends only
+// on the shape of the launch. Returns true in the last block to finish; only there does `totals` hold the sums.
 template <int kCount>
 __device__ __forceinline__ bool sum_over_blocks(const BlockSums& sums, double* totals) {
   COTUNING_SHARED(unsigned, is_last, 1);
@@ -102,8 +102,7 @@ __device__ __forceinline__ bool sum_over_blocks(const BlockSums& sums, double* t
   }
   __syncthreads();
   if (!is_last[0]) return false;
-  // All others have finished: the device waits for this block alone, and so all its threads read, several parts at
-  // once.
+  // All other blocks have finished, and the device waits for this one: all its threads read, several parts at once.
   double sum[kCount] = {};
 #pragma unroll 4
   for (unsigned b = thread; b < gridDim.x; b += blockDim.x) {

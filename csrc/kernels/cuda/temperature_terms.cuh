@@ -37,7 +37,7 @@ __device__ void temperature_row(const Team& team, const T* logits, int columns, 
   totals[3] += 1;
 }
 
-// With one block a processor as its aim: left to itself, nvcc spills 8 bytes here for sm_120.
+// The 1 asks for one block per multiprocessor: without it, nvcc spills 8 bytes here for sm_120.
 template <class T>
 __global__ void __launch_bounds__(kLargestBlock, 1) temperature_kernel(TemperatureProblem p, PassPlan plan) {
   COTUNING_SHARED(double, scratch, kMostWarps* kMostSums);

@@ -1,4 +1,4 @@
-// The relationship's row of each label.
+// Translates labels to rows of the relationship.
 #pragma once
 
 #include "row.cuh"
@@ -6,7 +6,7 @@
 
 namespace cotuning::cuda {
 
-// out = the row of R of a label, bit for bit, or a mixture of two rows, rounded once.
+// out = the label's row of R, bit for bit, or a mixture of two rows, rounded once.
 template <class T>
 __device__ __forceinline__ void translate_row(const Team& team, const void* const (&rows)[2], const double (&shares)[2],
                                               T* out, int columns) {

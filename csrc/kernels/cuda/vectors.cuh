@@ -1,9 +1,9 @@
-// Rows in memory: 128-bit loads and stores wherever a row starts, and never a byte outside it.
+// Rows in memory: 128-bit loads and stores wherever a row starts, and no access outside it.
 //
-// A row of logits is cut into vectors of 16 bytes that lie on multiples of 16 bytes. Where the row starts in between,
-// the first vector is a part of one, and so is the last where it ends in between; these are read and written element by
-// element. Another row that is read along the same columns, a row of R say, may start elsewhere; of it the aligned
-// vectors around each are read, one more, and shifted into place.
+// A row of logits is cut into vectors of 16 bytes at multiples of 16 bytes. If the row starts or ends in between, its
+// first or last vector is partial, and is read and written element by element. Another row that is read along the same
+// columns, such as a row of R, may start elsewhere. Then the aligned vectors around each of its vectors are read, one
+// more than it fills, and shifted into place.
 #pragma once
 
 #include "plan.h"
@@ -30,9 +30,9 @@ __device__ __forceinline__ bool is_aligned(const void* p, unsigned bytes) {
   return (reinterpret_cast<uintptr_t>(p) & (bytes - 1)) == 0;
 }
 
-// The vectors of a row. Vector k covers columns first + k * kLanes and on, as far as the row has them.
+// The vectors of a row. Vector k covers the kLanes columns from first + k * kLanes on, as far as the row has them.
 struct Columns {
-  int first = 0;  // 0, or below
+  int first = 0;  // 0 or negative
   int vectors = 0;
 };
 
@@ -48,7 +48,7 @@ __device__ __forceinline__ bool same_cut(const T* a, const T* b) {
   return ((reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)) & 15) == 0;
 }
 
-// Whether a row has all of the columns [first, first + count): one comparison with a limit that loops need once.
+// Whether a row has all columns [first, first + count). One comparison; loops compute its limit once.
 __device__ __forceinline__ bool has_columns(int columns, int first, int count) {
   const int firsts = columns - count + 1;
   return static_cast<unsigned>(first) < static_cast<unsigned>(firsts > 0 ? firsts : 0);
@@ -68,8 +68,8 @@ __device__ __forceinline__ Pack<T, kCount> load_elements(const T* row, int colum
   return pack;
 }
 
-// Words from an address that is `offset` bytes beyond a multiple of 16, out of the aligned vectors around them: one
-// more than the words fill. Halves may start in the middle of a word.
+// Loads words from an address `offset` bytes past a multiple of 16. Reads the aligned vectors around them, one more
+// than the words fill. Halves may start in the middle of a word.
 template <bool kHalves, int kWords>
 __device__ __forceinline__ void load_shifted(const char* from, unsigned offset, uint32_t (&out)[kWords]) {
   constexpr int kVectors = (kWords + 3) / 4 + 1, kMore = kHalves ? 2 : 1;
@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_shifted(const char* from, unsigned offset, 
 #pragma unroll
     for (int i = 0; i < 4; ++i) words[4 * k + i] = vector.words[i];
   }
-  // By 2 words, by 1, by half of one: selections, since registers have no index.
+  // Shifts by 2 words, by 1, by half a word. Selections, since registers cannot be indexed.
 #pragma unroll
   for (int i = 0; i < kWords + kMore; ++i) words[i] = offset & 8 ? words[i + 2] : words[i];
 #pragma unroll
@@ -93,7 +93,7 @@ __device__ __forceinline__ void load_shifted(const char* from, unsigned offset, 
   }
 }
 
-// Words from an address that is a multiple of 16 bytes, or of their number where that is less.
+// Loads words from an address that is a multiple of 16 bytes, or of their size in bytes if that is less.
 template <int kWords>
 __device__ __forceinline__ void load_aligned(const char* from, uint32_t (&out)[kWords]) {
   static_assert(kWords <= 2 || kWords % 4 == 0);
@@ -115,7 +115,7 @@ __device__ __forceinline__ void load_aligned(const char* from, uint32_t (&out)[k
   }
 }
 
-// Columns [first, first + kCount) of a row that may start anywhere, 16 bytes at most; `elsewhere` where it has none.
+// Columns [first, first + kCount), at most 16 bytes, of a row that may start anywhere; `elsewhere` for missing columns.
 template <class T, int kCount>
 __device__ __forceinline__ Pack<T, kCount> load_columns(const T* row, int columns, int first, T elsewhere = T{}) {
   constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
