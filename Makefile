@@ -1,19 +1,19 @@
-# What this project does for a newcomer, in one environment that it makes itself (.venv). `make` lists it.
+# The project's commands, in one environment that this file creates (.venv). `make` lists them.
 
 PYTHON ?= python3
-# What pip installs as torch: a version, a wheel, "torch==2.13.0 --index-url ..." for another build.
+# The torch that pip installs: a version, a wheel, or "torch==2.13.0 --index-url ..." for another build.
 TORCH ?= torch==2.13.0
-# Passed on: make demo ARGS="--seed 1", make test ARGS="-k models -x".
+# Arguments for the command: make demo ARGS="--seed 1", make test ARGS="-k models -x".
 ARGS ?=
 
 BIN := .venv/bin
-# pip compiles no module; Python compiles each when it is first imported, which most of torch's never are. Keep the result
-# in .venv, whatever the caller's environment says: the tests start hundreds of processes that import torch, and compiling
-# it takes each of them three seconds.
+# pip compiles no Python modules (--no-compile): most of torch's are never imported. Python compiles a module when it is
+# first imported. Keep the result in .venv, whatever the caller's environment says: hundreds of test processes import
+# torch, and compiling it takes three seconds in each.
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
-# The installation is this folder (`pip install -e`), so Python files need no installing again; these do.
+# `pip install -e` installs this folder, so a change in Python needs no reinstallation; a change in these files does.
 SOURCES := setup.py pyproject.toml $(shell find build_support csrc -name __pycache__ -prune -o -type f \
 	\( -name '*.py' -o -name '*.txt' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*' \) -print)
 CPP = $(shell find csrc tools benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -25,8 +25,8 @@ EXTRAS_bench := bench
 EXTRAS_lint := lint,plot
 EXTRAS_docs := docs,plot,triton
 EXTRAS_wheel := wheel
-# nvcc takes minutes for all the cards that there are. Where there is none, only the tests have the CUDA kernels built, to
-# read what nvcc makes of them: for one card, or those in TORCH_CUDA_ARCH_LIST, and if that is empty for all.
+# nvcc takes minutes to compile for all cards. Without a card, only the tests build the CUDA kernels, to read nvcc's
+# output: for one card, or for those in TORCH_CUDA_ARCH_LIST, or for all if that is empty.
 NO_CARD := $(if $(shell command -v nvidia-smi),,1)
 NO_CUDA := $(if $(NO_CARD),COTUNING_KERNELS_CUDA=0)
 CUDA_test := $(if $(NO_CARD),TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-9.0+PTX}")
@@ -47,14 +47,14 @@ help: ## list the targets
 demo: .venv/installed-demo ## fine-tune real weights on real images, plainly and with Co-Tuning (about three minutes)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-# Each worker gets neighbouring tests, which share fixtures that take long to make.
+# Each worker gets neighbouring tests, because they share slow fixtures.
 test: .venv/installed-test ## run the whole test suite, a worker a core
 	@$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 torture: .venv/installed-test ## kill, starve and feed with hostile files what saves and counts (up to twenty minutes)
 	@$(BIN)/python -m tools.torture $(ARGS)
 
-# Not in .venv: a GPU machine has a torch of its own, and perhaps no network. Its Python is left as it is.
+# Not in .venv: a GPU machine has its own torch, and perhaps no network. This leaves its Python unchanged.
 gpu: ## on a GPU machine: build for its card, then checks, tests, times and counters in eight minutes, into gpu_report
 	@$(PYTHON) -m tools.gpu $(ARGS)
 
@@ -74,7 +74,7 @@ docs: .venv/installed-docs ## build the documentation site into build/docs, with
 	@$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"
 
-# The wheel is for this Python and for torch from 2.10 on. Torch's own libraries stay outside of it.
+# The wheel is for this Python and for torch 2.10 and newer. It does not contain torch's libraries.
 wheel: .venv/installed-wheel ## build a wheel and a source distribution into dist; auditwheel and twine check them
 	@rm -rf dist build/wheel build/lib*
 	@$(BIN)/python -m build --no-isolation --sdist --outdir dist >build/sdist.log || { cat build/sdist.log; exit 1; }
@@ -91,7 +91,7 @@ clean: ## remove what was built, written or cached here; .venv and the downloade
 distclean: clean ## and those too
 	rm -rf .venv .cache
 
-# One stamp a set of extras, made again when the sources have changed.
+# One stamp per set of extras, renewed when the sources change.
 .venv/installed-%: $(SOURCES) | .venv/torch
 	@echo "Installing cotuning_kernels with its extras [$(EXTRAS_$*)] into .venv"
 	@$(CUDA_$*) $(PIP_INSTALL) --quiet -e ".[$(EXTRAS_$*)]" || { echo "make: the installation failed (pip's words are above):\

@@ -1,14 +1,14 @@
 """Builds the extensions with ninja from the sources in ``csrc/sources.txt``.
 
-``cotuning_kernels._C`` holds the kernels and the operations; it goes through torch's stable ABI and loads in newer
-torch. ``cotuning_kernels._fast_path`` spares a small batch the way through Python's autograd; it needs torch's C++
-interface and serves only beside the torch it was built with; where it does not compile, the rest installs without it.
+``cotuning_kernels._C`` has the kernels and the operations. It uses torch's stable ABI and also loads in newer torch.
+``cotuning_kernels._fast_path`` saves small batches the overhead of autograd in Python. It needs torch's C++ interface
+and serves only beside the torch it was built with. If it does not compile, the rest installs without it.
 
-``cotuning_kernels._cuda`` is built where nvcc is, for the cards that build_support/nvcc.py chooses. It goes through the
-stable ABI too and links nothing of a CUDA torch, so it builds and loads beside a CPU torch as well.
+``cotuning_kernels._cuda`` is built if there is nvcc, for the cards that build_support/nvcc.py chooses. It uses the
+stable ABI too and links no library of a CUDA torch, so it also builds and loads beside a CPU torch.
 
-No C++ compiler, or ``COTUNING_KERNELS_PURE_PYTHON=1``: the package installs without the extension, the reference serves
-every call, and ``python -m cotuning_kernels`` says what is missing.
+Without a C++ compiler, or with ``COTUNING_KERNELS_PURE_PYTHON=1``, the package installs without the extensions, the
+reference serves every call, and ``python -m cotuning_kernels`` says what is missing.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_support"))
 
-import nvcc  # noqa: E402  (not called cuda: cuda-bindings, which torch brings, has a module of that name)
+import nvcc  # noqa: E402  (not named cuda: torch installs cuda-bindings, which has a module of that name)
 from backend import TORCH_REQUIREMENT, find_compiler, find_torch, pure_python  # noqa: E402
 
 CSRC = ROOT / "csrc"
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
-# The groups of sources that each extension links, and the libraries.
+# The groups of sources and the libraries that each extension links.
 LINKS = {
     "_C": (("kernels", "extension"), ("torch_cpu",)),
     "_fast_path": (("fast_path",), ("torch_cpu", "torch_python", "c10")),
@@ -53,7 +53,7 @@ class Source(NamedTuple):
 
 
 def read_sources(machine: str) -> list[Source]:
-    """The lines of ``csrc/sources.txt`` that hold for this processor."""
+    """The lines of ``csrc/sources.txt`` that apply to this processor."""
     sources = []
     for line in (CSRC / "sources.txt").read_text().splitlines():
         if not line.strip() or line.startswith("#"):
@@ -65,16 +65,16 @@ def read_sources(machine: str) -> list[Source]:
 
 
 def shell_words(words: list[str]) -> str:
-    """A command line for a ninja file: ninja gives it to a shell, and ``$`` is its own."""
+    """A command line for a ninja file: ninja passes it to a shell, and ``$`` is special to ninja itself."""
     return shlex.join(words).replace("$", "$$")
 
 
 class BuildWithNinja(build_ext):
-    """One object a source, each with its own flags, in parallel, rebuilt only when it changed."""
+    """Compiles the sources in parallel, each with its own flags, and only those that changed."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        if self.editable_mode:  # not a temporary folder: the next installation compiles only what changed
+        if self.editable_mode:  # a lasting folder: the next installation compiles only changes
             self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
     def build_extensions(self) -> None:
@@ -138,7 +138,7 @@ class BuildWithNinja(build_ext):
                 deps="gcc",
             )
             library_path = shell_words([f"-L{torch / 'lib'}"])
-            # Linked by name and without a path to it: `import torch` has loaded the libraries by then.
+            # Link by name without a run-time path: `import torch` has already loaded the libraries.
             writer.rule("link", f"{compiler} -shared $in -o $out {library_path} $libraries")
             if NVCC is not None:
                 nvcc_command = shell_words([str(NVCC)])
@@ -150,7 +150,7 @@ class BuildWithNinja(build_ext):
                 )
                 writer.rule("link_cuda", f"{nvcc_command} -shared -cudart static $in -o $out {library_path} $libraries")
             objects: dict[str, list[str]] = {group: [] for group in group_flags}
-            # The longest compilations first.
+            # Start the longest compilations first.
             for source in sorted(read_sources(platform.machine()), key=lambda source: source.group not in LONG):
                 if source.group not in objects:
                     continue

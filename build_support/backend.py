@@ -1,8 +1,8 @@
-"""The PEP 517 build backend: setuptools', but a torch that is already installed is used, not downloaded again.
+"""The PEP 517 build backend: setuptools' backend, but it uses an installed torch instead of downloading another.
 
 pip builds in an isolated environment. Naming torch in ``build-system.requires`` would download and unpack gigabytes
-into it, though the extension only needs torch's headers and any torch of at least :data:`TORCH_REQUIREMENT` will do. So
-this backend looks into the environment that pip installs into, and asks pip for torch only when there is none.
+into it. But the extension needs only torch's headers, and any torch that meets :data:`TORCH_REQUIREMENT` will do. So
+this backend looks into the environment that pip installs into, and asks pip for torch only if there is none.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LEAST_FOR_KERNELS = (2, 10)
 
 
 def pure_python() -> str | None:
-    """Why the extension is left out: on request, without a compiler, or for a torch that it would not load in."""
+    """Why the extensions are left out (on request, no compiler, or a torch too old to load them), else None."""
     if os.environ.get("COTUNING_KERNELS_PURE_PYTHON") == "1":
         return "COTUNING_KERNELS_PURE_PYTHON is 1"
     if find_compiler() is None:
         return "there is no C++ compiler"
-    # (pip replaces a torch that is too old for the Python part, and the kernels are built for the new one.)
+    # pip replaces a torch that is too old for the Python part; the kernels are then built for the new one.
     kept = [version for version in map(_version, _torch_folders()) if version is not None and version >= _LEAST]
     if kept and kept[0] < _LEAST_FOR_KERNELS:
         return f"torch {kept[0][0]}.{kept[0][1]} is installed here, and the kernels need {TORCH_REQUIREMENT}"
@@ -39,7 +39,7 @@ def pure_python() -> str | None:
 
 
 def find_compiler() -> list[str] | None:
-    """The command of ``$CXX`` (``ccache g++``, say), else of the first C++ compiler on the path."""
+    """The command in ``$CXX`` (``ccache g++``, say), else the first C++ compiler on the path."""
     if command := shlex.split(os.environ.get("CXX", "")):
         if shutil.which(command[0]) is None:
             raise SystemExit(f"cotuning_kernels: CXX is {os.environ['CXX']!r}, but there is no {command[0]}; unset it")
@@ -54,7 +54,7 @@ def find_torch() -> Path | None:
 
 
 def _torch_folders() -> list[Path]:
-    """Where an installed torch would be: in this environment, else in the one that pip installs into."""
+    """The folders where torch may be: first this environment's, then those that pip installs into."""
     spec = importlib.util.find_spec("torch")
     folders = [Path(spec.origin).parent] if spec and spec.origin else []
     return folders + [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]

@@ -1,4 +1,4 @@
-"""Whether the CUDA kernels are compiled, with what, and for which cards."""
+"""Decides whether to compile the CUDA kernels, with which nvcc, and for which cards."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Every generation from Turing on. A card runs what was compiled for an earlier member of its generation (8.6 and 8.9
-# what 8.0 runs: the kernels use nothing newer, and each more costs a sixth of the build). One of a generation that is
-# not here (11.0, or newer than all) compiles the last PTX before it when it first meets it.
+# Every generation from Turing on. A card runs code compiled for an earlier member of its generation: 8.6 and 8.9 run
+# that for 8.0. The kernels use nothing newer, and each further architecture costs a sixth of the build. A card of a
+# generation that is not listed (11.0, or a later one) compiles the newest PTX before its own at first use.
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0+PTX", "12.0+PTX")
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 
 def find_nvcc() -> Path | None:
-    """nvcc of ``$CUDA_HOME``, else the one on the path; None with ``COTUNING_KERNELS_CUDA=0``."""
+    """The nvcc in ``$CUDA_HOME``, else the one on the path; None with ``COTUNING_KERNELS_CUDA=0``."""
     if os.environ.get("COTUNING_KERNELS_CUDA") == "0":
         return None
     if home := os.environ.get("CUDA_HOME"):
@@ -30,7 +30,7 @@ def find_nvcc() -> Path | None:
 
 
 def architectures(nvcc: Path) -> list[str]:
-    """``TORCH_CUDA_ARCH_LIST``, else the cards of this machine, else all that this nvcc knows: ``8.0``, ``9.0+PTX``."""
+    """Those in ``TORCH_CUDA_ARCH_LIST``, else this machine's, else all that nvcc knows, as in ``8.0``, ``9.0+PTX``."""
     if asked := re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()):
         if wrong := [name for name in asked if name and not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name)]:
             raise SystemExit(
@@ -40,16 +40,16 @@ def architectures(nvcc: Path) -> list[str]:
             return asked
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = set(map(int, re.findall(r"compute_(\d+)", listed)))
-    # A card that nvcc is too new for gets no kernels; where there is no other, the library is made for cards elsewhere.
+    # A card that nvcc no longer supports gets no kernels. If there is no other card, build for all cards.
     if cards := {name for card in _cards() if (name := _for_card(card, known)) is not None}:
         return sorted(cards, key=lambda name: int(_number(name)))
     chosen = [name for name in ARCHITECTURES if int(_number(name)) in known]
-    # An older nvcc lacks the newest cards: the last that it knows is the one that they get PTX of.
+    # An older nvcc does not know the newest cards: they run the PTX of the newest architecture that it knows.
     return [*chosen[:-1], chosen[-1].removesuffix("+PTX") + "+PTX"]
 
 
 def architecture_flags(names: list[str]) -> list[str]:
-    """What nvcc is told for them."""
+    """nvcc's flags for these architectures."""
     flags = []
     for name in names:
         number = _number(name)
@@ -60,12 +60,12 @@ def architecture_flags(names: list[str]) -> list[str]:
 
 
 def cmake_architectures(names: list[str]) -> str:
-    """The same in CMake's words: ``80-real;90`` for 8.0, and 9.0 with PTX."""
+    """The architectures in CMake's form: ``80-real;90`` for 8.0, and 9.0 with PTX."""
     return ";".join(_number(name) + ("" if name.endswith("+PTX") else "-real") for name in names)
 
 
 def version(nvcc: Path) -> str:
-    """``13.0``"""
+    """nvcc's version, as in ``13.0``."""
     words = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+\.\d+)", words)
     return found[1] if found else "unknown"
@@ -76,7 +76,7 @@ def _number(name: str) -> str:
 
 
 def _for_card(card: str, known: set[int]) -> str | None:
-    """What a card gets of an nvcc that knows these: itself, an earlier member of its generation, or earlier PTX."""
+    """The architecture to build for a card: its own, an earlier one of its generation, or earlier PTX; None if none."""
     number = int(_number(card))
     earlier = max((each for each in known if each <= number), default=None)
     if earlier is None:

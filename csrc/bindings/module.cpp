@@ -1,5 +1,5 @@
-// The Python module cotuning_kernels._C: what was built, and which instruction set serves. No tensors pass here; the
-// operations register themselves with torch when the module is loaded (csrc/ops).
+// The Python module cotuning_kernels._C: how it was built, and which instruction set it uses. It passes no tensors:
+// loading the module registers the operations with torch (csrc/ops).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>

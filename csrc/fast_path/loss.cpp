@@ -1,14 +1,13 @@
-// The fast path: what autograd.py's _CoTuningLoss does, as a C++ autograd node.
+// The fast path: autograd.py's _CoTuningLoss as a C++ autograd node.
 //
 // With 48 rows the kernel takes about as long as everything around it: a Python autograd.Function, its backward in
-// Python, and the dispatcher with the stable ABI's boxing of 14 arguments. None of that is needed for the call that
-// training makes: ordinary CPU tensors, class indices, no tracing, no transform. This file serves that call and
-// *declines* (returns NotImplemented) everything else: the Python path then serves the call or explains what
-// is wrong with it. So nothing here raises, and nothing here is a second copy of the mathematics: the arguments are
-// read by csrc/ops/arguments.h, the numbers come from csrc/kernels.
+// Python, and the dispatcher with the stable ABI's boxing of 14 arguments. The usual call in training needs none of
+// that: ordinary CPU tensors, class indices, no tracing, no transform. This file serves that call and *declines*
+// (returns NotImplemented) all others: the Python path then serves the call or explains its error. So this file raises
+// no errors and does not repeat the mathematics: csrc/ops/arguments.h reads the arguments, csrc/kernels computes.
 //
-// It needs torch's C++ interface, which is not stable between versions. That is why it is a module of its own, loaded
-// only beside the torch that it was built with (backends/__init__.py); without it the same calls take longer.
+// It needs torch's C++ interface, which changes between versions. It is therefore a separate module, loaded only beside
+// the torch that it was built with (backends/cpp.py). Without it the same calls take longer.
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/Tensor.h>
@@ -44,13 +43,13 @@ const ops::KernelTable* kernels = nullptr;
 
 // ------------------------------------------------------------------------------------------------- what is served
 
-// Exactly the dispatch keys of a fresh dense tensor: no subclass, wrapper of a transform, fake, lazy conjugate, ...
+// True for exactly the dispatch keys of a fresh dense tensor: no subclass, transform wrapper, fake, lazy conjugate, ...
 bool is_ordinary(const Tensor& tensor) {
   static const c10::DispatchKeySet ordinary = at::detail::empty_cpu({0}, at::kFloat).key_set();
   return tensor.key_set() == ordinary && !autograd::isFwGradDefined(tensor);
 }
 
-// No mode (torch_function, torch_dispatch, functorch, tracing, inference) would see this call if it were an operation.
+// True if no mode is active that would see an operation: torch_function, torch_dispatch, functorch, tracing, inference.
 bool is_ordinary_moment() {
   const auto keys = c10::impl::tls_local_dispatch_key_set();
   return c10::default_included_set.isSupersetOf(keys.included_) &&
@@ -65,7 +64,7 @@ const Tensor* ordinary_tensor(PyObject* object) {
 
 // -------------------------------------------------------------------------------------------------- backward pass
 
-// gradient *= factor * upstream, in memory of its own where the graph is kept for another backward pass.
+// gradient *= factor * upstream; on a copy if the graph is kept for another backward pass.
 Tensor scaled(Tensor gradient, double factor, const std::vector<double>& upstream, int64_t stride, bool keep) {
   if (!gradient.defined()) return gradient;
   if (keep) gradient = gradient.clone();
@@ -75,7 +74,7 @@ Tensor scaled(Tensor gradient, double factor, const std::vector<double>& upstrea
   return gradient;
 }
 
-// An upstream gradient that is not an ordinary tensor (of vmap, say) goes where operations go.
+// Scales through the dispatcher if the upstream gradient is not an ordinary tensor (under vmap, say).
 void scale_through_dispatcher(const Tensor& source, const Tensor& target, const Tensor& factors,
                               const Tensor& upstream) {
   static const auto operation =
@@ -85,7 +84,7 @@ void scale_through_dispatcher(const Tensor& source, const Tensor& target, const 
 }
 
 struct SavedGradients {
-  Tensor source, target;  // undefined: not wanted
+  Tensor source, target;  // undefined if not wanted
   double source_factor, target_factor;
 };
 
@@ -103,7 +102,7 @@ autograd::variable_list scaled_gradients(SavedGradients saved, const Tensor& ups
   return {saved.source.defined() ? source : Tensor(), saved.target.defined() ? target : Tensor()};
 }
 
-// As autograd.py says it, and for its reasons.
+// The same message as in autograd.py, which has the reasons.
 constexpr const char* kOnlyOnce =
     "create_graph=True asks for a gradient that can be differentiated, but the fused Co-Tuning loss can be "
     "differentiated only once; for second derivatives use backend=\"reference\"";
@@ -134,8 +133,8 @@ struct CoTuningLossBackward : autograd::Node {
     target_gradient.reset_data();
   }
 
-  // Compiled autograd: what the graph depends on, and the call that it makes at run time. The saved gradients belong to
-  // the graph's inputs there, and stay as they are.
+  // For compiled autograd: the values that the graph depends on, and the call that it makes at run time. The saved
+  // gradients are inputs of the graph, so they are not scaled in place.
   void compiled_args(dynamo::CompiledNodeArgs& args) const override {
     args.collect(source_gradient, false);
     args.collect(target_gradient, false);
@@ -179,7 +178,7 @@ struct CoTuningLossBackward : autograd::Node {
   }
 };
 
-// Torch's own way to make a node: since 2.13 the node counts its references itself, before that a shared_ptr did.
+// Creates a node as torch does: from 2.13 on the node counts its references; before, it needs a shared_ptr.
 auto new_node() {
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
   return std::shared_ptr<CoTuningLossBackward>(new CoTuningLossBackward(), autograd::deleteNode);
@@ -202,7 +201,7 @@ struct Losses {
   Tensor loss, terms;
 };
 
-// The loss of a batch, with its node in the graph where a gradient is wanted; nothing where a label is bad.
+// The loss of a batch, with its node in the graph if a gradient is wanted; nullopt if a label is bad.
 std::optional<Losses> co_tuning_loss(const Tensor& source_logits, const OptionalTensor& target_logits,
                                      const Tensor& target, const Tensor& relationship, const OptionalTensor& weight,
                                      const Options& options) {
@@ -249,7 +248,7 @@ std::optional<Losses> co_tuning_loss(const Tensor& source_logits, const Optional
 
 PyObject* decline() { Py_RETURN_NOTIMPLEMENTED; }
 
-// The trade-off as a finite float or a float64 tensor (whose value is not checked, as in the operation).
+// The trade-off as a finite float or a float64 tensor. As in the operation, a tensor's value is not checked.
 std::optional<double> read_trade_off(PyObject* object) {
   if (PyFloat_CheckExact(object)) {
     const double value = PyFloat_AS_DOUBLE(object);
@@ -311,11 +310,11 @@ PyObject* python_co_tuning_loss(PyObject*, PyObject* const* arguments, Py_ssize_
     if (!options->return_terms) return loss;
     return Py_BuildValue("(NN)", loss, THPVariable_Wrap(std::move(losses->terms)));
   } catch (python_error& error) {
-    // A hook for saved tensors raised, as that of a checkpoint does to say that it has seen enough: it is the caller's,
-    // and would not bear to be called once more for the same tensor.
+    // A saved-tensor hook raised, as a checkpoint's does to stop early. Pass the error on: declining would call the
+    // hook a second time for the same tensor.
     error.restore();
     return nullptr;
-  } catch (const std::exception&) {  // a shape, a dtype, memory: Python says what it is
+  } catch (const std::exception&) {  // a shape, a dtype, memory: the Python path explains it
     PyErr_Clear();
     return decline();
   }

@@ -1,5 +1,5 @@
-// What cotuning_kernels/backends/operations.py defines, for the CPU dispatch key, through torch's stable ABI: checks,
-// views, allocation. The mathematics is in csrc/kernels/cpu.
+// Implements the operations of cotuning_kernels/backends/operations.py for the CPU dispatch key, through torch's stable
+// ABI: checks, views, allocation. The mathematics is in csrc/kernels/cpu.
 #include "stable_abi.h"
 
 #include <torch/csrc/stable/library.h>
@@ -30,7 +30,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   return stable_empty(sizes, type, aoti_torch_device_type_cpu(), 0);
 }
 
-// torch's own threads: torch.set_num_threads holds here too.
+// Uses torch's threads, so that torch.set_num_threads applies.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   if (end - begin <= grain) {
     if (begin < end) body(begin, end, context);
@@ -39,7 +39,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
 }
 
-// torch turns std::out_of_range into Python's IndexError. `pair`: the labels are those of a mixup pair.
+// torch turns std::out_of_range into Python's IndexError. `pair`: the labels belong to a mixup pair.
 void throw_if_bad(const cpu::BadLabel& bad, const char* name, bool pair, int64_t classes, int64_t ignore_index) {
   if (!bad) return;
   const char* part = !pair ? "" : bad.second ? "[1]" : "[0]";
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> solve(const cpu::LossProblem& problem) {
   return {loss, terms, factors};
 }
 
-// Fresh memory for a gradient, or an empty tensor where none is wanted.
+// Fresh memory for a gradient, or an empty tensor if no gradient is wanted.
 Tensor new_gradient(const Tensor* logits, bool wanted, Matrix* view) {
   if (logits == nullptr || !wanted) return empty({0, 0}, ScalarType::Float);
   Tensor gradient = empty({logits->size(0), logits->size(1)}, logits->scalar_type());

@@ -1,4 +1,4 @@
-// A test is a function registered with TEST(name). CHECK reports a failure and goes on, so that one run shows them all.
+// A test is a function registered with TEST(name). CHECK reports a failure and goes on, so that one run shows all.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct Registration {
   static const ::cotuning::test::Registration registration_##name(#name, test_##name); \
   static void test_##name()
 
-// CHECK(condition, "printf format", ...): the text says which case failed; it is formatted only then.
+// CHECK(condition, "printf format", ...): the text names the case and is formatted only after a failure.
 #define CHECK(condition, ...) \
   ((condition) ? void() : ::cotuning::test::report_failure(__FILE__, __LINE__, #condition, __VA_ARGS__))
 
@@ -36,8 +36,8 @@ long double uniform();                              // in [0, 1)
 int64_t random_integer(int64_t low, int64_t high);  // low and high included
 bool one_in(int64_t n);
 
-// Whether the fault of this name was asked for (--plant NAME): the tests' way of showing that they can fail. The faults
-// are made in csrc/tests alone, where each is asked for; kernels know nothing of them.
+// Whether --plant NAME asked for this fault, which shows that a test can fail. Only csrc/tests makes faults; the
+// kernels do not know about them.
 bool planted(const char* name);
 
 }  // namespace cotuning::test

@@ -1,11 +1,11 @@
 // Counts the machine instructions of the CPU kernels, by running them one instruction at a time under ptrace.
 //
-// A step takes about 20 us. Unlike a time, the count is the same on every run and on a busy machine, so that a test can
-// hold it (python_tests/builds/test_instruction_counts.py). It is no time: an instruction may take one cycle or a cache
-// miss.
+// A step takes about 20 us. Unlike a time, the count is the same on every run, even on a busy machine, so a test can
+// compare it with a record (python_tests/builds/test_instruction_counts.py). It does not tell the time: an instruction
+// may take one cycle or a cache miss.
 //
-// Prints a line a case: instruction set, operation, dtype of the logits, target classes, source classes, and the
-// instructions of one more row divided by its elements (what a call costs once is not in it).
+// Prints one line per case: instruction set, operation, dtype of the logits, target classes, source classes, and the
+// instructions of one more row divided by its elements (without the fixed cost of a call).
 #include <sys/ptrace.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -34,7 +34,7 @@ void serial(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, 
 
 constexpr const char* kTypeNames[] = {"float32", "bfloat16"};
 
-// Steps through `work` in a child process that the caller's memory is copied into.
+// Steps through `work` in a forked child process and counts its instructions.
 int64_t instructions_of(const std::function<void()>& work) {
   const pid_t child = fork();
   if (child < 0) throw std::runtime_error("fork failed");
@@ -61,7 +61,7 @@ int64_t instructions_of(const std::function<void()>& work) {
   return count;
 }
 
-// Rows of 0s: the value of a logit changes no branch that matters here.
+// Rows of zeros: the values of logits change no branch that matters here.
 struct Rows {
   Rows(int64_t rows, int64_t columns, ScalarType type)
       : bytes(rows * columns * size_of(type)), columns(columns), type(type) {}
@@ -77,9 +77,9 @@ struct Shape {
   int64_t target_classes, source_classes;
 };
 
-// The instructions of row `2 rows` less those of row `rows`, a row and element.
+// The instructions for `2 rows` rows less those for `rows` rows, per row and element.
 double per_element(int64_t rows, int64_t elements, const std::function<void(int64_t)>& work) {
-  work(2 * rows);  // scratch memory is allocated once
+  work(2 * rows);  // allocates the scratch memory
   const int64_t twice = instructions_of([&] { work(2 * rows); });
   const int64_t once = instructions_of([&] { work(rows); });
   return static_cast<double>(twice - once) / static_cast<double>(rows * elements);
@@ -112,7 +112,7 @@ void count(const char* isa, ScalarType type, Shape shape, int64_t rows) {
           LossResult result;
           if (co_tuning_loss(problem, serial, &result)) throw std::runtime_error("a bad label");
         }));
-  if (source_classes > 1000) return;  // the other two have nothing else to show
+  if (source_classes > 1000) return;  // the other two operations need no second shape
   std::vector<float> sums(target_classes * source_classes);
   std::vector<int64_t> counts(target_classes);
   print("class_sums", per_element(rows, source_classes, [&](int64_t batch) {
@@ -132,9 +132,9 @@ int main() {
   try {
     for (int i = 0; i < row_kernels_count(); ++i) {
       const char* isa = row_kernels_at(i).name;
-      if (std::strcmp(isa, "portable") == 0) continue;  // what it becomes is the compiler's affair
+      if (std::strcmp(isa, "portable") == 0) continue;  // depends on the compiler
       use_row_kernels(isa);
-      count(isa, ScalarType::kFloat32, {200, 1000}, 1);  // a row's fixed cost shows here, the loop's below
+      count(isa, ScalarType::kFloat32, {200, 1000}, 1);  // shows the fixed cost of a row; the next line, the loop's
       count(isa, ScalarType::kFloat32, {9, 8000}, 1);
       count(isa, ScalarType::kBFloat16, {200, 1000}, 1);
     }

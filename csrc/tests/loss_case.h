@@ -1,4 +1,4 @@
-// A random problem for the loss with memory of its own, and what the formulas give for it in long double.
+// A random problem for the loss that owns its memory, and the result of the formulas in long double.
 #pragma once
 
 #include <memory>
@@ -17,7 +17,7 @@ enum class Target { kLabels, kMixedLabels, kProbabilities };
 struct LossCase {
   int64_t batch, source_classes, target_classes;
   Target target;
-  std::unique_ptr<Grid> source_logits, target_logits;  // no target logits: the source term alone
+  std::unique_ptr<Grid> source_logits, target_logits;  // no target logits: only the source term
   std::unique_ptr<Grid> relationship, translated;      // translated: the given (B, N_s), for probabilities
   std::unique_ptr<Grid> probabilities;
   std::unique_ptr<LabelList> labels, labels_b;
@@ -46,7 +46,7 @@ inline std::unique_ptr<Grid> random_grid(ScalarType type, int64_t rows, int64_t 
   return grid;
 }
 
-// Rows that sum to about 1, with zeros among their elements, and whole rows of zeros.
+// Rows that sum to about 1, with some zero elements, and some rows of zeros.
 inline void fill_distributions(Grid* grid, bool zero_rows) {
   for (int64_t i = 0; i < grid->rows(); ++i) {
     const bool zero = zero_rows && one_in(4);
@@ -115,7 +115,7 @@ inline LossCase::LossCase(ScalarType source_type, ScalarType target_type, Scalar
   problem.mix = mix.data();
 }
 
-// What the formulas give: terms a row, their means' divisors, and the gradients of each row's own terms.
+// The result of the formulas: each row's terms and their gradients, and the divisors of the means.
 struct ExpectedLoss {
   struct Head {
     std::vector<long double> rows, tolerance;
@@ -125,7 +125,7 @@ struct ExpectedLoss {
   Head source, target;
 };
 
-// Cross entropy of one row against q, its gradient, and how far rounding in the compute type may take either.
+// Cross entropy of one row against q, its gradient, and the rounding error in the compute type that each may have.
 inline void add_expected_row(const Grid& logits, int64_t row, const std::vector<long double>& q, bool kl_divergence,
                              ExpectedLoss::Head* head) {
   const int64_t n = logits.columns();
@@ -147,7 +147,7 @@ inline void add_expected_row(const Grid& logits, int64_t row, const std::vector<
         size += q[j] * (std::fabs(x) + std::log(sum) + std::fabs(std::log(q[j])) + 1);
       }
       gradient[j] = mass * softmax - q[j];
-      // Softmax beside a provisional maximum is flushed to 0 a little above where float ends.
+      // With a provisional maximum, the softmax is flushed to 0 slightly above float's smallest number.
       tolerance[j] = epsilon * (mass * softmax + q[j]) + 1e-30L;
     }
   }

@@ -1,5 +1,4 @@
-// kernel_tests [--seed N] [--plant FAULT] [TEST...]: runs the tests named, or all of them. Exits with 1 after a
-// failure.
+// kernel_tests [--seed N] [--plant FAULT] [TEST...]: runs the named tests, or all. Exits with 1 after a failure.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -62,7 +61,7 @@ int main(int count, char** arguments) {
       wanted.push_back(argument);
     }
   }
-  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // what was printed before a crash is seen
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // keep the output before a crash
   std::printf("seed %llu, instruction sets:", static_cast<unsigned long long>(seed));
   for (int i = 0; i < cotuning::cpu::row_kernels_count(); ++i)
     std::printf(" %s", cotuning::cpu::row_kernels_at(i).name);
@@ -80,7 +79,7 @@ int main(int count, char** arguments) {
     bool run = wanted.empty();
     for (const std::string& name : wanted) run |= name == test.name;
     if (!run) continue;
-    random_bits().seed(seed);  // a test draws the same numbers alone and among the others
+    random_bits().seed(seed);  // a test draws the same numbers alone and with others
     failures = 0;
     test.run();
     std::printf("%-24s %s", test.name, failures == 0 ? "passed\n" : "");

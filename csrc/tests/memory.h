@@ -1,4 +1,4 @@
-// Memory that notices what a kernel does outside its rows.
+// Memory that detects reads and writes outside a kernel's rows.
 #pragma once
 
 #include <sys/mman.h>
@@ -14,14 +14,14 @@
 
 namespace cotuning::test {
 
-// Every scalar type reads these bytes as NaN: who reads a neighbour gets NaN, who writes one is seen.
+// Every scalar type reads these bytes as NaN: reading outside a row gives NaN, and writing there changes the bytes.
 inline constexpr unsigned char kPoison = 0xff;
 
 enum class Place { kPageEnd, kPageStart };
 
-// Bytes at one end of their pages, between two pages that may not be touched: reading or writing past that end crashes,
-// in any build (AddressSanitizer does not see the masked loads and stores of AVX2 and AVX-512). What the pages hold
-// beside the bytes is poison. Bytes at the end of a page are aligned to no vector.
+// Bytes at one end of their pages, between two inaccessible pages: reading or writing past that end crashes in any
+// build. (AddressSanitizer does not see the masked loads and stores of AVX2 and AVX-512.) The rest of the pages is
+// poison. Bytes at the end of a page are not aligned to vectors.
 class Pages {
  public:
   Pages(int64_t bytes, Place place) : bytes_(static_cast<size_t>(bytes)) {
@@ -65,7 +65,7 @@ class Row {
   long double operator[](int64_t i) const { return read_number(type_, pages_.data() + i * size_of(type_)); }
   void set(int64_t i, long double value) { write_number(type_, pages_.data() + i * size_of(type_), value); }
   long double lowest() const { return lowest_of(type_); }
-  void make_read_only() { pages_.make_read_only(); }  // an input: from now on, writing to it crashes
+  void make_read_only() { pages_.make_read_only(); }  // from now on, writing crashes
   bool surroundings_untouched() const { return pages_.surroundings_untouched(); }
 
  private:
@@ -74,7 +74,7 @@ class Row {
   Pages pages_;
 };
 
-// A matrix whose last row ends its page. Between its rows is poison.
+// A matrix whose last row ends at the end of a page. The gaps between its rows are poison.
 class Grid {
  public:
   Grid(ScalarType type, int64_t rows, int64_t columns, int64_t row_stride)
@@ -114,7 +114,7 @@ class Grid {
   Pages pages_;
 };
 
-// Class indices as int64 or int32, at any distance from each other.
+// Class indices as int64 or int32, with any stride.
 class LabelList {
  public:
   LabelList(int64_t count, bool is_int32, int64_t stride) : is_int32_(is_int32), stride_(stride) {

@@ -25,7 +25,7 @@ inline ScalarType compute_type(ScalarType type) {
 }
 
 struct Format {
-  int digits;  // of the significand, with the hidden one
+  int digits;  // of the significand, including the hidden one
   int min_exponent, max_exponent;
 };
 
@@ -49,8 +49,7 @@ inline long double ulp(ScalarType type, long double x) {
   return std::ldexp(1.0L, exponent - format.digits + 1);
 }
 
-// The nearest number of the type, ties to even (the processor's rounding of long double to an integer is the only
-// rounding here).
+// The nearest number of the type, ties to even. The only rounding is the processor's, of long double to an integer.
 inline long double round_to(ScalarType type, long double x) {
   if (!std::isfinite(x) || x == 0) return x;
   const long double rounded = std::rint(x / ulp(type, x)) * ulp(type, x);
@@ -118,7 +117,7 @@ inline void write_number(ScalarType type, void* p, long double x) {
   }
 }
 
-// Equal within the tolerance; NaN equals NaN, and an infinity only itself.
+// Equal within the tolerance. NaN equals NaN; an infinity equals only itself.
 inline bool close(long double value, long double expected, long double tolerance) {
   if (std::isnan(expected) || std::isnan(value)) return std::isnan(expected) && std::isnan(value);
   if (std::isinf(expected) || std::isinf(value)) return value == expected;

@@ -1,4 +1,4 @@
-// The drivers of loss.h: labels, mixtures, options, reductions, strides, in-place gradients, bad labels.
+// The operations of the CPU kernels: labels, mixtures, options, reductions, strides, in-place gradients, bad labels.
 #include <cstdio>
 #include <fstream>
 #include <limits>
@@ -66,7 +66,7 @@ void check_gradient(const Grid& gradient, const ExpectedLoss::Head& head, Reduct
   CHECK(gradient.gaps_untouched(), "%s: written between rows", what);
   CHECK(half || factor == 1, "%s: factor %g", what, factor);
   const long double divisor = reduction == Reduction::kMean ? head.divisor : 1;
-  // Over no row at all there is nothing to learn; rows that take part but weigh nothing together are divided by 0.
+  // Without a valid row the gradient is 0. Rows that take part but weigh 0 in total are divided by 0.
   const long double scale = divisor == 0 ? 0 : trade_off / divisor;
   for (int64_t i = 0; i < gradient.rows(); ++i) {
     for (int64_t j = 0; j < gradient.columns(); ++j) {
@@ -133,7 +133,7 @@ TEST(loss) {
   });
 }
 
-// Rows that are not finite, or that are ignored, do not change the others.
+// Rows that are ignored or not finite do not change the others.
 TEST(loss_of_special_rows) {
   for_each_isa([](const char* isa) {
     for (ScalarType type : kAllTypes) {
@@ -156,8 +156,8 @@ TEST(loss_of_special_rows) {
   });
 }
 
-// Rows that are sure of their label, or of three source classes, which come after the first elements: a loss near 0, or
-// log 3, with no rounding error of the logits' size.
+// Rows that are confident in their label, or in three source classes, all after the first elements. The loss is near 0,
+// or log 3, without a rounding error of the logits' size.
 TEST(loss_of_confident_rows) {
   for_each_isa([](const char* isa) {
     for (ScalarType type : kAllTypes) {
@@ -201,8 +201,8 @@ TEST(loss_of_confident_rows) {
   });
 }
 
-// Class weights of 1e-6, and rows of R that sum to as little: a gradient in half precision keeps its digits, which the
-// mean's divisor may bring back.
+// Class weights and sums of R's rows down to 1e-8: a float16 gradient keeps its digits, because dividing by the total
+// weight may make it large again.
 TEST(half_gradients_of_small_masses) {
   for_each_isa([](const char* isa) {
     for (int repeat = 0; repeat < 20; ++repeat) {
@@ -225,7 +225,7 @@ TEST(half_gradients_of_small_masses) {
             stored = std::max(stored, std::fabs(written.at(i, j)));
           }
         }
-        // The largest mass is stored as a number of [2^13, 2^14), and no gradient is larger than twice it.
+        // The largest mass is stored as a number in [2^13, 2^14), and no gradient exceeds twice that.
         CHECK(largest == 0 || (stored > 8 && stored <= 0x1p15L), "%s %s: the largest number stored is %Lg", isa, what,
               stored);
       };
@@ -250,7 +250,7 @@ TEST(loss_of_ignored_batches) {
   });
 }
 
-// A gradient of more than 32 MB is written around the cache, that of half its rows is not: the same bits.
+// A gradient above 32 MB is written with streaming stores, one with half its rows is not: the bits are the same.
 TEST(loss_of_large_batches) {
   constexpr int64_t kRows = 8192, kColumns = 1027;
   Grid logits(ScalarType::kFloat32, kRows, kColumns), relationship(ScalarType::kFloat32, 3, kColumns);
@@ -259,7 +259,7 @@ TEST(loss_of_large_batches) {
     labels.set(i, random_integer(0, 2));
     if (i < 8) {
       for (int64_t j = 0; j < kColumns; ++j) logits.set(i, j, normal(3));
-    } else {  // rows of numbers seen before, each moved on by a column
+    } else {  // the row 8 rows back, shifted by one column
       std::memcpy(logits.data() + i * kColumns * 4, logits.data() + ((i - 8) * kColumns + 1) * 4, kColumns * 4);
     }
   }
@@ -297,7 +297,7 @@ TEST(worth_streaming) {
   munmap(fresh, kLarge);
 }
 
-// Whether huge pages have been asked for at an address ("hg" in /proc/self/smaps).
+// Whether the process has asked for huge pages at an address ("hg" in /proc/self/smaps).
 bool huge_pages_wanted(const void* address) {
   const auto wanted = reinterpret_cast<uintptr_t>(address);
   std::ifstream maps("/proc/self/smaps");
@@ -333,7 +333,7 @@ TEST(bad_labels) {
     if (c.target == Target::kProbabilities) continue;
     c.problem.ignore_index = -100;
     const bool second = c.target == Target::kMixedLabels && one_in(2);
-    // Labels of their own for every row, and one that is bad, maybe with another one after it.
+    // Separate labels for each row. One is bad, and so are all after it.
     const bool is_int32 = one_in(2);
     LabelList good(7, is_int32, 1), bad(7, is_int32, 2);
     const int64_t lowest = is_int32 ? std::numeric_limits<int32_t>::min() : std::numeric_limits<int64_t>::min();
@@ -373,7 +373,7 @@ TEST(scaled_rows) {
         std::vector<double> upstream(static_cast<size_t>((rows->rows() - 1) * stride + 1));
         for (double& value : upstream) value = static_cast<double>(normal(1));
         double factor = static_cast<double>(normal(1));
-        // One of the two, or their product, may be 1; only for the product there is nothing to do.
+        // The factor, the upstream gradient or their product may be 1; only if the product is 1 is there nothing to do.
         if (one_in(4)) factor = 1;
         if (one_in(4)) upstream[0] = one_in(2) ? 1 : 1 / factor;
         const std::vector<double> upstream_of_fewer_rows(upstream.begin(), upstream.end() - 1);

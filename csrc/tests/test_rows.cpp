@@ -61,7 +61,7 @@ MomentResult take_the_first_moment(const void* z, int64_t n, double b, const voi
   return result;
 }
 
-// The tables under test: all that this processor runs, or one of them with the planted fault.
+// The tables under test: all tables that this processor runs, or one with the planted fault.
 std::vector<RowKernels> tables() {
   RowKernels broken = right();
   if (planted("read-past-row")) broken.sweep[0] = read_past_the_row;
@@ -80,7 +80,7 @@ std::vector<RowKernels> tables() {
 
 // ---- Cases ----
 
-// Every tail of every vector width, and rows that are longer than the provisional maximum looks.
+// Every tail of every vector width, and rows with more elements than the provisional maximum reads.
 std::vector<int64_t> row_lengths() {
   std::vector<int64_t> lengths;
   for (int64_t n = 1; n <= 70; ++n) lengths.push_back(n);
@@ -96,8 +96,8 @@ struct Case {
 
   int index() const { return static_cast<int>(type); }
   ScalarType compute() const { return compute_type(type); }
-  // The error of a sum is at most this times the sum of the terms' sizes: two lanes or more, two sums a lane, and a few
-  // roundings in each term.
+  // The error of a sum is at most this times the sum of the terms' sizes: at least two lanes, two sums per lane, and a
+  // few roundings in each term.
   long double sum_epsilon() const { return epsilon_of(compute()) * (16 + n / 4); }
   std::string text() const {
     char buffer[96];
@@ -121,10 +121,10 @@ void for_each_case(Check check) {
 enum class Logits {
   kPlain,
   kOffset,
-  kLate,      // a maximum at the end, around what the provisional maximum bears
-  kVeryLate,  // and far above it
+  kLate,      // a maximum at the end, about as large as the provisional maximum tolerates
+  kVeryLate,  // a maximum at the end, far larger than that
   kMasked,    // most at the lowest finite number, as models mask them
-  kHuge,      // of all magnitudes and both signs
+  kHuge,      // all magnitudes and both signs
   kImpossible,
   kOnlyOnePossible,
   kNonePossible,
@@ -171,7 +171,7 @@ void fill_logits(Row* z, Logits kind) {
   z->make_read_only();
 }
 
-// A distribution over what is possible, that need not sum to 1; now and then over what is impossible too.
+// A distribution over the possible classes, sometimes over impossible ones too. It need not sum to 1.
 void fill_distribution(Row* q, const Row& z) {
   const bool also_impossible = one_in(4);
   for (int64_t i = 0; i < q->size(); ++i) {
@@ -184,7 +184,7 @@ void fill_uniform(Row* row, long double scale) {
   for (int64_t i = 0; i < row->size(); ++i) row->set(i, scale * uniform());
 }
 
-// a - b and a * b in the compute type: one rounding. (Through long double there would be two.)
+// a - b and a * b in the compute type, with one rounding; through long double there would be two.
 long double difference(ScalarType compute, long double a, long double b) {
   return compute == ScalarType::kFloat64 ? static_cast<double>(a) - static_cast<double>(b)
                                          : static_cast<float>(a) - static_cast<float>(b);
@@ -194,9 +194,9 @@ long double product(ScalarType compute, long double a, long double b) {
                                          : static_cast<float>(a) * static_cast<float>(b);
 }
 
-// Below this the kernels' exp for float may be anything that a sum of 1 loses; above, it is off by 1.01 ulp at most
-// (every seventh float tried), and with AVX-512 by 3e-9 |x| of its value besides: less than one rounding of x, which is
-// a difference of logits, costs.
+// Below this the kernels' float exp may be any value that is lost in a sum of 1. Above, its error is at most 1.01 ulp
+// (every seventh float tried), plus 3e-9 |x| of its value with AVX-512. That is less than one rounding of x costs, and
+// x is a rounded difference of logits.
 constexpr float kExpUnderflow = -87.3f;
 
 bool good_exp(ScalarType compute, long double value, long double x) {
@@ -245,12 +245,12 @@ void check_sweep(const Case& c, Logits kind, bool with_target) {
   CHECK(close(result.sum, sum, c.sum_epsilon() * sum), "%s: sum %.9g, expected %.9Lg", what, result.sum, sum);
   if (dot_size < -lowest_of(c.compute())) {
     CHECK(close(result.dot, dot, c.sum_epsilon() * dot_size), "%s: dot %.9g, expected %.9Lg", what, result.dot, dot);
-  } else {  // more than the type holds, or against an impossible class
+  } else {  // beyond the type's range, or q has an impossible class
     CHECK(result.dot <= lowest_of(c.compute()) / 2, "%s: dot %.9g, expected %.9Lg", what, result.dot, dot);
   }
   CHECK(close(result.mass, mass, c.sum_epsilon() * mass), "%s: mass %.9g, expected %.9Lg", what, result.mass, mass);
 
-  // Not storing the exponentials changes nothing, nor does fetching the next rows meanwhile.
+  // Neither leaving the exponentials unstored nor prefetching the next rows changes the results.
   const SweepResult unstored =
       c.kernels.sweep[c.index()](z.data(), target, c.n, nullptr, nullptr, nullptr, least_shift);
   CHECK(unstored.sum == result.sum && close(unstored.dot, result.dot, 0) && unstored.mass == result.mass, "%s", what);
@@ -261,7 +261,7 @@ void check_sweep(const Case& c, Logits kind, bool with_target) {
   CHECK(again.sum == result.sum && close(again.dot, result.dot, 0) && again.mass == result.mass, "%s", what);
 }
 
-// Logits of every kind; of the longest row two, which would take longer than all others together.
+// Logits of every kind, but only two kinds for the longest row: it would take longer than all others together.
 template <class Check>
 void for_each_kind(Check check) {
   for_each_case([&check](const Case& c) {
@@ -289,14 +289,14 @@ TEST(gradient) {
     CHECK(out.surroundings_untouched(), "%s", c.text().c_str());
     for (int64_t i = 0; i < c.n; ++i) {
       const long double part_e = a * e[i], part_q = with_target ? b * q[i] : 0, expected = part_e - part_q;
-      // Up to three roundings in the compute type, and the last one to the row's.
+      // Up to three roundings in the compute type, and one to the row's type.
       const long double tolerance =
           1.5L * epsilon_of(c.compute()) * (std::fabs(part_e) + std::fabs(part_q)) + 0.5L * ulp(c.type, expected);
       CHECK(close(out[i], expected, tolerance), "%s: [%lld] is %.9Lg, expected %.9Lg", c.text().c_str(),
             static_cast<long long>(i), out[i], expected);
     }
     if (!with_target) return;
-    // Around the cache, from wherever the row's first aligned vector is: the same bits.
+    // Streaming stores begin at the row's first aligned vector. The bits are the same.
     Row streamed(c.type, c.n, c.place);
     c.kernels.gradient[c.index()](e.data(), q.data(), c.n, static_cast<double>(a), static_cast<double>(b), true,
                                   streamed.data());
@@ -460,7 +460,7 @@ TEST(moments) { for_each_kind(check_moments); }
 
 TEST(sum_q_log_q) {
   for_each_case([](const Case& c) {
-    if (c.type != c.compute()) return;  // there is one for float and one for double
+    if (c.type != c.compute()) return;  // exists for float and double only
     Row q(c.type, c.n, c.place);
     const long double smallest = c.type == ScalarType::kFloat32 ? 1e-44L : 1e-320L;  // subnormal
     for (int64_t i = 0; i < c.n; ++i) {
@@ -487,7 +487,7 @@ TEST(sum_q_log_q) {
   }
 }
 
-// All halves at once, so that both the vectors' and the tail's conversions see each of them: 65536 + 5 elements.
+// All halves in one row of 65536 + 5 elements, so that the conversions of both vectors and tails see each half.
 constexpr int64_t kHalves = 65536;
 
 std::vector<uint16_t> every_half(int64_t start) {
@@ -523,7 +523,7 @@ TEST(every_half_survives) {
   }
 }
 
-// Between two neighbouring halves: halfway, and one float to either side of it.
+// Between two neighbouring halves: halfway, and one float to either side.
 TEST(halves_round_to_even) {
   std::vector<float> values;
   for (ScalarType type : {ScalarType::kBFloat16, ScalarType::kFloat16}) {
@@ -539,7 +539,7 @@ TEST(halves_round_to_even) {
     values.push_back(value);
     values.push_back(-value);
   }
-  // NaN whose fraction is lost with the last bits, or whose rounding would carry into the sign.
+  // NaNs whose fraction is lost with the last bits, or whose rounding would carry into the sign.
   for (uint32_t bits : {0x7f800001u, 0xff800001u, 0x7fffffffu, 0xffffffffu}) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
@@ -562,7 +562,7 @@ TEST(halves_round_to_even) {
   }
 }
 
-// exp over the range that a sweep takes with a provisional maximum: a row that begins with zeros is shifted by nothing,
+// exp over the range that a sweep with a provisional maximum uses. The shift of a row that begins with zeros is 0,
 // unless its sum grows too large.
 TEST(exp_over_its_range) {
   constexpr int64_t kCount = 100'000;
@@ -589,7 +589,7 @@ TEST(exp_over_its_range) {
   }
 }
 
-// The logarithm of the Kullback-Leibler constant, alone: sixteen elements take the vector's way, and fifteen are 0.
+// The logarithm in sum_q_log_q, alone: sixteen elements take the vector path, and fifteen of them are 0.
 TEST(log_over_its_range) {
   for (const RowKernels& kernels : tables()) {
     long double worst = 0;
@@ -599,7 +599,7 @@ TEST(log_over_its_range) {
       q[i % 16] = static_cast<float>(std::exp2(exponent));
       const long double x = q[i % 16], expected = x * std::log(x);
       const long double value = kernels.sum_q_log_q_float(q, 16);
-      // x log x vanishes at 1, where the error of the logarithm is that of 1 + f.
+      // x log x is 0 at 1. There the logarithm's error is that of 1 + f.
       const long double unit = std::max(ulp(ScalarType::kFloat32, expected), ulp(ScalarType::kFloat32, x) * 0x1p-3L);
       worst = std::max(worst, std::fabs(value - expected) / unit);
       CHECK(close(value, expected, 3 * unit), "%s: x log x at %.9Lg is %.9Lg, expected %.9Lg", kernels.name, x, value,

@@ -87,7 +87,7 @@ TEST(temperature) {
       for (int repeat = 0; repeat < 10; ++repeat) {
         const int64_t columns = random_integer(1, 120);
         const DataSet data(type, random_integer(0, 30), columns, columns);
-        if (one_in(3)) {  // a class that is impossible
+        if (one_in(3)) {  // an impossible class
           for (int64_t i = 0; i < data.logits->rows(); ++i) {
             const int64_t impossible = random_integer(0, columns - 1);
             if (impossible != (*data.labels)[i]) data.logits->set(i, impossible, -kInfinity);
@@ -119,7 +119,7 @@ TEST(temperature) {
           expected[3] += 1;
           size[0] += std::fabs(std::log(p[(*data.labels)[i]])) + 1;
           size[1] += mean_size + std::fabs(mean - z_label) + 1;
-          // The kernel's moments are about the largest logit, up to about 20 from the mean.
+          // The kernel takes moments about the largest logit, which is up to about 20 from the mean.
           size[2] += 20 * 20 + square;
         }
         for (int k = 0; k < 4; ++k) {
@@ -131,8 +131,8 @@ TEST(temperature) {
   }
 }
 
-// Rows that are sure of their label, which comes after the first elements: NLL and slope are near 0, with no rounding
-// error of the logits' size, which all rows would have with one sign.
+// Rows that are confident in their label, which comes after the first elements. NLL and slope are near 0, without a
+// rounding error of the logits' size, which would have the same sign in all rows.
 TEST(temperature_of_confident_rows) {
   for (int isa = 0; isa < cpu::row_kernels_count(); ++isa) {
     cpu::use_row_kernels(cpu::row_kernels_at(isa).name);

@@ -1,4 +1,4 @@
-// Threads: the same bits whatever their number, and calls that do not disturb each other.
+// Threads: any number of them gives the same bits, and calls do not disturb each other.
 #include <string>
 #include <thread>
 
@@ -11,7 +11,7 @@
 namespace cotuning::test {
 namespace {
 
-// Everything that a call gives, as bytes.
+// All outputs of a call, as bytes.
 using Bytes = std::vector<char>;
 
 void append(Bytes* bytes, const void* data, size_t size) {
@@ -26,7 +26,7 @@ void append(Bytes* bytes, const Grid& grid) {
   append(bytes, part.data(), part.size());
 }
 
-// Large enough to be split: a few times kGrainElements.
+// A few times kGrainElements: large enough to be split.
 struct Work {
   LossCase loss;
   Grid sums;
@@ -84,7 +84,7 @@ TEST(same_bits_in_any_threads) {
   }
 }
 
-// Calls from several threads at once, each with threads of its own, while another one changes the instruction set.
+// Several threads call at once, each with its own worker threads, while another changes the instruction set.
 TEST(calls_at_once) {
   std::vector<std::unique_ptr<Work>> work;
   std::vector<Bytes> alone;

@@ -1,4 +1,4 @@
-// A ParallelFor on std::thread, whose number of threads each calling thread chooses for itself.
+// A ParallelFor on std::thread. Each calling thread sets its own number of threads.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)
   for (std::thread& thread : threads) thread.join();
 }
 
-// For what is too small to be split, in the calling thread.
+// Runs in the calling thread, for problems too small to split.
 inline void serial_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
   if (begin < end) body(begin, planted("forgotten-row") ? end - 1 : end, context);
 }
