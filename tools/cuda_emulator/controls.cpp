@@ -1,4 +1,4 @@
-// What the Python tests set and read, through ctypes.
+// The functions that the Python tests call through ctypes.
 #include "../../csrc/kernels/cuda/device.h"
 #include "../../csrc/kernels/cuda/launch.h"
 
@@ -20,7 +20,7 @@ __attribute__((visibility("default"))) void cotuning_emulator_schedule(int order
   cotuning::emulator::settings().seed = seed;
 }
 
-// The rules that the launches after this one go by; `shared_bytes` is what the plans may use.
+// Sets the plan rules of later launches. Plans may use `shared_bytes` of shared memory.
 __attribute__((visibility("default"))) void cotuning_emulator_plan(int64_t shared_bytes, int64_t warp_vectors,
                                                                    int64_t max_blocks) {
   cotuning::cuda::PlanRules rules;
@@ -30,7 +30,8 @@ __attribute__((visibility("default"))) void cotuning_emulator_plan(int64_t share
   cotuning::cuda::device_at(0).rules = rules;
 }
 
-// Since the last call: bytes read by 16 and by less, bytes written by 16 and by less, launches.
+// Counts since the last call: bytes read by vectors of 16 and by less, bytes written by vectors of 16 and by less,
+// launches.
 __attribute__((visibility("default"))) void cotuning_emulator_take_counts(uint64_t* counts) {
   cotuning::emulator::Statistics& seen = cotuning::emulator::statistics();
   counts[0] = seen.vector_bytes_read;
@@ -41,7 +42,7 @@ __attribute__((visibility("default"))) void cotuning_emulator_take_counts(uint64
   seen = {};
 }
 
-// The contents of shared memory that has not been written, static and dynamic: two numbers.
+// Reads shared memory that has not been written: one static number and one dynamic number.
 __attribute__((visibility("default"))) void cotuning_emulator_read_unwritten(float* out) {
   cotuning::emulator::launch_kernel(read_unwritten, 1, 1, 16, out);
 }

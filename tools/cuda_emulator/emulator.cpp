@@ -27,8 +27,8 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 #define COTUNING_TSAN 0
 #endif
 
-// The emulator's own variables are shared by all CUDA threads and are not the kernel's: ThreadSanitizer must not look
-// at functions with this mark, nor at what they call while a Quiet is there.
+// All CUDA threads share the emulator's variables, which are not the kernel's. ThreadSanitizer must ignore functions
+// with this mark, and the functions they call while a Quiet exists.
 #define COTUNING_UNSEEN __attribute__((no_sanitize("thread")))
 
 namespace cotuning::emulator {
@@ -69,8 +69,8 @@ constexpr size_t kMaxSanitizedThreads = 7900;  // ThreadSanitizer's own limit is
 
 enum class Status : char { kReady, kAtBarrier, kAtWarp, kDone };
 
-// Waiting in two places in turn: who leaves one meeting late must not be ordered after what others did on the way to
-// the next.
+// Two tokens in turn: a thread that leaves one meeting late must not be ordered after what others did on the way to the
+// next.
 struct Meeting {
   char tokens[2] = {};
   unsigned generation = 0;
@@ -111,10 +111,10 @@ struct Block {
   Meeting meeting;
 };
 
-// What the emulator keeps of a kernel from launch to launch.
+// What the emulator remembers about a kernel between launches.
 struct KernelState {
   size_t static_bytes = 0;  // the most that a block has declared
-  bool asked = false;       // whether its limit was set, and to what
+  bool asked = false;       // whether allowed_dynamic was set
   size_t allowed_dynamic = 0;
 };
 
@@ -124,13 +124,13 @@ struct Launch {
   size_t dynamic_bytes = 0;
   const std::function<void()>* body = nullptr;
   std::string error;
-  bool cancelled = false;  // whoever waits is to unwind its stack
+  bool cancelled = false;  // waiting threads must unwind their stacks
   Context scheduler;
-  // What the host did before the launch comes before every thread, and what every thread did before the launch's end.
+  // Orders the host's work before the launch before every thread, and every thread's work before the launch's end.
   char begin = 0, end = 0;
 };
 
-// One launch at a time, of whatever host thread.
+// Only one launch runs at a time, whichever host thread made it.
 std::mutex one_launch;
 Launch* running = nullptr;
 Block* block = nullptr;
@@ -144,8 +144,9 @@ std::map<const void*, KernelState>& kernel_states() {
 }
 KernelState& state_of(const void* kernel) { return kernel_states()[kernel]; }
 
-// The driver's rule: 48 KB less the static memory, until the kernel's limit is set; then that limit, which with the
-// static memory may be all that the device grants a block. Empty where the launch is allowed.
+// The driver's rule for dynamic shared memory: 48 KB less the static memory until the kernel's limit is set, then that
+// limit. Limit and static memory together may be at most what the device grants a block. Returns why a launch is
+// refused, or an empty string.
 std::string refused_shared_memory(const KernelState& kernel, size_t dynamic_bytes) {
   const size_t device = settings().shared_memory;
   const std::string beside = " beside " + std::to_string(kernel.static_bytes) + " static ones";
@@ -175,7 +176,7 @@ COTUNING_UNSEEN void leave(bool last = false) { switch_to(&current->context, &ru
 // Ends a CUDA thread from within: its stack is unwound up to thread_main.
 struct Stopped {};
 
-// A thread that has found an error goes no further; the launch ends with it.
+// Ends a thread that has found an error, and with it the launch.
 [[noreturn]] void stop(const std::string& message) {
   report(message);
   throw Stopped();
@@ -195,7 +196,7 @@ COTUNING_UNSEEN void wait(Status status, const char* what, int line) {
   if (running->cancelled) throw Stopped();
 }
 
-// A warp operation: waits for all lanes of the mask. The last one to come does not wait.
+// A warp operation: waits for all lanes of the mask. The last lane to arrive does not wait.
 void meet_lanes(unsigned mask, const char* operation) {
   Thread* self = current;
   Warp& warp = *self->warp;
@@ -328,9 +329,9 @@ void set_up_block(Block* b, size_t index, size_t first_stack) {
     make_ready(thread);
     prepare(&thread.context, stack_at(first_stack + i), thread_main);
   }
-  // A last warp of fewer than 32 threads: a full mask waits for lanes that never come.
+  // If the last warp has fewer than 32 threads, a full mask waits for lanes that never come.
   if (count % kLanes != 0) b->warps.back().exited = ~0u << (count % kLanes);
-  // Exactly as large as was asked for, so that AddressSanitizer sees what lies beyond.
+  // Exactly the requested size, so that AddressSanitizer sees accesses beyond it.
   void* dynamic = nullptr;
   if (posix_memalign(&dynamic, 128, running->dynamic_bytes) != 0) throw std::bad_alloc();
   b->dynamic = static_cast<char*>(dynamic);
@@ -368,8 +369,8 @@ COTUNING_UNSEEN void run(const std::vector<size_t>& order) {
     }
     return;
   }
-  // All blocks are there before the first runs, each with its own stacks and shared memory: nothing but the kernel's
-  // own fences orders one after another.
+  // All blocks exist before the first runs, each with its own stacks and shared memory: only the kernel's own fences
+  // order one after another.
   if (order.size() * threads > kMaxSanitizedThreads) throw Error("launch: too many threads for ThreadSanitizer");
   std::vector<Block> blocks(order.size());
   for (size_t k = 0; k < order.size(); ++k) {
@@ -451,7 +452,7 @@ COTUNING_UNSEEN void warp_barrier(unsigned mask) {
 
 COTUNING_UNSEEN LaneValues exchange(unsigned mask, uint64_t value, const char* operation) {
   Quiet quiet;
-  // In turn: a lane may be one operation ahead of those that still read.
+  // Two buffers in turn: a lane may be one operation ahead of lanes that still read.
   uint64_t* values = current->warp->values[current->exchanges++ & 1];
   values[current->lane] = value;
   meet_lanes(mask, operation);
@@ -517,8 +518,8 @@ void allow_dynamic_shared(const void* kernel, size_t bytes) {
     state.asked = true;
     state.allowed_dynamic = bytes;
   }
-  // Leaves other host threads time to set another limit before the caller launches: on a GPU that is rare, here it is
-  // what happens.
+  // Gives other host threads time to set another limit before the caller launches. On a GPU that is rare; the tests
+  // need it often.
   std::this_thread::sleep_for(std::chrono::milliseconds(2));
 }
 

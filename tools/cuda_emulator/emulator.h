@@ -9,9 +9,10 @@
 // cooperative groups, clusters, asynchronous copies, dynamic parallelism.
 //
 // Every build checks: a barrier that only a part of a block reaches, or reaches at two places; a warp operation that a
-// lane of its mask misses; a deadlock; sizes of blocks and grids; and shared memory by the driver's rule (allowed_bytes
-// in emulator.cpp). Shared memory starts as NaN. Under ThreadSanitizer only what orders memory on a GPU orders it here:
-// barriers within a block, fences with atomics across blocks. docs/cuda.md says what the emulator cannot show.
+// lane of its mask misses; a deadlock; sizes of blocks and grids; and shared memory by the driver's rule
+// (refused_shared_memory in emulator.cpp). Shared memory starts as NaN. Under ThreadSanitizer only what orders memory
+// on a GPU orders it here: barriers within a block, fences with atomics across blocks. docs/cuda.md says what the
+// emulator cannot show.
 #pragma once
 
 #include <cmath>
@@ -33,34 +34,34 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The order in which warps and blocks run. The highest warp runs until it waits; `kRandom` draws the order of warps
-// again now and then, so that one warp may be whole phases ahead of another.
+// The order in which warps and blocks run. The first warp that is ready runs until it waits; `kRandom` shuffles the
+// warps now and then, so that one warp may be whole phases ahead of another.
 enum class Order : int { kForward = 0, kReverse = 1, kRandom = 2 };
 
 struct Settings {
   Order order = Order::kRandom;
   uint64_t seed = 1;
-  size_t shared_memory = 227 << 10;  // that a block may ask for
+  size_t shared_memory = 227 << 10;  // per block, at most
 };
 Settings& settings();
 
 struct Statistics {
   uint64_t launches = 0, blocks = 0, barriers = 0, warp_operations = 0, switches = 0;
-  // What kernels tell of their accesses to rows in global memory: by vectors of 16 bytes, and by less.
+  // Bytes of rows in global memory that kernels report as accessed: by vectors of 16 bytes, and by less.
   uint64_t vector_bytes_read = 0, other_bytes_read = 0, vector_bytes_written = 0, other_bytes_written = 0;
 };
 Statistics& statistics();
 void count_read(size_t bytes);
 void count_written(size_t bytes);
 
-// What a running kernel asks for.
+// Called by a running kernel.
 const Dim3& thread_index();
 const Dim3& block_index();
 const Dim3& block_size();
 const Dim3& grid_size();
 void block_barrier(const char* file, int line);
 void warp_barrier(unsigned mask);
-// Every lane of the mask gives a value; all see all of them.
+// Every lane of the mask gives a value and sees the values of all.
 struct LaneValues {
   const uint64_t* at;
 };
@@ -75,11 +76,11 @@ void fail_assertion(const char* condition, const char* file, int line);
 void fail(const char* message);
 
 void launch(const void* kernel, Dim3 grid, Dim3 block, size_t dynamic_bytes, const std::function<void()>& body);
-// Sets the attribute MaxDynamicSharedMemorySize of a kernel. The last call holds, whichever thread made it.
+// Sets the attribute MaxDynamicSharedMemorySize of a kernel. The last call counts, whichever thread made it.
 void allow_dynamic_shared(const void* kernel, size_t bytes);
-// As in a new process: no kernel's limit has been set.
+// Forgets the limits of all kernels, as in a new process.
 void forget_limits();
-// Static shared memory of a kernel, as far as its launches have shown it.
+// Static shared memory of a kernel, as observed in its launches.
 size_t static_shared_bytes(const void* kernel);
 
 template <class T>

@@ -28,21 +28,21 @@ void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 #define COTUNING_TSAN 1
 #endif
 
-// ThreadSanitizer keeps a call stack for each fiber: a function that is entered on one and left on another must not be
-// seen by it.
+// ThreadSanitizer keeps a call stack for each fiber. It must not see a function that is entered on one fiber and left
+// on another.
 #define COTUNING_UNSEEN __attribute__((no_sanitize("thread"), noinline))
 
 namespace cotuning::emulator {
 namespace {
 
 #ifdef COTUNING_ASAN
-// The stack of the context that adopted this thread, as told to the first fiber that it switched to.
+// The stack of the context that adopted this thread, as reported to the first fiber that it switched to.
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
 #endif
 
 #ifndef COTUNING_FIBERS_WITH_UCONTEXT
-// Saves the registers that a call keeps (System V), exchanges the stack pointer, restores the other side's.
+// Saves the callee-saved registers (System V), swaps the stack pointer, restores the other side's registers.
 extern "C" void cotuning_emulator_switch(void** from, void* to);
 asm(R"(
 .text
@@ -70,8 +70,9 @@ cotuning_emulator_switch:
 #endif
 
 #ifdef COTUNING_TSAN
-// A fiber of ThreadSanitizer's costs a hundred microseconds. One whose CUDA thread returned serves another in a later
-// launch: all that the first one did was before that launch anyway, and what the second one does gets later times.
+// Creating a fiber of ThreadSanitizer's takes a hundred microseconds, so a later launch reuses one whose CUDA thread
+// returned. That is safe: the first thread's work came before the later launch anyway, and the second thread's work
+// gets later times.
 std::vector<void*>& spare_fibers() {
   static thread_local std::vector<void*> fibers;
   return fibers;
@@ -97,7 +98,7 @@ char* stack_at(size_t index) {
 COTUNING_UNSEEN void prepare(Context* context, char* stack, void (*entry)()) {
   context->stack = stack;
 #ifdef COTUNING_ASAN
-  ASAN_UNPOISON_MEMORY_REGION(stack, kStackBytes);  // of frames that a cut-short launch left there
+  ASAN_UNPOISON_MEMORY_REGION(stack, kStackBytes);  // frames that an aborted launch left there
 #endif
 #ifdef COTUNING_FIBERS_WITH_UCONTEXT
   auto* ucontext = static_cast<ucontext_t*>(std::malloc(sizeof(ucontext_t)));
@@ -108,7 +109,7 @@ COTUNING_UNSEEN void prepare(Context* context, char* stack, void (*entry)()) {
   makecontext(ucontext, entry, 0);
   context->stack_pointer = ucontext;
 #else
-  // As if `entry` had been called and had switched away at once: six registers, then where to go.
+  // As if `entry` had been called and had switched away at once: six registers, then the return address.
   void** top = reinterpret_cast<void**>(stack + kStackBytes);
   *--top = nullptr;  // keeps the stack aligned as after a call
   *--top = reinterpret_cast<void*>(entry);

@@ -1,5 +1,5 @@
-// A fiber: a function with a stack of its own that runs until it switches away, and goes on there when switched to
-// again. One CUDA thread is one fiber. ThreadSanitizer and AddressSanitizer are told of every switch.
+// A fiber is a function with its own stack. It runs until it switches away, and resumes there when switched to again.
+// One CUDA thread is one fiber. ThreadSanitizer and AddressSanitizer are told of every switch.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace cotuning::emulator {
 
-// Both ends of a switch. The context of the thread that runs the scheduler needs no stack of its own.
+// One end of a switch. The scheduler's context uses the stack of the thread that runs it.
 struct Context {
   void* stack_pointer = nullptr;  // or a ucontext_t, in the portable build
   void* sanitizer_stack = nullptr;
@@ -22,19 +22,20 @@ struct Context {
 
 inline constexpr size_t kStackBytes = 64 << 10;
 
-// A stack with a page below it that faults: an overflow crashes instead of writing over another stack. Stacks are kept
-// for later launches. Not under ThreadSanitizer, for which one stack in two CUDA threads would be a race.
+// The stack with this index. The page below it faults, so an overflow crashes instead of writing over another stack.
+// Stacks are kept for later launches. Under ThreadSanitizer no two CUDA threads of a launch use one stack, which would
+// be a race.
 char* stack_at(size_t index);
 
-// `context` starts with `entry` on `stack` when it is first switched to. `entry` may not return.
+// `context` starts with `entry` on `stack` when it is first switched to. `entry` must not return.
 void prepare(Context* context, char* stack, void (*entry)());
 // Makes the calling thread a context.
 void adopt(Context* context);
 void release(Context* context);
 
-// `last`: the context that is left is never switched to again.
+// `last`: `from` is never switched to again.
 void switch_to(Context* from, Context* to, bool last);
-// What a fiber calls first.
+// A fiber must call this first.
 void started();
 
 }  // namespace cotuning::emulator

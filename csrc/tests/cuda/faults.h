@@ -1,5 +1,5 @@
-// A textbook kernel in the vocabulary of csrc/kernels/cuda, and the faults that it can be given: what each layer of
-// checks is shown to find. Without a fault every layer is silent.
+// A textbook kernel in the vocabulary of csrc/kernels/cuda, and faults to plant in it. They show what each layer of
+// checks finds. Without a fault every layer is silent.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,8 +15,8 @@ namespace cotuning::test {
 struct Textbook {
   const float* rows;
   int count, columns;
-  float* sums;         // one a row
-  float* parts;        // one a block
+  float* sums;         // one per row
+  float* parts;        // one per block
   unsigned* finished;  // 0 before and after
   unsigned* tickets;
   float* total;
@@ -49,7 +49,7 @@ struct alignas(16) FourFloats {
   float at[4];
 };
 
-// sums[r] = sum of a row, by way of shared memory; total = sum over blocks, by the last one to finish.
+// sums[r] = sum of row r, through shared memory; total = sum over blocks, by the last block to finish.
 inline void textbook_kernel(Textbook p, Faults fault) {
   COTUNING_DYNAMIC_SHARED(dynamic);
   COTUNING_SHARED(float, of_warps, 32);

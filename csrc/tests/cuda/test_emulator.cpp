@@ -46,7 +46,7 @@ void shuffles(int* out) {
   out[4 * thread] = __shfl_xor_sync(kAll, thread, 5);
   out[4 * thread + 1] = static_cast<int>(__shfl_sync(kAll, 2.5 * thread, 7));
   out[4 * thread + 2] = static_cast<int>(__ballot_sync(kAll, thread % 3 == 0));
-  // A part of the warp alone.
+  // Only a part of the warp.
   out[4 * thread + 3] = lane < 8 ? static_cast<int>(__ballot_sync(0xffu, lane % 2)) : 0;
 }
 
@@ -147,7 +147,7 @@ TEST(limits) {
   CHECK_ERROR("than the device has, 65536", [] { emulator::launch_kernel(other, 1, 32, 100 << 10, 0); });
   emulator::settings() = {};
   CHECK_ERROR("48 KB of static", [] { emulator::launch_kernel(much_static, 1, 1, 0); });
-  // The first launch finds out how much static memory there is, the next ones know it before they begin.
+  // The first launch learns how much static memory there is; later launches know it before they begin.
   for (int repetition = 0; repetition < 2; ++repetition) {
     CHECK_ERROR("beside 1024 static ones, but 48128 were allowed",
                 [] { emulator::launch_kernel(static_and_dynamic, 1, 1, 48128 + 1); });
@@ -157,7 +157,7 @@ TEST(limits) {
               [] { emulator::allow_dynamic_shared(reinterpret_cast<const void*>(&static_and_dynamic), 231425); });
   emulator::allow_dynamic_shared(reinterpret_cast<const void*>(&static_and_dynamic), 231424);
   CHECK_ERROR("nothing", [] { emulator::launch_kernel(static_and_dynamic, 1, 1, 231424); });
-  // A lower limit than that of the start holds as well, and the last call holds.
+  // A limit below the default applies as well, and the last call counts.
   emulator::allow_dynamic_shared(reinterpret_cast<const void*>(&static_and_dynamic), 1000);
   CHECK_ERROR("but 1000 were allowed", [] { emulator::launch_kernel(static_and_dynamic, 1, 1, 1001); });
   // A limit that was set before the first launch.
@@ -200,7 +200,7 @@ TEST(misuse_is_an_error) {
     const std::string error = error_of([] { emulator::launch_kernel(half_at_a_barrier, 1, 64, 0); });
     CHECK(error != "nothing", "half of a block at a barrier went unnoticed");
   });
-  // A launch after one that failed is as good as new.
+  // A failed launch does not affect the next one.
   int out[96];
   emulator::launch_kernel(rotate, 1, 96, sizeof out, out, 1);
   CHECK(out[0] == 33, "%d", out[0]);

@@ -1,4 +1,4 @@
-// The textbook kernel with the fault that was asked for (--plant), under every schedule.
+// The textbook kernel with the fault named by --plant, under every schedule.
 #include <cstdio>
 #include <memory>
 
@@ -17,7 +17,7 @@ struct Outcome {
 };
 
 Outcome run_textbook(const std::vector<float>& rows) {
-  // Exactly as large as it is, for AddressSanitizer.
+  // Exactly the size of the rows, so that AddressSanitizer sees accesses beyond it.
   std::unique_ptr<float[]> memory(new float[rows.size()]);
   std::memcpy(memory.get(), rows.data(), rows.size() * sizeof(float));
   Outcome outcome;
@@ -34,7 +34,7 @@ Outcome run_textbook(const std::vector<float>& rows) {
 
 TEST(textbook) {
   std::vector<float> rows;
-  // The sums of the first two blocks are large and cancel: what is added between them loses its last digits.
+  // The sums of the first two blocks are large and cancel: numbers added between them lose their last digits.
   for (int i = 0; i < kRows * kColumns; ++i) {
     const int row_block = i / kColumns % kBlocks;
     const float value = static_cast<float>(normal(1));

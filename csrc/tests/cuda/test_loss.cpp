@@ -1,5 +1,5 @@
 // The kernels of csrc/kernels/cuda in the emulator against long double: random problems, layouts, plans and schedules,
-// with every matrix at the end of its page. It is what the sanitizers look at.
+// with every matrix at the end of its page. The sanitizers run this file.
 #include <atomic>
 #include <cstdio>
 #include <string>
@@ -22,7 +22,7 @@ void draw_schedule() {
 
 cuda::PlanRules draw_rules() {
   cuda::PlanRules rules;
-  // Little has room for a part of a row, or of its target.
+  // A small size has room for only a part of a row, or of its target.
   rules.shared_bytes = one_in(3) ? 0 : one_in(2) ? random_integer(500, 6000) : 200 << 10;
   rules.warp_vectors = one_in(2) ? 0 : 128;
   rules.max_blocks = random_integer(1, 4);
@@ -65,7 +65,7 @@ struct Run {
     problem.factors = factors.data();
   }
 
-  // By the rules of the device, under the schedule of the last test.
+  // With the rules of the device, under the schedule of the last test.
   void launch_as_planned() { launch_planned(cuda::device_at(0).rules); }
 
   void launch(const cuda::PlanRules& rules) {
@@ -121,7 +121,7 @@ void check_term(const Run& run, int64_t offset, const ExpectedLoss::Head& head, 
         sum / divisor);
 }
 
-// What a head's gradient is multiplied by as it is stored; its factor has the rest.
+// The factor on a head's stored gradient. `factors` has the rest.
 long double stored_factor(const LossCase& c, const Grid& logits, bool of_source) {
   if (logits.type() == ScalarType::kFloat16) return 1;
   const bool mean = c.problem.reduction == Reduction::kMean && c.batch > 0;
@@ -130,13 +130,13 @@ long double stored_factor(const LossCase& c, const Grid& logits, bool of_source)
 }
 
 void check_gradient(const Grid& gradient, const ExpectedLoss::Head& head, long double stored, const std::string& text) {
-  // The factor itself is rounded, to the compute type.
+  // The factor itself is rounded to the compute type.
   const long double of_factor = gradient.type() == ScalarType::kFloat64 ? 0x1p-52L : 0x1p-23L;
   CHECK(gradient.gaps_untouched(), "%s: written between rows", text.c_str());
   for (int64_t i = 0; i < gradient.rows(); ++i) {
     for (int64_t j = 0; j < gradient.columns(); ++j) {
       const long double expected = stored * head.gradient[i][j], given = gradient.at(i, j);
-      // An exponential is off by as many ulps as its argument is large, up to about 100 in float.
+      // The error of an exponential, in ulps, is about as large as its argument: up to about 100 in float.
       const long double tolerance = 4 * std::fabs(stored) * head.gradient_tolerance[i][j] +
                                     of_factor * std::fabs(expected) + 0.51L * ulp(gradient.type(), expected);
       CHECK(close(given, expected, tolerance), "%s: gradient [%lld, %lld] is %.9Lg, expected %.9Lg", text.c_str(),
@@ -154,7 +154,7 @@ void check_factors(const Run& run, const ExpectedLoss& expected, const std::stri
   const auto check = [&](const char* head, double given, long double whole, const Grid& logits, bool of_source) {
     const long double stored = stored_factor(run.c, logits, of_source);
     CHECK(close(given * stored, whole, 1e-12L * std::fabs(whole)), "%s: %s %g", text.c_str(), head, given);
-    // Where every row counts as one, there is nothing left for the backward pass: not even a rounding.
+    // If every row counts as one, nothing is left for the backward pass, not even a rounding.
     const bool counts = close(stored, whole, 1e-14L * std::fabs(whole)) && logits.type() != ScalarType::kFloat16;
     if (counts) CHECK(static_cast<float>(given) == 1, "%s: %s %.17g, expected 1", text.c_str(), head, given);
   };
@@ -193,8 +193,8 @@ TEST(cuda_loss) {
   }
 }
 
-// A part of the target that has no room in shared memory and waits in registers: at most two vectors a thread. Rows
-// start anywhere in 16 bytes, R elsewhere than the logits, gradients here and there.
+// The part of the target that does not fit in shared memory stays in registers: at most two vectors per thread. Logits,
+// R and gradients start anywhere in 16 bytes, independently.
 TEST(cuda_target_in_registers) {
   const auto check = [](ScalarType type, int64_t vectors, int64_t rest, int threads) {
     const int64_t lanes = 16 / size_of(type), columns = lanes * vectors - random_integer(0, lanes - 1);
@@ -212,12 +212,12 @@ TEST(cuda_target_in_registers) {
   };
   for (ScalarType type : {ScalarType::kFloat32, ScalarType::kFloat64}) {
     for (int64_t rest : {0, 1, 31, 32, 33, 63, 64, 65, 96}) check(type, 96, rest, 32);
-    for (int64_t rest : {1, 20}) check(type, 19, rest, 32);  // some threads have no vector, or all of it there
+    for (int64_t rest : {1, 20}) check(type, 19, rest, 32);  // some threads have no vector, or only kept ones
     for (int64_t rest : {127, 128, 129, 255, 256, 257}) check(type, 300, rest, 128);
   }
 }
 
-// The only row of R ends with its page, wherever its vectors lie beside those of the logits: reading beyond it faults.
+// The only row of R ends with its page, at every alignment to the logits: reading beyond it faults.
 TEST(cuda_rows_end_with_their_page) {
   for (ScalarType type : kAllTypes) {
     for (ScalarType relationship : kAllTypes) {
@@ -248,7 +248,7 @@ TEST(cuda_loss_same_bits) {
   }
 }
 
-// As in a new process, where no kernel has been launched. The device has too few multiprocessors to give few rows a
+// Resets limits as in a new process, where no kernel has been launched. With 0 multiprocessors, few rows do not get a
 // block each.
 void forget_limits() {
   cuda::device_at(0).rules.multiprocessors = 0;
@@ -256,7 +256,8 @@ void forget_limits() {
   for (std::atomic<bool>& allowed : cuda::device_at(0).allowed) allowed = false;
 }
 
-// Whether the loss of a few rows can be launched, as planned for a device of 9.0, before any other.
+// Launches the loss of a few rows first in a process, as planned for a device of 9.0. Returns the error, or an empty
+// string.
 std::string refused(ScalarType type, int64_t source_classes, int64_t target_classes) {
   LossCase c(type, type, ScalarType::kFloat32, 2, source_classes, target_classes);
   Run run(c);
@@ -269,8 +270,8 @@ std::string refused(ScalarType type, int64_t source_classes, int64_t target_clas
   return "";
 }
 
-// Between 48 KB less the kernel's static memory, where the default limit ends, and 48 KB of dynamic memory lie shapes
-// of every day: 8142 classes are iNaturalist's.
+// Common shapes need between 48 KB less the kernel's static memory, the default limit, and 48 KB of dynamic memory:
+// iNaturalist has 8142 classes.
 TEST(cuda_shapes_around_48_kilobytes) {
   struct Shape {
     ScalarType type;
@@ -292,7 +293,7 @@ TEST(cuda_shapes_around_48_kilobytes) {
   }
 }
 
-// The limit belongs to the kernel, not to a launch: one thread must not take from another what it was promised.
+// The limit belongs to the kernel, not to a launch: one thread must not lower a limit that another relies on.
 TEST(cuda_launches_of_two_threads) {
   LossCase short_rows(ScalarType::kFloat32, ScalarType::kFloat32, ScalarType::kFloat32, 1, 7000, 3);
   LossCase long_rows(ScalarType::kFloat32, ScalarType::kFloat32, ScalarType::kFloat32, 1, 12000, 3);
@@ -341,7 +342,7 @@ TEST(cuda_scale) {
     for (int repetition = 0; repetition < 4; ++repetition) {
       const int64_t rows = random_integer(1, 5), columns = random_integer(1, 300);
       auto first = random_grid(type, rows, columns, 1), second = random_grid(ScalarType::kFloat32, rows, 3, 1);
-      // A zero stays one, whatever it is multiplied by: once for certain.
+      // A zero stays zero for any factor: tested at least once per type.
       if (repetition == 0 || one_in(2)) first->set(0, 0, 0);
       const bool infinite = repetition == 0 || one_in(4), by_row = one_in(2);
       const float factors[2] = {infinite ? INFINITY : 1.5f, -0.25f};

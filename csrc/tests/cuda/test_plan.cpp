@@ -64,7 +64,7 @@ TEST(plans_of_known_heads) {
   CHECK(staged(100000, ScalarType::kFloat32).staged_logits == 0, "more than there is room for");
 }
 
-// Few rows occupy more of a card with a block each; many rows, and short ones, have a warp each as ever.
+// With few rows, a block per row occupies more of a card. Many rows, and short rows, have a warp each.
 TEST(plans_of_few_rows) {
   PlanRules hopper;
   hopper.shared_bytes = (227 << 10) - kStaticSharedBytes;

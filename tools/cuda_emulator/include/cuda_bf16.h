@@ -7,7 +7,7 @@ struct __nv_bfloat16 {
   unsigned short bits;
 };
 
-// Rounds to the nearest, ties to even; every NaN becomes the one that the device makes.
+// Rounds to the nearest, ties to even; every NaN becomes the NaN that the device produces.
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   const unsigned bits = __float_as_uint(x);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;

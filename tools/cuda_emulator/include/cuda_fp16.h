@@ -19,7 +19,7 @@ inline float __half2float(__half x) {
   return __uint_as_float(sign | rest << 13) * 0x1p112f;
 }
 
-// Rounds to the nearest, ties to even; every NaN becomes the one that the device makes.
+// Rounds to the nearest, ties to even; every NaN becomes the NaN that the device produces.
 inline __half __float2half_rn(float x) {
   const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u;
   const float size = __uint_as_float(bits & 0x7fffffffu);

@@ -1,6 +1,6 @@
-// What the kernels of csrc/kernels/cuda and their host code find in place of CUDA's header of this name: the vocabulary
-// of a kernel, and the few runtime calls that the host code makes. CUDA's words lead to emulator.h, which says what is
-// checked and what is left out on purpose.
+// Replaces CUDA's header of this name for the kernels of csrc/kernels/cuda and their host code. Has the vocabulary of a
+// kernel, and the few runtime calls that the host code makes. They call emulator.h, which says what is checked and what
+// is left out on purpose.
 #pragma once
 
 #include <tuple>
@@ -23,7 +23,7 @@ using dim3 = ::cotuning::emulator::Dim3;
 #define gridDim (::cotuning::emulator::grid_size())
 #define __syncthreads() ::cotuning::emulator::block_barrier(__FILE__, __LINE__)
 
-// The macros that device.h defines unless they are here.
+// device.h defines these macros unless they are defined here.
 #define COTUNING_SHARED(type, name, count)   \
   static const char name##_declaration_ = 0; \
   type* const name =                         \
@@ -96,7 +96,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   return cudaSuccess;
 }
 
-// There is one device and one stream, on which every call is done when it returns. Nothing is captured.
+// There is one device and one stream. Every call has finished its work when it returns. Nothing is captured.
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
@@ -121,7 +121,7 @@ void launch_with(void (*kernel)(Parameters...), Dim3 grid, Dim3 block, void** ar
 
 }  // namespace cotuning::emulator
 
-// Throws the emulator's Error, which says what is wrong, where CUDA returns a number.
+// Throws the emulator's Error, which explains what is wrong, where CUDA returns an error code.
 template <class... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments,
                              size_t dynamic_bytes, cudaStream_t) {

@@ -25,7 +25,7 @@ std::function<void()> with_arguments(void (*kernel)(Parameters...), void** argum
   };
 }
 
-// Runs the kernel once with arguments that give it no rows, to see the static shared memory that it declares.
+// Runs the kernel once with arguments without rows, to learn how much static shared memory it declares.
 template <class... Parameters>
 void add(Kernels* kernels, void (*kernel)(Parameters...), const Parameters&... no_rows) {
   const auto* function = reinterpret_cast<const void*>(kernel);

@@ -1,5 +1,5 @@
-// What the runtime (runtime.cpp) knows of the kernels. Two headers cannot meet in one file, CUDA's and the emulator's,
-// which both say what dim3 is: this one has neither.
+// The kernels as runtime.cpp sees them. CUDA's and the emulator's headers both define dim3, so no file can include
+// both. This header includes neither.
 #pragma once
 
 #include <cstddef>
@@ -14,15 +14,15 @@ struct Size3 {
 // A kernel of csrc/kernels/cuda, compiled for the CPU.
 struct Kernel {
   const void* function;
-  size_t static_shared_bytes;  // which a driver takes off its limits for dynamic shared memory
-  // The kernel with its arguments, which are copied: what a thread of the launch runs.
+  size_t static_shared_bytes;  // a driver subtracts it from the limit of dynamic shared memory
+  // Copies the arguments. Returns the function that each thread of the launch runs.
   std::function<std::function<void()>(void** arguments)> bind;
 };
 
-// By the name that nvcc and g++ both give it, the mangled one; nullptr for any that is not ours.
+// Finds a kernel by its mangled name, which nvcc and g++ share; nullptr for a kernel that is not ours.
 const Kernel* find_kernel(const char* name);
 
-// Runs all blocks. Throws std::runtime_error in the emulator's words where a rule of CUDA is broken.
+// Runs all blocks. Throws std::runtime_error with the emulator's message if a rule of CUDA is broken.
 void run_kernel(const Kernel& kernel, Size3 grid, Size3 block, size_t dynamic_bytes, size_t allowed_bytes,
                 const std::function<void()>& thread);
 

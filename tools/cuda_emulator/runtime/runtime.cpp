@@ -1,26 +1,26 @@
 // A CUDA runtime without a GPU: two devices that a CUDA build of torch takes for real ones, on which our kernels run
-// through the emulator. Preloaded (LD_PRELOAD), the functions here come before those of the same names in
-// libcudart.so.13; other calls reach that library, and get its "no CUDA-capable device" or "driver too old".
+// through the emulator. When preloaded (LD_PRELOAD), the functions here come before those of the same names in
+// libcudart.so.13; other calls reach that library and return its "no CUDA-capable device" or "driver too old".
 //
-// It is there for what lies between torch and the kernels: the device and the stream of every launch, memory, captured
-// graphs, and that the host never waits. So it keeps what CUDA promises, and no more:
-//   - Nothing that is given to a stream happens until somebody waits for it: then the operations of that stream happen,
-//     in order, and of another only what an event says must come before. Work on the wrong stream is work on memory
-//     that is not ready yet, every time.
-//   - The memory of a device cannot be touched but by an operation on that device, when it runs. A host that reads or
-//     writes it, and a kernel on the other device, die by SIGSEGV. Fresh memory is NaN.
-//   - Memory of the host that is not page-locked is copied when the copy is asked for, and waited for when it is read.
-//   - What waits is refused in a capture, and ends it.
+// It tests what lies between torch and the kernels: the device and the stream of every launch, memory, captured graphs,
+// and that the host never waits. So it keeps CUDA's promises, and no more:
+//   - Nothing given to a stream happens until somebody waits for it. Then the operations of that stream run in order,
+//     and of other streams only those that an event says must come before. So work on the wrong stream always meets
+//     memory that is not ready yet.
+//   - Only an operation on a device can touch its memory, and only while it runs. A host that reads or writes it, or a
+//     kernel on the other device, dies by SIGSEGV. Fresh memory is NaN.
+//   - Host memory that is not page-locked is copied when the copy is requested. A copy into it waits.
+//   - A call that waits is refused during a capture, and ends the capture.
 //   - An error in a kernel stays with the device: every later call returns it. A bad launch is refused at once.
-//   - A kernel's limit of dynamic shared memory is 48 KB less its static memory, until it is set; it may be set to what
+//   - A kernel's limit of dynamic shared memory is 48 KB less its static memory until it is set. It may be set to what
 //     the device grants less the static memory. It belongs to the kernel and the device, whichever thread set it last,
-//     and other threads get time to set theirs. A captured graph is refused where its kernels' limits have become too
-//     low when it is launched.
-// The only kernels are those of csrc/kernels/cuda. torch's own are refused with their name; the tests put
-// operations of the CPU in their place, by cudaLaunchHostFunc (python_tests/support/simulated_gpu_operations.py).
+//     and other threads get time to set theirs. The launch of a captured graph is refused if the limits of its kernels
+//     have become too low.
+// The only kernels are those of csrc/kernels/cuda. torch's own are refused with their name; the tests replace them by
+// operations of the CPU, through cudaLaunchHostFunc (python_tests/support/simulated_gpu_operations.py).
 //
-// What it cannot show is what the emulator cannot (docs/cuda.md), and anything of the driver: times, contexts, several
-// processes on a device, page-locked memory's effect, peer access.
+// It cannot show what the emulator cannot (docs/cuda.md), nor anything of the driver: times, contexts, several
+// processes on a device, the effect of page-locked memory, peer access.
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
 
@@ -56,7 +56,7 @@ constexpr int kSharedOptIn = 227 << 10, kSharedDefault = 48 << 10;
 struct Operation {
   std::function<void()> run;
   std::set<int> devices;                // whose memory it may touch
-  std::function<bool()> still_allowed;  // of a launch: whether its kernel's limit is high enough now
+  std::function<bool()> still_allowed;  // for a launch: whether its kernel's limit is high enough now
 };
 
 struct Graph {
@@ -69,7 +69,7 @@ struct Stream {
   bool is_default = false, blocking = true;
   std::deque<Operation> waiting;
   uint64_t given = 0, done = 0;
-  // While it is captured; of a stream that joined through an event, the same.
+  // Set during a capture, also for a stream that joined through an event.
   Graph* graph = nullptr;
   bool began_capture = false;
   cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
@@ -110,7 +110,8 @@ struct Pushed {
   cudaStream_t stream;
 };
 
-// Everything that calls look up and change; held for short. What runs an operation holds `one_runs`, and not this.
+// `state` guards what calls look up and change, and is held only briefly. A thread that runs an operation holds
+// `one_runs`, and not `state`.
 std::recursive_mutex state;
 std::recursive_mutex one_runs;
 
@@ -217,7 +218,7 @@ Stream* default_stream(int device) {
   return of_device[device];
 }
 
-// nullptr where it is none of ours.
+// nullptr if the handle is not ours.
 Stream* stream_of(cudaStream_t handle) {
   if (handle == nullptr || handle == cudaStreamLegacy || handle == cudaStreamPerThread) {
     return default_stream(current_device);
@@ -233,7 +234,7 @@ void fail_device(int device, cudaError_t error, const char* words) {
   if (failed[device] == cudaSuccess) failed[device] = error;
 }
 
-// The devices whose memory can be touched now; of who runs operations.
+// The devices whose memory can be touched now. Only the thread that runs operations uses this set.
 std::set<int> opened;
 
 void open_memory(const std::set<int>& devices) {
@@ -256,7 +257,7 @@ void run_operation(Stream* stream, const Operation& operation) {
   in_operation = false;
 }
 
-// Runs a stream up to a position. An operation that waits for an event of another stream comes back here for that one.
+// Runs a stream up to a position. An operation that waits for an event calls this again for the event's stream.
 void run_until(Stream* stream, uint64_t position) {
   const Lock running(one_runs);
   while (stream->done < position) {
@@ -288,7 +289,7 @@ void put(Stream* stream, Operation operation) {
   ++stream->given;
 }
 
-// The default stream waits for all blocking ones of its device, and they for it.
+// The default stream waits for all blocking streams of its device, and they wait for it.
 void keep_legacy_order(Stream* stream) {
   if (!stream->blocking) return;
   for (Stream* other : streams) {
@@ -316,7 +317,7 @@ cudaError_t enqueue(cudaStream_t handle, std::function<void()> run, std::set<int
   return cudaSuccess;
 }
 
-// Whether a call that waits, or that allocates, is refused since something is being captured; it ends the capture.
+// Whether a capture forbids a call that waits or allocates. If so, the call ends the capture.
 bool capture_forbids(Stream* stream = nullptr) {
   const Lock lock(state);
   for (Stream* other : streams) {
@@ -373,7 +374,7 @@ cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, si
   const Function& function = found->second;
   const Kernel* kernel = function.kernel;
   if (kernel == nullptr) {
-    // torch.cuda._sleep: time that passes is no operation here.
+    // torch.cuda._sleep: nothing to do, since time is not simulated.
     if (std::strstr(function.name, "spin_kernel") != nullptr) return enqueue(handle, [] {}, {});
     std::fprintf(stderr, "simulated device %d: no such kernel here: %s\n", current_device, function.name);
     return give(cudaErrorNotSupported);
@@ -444,9 +445,9 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   return launch(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared, stream);
 }
 
-// ------------------------------------------------------------------------------- the driver's, what torch asks of it
+// ---------------------------------------------------------------------------------------- what torch asks the driver
 
-// Whether a device has been used: torch asks before it would use one without need.
+// Whether a device has been used. torch asks this to avoid using a device needlessly.
 int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) {
   *flags = 0;
   *active = 1;
@@ -455,15 +456,15 @@ int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) {
 
 // --------------------------------------------------------------------------------------------------- for the tests
 
-// Launches of our kernels, and how often the host waited, since the last call.
+// Since the last call: launches of our kernels, and how often the host waited.
 void simulated_runtime_take_counts(uint64_t* counts) {
   const Lock lock(state);
   counts[0] = std::exchange(launches, 0);
   counts[1] = std::exchange(waits, 0);
 }
 
-// Calls of the kinds that a launch of ours may be made of, since the last call: launches, clearing memory, and
-// questions about the device, the stream, a kernel or a variable. torch makes some of them too.
+// Since the last call: calls of the kinds that a launch of ours may need, which are launches and calls about the
+// device, the stream, an error, a kernel or a variable. torch makes some of them too.
 uint64_t simulated_runtime_take_calls() {
   const Lock lock(state);
   return std::exchange(calls, 0);
@@ -485,7 +486,7 @@ cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arg
 }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
-  // As no GPU would let it, the function may touch the memory of the stream's device: it stands for a kernel of torch.
+  // Unlike on a GPU, the function may touch the memory of the stream's device: it stands for a kernel of torch.
   return enqueue(stream, [=] { function(data); }, {});
 }
 
@@ -603,7 +604,7 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
   return *memory == nullptr ? give(cudaErrorMemoryAllocation) : cudaSuccess;
 }
 
-// Waits for the device, as CUDA's does: work in flight may still use the memory.
+// Waits for the device, as CUDA does: work in flight may still use the memory.
 cudaError_t cudaFree(void* memory) {
   if (memory == nullptr) return cudaSuccess;
   const cudaError_t error = cudaDeviceSynchronize();
@@ -686,7 +687,7 @@ cudaError_t cudaDeviceSynchronize() {
   ++waits;
   const Lock running(one_runs);
   for (;;) {
-    // An operation of any stream that has one: there is no order between streams but that of events.
+    // Run one operation of a random stream: only events order streams.
     std::vector<Stream*> ready;
     {
       const Lock lock(state);
@@ -700,7 +701,7 @@ cudaError_t cudaDeviceSynchronize() {
   }
 }
 
-// Time passes for who asks again and again: an operation a question.
+// Each query runs one operation, so that polling makes progress.
 static cudaError_t query(Stream* stream, uint64_t position) {
   if (stream->done >= position) return give(failed[stream->device]);
   if (!in_operation) run_until(stream, stream->done + 1);
