@@ -1,4 +1,4 @@
-"""Every Python block of the README and of docs/ runs, and computes what its page says.
+"""Every Python block of the README and of docs/ runs and gives the results that its page states.
 
 The blocks of a page run in order and share a namespace, in an empty folder. A page's hidden setup makes the small
 models and data that its blocks use; its check looks at the results. A page whose blocks need neither has no entry, and
@@ -35,7 +35,7 @@ PAGES = [
     ),
     *sorted((PROJECT / "docs").rglob("*.md")),
 ]
-# The authors' factor of all logits, and their values of C in their order.
+# The authors' factor for all logits, and their values of C, in their order.
 SCALE = 0.8840456604957581
 INVERSE_PENALTIES = [1e4, 3e3, 1e3, 300, 100, 30, 10, 3, 1, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4]
 PARENTS = ("docs", "examples", "benchmarks", "csrc", "cotuning_kernels", "python_tests", "tools", "build_support")
@@ -45,7 +45,7 @@ SOURCE, TARGET = 6, 3
 
 @dataclass
 class Run:
-    """A page's blocks, run one after the other; ``after[heading]`` has the namespace after each block below it."""
+    """Runs a page's blocks in order; ``after[heading]`` has the namespace after each block below the heading."""
 
     namespace: dict[str, Any]
     after: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytes
     run = Run({"__name__": page.stem, **setup(monkeypatch)})
     try:
         for heading, line, code in blocks_of(page.read_text()):
-            # As many empty lines before it as there are on the page: a traceback then shows the page's own lines.
+            # Pad with empty lines, so that a traceback shows the page's line numbers.
             exec(compile("\n" * (line - 1) + code, page, "exec"), run.namespace)
             run.after.setdefault(heading, []).append(dict(run.namespace))
         check(run)
@@ -120,7 +120,7 @@ def test_the_links_of_a_page_lead_to_files(page: Path) -> None:
 def test_the_paths_and_commands_of_a_page_exist(page: Path) -> None:
     text = re.sub(r"^```python.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     paths = re.findall(rf"(?<![\w/.]){FOLDERS}/[\w./*-]*[\w/*]", text)
-    # A bare name, such as `loss.cpp` beside the path of its folder.
+    # Bare names, such as `loss.cpp` beside the path of its folder.
     names = set(re.findall(r"`([\w*]+\.(?:py|h|cpp|cu|cuh|toml|json))`", text))
     names = {name for name in names if not any(path for folder in PARENTS for path in (PROJECT / folder).rglob(name))}
     modules = [f"{name.replace('.', '/')}*" for name in re.findall(rf"python -m ({FOLDERS}[\w.]*\w)", text)]
@@ -137,10 +137,10 @@ def test_the_paths_and_commands_of_a_page_exist(page: Path) -> None:
 def test_the_reference_has_every_public_name() -> None:
     page = (PROJECT / "docs/api/cotuning_kernels.rst").read_text()
     described = set(re.findall(r"auto(?:class|function):: (\w+)", page))
-    assert described == set(ck.__all__) - {"functional"}  # a page of its own
+    assert described == set(ck.__all__) - {"functional"}  # has its own page
 
 
-# ---- what a page's blocks find, and what they must have computed -----------------------------------------------------
+# ---- setup and check of each page ------------------------------------------------------------------------------------
 
 
 def classifier() -> nn.Module:
@@ -190,7 +190,7 @@ def check_guide(run: Run) -> None:
     assert run.value("Before training", 0, "scores").uniform_entropy == pytest.approx(np.log(SOURCE))
     values = run.after["The loss"][0]
     torch.testing.assert_close(values["loss"].detach(), values["target_term"] + 2.3 * values["source_term"])
-    assert run.namespace["criterion"].trade_off == pytest.approx(2.3 * 2 / 100)  # of the third and last step
+    assert run.namespace["criterion"].trade_off == pytest.approx(2.3 * 2 / 100)  # the value at the third and last step
     values = run.namespace
     R = values["relationship"].matrix
     expected = F.cross_entropy(values["target_logits"], values["labels"])
@@ -224,11 +224,11 @@ def check_examples(run: Run) -> None:
     assert run.namespace["relationship"].matrix.tolist() == [[0, 0], [0.25, 0.75], [0.25, 0.75]]
 
 
-# ---- the page on migrating: stand-ins for what users come from, in NumPy and plain torch ----------------------------
+# ---- the page on migrating: stand-ins for the other libraries, in NumPy and plain torch -----------------------------
 
 
 class TllibRelationship:
-    """What ``tllib.regularization.co_tuning.Relationship`` computes, and its interface."""
+    """Same interface and results as ``tllib.regularization.co_tuning.Relationship``."""
 
     def __init__(self, loader: Any, classifier: nn.Module, device: str, cache: str | None = None) -> None:
         if cache is not None and os.path.exists(cache):
@@ -260,7 +260,7 @@ def class_means(probabilities: Any, labels: Any) -> Any:
 
 
 def newton_scale(logits: Any, labels: Any) -> float:
-    """The factor of the logits with the least negative log likelihood: what ``calibrate`` searches for."""
+    """The factor of the logits with the least negative log likelihood, which ``calibrate`` searches for."""
     scale = 1.0
     for _ in range(100):
         p = softmax(scale * logits)
@@ -308,7 +308,7 @@ def authors_direct(train_logits: Any, train_labels: Any, validation_logits: Any,
 
 
 def authors_reverse(train_logits: Any, train_labels: Any, validation_logits: Any, validation_labels: Any) -> Any:
-    """The authors' computation where every regression has converged: the page says that scikit-learn's had not."""
+    """The authors' computation with converged regressions: the page says that scikit-learn's had not converged."""
     train, validation = softmax(train_logits * SCALE), softmax(validation_logits * SCALE)
     fits = [newton_regression(train, train_labels, C) for C in INVERSE_PENALTIES]
     accuracies = [((validation @ W.T).argmax(axis=1) == validation_labels).mean() for W in fits]

@@ -39,7 +39,7 @@ def run(folder: Path, processes: int) -> list[Result]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Result]]:
-    """What each process found, by the number of processes."""
+    """The results of each process, by the number of processes."""
     folder = tmp_path_factory.mktemp("distributed")
     relationship = torch.rand(worker.N_T, worker.N_S, generator=torch.Generator().manual_seed(4))
     relationship /= relationship.sum(dim=1, keepdim=True)
@@ -55,13 +55,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Result]]
 def test_the_same_relationship(results: dict[int, list[Result]], processes: int, method: str) -> None:
     expected = results[1][0][method]
     for found in (result[method] for result in results[processes]):
-        # The order of float32 additions is another one. In the reverse method L-BFGS then ends elsewhere within its
-        # tolerance.
+        # float32 additions come in another order. In the reverse method L-BFGS then ends at another point within
+        # its tolerance.
         tolerance = 1e-6 if method == "direct" else 1e-3
         torch.testing.assert_close(found["matrix"], expected["matrix"], rtol=0, atol=tolerance)
         assert torch.equal(found["counts"], expected["counts"])
         assert found["metadata"]["source_model"] == "Sequential"
-        assert torch.equal(found["matrix"], results[processes][0][method]["matrix"])  # the same bits everywhere
+        assert torch.equal(found["matrix"], results[processes][0][method]["matrix"])  # the same bits in every process
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -75,7 +75,7 @@ def test_the_same_losses_and_weights(results: dict[int, list[Result]], processes
 
 
 def test_one_process_is_the_plain_criterion(results: dict[int, list[Result]]) -> None:
-    """The losses that all are compared with are those of F.cross_entropy on whole batches."""
+    """The expected losses equal those of F.cross_entropy on whole batches."""
     relationship = torch.rand(worker.N_T, worker.N_S, generator=torch.Generator().manual_seed(4))
     relationship /= relationship.sum(dim=1, keepdim=True)
     relationship[2] = 0
@@ -91,7 +91,7 @@ def test_one_process_is_the_plain_criterion(results: dict[int, list[Result]]) ->
 
 
 def test_means_of_the_processes_own_rows_would_differ(results: dict[int, list[Result]]) -> None:
-    """The tolerance above tells the global mean from DDP's average of local means."""
+    """The tolerance above separates the global mean from DDP's average of local means."""
     relationship = torch.rand(worker.N_T, worker.N_S, generator=torch.Generator().manual_seed(4))
     relationship /= relationship.sum(dim=1, keepdim=True)
     relationship[2] = 0
@@ -132,7 +132,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("method", ["direct", "reverse"])
 def test_a_share_is_not_taken_for_the_whole(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher without init_process_group."""
+    """The launcher set WORLD_SIZE, but init_process_group was not called."""
     batches = [worker.data(20, seed=1)[:]]
     options = {"validation_loader": batches} if method == "reverse" else {}
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -171,14 +171,14 @@ def test_counts_are_what_the_means_divide_by(form: str, weighted: bool, draw: to
     criterion = ck.FusedCoTuningLoss(relationship, weight=weight)
     *found, rows = sharded_loss._counts(target, criterion.relationship, criterion.weight, criterion.ignore_index)
     torch.testing.assert_close(torch.stack(found), terms("sum") / terms("mean"), rtol=1e-12, atol=0)
-    # Row 3 of the labels is ignored, and row 5 of the first ones of a pair.
+    # Row 3 of the labels is ignored, and row 5 of the first labels of a pair.
     expected = {"labels": 7.0, "int32 labels": 7.0, "probabilities": 9.0, "pair": 7.7}
     if form in expected:
         assert float(rows) == pytest.approx(expected[form])
 
 
 def _with_another_process_that_has_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes as this one sees them, whose sums the other one does not change."""
+    """Simulate a second process that adds nothing to the sums."""
     monkeypatch.setattr(ck_distributed, "rank_and_size", lambda group=None: (0, 2))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts, group=None: None)
 
@@ -202,7 +202,7 @@ def test_means_over_nothing_are_those_of_the_criterion(
     found = global_mean_loss(criterion, source, logits, target)
     ours = torch.autograd.grad(found.loss, (source, logits))
     for value, other in zip((*found, *ours), (*expected, *theirs), strict=True):
-        # Twice, since the average over the two processes is the criterion's.
+        # Twice, since DDP halves it by averaging over the two processes.
         torch.testing.assert_close(value.detach(), 2 * other.detach(), equal_nan=True)
 
 
@@ -216,7 +216,7 @@ def test_a_label_out_of_range_is_named_as_by_the_criterion(monkeypatch: pytest.M
 def test_small_class_weights_cost_half_precision_no_digits(
     backend: Backend, draw: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sum that is divided by the weights of all processes later must not be stored as small as they are."""
+    """A sum is later divided by the total weight; before, it must not be stored as small as the weights."""
     weight = (torch.rand(10, generator=draw) + 0.5) * 1e-6
     relationship = torch.rand(10, 20, generator=draw).softmax(1)
     source, logits = (torch.randn(64, n, generator=draw).half().requires_grad_() for n in (20, 10))

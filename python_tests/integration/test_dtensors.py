@@ -1,4 +1,4 @@
-"""The loss of DTensors over two processes, against one process that has all rows."""
+"""The loss of DTensors over two processes, against one process with all rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 import cotuning_kernels as ck
 from cotuning_kernels import functional
 
-B, N_S, N_T = 7, 11, 5  # rows that two processes do not share equally
+B, N_S, N_T = 7, 11, 5  # two processes cannot share 7 rows equally
 
 
 def problem(form: str) -> tuple[list[Tensor], Any, Tensor, Tensor]:
@@ -39,7 +39,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def check() -> None:
-    """What each process runs."""
+    """Run by each process."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     for form in ("labels", "pair", "probabilities"):
         for reduction in ("mean", "sum", "none"):

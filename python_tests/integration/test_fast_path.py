@@ -1,7 +1,7 @@
-"""The fast path: which calls it serves, that it gives the operations' bits, and what autograd may ask of its node.
+"""The fast path: which calls it serves, the same bits as the operations, and its autograd node.
 
-The conformance table runs through it (labels, by the ``cpp-`` rows) and past it (``cpp-operations``); here is what the
-table does not see.
+The conformance table covers labels on the fast path (rows ``cpp-``) and off it (``cpp-operations``). The tests here
+cover the rest.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def served_by_fast_path(given: Arguments) -> bool:
     return node is not None and not in_python and node.name() == NODE
 
 
-# --------------------------------------------------------------------------------------------- what it serves, or not
+# --------------------------------------------------------------------------------------------- which calls it serves
 
 ORDINARY: dict[str, Arguments] = {
     "defaults": {},
@@ -96,7 +96,7 @@ def test_ordinary_calls_are_served_with_the_bits_of_the_operations(
         theirs = (*gradients(given, upstream), *functional.co_tuning_loss(**given, return_terms=True))
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == other.dtype
-        # fp16 keeps its factors in float32 tensors there and as doubles here: powers of two, the same in both.
+        # fp16 factors are float32 tensors there and doubles here: powers of two, so equal.
         assert torch.equal(bits(one), bits(other))
     assert not terms.target_term.requires_grad
     assert not terms.source_term.requires_grad
@@ -132,7 +132,7 @@ def _identity(given: Arguments) -> Arguments:
     return given
 
 
-# Each is served by the operations, with the same numbers: what the fast path would get wrong, or has no code for.
+# Calls that the fast path would get wrong or has no code for. The operations serve them, with the same numbers.
 NOT_ORDINARY: dict[str, tuple[Callable[[Arguments], Arguments], Callable[[], AbstractContextManager[Any]]]] = {
     "a subclass": (_changed(source_logits=lambda x: x.as_subclass(Subclass)), nullcontext),
     "probabilities": (_changed(target=lambda y: torch.nn.functional.one_hot(y, 5).float()), nullcontext),
@@ -172,7 +172,7 @@ def test_transforms_are_declined(seed: int) -> None:
     def of_source(source_logits: Tensor) -> Tensor:
         return loss_of({**given, "source_logits": source_logits})
 
-    # The Python Function refuses functorch in words; the C++ node must not come first with wrong numbers.
+    # The Python Function rejects functorch; the C++ node must not run first and give wrong numbers.
     source_logits = given["source_logits"].detach()
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(of_source)(source_logits)
@@ -270,7 +270,7 @@ def test_a_hook_that_raises_is_heard(seed: int) -> None:
 
 @pytest.mark.parametrize("last", [True, False])
 def test_activation_checkpointing(last: bool, seed: int) -> None:
-    """A checkpoint's hook raises when it has seen all that it wants, in the middle of the loss where that is last."""
+    """A checkpoint's hook raises once it has all its tensors: in the middle of the loss, if the loss is last."""
     given = arguments(seed)
 
     def run(source_logits: Tensor, target_logits: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ def test_both_paths_save_the_same_tensors(options: Arguments, frozen: str | None
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_checkpoint_may_take_both_paths(first: bool, seed: int) -> None:
-    """Backward runs in another state than forward, so the fast path may serve one of the two and decline the other."""
+    """Backward may run in another state than forward, so the fast path may serve one and decline the other."""
     given = arguments(seed)
     expected = gradients(given)
     takes_it = iter((first, not first))
@@ -361,31 +361,31 @@ def test_profiler_and_anomaly_mode_name_it(seed: int) -> None:
 
 
 def _operations(work: Callable[[], object]) -> list[str]:
-    """The names of what went through torch's dispatcher or said that it would have, in order."""
+    """The names, in order, of operations that the dispatcher ran or that reported themselves to the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     return [event.name for event in profile.events() if event.name.partition("::")[0] in ("aten", "cotuning_kernels")]
 
 
-# Torch makes a gradient of 1 with three and fills it; detach, once a head: the saved gradient becomes .grad, uncopied.
+# Torch allocates a gradient of 1 and fills it (four operations). One detach per head: .grad is the saved gradient.
 BACKWARD = {"aten::ones_like": 1, "aten::empty_like": 1, "aten::empty_strided": 1, "aten::fill_": 1, "aten::detach": 2}
 
 
 def test_a_training_step_runs_one_operation_of_ours(seed: int) -> None:
-    """Counts, which hold on a busy machine: what backward() adds is torch's own gradient of 1 for the loss."""
+    """Counts are exact on a busy machine. backward() only adds torch's own gradient of 1 for the loss."""
     given = arguments(seed)
     assert _operations(lambda: loss_of(given)) == ["cotuning_kernels::co_tuning_loss"]
     assert Counter(_operations(loss_of(given).backward)) == BACKWARD
     loss = loss_of(given)
     scaled = _operations(lambda: loss.backward(torch.tensor(0.5)))
     assert not [name for name in scaled if name.startswith("cotuning_kernels")]
-    with backends.without_fast_path():  # the count would notice: here is one more for the half
+    with backends.without_fast_path():  # the count can fail: here it has one more, for the factor 0.5
         loss = loss_of(given)
         assert "cotuning_kernels::scale_gradients_" in _operations(lambda: loss.backward(torch.tensor(0.5)))
 
 
 def test_one_more_operation_is_noticed(seed: int) -> None:
-    """Also where it is one that a backward pass runs anyway."""
+    """Even if backward runs the same operation anyway."""
     given = arguments(seed)
     given["source_logits"].register_hook(lambda gradient: gradient.detach())
     assert Counter(_operations(loss_of(given).backward)) == {**BACKWARD, "aten::detach": 3}
@@ -405,12 +405,12 @@ def test_nothing_is_leaked(seed: int) -> None:
         functional.co_tuning_loss(**given, return_terms=True)
         with pytest.raises(IndexError):
             loss_of({**given, "target": given["target"] + 5})
-    assert tensors() <= before  # fewer where what an earlier test left is freed meanwhile
+    assert tensors() <= before  # fewer if tensors of an earlier test are freed meanwhile
     assert [sys.getrefcount(x) for x in given.values()] == references
 
 
 def test_the_interpreter_lock_is_free_while_the_kernel_runs() -> None:
-    """Another Python thread counts milliseconds during one long call; had the kernel kept the lock it could not."""
+    """Another Python thread counts milliseconds during one long call; with the lock held it could not."""
     given = arguments(0, batch=200_000)
     count, done = 0, threading.Event()
 
@@ -433,8 +433,8 @@ def test_the_interpreter_lock_is_free_while_the_kernel_runs() -> None:
 
 @pytest.mark.parametrize("path", [nullcontext, backends.without_fast_path], ids=["fast path", "operation"])
 def test_memory_that_is_not_there(path: Callable[[], AbstractContextManager[Any]]) -> None:
-    """The words are torch's own: programs that try a smaller batch look for them."""
-    rows = columns = 2**23  # a gradient of 2^49 bytes, more than a process has addresses
+    """The message is torch's own: programs that retry with a smaller batch look for it."""
+    rows = columns = 2**23  # a gradient of 2^49 bytes exceeds the address space
     source_logits = torch.zeros(1, columns, dtype=torch.float64).expand(rows, columns).requires_grad_()
     target = torch.zeros(1, dtype=torch.int64).expand(rows)
     relationship = torch.full((1, columns), 1 / columns, dtype=torch.float64)

@@ -38,7 +38,7 @@ _KINDS = ("labels", "ignoring", "pair", "pair, float share", "probabilities")
 
 @pytest.fixture
 def kernels() -> None:
-    """Skips, with the reason, where no backend registers the operations."""
+    """Skip, with the reason, if no backend registers the operations."""
     reason = backends.missing_reason("cpp")
     if reason is not None:
         pytest.skip(f"cpp: {reason}")
@@ -61,7 +61,7 @@ def _problem(kind: str, dtype: torch.dtype, seed: int, batch: int = 5, **options
 
 
 def _op_arguments(problem: Problem) -> tuple[Any, ...]:
-    """The arguments of ``co_tuning_loss`` the operation."""
+    """The arguments of the operation ``co_tuning_loss``."""
     operand = operand_target(problem.target, problem.relationship, compute_dtype(problem.source_logits))
     trade_off = torch.tensor(problem.trade_off, dtype=torch.float64)
     return (
@@ -71,7 +71,7 @@ def _op_arguments(problem: Problem) -> tuple[Any, ...]:
 
 
 @pytest.mark.usefixtures("kernels")
-# Dtypes, target forms and reductions each change the outputs on their own, so that pairs of them are enough.
+# Dtype, target form and reduction change the outputs independently, so pairs are enough.
 @pytest.mark.parametrize(
     ("kind", "reduction", "dtype"),
     [
@@ -84,7 +84,7 @@ def _op_arguments(problem: Problem) -> tuple[Any, ...]:
     ],
 )
 def test_opcheck_of_the_loss(kind: str, reduction: str, dtype: torch.dtype, seed: int) -> None:
-    """Schema (what is mutated, what aliases), shapes and dtypes without data, and tracing with symbolic shapes."""
+    """Schema (mutations, aliases), shapes and dtypes without data, and tracing with symbolic shapes."""
     arguments = _op_arguments(_problem(kind, dtype, seed, reduction=reduction, source_loss="kl"))
     alone = (arguments[0], None, *arguments[2:6], None, *arguments[7:])
     ops = torch.ops.cotuning_kernels
@@ -119,7 +119,7 @@ def test_opcheck_of_the_other_operations(draw: torch.Generator) -> None:
 
 @dataclass(frozen=True)
 class _Registration:
-    """How an operation is registered that adds up rows like ours: in place, and returning how many there were."""
+    """The registration of an operation like ours: adds rows in place and returns their number."""
 
     schema: str = "(Tensor(a!) sums, Tensor rows) -> Tensor"
     fake: Callable[[Tensor, Tensor], Tensor] | None = lambda sums, rows: rows.new_empty((), dtype=torch.int64)
@@ -178,7 +178,7 @@ def _run_step(step: Callable[..., Any], problem: Problem) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "backend",
-    # What is traced is the operation, whatever serves it: one row stands for all of cpp's.
+    # Tracing sees the operation, not its backend: one row stands for all rows of cpp.
     [backend for backend in BACKENDS if backend.argument != "cpp" or backend.name == "cpp-portable"],
     ids=lambda backend: backend.name,
     indirect=True,
@@ -201,7 +201,7 @@ def test_compile_fullgraph_gives_the_same_numbers(backend: Backend, kind: str, r
 
 @pytest.mark.usefixtures("kernels")
 def test_inductor_compiles_a_training_step(seed: int) -> None:
-    """The compiler people get: the loss between two linear heads and an update, against the same step without it."""
+    """The default compiler: two linear heads, the loss and its gradients, against the same step uncompiled."""
     problem = _problem("pair", torch.float32, seed)
     torch.manual_seed(seed)
     model = nn.ModuleList([nn.Linear(8, 37), nn.Linear(8, 6)])
@@ -224,7 +224,7 @@ def test_inductor_compiles_a_training_step(seed: int) -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_a_compiled_step_sees_a_new_trade_off_without_being_compiled_anew(seed: int) -> None:
-    """A warm-up changes it every step."""
+    """A warm-up changes the trade-off every step."""
     problem = _problem("labels", torch.float32, seed)
     criterion = ck.FusedCoTuningLoss(problem.relationship)
     step = _step(criterion)
@@ -237,7 +237,7 @@ def test_a_compiled_step_sees_a_new_trade_off_without_being_compiled_anew(seed: 
 
 
 def test_a_compiled_function_takes_any_trade_off(seed: int) -> None:
-    """A float that changes becomes a symbol, which has no ``math.isfinite``."""
+    """A changing float becomes a symbol, for which ``math.isfinite`` fails."""
     problem = _problem("labels", torch.float32, seed)
 
     def loss(trade_off: float) -> Tensor:
@@ -269,7 +269,7 @@ def test_one_compiled_step_serves_every_batch_size(kind: str, seed: int) -> None
 
 @pytest.mark.usefixtures("kernels")
 def test_compile_in_place(seed: int) -> None:
-    """The mutation of the logits is seen by functionalisation: same numbers, whether or not memory is saved."""
+    """Functionalisation sees that the logits are mutated: same numbers, whether or not memory is saved."""
     problem = _problem("labels", torch.float32, seed)
     criterion = ck.FusedCoTuningLoss(problem.relationship, inplace=True)
 
@@ -293,7 +293,7 @@ def test_a_wrong_argument_is_named_while_compiling(seed: int) -> None:
 
 
 class _Evaluation(nn.Module):
-    """A network's end as it is exported: heads and loss."""
+    """The exported end of a network: heads and loss."""
 
     def __init__(self, relationship: Tensor) -> None:
         super().__init__()
@@ -321,7 +321,7 @@ def test_export(backend: Backend, seed: int) -> None:
     loaded = torch.export.load(file).module()
     features, labels = torch.randn(13, 8), torch.arange(13) % 6
     assert torch.allclose(loaded(features, labels), module(features, labels), rtol=1e-6)
-    # It can be trained: the upstream gradient is not 1, and a second backward pass finds what the first one found.
+    # It can be trained: with an upstream gradient other than 1, and twice with the same result.
     loss, scale = loaded(features, labels), 1.0 + torch.rand(())
     for _ in range(2):
         loaded.zero_grad()
@@ -341,7 +341,7 @@ def test_export(backend: Backend, seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_the_operation_has_a_derivative_of_its_own(reduction: str, dtype: torch.dtype, seed: int) -> None:
-    """For whoever calls it without the Function: the Function's, bit by bit; an error where there is none."""
+    """A direct call has the Function's gradient, bit by bit; an error where no gradient was stored."""
     problem = _problem("pair", dtype, seed, reduction=reduction).map(lambda _, x: x.clone())
     heads = problem.source_logits.requires_grad_(), problem.target_logits.requires_grad_()
     call = torch.ops.cotuning_kernels.co_tuning_loss
@@ -355,7 +355,7 @@ def test_the_operation_has_a_derivative_of_its_own(reduction: str, dtype: torch.
     expected = gradients(
         functional.co_tuning_loss(*heads, problem.target, problem.relationship, **problem.options, backend="cpp")
     )
-    for _ in range(2):  # what is stored stays as it is
+    for _ in range(2):  # backward does not change the stored gradients
         for given, right in zip(gradients(loss, retain_graph=True), expected, strict=True):
             assert torch.equal(bits(given), bits(right))
     with pytest.raises(RuntimeError, match="create_graph"):
@@ -366,7 +366,7 @@ def test_the_operation_has_a_derivative_of_its_own(reduction: str, dtype: torch.
 
 
 def test_vmap_has_a_gradient(backend: Backend, seed: int) -> None:
-    """Every problem gets the results it has alone; other transforms raise (test_fast_path, test_gradcheck)."""
+    """Every problem gets the same results as alone; other transforms raise (test_fast_path, test_gradcheck)."""
     problems = [_problem("labels", torch.float32, seed + k) for k in range(3)]
     first = problems[0]
 
@@ -385,7 +385,7 @@ def test_vmap_has_a_gradient(backend: Backend, seed: int) -> None:
     for a, b in zip(together, alone, strict=True):
         assert a.grad is not None
         assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-8)
-    # One head for all of them, which requires a gradient as well.
+    # All problems share one head, which also requires a gradient.
     shared = stacked[1][0].clone().requires_grad_()
     torch.func.vmap(lambda source: loss_of(source, shared))(stacked[0]).sum().backward()
     assert shared.grad is not None
@@ -397,7 +397,7 @@ def test_vmap_has_a_gradient(backend: Backend, seed: int) -> None:
 
 
 def test_autocast_changes_nothing(backend: Backend, seed: int) -> None:
-    """The loss is computed in float32 under autocast as well, also where a matrix product translates probabilities."""
+    """The loss stays in float32 under autocast, even where a matrix product translates probabilities."""
     for kind in _KINDS:
         for dtype in (torch.float32, torch.bfloat16):
             problem = _problem(kind, dtype, seed)
@@ -452,7 +452,7 @@ def test_gradient_scaling_keeps_small_half_gradients(backend: Backend, seed: int
     for name in ("source gradient", "target gradient"):
         ours, expected = scaled.tensors()[name].double() / 65536, exact.tensors()[name] / 65536
         assert ours.isfinite().all()
-        # A gradient is stored before it is scaled, that of a row of the order of 1: below the smallest half it is lost.
+        # A row's gradient, of the order of 1, is stored before it is scaled: elements below the smallest half are lost.
         assert ((ours - expected).abs() <= 0.002 * expected.abs() + 2.3 * 6e-8 / 100).all()
         # Without the scale, elements this small would be rounded away.
         assert (ours[expected.abs() > 1e-6] != 0).all()
@@ -462,7 +462,7 @@ def test_gradient_scaling_keeps_small_half_gradients(backend: Backend, seed: int
 
 
 class _LossOfSample(torch.utils.data.Dataset[Tensor]):
-    """A dataset that scores its samples: the loss inside a DataLoader's worker."""
+    """Scores its samples, so the loss runs inside a DataLoader's worker."""
 
     def __init__(self, criterion: ck.FusedCoTuningLoss) -> None:
         self.criterion = criterion
@@ -478,7 +478,7 @@ class _LossOfSample(torch.utils.data.Dataset[Tensor]):
 
 @pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])
 def test_in_the_workers_of_a_data_loader(start: str, workers: int, seed: int) -> None:
-    """After the parent has used its own threads, which is what makes ``fork`` hang in many libraries."""
+    """The parent has used its threads before, which makes ``fork`` hang in many libraries."""
     torch.set_num_threads(2)
     losses(seed)
     problem = _problem("labels", torch.float32, seed)
@@ -491,7 +491,7 @@ def test_in_the_workers_of_a_data_loader(start: str, workers: int, seed: int) ->
 
 
 def _run_script(script: str, *arguments: str, timeout: int = 120) -> str:
-    """A program of its own, so that a hang or a crash there is a failure here. Returns what it printed."""
+    """Run a separate program, so that its hang or crash is a failure here. Returns its output."""
     path = os.pathsep.join(x for x in sys.path if x)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *arguments], capture_output=True, text=True, timeout=timeout,
@@ -502,7 +502,7 @@ def _run_script(script: str, *arguments: str, timeout: int = 120) -> str:
 
 
 def test_fork_after_threads_were_used(seed: int) -> None:
-    """The child computes the same bits on one thread and ends; the parent goes on."""
+    """The child computes the same bits on one thread and exits; the parent continues."""
     script = """
         import os, signal, sys
         import torch
@@ -523,7 +523,7 @@ def test_fork_after_threads_were_used(seed: int) -> None:
 
 
 def test_several_python_threads_at_once(backend: Backend, seed: int) -> None:
-    """Four threads, each with its own data, several rounds, forward and backward: the same bits as in turn."""
+    """Four threads, each with its own data, run forward and backward several times: the same bits as in sequence."""
     if backend.device_code:
         pytest.skip(f"{backend.name}: the interpreter has one state for the process")
     torch.set_num_threads(2)
@@ -609,7 +609,7 @@ _DDP = """
 
 
 def test_distributed_data_parallel_equals_one_process(seed: int, tmp_path: Path) -> None:
-    """Two processes with half the batch each train the same weights as one with all of it (gloo, on this machine)."""
+    """Two processes with half the batch each train the same weights as one with the whole batch (gloo)."""
     program = tmp_path / "ddp.py"
     main = """
     if __name__ == "__main__":
@@ -667,7 +667,7 @@ def test_a_resumed_warm_up_keeps_its_trade_off(seed: int) -> None:
     criterion.trade_off = 0.3
     for dtype in (torch.float64, torch.float16):
         state = copy.deepcopy(criterion).to(dtype).state_dict()
-        criterion.trade_off = 0.3  # what was written does not change any more
+        criterion.trade_off = 0.3  # the saved state does not change
         other = ck.FusedCoTuningLoss(problem.relationship, weight=problem.weight)
         compiled = torch.compile(other, backend="eager")
         _loss_of(compiled, problem)
@@ -676,7 +676,7 @@ def test_a_resumed_warm_up_keeps_its_trade_off(seed: int) -> None:
         if dtype == torch.float64:
             for each in (other, compiled):
                 torch.testing.assert_close(_loss_of(each, problem), _loss_of(criterion, problem))
-    # One of an earlier version has none, and leaves it alone.
+    # A state dict of an earlier version has no trade-off, and loading it keeps the current one.
     del state["_extra_state"]
     other.trade_off = 1.7
     other.load_state_dict(state)
@@ -694,7 +694,7 @@ def test_tracing_by_jit_is_refused_with_a_way_out(seed: int) -> None:
         return torch.jit.trace(lambda *x: criterion(*x, problem.target), logits, check_trace=False)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer
+        warnings.simplefilter("ignore")  # the tracer's warnings
         with pytest.raises(RuntimeError, match=r"torch.jit.trace cannot record .* torch.export or torch.compile"):
             trace("auto")
         torch.testing.assert_close(trace("reference")(*logits), _loss_of(criterion, problem))
@@ -722,7 +722,7 @@ def test_the_module_keeps_a_copy_of_what_it_was_given(seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_to_another_dtype(dtype: torch.dtype, seed: int) -> None:
-    """The relationship follows; the trade-off keeps its value to the last bit, and may still be changed."""
+    """The relationship is converted; the trade-off keeps its exact value and may still be changed."""
     criterion, problem = _criterion(seed, trade_off=2.3)
     moved = copy.deepcopy(criterion).to(dtype)
     assert moved.relationship.dtype == dtype
@@ -739,7 +739,7 @@ def test_to_another_dtype(dtype: torch.dtype, seed: int) -> None:
 
 
 def test_to_the_meta_device_and_back_to_empty(seed: int) -> None:
-    """What large-model tools do to modules: no data on meta, then memory of its own."""
+    """Large-model tools build a module on meta, without data, and allocate its memory later."""
     criterion, problem = _criterion(seed)
     state = criterion.state_dict()
     moved = copy.deepcopy(criterion).to("meta").to_empty(device="cpu")
@@ -748,7 +748,7 @@ def test_to_the_meta_device_and_back_to_empty(seed: int) -> None:
 
 
 def test_the_trade_off_may_change_between_forward_and_backward(backend: Backend, seed: int) -> None:
-    """Gradient accumulation across a warm-up step: each loss keeps the value it was computed with."""
+    """Gradient accumulation across a warm-up step: each loss keeps its trade-off."""
     problem = _problem("labels", torch.float64, seed)
     criterion = ck.FusedCoTuningLoss(problem.relationship, trade_off=2.0, backend=backend.argument)
     source, target = problem.source_logits.requires_grad_(), problem.target_logits.requires_grad_()
@@ -760,7 +760,7 @@ def test_the_trade_off_may_change_between_forward_and_backward(backend: Backend,
 
 
 def test_activation_checkpointing(backend: Backend, seed: int) -> None:
-    """The forward pass is run twice, the second time inside the backward pass."""
+    """Forward runs twice, the second time inside backward."""
     problem = _problem("pair", torch.float64, seed)
     source, target = problem.source_logits.requires_grad_(), problem.target_logits.requires_grad_()
 
@@ -799,7 +799,7 @@ def test_a_relationship_object_stands_for_its_matrix(backend: Backend, seed: int
 
 
 def test_tensors_made_in_inference_mode(backend: Backend, seed: int) -> None:
-    """Relationship, labels and shares often come from an evaluation loop; training with them must work."""
+    """Relationship, labels and mixing shares often come from an evaluation loop; training with them must work."""
     problem = _problem("pair", torch.float32, seed)
     expected = backend.run(problem, "both heads", backend.argument)
     logits = ("source_logits", "target_logits", "upstream")
@@ -837,7 +837,7 @@ def _huge_pages_wanted(tensor: Tensor) -> bool:
 )
 @pytest.mark.skipif("MALLOC_MMAP_MAX_" in os.environ, reason="MALLOC_MMAP_MAX_ keeps memory from being new")
 def test_new_memory_of_large_results_gets_huge_pages(draw: torch.Generator) -> None:
-    """From 32 MB on glibc's memory is new in every step; in small pages its faults cost several times the loss."""
+    """From 32 MB on glibc maps new memory in every step; in small pages its faults cost several times the loss."""
     batch, classes = 8500, 1000
     logits = [torch.randn(batch, classes, generator=draw).requires_grad_() for _ in range(2)]
     labels = torch.randint(classes, (batch,), generator=draw)

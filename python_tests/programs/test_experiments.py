@@ -1,4 +1,4 @@
-"""The experiments: what is planned, resumed, shared between methods, kept apart, and computed from the results."""
+"""The experiments: the plan, resuming, what methods share or do not, and the tables of the results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def experiments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """On a tiny network and random images, with results in a folder of the test's own."""
+    """The experiments with a tiny network, random images, and results in a temporary folder."""
     module = importlib.import_module("experiments")
     demo_data = importlib.import_module("demo_data")
     generator = torch.Generator().manual_seed(1)
@@ -86,7 +86,7 @@ def test_a_grid_is_a_product_without_repetition(experiments: ModuleType, tmp_pat
     path = tmp_path / "plan.toml"
     path.write_text(PLAN)
     plan = experiments.read_plan(path)
-    # Per seed one run of each method without source term, and 2 x 2 of both with one.
+    # Per seed, one run of each method without source term, and 2 x 2 runs of both methods with one.
     assert len(plan) == len(set(plan)) == 2 * (2 + 8)
     assert [setting.seed for setting in plan] == [0] * 10 + [1] * 10
     assert {s.trade_off for s in plan if s.method == "plain"} == {0.0}
@@ -144,7 +144,7 @@ def test_killed_runs_are_run_again_and_finished_ones_are_not(
     wanted = experiments.read_plan(plan)
     assert runs == wanted[2:5]
     assert list(experiments.read_results(file)) == wanted[:5]
-    # The same run gives the same line, but for its time.
+    # The same run gives the same line, except for its time.
     again, before = (json.loads(text.splitlines()[2]) for text in (file.read_text(), whole))
     assert {**again, "processor_seconds": 0} == {**before, "processor_seconds": 0}
 
@@ -197,7 +197,7 @@ def test_no_family_is_in_two_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     module = importlib.import_module("tux_paint")
     monkeypatch.setattr(module, "INSTALLED_AT", tmp_path / "not there")
     words = [a + b for a in ("ba", "ko", "li", "mu", "re") for b in ("bat", "dok", "fim", "gul")]
-    colour = {}  # a family's own
+    colour = {}  # by family
     for label, name in enumerate(module.CLASSES):
         folder = tmp_path / "tuxpaint-stamps" / module.CLASSES[name][0][-1]
         folder.mkdir(parents=True)
@@ -300,7 +300,7 @@ def test_a_setting_survives_its_line(experiments: ModuleType, tmp_path: Path) ->
 def test_cutting_off_half_a_line_is_whole_or_not_at_all(
     experiments: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full while the results are rewritten without the leftovers of a killed run."""
+    """The disk is full while a killed run's half line is removed from the results."""
     setting = experiments.Setting("made", "tiny", 2, 4, 0.1, "plain", 0.0, 0.0, 1.0, 5)
     file = tmp_path / "x.jsonl"
     experiments.append_result(file, setting, {"test_accuracy": 0.5})

@@ -1,4 +1,4 @@
-"""``make gpu`` on a machine without a GPU: its limits, its summary, and that the checks find a planted fault."""
+"""``make gpu`` without a GPU: its limits, its summary, and that its checks find a planted fault."""
 
 from __future__ import annotations
 

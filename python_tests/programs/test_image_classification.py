@@ -1,4 +1,4 @@
-"""The image runner on small pictures of this test's own: it learns, resumes to the same bits, says what is wrong."""
+"""The image runner on small generated pictures: it learns, resumes to the same bits, and explains errors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_all_methods_side_by_side(runner: ModuleType, data: Path, tmp_path: Path
     for row in rows:
         result = json.loads((tmp_path / f"{row['method']}.json").read_text())
         assert result["test_accuracy_ten_crops"] == float(row["test_accuracy_ten_crops"])
-        # Four classes that a colour tells apart; the probe has to do with random features.
+        # A colour separates the four classes; the probe has only random features.
         assert result["test_accuracy_ten_crops"] >= (0.4 if row["method"] == "linear-probe" else 0.7)
     found = {path.name: ck.Relationship.load(path) for path in tmp_path.glob("relationship-*")}
     assert {name: (r.method, r.temperature) for name, r in found.items()} == {
@@ -108,7 +108,7 @@ def test_methods_change_what_they_should(runner: ModuleType, data: Path, tmp_pat
 def test_rates_and_schedule_are_those_of_the_paper(
     runner: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SGD with Nesterov's momentum, the new head at ten times the rate, a tenth of it after two thirds."""
+    """SGD with Nesterov momentum, the new head at ten times the rate, all rates divided by ten after two thirds."""
     settings: dict[str, dict[str, dict[str, object]]] = {}
     rates: dict[str, list[dict[str, float]]] = {}
     optimizer_of = runner.optimizer_of
@@ -227,7 +227,7 @@ def test_two_processes_are_one(runner: ModuleType, data: Path, tmp_path: Path) -
             torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-6)
         result = json.loads((tmp_path / f"without_noise/{method}.json").read_text())
         assert result["processes"] == 2
-    # Two methods, even, are much further apart.
+    # Two methods differ by much more.
     assert (expected["4.weight"] - torch.load(one / "plain.weights.pt")["4.weight"]).abs().max() > 1e-4
     assert done.stdout.count("4 classes, 40 training images") == 4  # only the first process prints
     # Resumed in both processes, each with its own random numbers.
@@ -237,7 +237,7 @@ def test_two_processes_are_one(runner: ModuleType, data: Path, tmp_path: Path) -
 
 
 def test_processes_on_the_cpu_talk_over_the_cpu(runner: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where there is a GPU, of which torch would otherwise think."""
+    """Even with a GPU, for which torch would otherwise choose the backend."""
     asked: list[str | None] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(runner, "rank_and_size", lambda: (0, 2))
@@ -323,7 +323,7 @@ def test_a_missing_library_names_its_installation(
     error = importlib.import_module("command_line").UserError
     for name in [name for name in sys.modules if name.partition(".")[0] == library]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [mock.Mock(find_spec=lambda *_: None)])  # nothing more can be found
+    monkeypatch.setattr(sys, "meta_path", [mock.Mock(find_spec=lambda *_: None)])  # no other module can be found
     with pytest.raises(error, match=rf": pip install {library}\.$"):
         runner.make_classifier(f"{library}:resnet18", None)
 
@@ -335,7 +335,7 @@ def test_damaged_and_missing_images(
     assert "has no folders train and test" in capsys.readouterr().err
     for part in ("train", "test"):
         (tmp_path / part / "red").mkdir(parents=True)
-    for name in "ab":  # every fifth is held out where there is no folder val: the first of them
+    for name in "ab":  # without a folder val every fifth is held out: here the first
         (tmp_path / f"train/red/{name}.png").write_bytes(b"not an image")
     assert runner.main(arguments(tmp_path, tmp_path / "out2")) == 1
     assert f"{tmp_path / 'test'} has no image in its sub-folders" in capsys.readouterr().err
@@ -418,7 +418,8 @@ def test_damaged_files_are_named_with_the_mend(
 ) -> None:  # fmt: skip
     method = "plain" if name == "plain.json" else "co-tuning"
     run = arguments(data, tmp_path, "--iterations=2", "--checkpoint-every=1", "--methods", method)
-    # Where it stops: the statistics are removed when the relationship is there, the checkpoint with the method's end.
+    # Where to stop: before the relationship is saved, which removes the statistics; before the method ends, which
+    # removes the checkpoint.
     stopped = (ck.RelationshipEstimator, "compute") if name.startswith("statistics") else (runner, "accuracy")
     with monkeypatch.context() as patched, contextlib.suppress(StoppedError):
         if method == "co-tuning":
@@ -507,7 +508,7 @@ def test_models_of_timm_and_torchvision(
     made, found = runner.make_classifier(name, tmp_path / "weights.pt")
     assert found == normalisation
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), model.parameters(), strict=True))
-    if "vit" not in name:  # whose images must be 224 x 224: slow
+    if "vit" not in name:  # ViT needs 224 x 224 images: slow
         more = (f"--model={name}", f"--weights={tmp_path / 'weights.pt'}", "--size=72", "--crop=64", "--iterations=2")
         assert runner.main(arguments(data, tmp_path / "out", *more, "--methods", "co-tuning-uncalibrated")) == 0
         settings = json.loads((tmp_path / "out/settings.json").read_text())
@@ -535,7 +536,7 @@ def test_images_are_normalised_as_asked(
 def test_the_temperature_of_the_source(
     runner: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Against the library's on logits that are computed here, and with another number of classes."""
+    """Equals the library's on logits computed here; another number of classes is an error."""
     program = importlib.import_module("source_temperature")
     more = ["--model=support.image_runner:brightness", "--size=20", "--crop=16", "--workers=0", "--device=cpu"]
     assert program.main([str(data / "test"), *more, "--batch-size=5", "--images-per-class=4"]) == 0

@@ -1,6 +1,6 @@
-"""The named-entity example, offline: on a tiny BERT that this test trains itself, on the sentences below.
+"""The named-entity example, offline: a tiny BERT, trained here on the sentences below.
 
-The scores say that the program works; they say nothing about BERT, CoNLL-2003 or Co-Tuning.
+The scores show that the program works; they say nothing about BERT, CoNLL-2003 or Co-Tuning.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def tiny_bert(ner: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("tiny_bert_of_the_tests")
     words = {word for word in " ".join(TEMPLATES).split() if "<" not in word}
     names = set(itertools.chain(PEOPLE, FAMILIES, PLACES, FIRMS))
-    # Long names come in two pieces, as rare words do.
+    # Long names are two pieces, like rare words.
     pieces = {piece for name in names for piece in ([name] if len(name) < 7 else [name[:4], "##" + name[4:]])}
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words | pieces)]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
@@ -166,14 +166,14 @@ def test_it_finds_entities(
 
 
 def test_untrained_it_does_not(ner: ModuleType, tiny_bert: Path, corpus: Path, tmp_path: Path) -> None:
-    """The score above is not to be had for nothing."""
+    """Without training the score is low."""
     output = tmp_path / "result.json"
     assert ner.main(arguments(tiny_bert, corpus, "--lr=0", f"--output={output}")) == 0
     assert json.loads(output.read_text())["test_f1"] < 0.5
 
 
 def test_the_relationship_knows_the_kinds(ner: ModuleType, tiny_bert: Path, corpus: Path) -> None:
-    """The language model's mean prediction at places is places, and so on; "O" has no supervision."""
+    """The language model mostly predicts places at places, and so on; "O" has no supervision."""
     from transformers import AutoTokenizer, BertForMaskedLM
 
     import cotuning_kernels as ck
@@ -211,7 +211,7 @@ def test_labels_stand_at_the_first_piece_of_a_word(ner: ModuleType, tiny_bert: P
 
 @pytest.mark.parametrize("kernels", [True, False])
 def test_the_loss_is_the_unfused_one(kernels: bool, ner: ModuleType, tiny_bert: Path, draw: torch.Generator) -> None:
-    """With its gradients, against PyTorch's own operations on all tokens; also where no kernel was built."""
+    """Loss and gradients against PyTorch's own operations on all tokens, with and without kernels."""
     from transformers import BertForMaskedLM
 
     inputs: dict[str, Any] = {"input_ids": torch.randint(5, 50, (3, 7), generator=draw)}
@@ -241,7 +241,7 @@ def test_the_loss_is_the_unfused_one(kernels: bool, ner: ModuleType, tiny_bert: 
 def test_everything_goes_to_the_device(
     ner: ModuleType, tiny_bert: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The CPU under a second name, as there is no other device: what is sent there, and what is not."""
+    """The CPU under a second name serves as the device: what is sent there, and what is not."""
     modules: list[str] = []
     tensors: list[torch.Tensor] = []
     module_to, tensor_to = nn.Module.to, torch.Tensor.to
@@ -251,7 +251,7 @@ def test_everything_goes_to_the_device(
         return module_to(self, *args, **kwargs)
 
     def sent(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # The model's weights, by which the testing goes, call the device by its first name.
+        # Evaluation takes the device from the model's weights, which report it as "cpu".
         arrived = tensor_to(self, *args, **kwargs)
         tensors.extend([arrived] if args and str(args[0]) in ("cpu", "cpu:0") else [])
         return arrived

@@ -1,4 +1,4 @@
-"""The readers of the paper's data sets, on folders of their layout with a few pictures made here."""
+"""The readers of the paper's data sets, on folders of the same layout with a few generated pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.paths import EXAMPLES
 pytest.importorskip("PIL", reason="Pillow is not installed: pip install '.[demo]'")
 from PIL import Image
 
-# Two classes; class and part of each picture in the order of the lists, which is not that of the classes.
+# The class of each picture, by part, in the order of the lists. The lists are not sorted by class.
 TRAIN, TEST = [1, 0, 1, 0, 1, 0, 0], [0, 1, 1]
 
 
@@ -97,7 +97,7 @@ MAKERS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.fixture(params=MAKERS)
 def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ModuleType, Any, Path]:
-    """A recipe's module, its data set with the counts of the made folder, and the folder."""
+    """A recipe's module, its data set with the counts of the generated folder, and the folder."""
     make, name = MAKERS[request.param]
     folder = tmp_path / "data"
     folder.mkdir()
@@ -175,7 +175,7 @@ def test_malformed_lists_are_named(
     protocol = importlib.import_module("paper_protocol")
     for name, content, message in DAMAGES[module.__name__]:
         whole = (folder / name).read_bytes()
-        if content is None:  # the annotations of a class that is not there
+        if content is None:  # annotations of a class that does not exist
             scipy_io = importlib.import_module("scipy.io")
             annotations = scipy_io.loadmat(folder / name)["annotations"]
             annotations[0, 1]["class"] = np.uint8(3)
@@ -206,7 +206,7 @@ def test_the_protocol_runs_and_compares(
     last = capsys.readouterr().out.split("test accuracy\n")[-1].splitlines()
     assert [line for line in last if "85.65%" in line] == ([last[-1]] if module.__name__ == "paper_coco70" else [])
     expected = {}
-    for rate, images in ((50, 4), (100, 7)):  # of 4 and 3 images half: 2 each
+    for rate, images in ((50, 4), (100, 7)):  # half of 4 and of 3 images: 2 each
         for method in ("plain", "co-tuning-reverse", "co-tuning-uncalibrated"):
             result = json.loads((tmp_path / f"out/rate-{rate}/{method}.json").read_text())
             assert result["training_images"] == images

@@ -25,7 +25,7 @@ def examples_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fashion_mnist() -> Iterator[None]:
-    """The images, downloaded once a checkout (31 MB)."""
+    """The images, downloaded once per checkout (31 MB)."""
     from command_line import UserError
     from demo_data import fetch_fashion_mnist
     from recipe_fashion import CACHE

@@ -29,7 +29,7 @@ def by_name(attack: Attack) -> str:
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork has no threads but its own
+    torch.set_num_threads(1)  # a forked child has only its own thread
     yield
     torch.set_num_threads(before)
 
@@ -50,9 +50,9 @@ def write_in_place(path: Any, *pieces: bytes | memoryview) -> None:
 
 
 def add_then_fail(self: RelationshipEstimator, logits: Tensor, labels: Tensor) -> Any:
-    """Needs memory when the batch has been added."""
+    """Allocates memory after the batch has been added."""
     self._add(self._counted, logits, labels)
-    torch.ones(60_000_000)  # more than a process may have left from earlier work
+    torch.ones(60_000_000)  # more than earlier work may have left free in a process
     return self._counted
 
 

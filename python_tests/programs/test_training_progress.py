@@ -1,4 +1,4 @@
-"""The checkpoint of a training run: what comes back, and that nothing damaged does."""
+"""The checkpoint of a training run: it restores everything, and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trained(module: ModuleType, path: Path, seed: int, steps: int) -> Any:
 
 
 def everything(progress: Any) -> list[Any]:
-    """All that a training step depends on, in a form that compares."""
+    """Everything that a training step depends on, as comparable values."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
