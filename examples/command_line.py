@@ -1,4 +1,4 @@
-"""What the programs here do alike at the command line: what they take, one sentence for what is wrong, an exit code."""
+"""The shared command line of the programs here: argument types, one-sentence errors and exit codes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something outside the program is missing or wrong. The message is one sentence with the mend."""
+    """Something outside the program is missing or wrong. The message is one sentence with the fix."""
 
 
 def exit_code(name: str, program: Callable[[], Any], stopped: str = "stopped") -> int:
-    """Run it: 0, or 1 with a sentence on standard error; 130 after Ctrl-C, as shells have it."""
+    """Run the program: 0 on success, 1 after an error with one sentence on standard error, 130 after Ctrl-C."""
     try:
         program()
     except UserError as error:
-        # A DataLoader's worker hands its whole traceback on as the message, which ends in the sentence.
+        # A DataLoader worker passes its whole traceback as the message, which ends in the sentence.
         print(f"{name}: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
         return 1
     except OSError as error:  # a file cannot be written, the disk is full
@@ -33,7 +33,7 @@ def exit_code(name: str, program: Callable[[], Any], stopped: str = "stopped") -
 def number(
     kind: type[int] | type[float], least: float = -math.inf, most: float = math.inf, *, above: bool = False
 ) -> Any:
-    """A type for argparse: a finite number from ``least`` to ``most``; with ``above``, ``least`` itself is refused."""
+    """An argparse type: a finite number from ``least`` to ``most``; ``above`` excludes ``least`` itself."""
 
     def parse(text: str) -> int | float:
         value = kind(text)
@@ -52,13 +52,13 @@ share = number(float, 0, 1, above=True)
 
 
 def device(text: str) -> str:
-    """A type for argparse: a device that this torch computes on."""
+    """An argparse type: a device that this torch can compute on."""
     import torch
 
     try:
         torch.zeros(1, device=text).add(1).item()  # the device "meta" has no values to give
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        # Torch's first line says what is wrong, the rest is how it got there.
+        # The first line of torch's message is the cause, the rest is the trace.
         raise argparse.ArgumentTypeError(
             f"{text!r} is no device of this torch ({str(error).splitlines()[0]})"
         ) from None

@@ -1,11 +1,11 @@
 """Co-Tuning on real weights and real images, next to plain fine-tuning, in a few minutes on a CPU.
 
-Few images a class are where Co-Tuning helps. The demo takes an ImageNet classifier (EfficientNet-Lite0) and five images
-of each of ten kinds of clothes (Fashion-MNIST), or your own images with --data, and
+Co-Tuning helps when there are few images per class. The demo takes an ImageNet classifier (EfficientNet-Lite0) and five
+images of each of ten kinds of clothes (Fashion-MNIST), or your own images with --data, and
 
 1. learns the category relationship: what each target class looks like to the ImageNet classifier,
 2. fine-tunes twice from the same seed, with the same batches: plainly, and with Co-Tuning,
-3. prints what came out, whoever won, and writes three pictures.
+3. prints the result, whichever won, and writes three pictures.
 
 ``make demo`` runs it; ``python examples/demo.py --help`` lists its options.
 """
@@ -44,7 +44,7 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 @dataclass
 class Arm:
-    """One way of fine-tuning, and how it went."""
+    """One way of fine-tuning, and its results."""
 
     name: str
     trade_off: float
@@ -79,7 +79,7 @@ def demo(options: argparse.Namespace) -> None:
     start = ck.CoTuningModel.from_classifier(classifier, len(images.classes))
     # EfficientNet's own momentum, 0.01, would leave its running statistics half those of ImageNet after 100 iterations.
     start.set_batchnorm_momentum(0.1)
-    # Plain fine-tuning is Co-Tuning with the source term switched off (and still measured).
+    # Plain fine-tuning is Co-Tuning with the source term switched off, but still measured.
     plain = fine_tune("plain", start, relationship, 0.0, images.train, options)
     co_tuned = fine_tune("Co-Tuning", start, relationship, options.trade_off, images.train, options)
     plot_training(
@@ -154,13 +154,13 @@ def fine_tune(
 
 
 def rate_drop(iterations: int) -> int:
-    """The rate is divided by ten after two thirds."""
+    """The iteration, after two thirds, at which the rate is divided by ten."""
     return 2 * iterations // 3
 
 
 @dataclass
 class Score:
-    """``logits`` are ``(N, N_t)``, the rest is measured on them; the NLL is in nats."""
+    """``logits`` are ``(N, N_t)``; the other fields are measured on them. The NLL is in nats."""
 
     logits: Tensor
     accuracy: float
@@ -235,9 +235,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def default_threads() -> int:
-    """Half the processors: one a physical core where there is hyperthreading, and room for others where there is not.
+    """Half the processors: one per physical core with hyperthreading, and room for other programs without.
 
-    Two threads on two processors of which one is busy took five times as long as one thread (measured).
+    Measured: two threads on two processors, one of them busy, took five times as long as one thread.
     """
     return max(1, (os.cpu_count() or 1) // 2)
 

@@ -1,4 +1,4 @@
-"""Images for the demo: Fashion-MNIST from Debian's archive, or a folder of images with one sub-folder a class.
+"""Images for the demo: Fashion-MNIST from Debian's archive, or a folder of images with one sub-folder per class.
 
 Both arrive in the same form: 160x160 RGB, cut into a small training set, a validation and a test set.
 """
@@ -19,7 +19,7 @@ from command_line import UserError
 from torch import Tensor
 from torch.nn import functional as F
 
-FULL, CROP = 160, 128  # stored size, and what the network sees of it (pixels)
+FULL, CROP = 160, 128  # stored size, and size of the crop that the network sees (pixels)
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED_AT = Path("/usr/share/datasets/fashion-mnist")  # where apt-get install puts the package's files
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 @dataclass
 class ImageSet:
-    """Images kept as they are stored: ``(N, 3, 160, 160)`` uint8 and ``(N,)`` int64 labels."""
+    """Images as stored: ``(N, 3, 160, 160)`` uint8 and ``(N,)`` int64 labels."""
 
     images: Tensor
     labels: Tensor
@@ -53,7 +53,7 @@ class ImageSet:
             yield Batch(normalise(images), self.labels[start : start + batch_size])
 
     def random_batches(self, batch_size: int, iterations: int, seed: int) -> Iterator[Batch]:
-        """``iterations`` batches, a random crop and flip of each image, epoch after epoch; the seed decides it all."""
+        """``iterations`` batches, with a random crop and flip of each image, epoch after epoch, all from the seed."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.empty(0, dtype=torch.long)
         for _ in range(iterations):
@@ -71,7 +71,7 @@ class ImageSet:
 
 
 class Images(NamedTuple):
-    """A data set as the demo uses it."""
+    """A data set for the demo."""
 
     classes: list[str]
     train: ImageSet
@@ -80,7 +80,7 @@ class Images(NamedTuple):
 
 
 def normalise(images: Tensor) -> Tensor:
-    """What EfficientNet-Lite was trained on: (pixel - 127) / 128, channels last in memory (faster on a CPU)."""
+    """EfficientNet-Lite's normalisation: (pixel - 127) / 128, channels last in memory (faster on a CPU)."""
     return ((images.float() - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
 
 
@@ -90,7 +90,7 @@ def normalise(images: Tensor) -> Tensor:
 def fashion_mnist(
     cache: Path, *, images_per_class: int, validation: int, test: int, seed: int, say: Callable[[str], None] = print
 ) -> Images:
-    """Training and ``validation`` images from the data set's training files, ``test`` images from its test files."""
+    """Training and ``validation`` images come from the training files, ``test`` images from the test files."""
     folder = fetch_fashion_mnist(cache, say)
     train_images = read_idx(folder / "train-images-idx3-ubyte.gz", dimensions=3)
     train_labels = read_idx(folder / "train-labels-idx1-ubyte.gz", dimensions=1)
@@ -114,7 +114,7 @@ def fashion_mnist(
 
 
 def fetch_fashion_mnist(cache: Path, say: Callable[[str], None] = print) -> Path:
-    """The folder with the four files: where Debian installs them, else in ``cache``, downloaded there without root."""
+    """The folder with the four files: Debian's installed one, else ``cache``, downloaded without root."""
     unpacked = cache / "fashion-mnist"
     for folder in (INSTALLED_AT, unpacked):
         if (folder / "train-images-idx3-ubyte.gz").exists():
@@ -133,11 +133,11 @@ def fetch_debian_package(package: str, size: str, inside: str, unpacked: Path, s
             )
     say(f"Downloading {package} ({size})")
     download = unpacked.parent / "download"
-    shutil.rmtree(download, ignore_errors=True)  # what an interrupted run left
+    shutil.rmtree(download, ignore_errors=True)  # left by an interrupted run
     (download / "lists" / "partial").mkdir(parents=True)
     (download / "archives" / "partial").mkdir(parents=True)
-    # The machine's own package lists may be missing (containers) and only root may fetch them; lists of our own need
-    # no root. The sandbox user of apt cannot write here, and warns.
+    # The system's package lists may be missing (containers), and only root may fetch them; private lists need no
+    # root. The sandbox user of apt cannot write here, and warns.
     own_lists = [f"-oDir::State::Lists={download}/lists", f"-oDir::Cache={download}", "-oAPT::Sandbox::User="]
     answer = run(["apt-get", "-q", "-oAPT::Sandbox::User=", "download", package], download)
     if answer:
@@ -152,7 +152,7 @@ def fetch_debian_package(package: str, size: str, inside: str, unpacked: Path, s
     answer = run(["dpkg-deb", "-x", str(packages[0].resolve()), "."], download)
     if answer:
         raise UserError(f"{packages[0].name} could not be unpacked ({answer}): run the demo again to download it anew.")
-    # Moved only when whole: a folder of that name is complete, unless somebody took files out.
+    # Move it only when complete, so that an existing folder of that name is complete too.
     shutil.rmtree(unpacked, ignore_errors=True)
     (download / inside).rename(unpacked)
     shutil.rmtree(download)
@@ -189,7 +189,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def fashion_pictures(images: np.ndarray) -> Tensor:
-    """28x28 light on black, as stored, to 160x160 RGB dark on white, with a margin: how a shop shows its goods."""
+    """Turn stored 28x28 images, light on black, into 160x160 RGB, dark on white with a margin, like shop photos."""
     grey = 255.0 - torch.from_numpy(images.astype(np.float32))[:, None]
     large = F.interpolate(grey, size=(142, 142), mode="bilinear", align_corners=False)
     margin = (FULL - 142) // 2
@@ -201,7 +201,7 @@ def fashion_pictures(images: np.ndarray) -> Tensor:
 
 
 def image_folder(root: Path, *, images_per_class: int, validation: int, test: int, seed: int) -> Images:
-    """One class a sub-folder of ``root``; training images, validation and test are cut from what is there."""
+    """Each sub-folder of ``root`` is a class; its images are split into training, validation and test."""
     if not root.is_dir():
         raise UserError(f"--data {root} is not a folder: give one that has a sub-folder of images for each class.")
     files = {
@@ -227,7 +227,7 @@ def image_folder(root: Path, *, images_per_class: int, validation: int, test: in
     random = np.random.default_rng(seed)
     train, rest = pick_per_class(labels, images_per_class, random)
     rest = random.permutation(rest)
-    # Not more than asked for, and a quarter of what there is for calibration where there is less.
+    # At most ``validation`` images, and at most a quarter of the rest.
     cut = min(validation, max(1, len(rest) // 4))
 
     def image_set(chosen: np.ndarray) -> ImageSet:
@@ -238,7 +238,7 @@ def image_folder(root: Path, *, images_per_class: int, validation: int, test: in
 
 
 def read_picture(path: Path) -> Tensor:
-    """Any image file as ``(3, 160, 160)`` uint8: the shorter side scaled to 160, the middle of the longer one."""
+    """An image file as ``(3, 160, 160)`` uint8: the shorter side scaled to 160, the longer one cropped."""
     try:
         from PIL import Image, ImageOps
     except ImportError:

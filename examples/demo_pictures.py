@@ -1,4 +1,4 @@
-"""The demo's own picture; the other two come with the package."""
+"""The demo's own picture; the package draws the other two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLOURS = ("#8a8a8a", "#c8553d", "#3b6ea8")
 
 
 class Curves(Protocol):
-    """What is drawn of one way of fine-tuning: both terms of the loss at each iteration, in nats."""
+    """The curves of one way of fine-tuning: both terms of the loss at each iteration, in nats."""
 
     name: str
     target_terms: list[float]
@@ -20,9 +20,9 @@ class Curves(Protocol):
 
 
 def plot_training(arms: Sequence[Curves], path: Path, drop_at: int, lowest_source_term: float) -> None:
-    """Both heads' terms over the iterations: faint as they were, strong as a running mean.
+    """Draw both heads' terms over the iterations: raw values faint, the running mean strong.
 
-    A cross entropy cannot fall below the entropy of its labels; that of the translated ones is ``lowest_source_term``.
+    A cross entropy cannot fall below the entropy of its labels. ``lowest_source_term`` is that of the translated ones.
     """
     from matplotlib.figure import Figure
 

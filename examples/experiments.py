@@ -1,15 +1,15 @@
 """When does Co-Tuning help, and when not? Many short runs on real weights and real images, one line of JSON a run.
 
     pip install '.[experiments]'
-    python examples/experiments.py                      # what docs/results/plan.toml lists and is not there yet
+    python examples/experiments.py                      # runs of docs/results/plan.toml without a result
     python examples/experiment_tables.py                # docs/results.md and its figures, from the lines
 
 The plan is a list of grids; a grid's runs are the product of its lists. All runs of a seed come before those of the
-next, so that whenever you stop, all methods have been compared on the same seeds. A run that is in docs/results is not
-run again, and a killed run loses nothing but itself. To add a setting, add a grid and run the same command.
+next, so that whenever you stop, all methods have been compared on the same seeds. A run with a result in docs/results
+is not repeated, and a killed run only loses itself. To add a setting, add a grid and run the same command.
 
 A seed decides the training images, the new head, the batches with their crops and flips, and the dropout: two methods
-of one seed differ in the method alone. All settings have: batches of 16, SGD as in the paper, the rate divided by ten
+of one seed differ only in the method. All settings share batches of 16, SGD as in the paper, the rate divided by ten
 after two thirds, BatchNorm momentum 0.1, 128-pixel crops, one evaluation at the end.
 """
 
@@ -63,7 +63,7 @@ class Setting:
     warm_up: float
     temperature: float
     seed: int
-    # What the first results do not name, with the values that they have.
+    # Fields that the first results lack; the defaults are the values those runs used.
     batchnorm: str = "trained"
     clip: float = 0.0
     bound: bool = False
@@ -74,7 +74,7 @@ def read_plan(path: Path) -> list[Setting]:
     found: dict[Setting, None] = {}  # a set that keeps the order
     try:
         grids = tomllib.loads(path.read_text()).get("grid")
-    except ValueError as error:  # also bytes that are no text
+    except ValueError as error:  # also bytes that are not UTF-8
         raise UserError(f"{path} is no TOML ({error}): give a plan such as {RESULTS / 'plan.toml'}.") from None
     if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
         raise UserError(f"{path} has no grids: give a plan with tables [[grid]], such as {RESULTS / 'plan.toml'}.")
@@ -100,7 +100,7 @@ def canonical(setting: Setting) -> Setting:
     if not setting.method.startswith("co-tuning"):
         content |= {"trade_off": 0.0, "warm_up": 0.0, "temperature": 1.0, "bound": False}
     if setting.method == "linear-probe":
-        content |= {"batchnorm": "trained"}  # its features are in evaluation mode in any case
+        content |= {"batchnorm": "trained"}  # it runs in evaluation mode in any case
     for name in ("lr", "trade_off", "warm_up", "temperature", "clip"):
         content[name] = float(content[name])
     return Setting(**content)
@@ -114,7 +114,7 @@ def results_file(setting: Setting) -> Path:
 
 
 def read_results(path: Path) -> dict[Setting, dict[str, Any]]:
-    """What each setting gave. A line that a killed run left half written is cut off."""
+    """The result of each setting. A half-written line of a killed run is cut off."""
     if not path.exists():
         return {}
     text = path.read_text()
@@ -204,7 +204,7 @@ def fine_tune(setting: Setting, images: Images, relationship: ck.Relationship | 
     model.set_batchnorm_momentum(0.1)
     if setting.batchnorm == "frozen":
         model.freeze_batchnorm()
-    # A linear probe's features are those of the pretrained model, whose BatchNorm statistics stay.
+    # A linear probe uses the pretrained features, so BatchNorm keeps its pretrained statistics.
     model.train(setting.method != "linear-probe")
     loss_of = objective_of(
         setting.method, model, relationship,

@@ -2,9 +2,9 @@
 
     python examples/image_classification.py DATA --model timm:resnet50 --temperature 1.13 --output results/cub
 
-``DATA`` has ``train``, ``val`` and ``test`` (without ``val``, every fifth training image), each with a sub-folder a
-class; the ``paper_*.py`` beside this file read four data sets of the paper as they are published. The protocol is that
-of the authors' script: images resized to 256 x 256; random crops and flips to train, the centre to validate, ten crops
+``DATA`` has ``train``, ``val`` and ``test`` (without ``val``, every fifth training image), each with one sub-folder
+per class; the ``paper_*.py`` files read four data sets of the paper in their published form. The protocol is that of
+the authors' script: images resized to 256 x 256; random crops and flips to train, the centre to validate, ten crops
 to test; SGD with Nesterov's momentum 0.9 and weight decay 5e-4, the new head at ten times the rate, the rate divided by
 ten after two thirds.
 
@@ -13,15 +13,15 @@ pretrained weights is penalised instead of their size, Li et al. 2018); ``co-tun
 ``co-tuning-reverse``; ``co-tuning-uncalibrated`` (temperature 1, the paper's ablation). ``--temperature`` is the
 pretrained classifier's, which ``source_temperature.py`` fits on images of its own classes.
 
-A run may be killed at any moment: the same command goes on from the last checkpoint, to the same bits as without the
-interruption on the same machine, and leaves out what is finished.
+A run may be killed at any moment: the same command resumes from the last checkpoint and skips finished methods. On the
+same machine the result has the same bits as without the interruption.
 
 Under ``torchrun`` each process takes its share of every batch, and the first one tests and writes:
 
     torchrun --nproc-per-node 4 examples/image_classification.py DATA --model timm:resnet50 --output results/cub
 
-On several machines ``--output`` is a folder that all of them see. The batches are those of one process, and so are the
-weights up to rounding where the network has no dropout, and no BatchNorm in training, whose statistics are of a share.
+On several machines ``--output`` is a shared folder. The batches are those of one process. So are the weights, up to
+rounding, if the network has no dropout and no BatchNorm in training, whose statistics cover only a process's share.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ except ImportError as missing:
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 STOPPED = "stopped; the same command goes on"
 METHODS = ("plain", "linear-probe", "l2-sp", "co-tuning", "co-tuning-reverse", "co-tuning-uncalibrated")
-# What torch.load and load_state_dict end in for a file that is cut off, of something else, or of another network.
+# Errors of torch.load and load_state_dict for a file that is truncated, no checkpoint, or of another network.
 DAMAGED = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError, OSError)
 
 
@@ -77,7 +77,7 @@ Made = TypeVar("Made")
 
 @contextmanager
 def process_group(options: argparse.Namespace) -> Iterator[None]:
-    """Joins the processes that torchrun has started, each on a device of its own; only the first one prints."""
+    """Join the processes that torchrun has started, each on its own device; only the first one prints."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
         yield
@@ -90,8 +90,8 @@ def process_group(options: argparse.Namespace) -> Iterator[None]:
     if kind == "cuda":
         options.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(options.device)
-    # The others wait while the first one tests: for longer than the ten minutes that NCCL would grant.
-    # Where there is a GPU, torch's choice would serve that alone, even if all is computed on the CPU.
+    # The others wait while the first one tests, which may exceed NCCL's limit of ten minutes.
+    # With a GPU present, torch's default backend would serve only the GPU, even for a run on the CPU.
     distributed.init_process_group(backend="gloo" if kind == "cpu" else None, timeout=timedelta(days=1))
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank_and_size()[0] == 0 else nowhere):
@@ -101,7 +101,7 @@ def process_group(options: argparse.Namespace) -> Iterator[None]:
 
 
 def by_the_first(make: Callable[[], Made]) -> Made:
-    """What the first process makes, or the error that it ends in, in all of them."""
+    """Run ``make`` in the first process; all processes return its result or raise its error."""
     rank, processes = rank_and_size()
     if processes == 1:
         return make()
@@ -123,7 +123,7 @@ def by_the_first(make: Callable[[], Made]) -> Made:
 
 @dataclass(frozen=True)
 class ImageList:
-    """Paths and labels of a part of the data."""
+    """Paths and labels of one part of the data."""
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
@@ -134,7 +134,7 @@ class ImageList:
 
 @dataclass(frozen=True)
 class Parts:
-    """Where there is no ``validation``, what needs one takes a fifth of the training images."""
+    """Without ``validation``, methods that need it take a fifth of the training images."""
 
     classes: tuple[str, ...]
     train: ImageList
@@ -171,9 +171,9 @@ def list_images(folder: Path, classes: Sequence[str]) -> ImageList:
 
 
 def sample(parts: Parts, sampling_rate: float, images_per_class: int | None, seed: int) -> Parts:
-    """Of each training class a share of the images, at least one, and no more than ``images_per_class``.
+    """A share of each training class's images, at least one and at most ``images_per_class``.
 
-    A smaller sample is a part of a larger one of the same seed; every method has the same.
+    With the same seed, a smaller sample is a subset of a larger one; every method has the same sample.
     """
     random, kept = np.random.default_rng(seed), []
     for label, name in enumerate(parts.classes):
@@ -186,7 +186,7 @@ def sample(parts: Parts, sampling_rate: float, images_per_class: int | None, see
 
 
 def split_off_a_fifth(images: ImageList, classes: Sequence[str]) -> tuple[ImageList, ImageList]:
-    """What remains, and every fifth."""
+    """The remaining images, and every fifth."""
     fifth = range(0, len(images), 5)
     remaining = chosen(images, sorted(set(range(len(images))) - set(fifth)))
     lost = set(images.labels) - set(remaining.labels)
@@ -204,7 +204,7 @@ def chosen(images: ImageList, indices: Sequence[int]) -> ImageList:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What the network sees: sizes, and each channel's mean and standard deviation, on a scale from 0 to 1."""
+    """The network's input: sizes, and each channel's mean and standard deviation for values from 0 to 1."""
 
     full: int
     crop: int
@@ -216,12 +216,12 @@ def load(path: Path, size: int) -> Image.Image:
     try:
         with Image.open(path) as image:
             return in_colours(image).resize((size, size), Image.Resampling.BILINEAR)
-    except Exception as error:  # a damaged file may end in any kind of error, an enormous one in DecompressionBombError
+    except Exception as error:  # a damaged file may raise any error, an enormous one DecompressionBombError
         raise UserError(f"{path} cannot be read as an image ({error}): remove or replace it.") from None
 
 
 def in_colours(image: Image.Image) -> Image.Image:
-    """Red, green and blue of 8 bits. Pillow by itself cuts grey values of 16 bits off at 255."""
+    """Convert to 8-bit RGB. Pillow alone would clip 16-bit grey values at 255."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -265,7 +265,7 @@ def crops(image: Image.Image, pixels: Pixels, ten: bool) -> Tensor:
 
 
 class TrainingImages(Dataset[tuple[Tensor, int]]):
-    """Indexed by ``(image, draw)``: what is random depends on the two and the seed, not on who loads it or when."""
+    """Indexed by ``(image, draw)``: the random crop depends on the two and the seed, not on the worker or the order."""
 
     def __init__(self, images: ImageList, pixels: Pixels, seed: int) -> None:
         self.images, self.pixels, self.seed = images, pixels, seed
@@ -316,9 +316,9 @@ class StillImages(Dataset[tuple[Tensor, int]]):
 
 
 def make_classifier(name: str, weights: Path | None) -> tuple[nn.Module, Normalisation]:
-    """``timm:NAME`` and ``torchvision:NAME`` with their pretrained weights, or ``MODULE:FUNCTION``, which is called.
+    """``timm:NAME`` and ``torchvision:NAME`` with their pretrained weights, or the result of ``MODULE:FUNCTION``.
 
-    ``weights`` is a state dict to load instead. With the model comes what its images are to be normalised with.
+    ``weights`` is a state dict to load instead. Also returns the normalisation of the model's images.
     """
     source, _, entry = name.partition(":")
     normalisation = IMAGENET
@@ -350,7 +350,7 @@ IMAGENET: Normalisation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def two_headed(classifier: nn.Module, num_classes: int, options: argparse.Namespace) -> ck.CoTuningModel:
-    """With a look at what it makes of an image of noise, which finds a wrong head or size before the training."""
+    """Add a target head. A trial run on a noise image finds a wrong head or size before training."""
     crop = options.pixels.crop
     noise = torch.randn(1, 3, crop, crop, generator=torch.Generator().manual_seed(0)).to(options.device)
     try:
@@ -358,7 +358,7 @@ def two_headed(classifier: nn.Module, num_classes: int, options: argparse.Namesp
             classifier, num_classes, head=options.head, example_input=noise, bound_source=options.bound_source
         )
     except (TypeError, ValueError) as error:
-        # The argument in this program's words.
+        # Name the argument as this program's option.
         said = str(error).replace("head='", "--head '").replace("head=", "--head")
         raise UserError(f"{options.model}: {said}.") from None
     except (RuntimeError, AssertionError) as error:
@@ -369,7 +369,7 @@ def two_headed(classifier: nn.Module, num_classes: int, options: argparse.Namesp
 
 
 def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: argparse.Namespace) -> ck.Relationship:
-    """Learnt once and kept beside the results."""
+    """Learn the relationship once and keep it beside the results."""
     file = options.output / f"relationship-{method}.safetensors"
 
     def load_relationship() -> ck.Relationship | None:
@@ -389,7 +389,7 @@ def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: a
     train, validation = parts.train, None
     if method == "co-tuning-reverse":
         validation = parts.validation
-        if validation is None:  # the network is still trained on all
+        if validation is None:  # the network still trains on all images
             train, validation = split_off_a_fifth(train, parts.classes)
     try:
         learnt = ck.learn_relationship(
@@ -422,7 +422,7 @@ def objective_of(
     if method == "linear-probe":
         model.requires_grad_(False)
         model.target_head.requires_grad_(True)
-    # It asks what is trained when it is made. A network may have parameters that it never uses.
+    # DDP reads requires_grad when constructed. A network may have parameters that it never uses.
     forward = DistributedDataParallel(model, find_unused_parameters=True) if distributed.is_initialized() else model
     if method.startswith("co-tuning"):
         assert relationship is not None
@@ -449,7 +449,7 @@ def objective_of(
 
 
 def optimizer_of(method: str, model: ck.CoTuningModel, lr: float) -> torch.optim.Optimizer:
-    """SGD as the paper: the new head at ten times the rate, weight decay on all but what L2-SP holds otherwise."""
+    """The paper's SGD: the new head at ten times the rate; weight decay on parameters that L2-SP does not penalise."""
     optimizer = torch.optim.SGD(model.param_groups(lr, weight_decay=5e-4), lr=lr, momentum=0.9, nesterov=True)
     for group in optimizer.param_groups:
         if method == "l2-sp" and group["name"] != "target_head":
@@ -461,7 +461,7 @@ def optimizer_of(method: str, model: ck.CoTuningModel, lr: float) -> torch.optim
 
 
 def run_method(method: str, classifier: nn.Module, parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
-    """Train with one method, or go on with it; the result."""
+    """Train with one method, or resume it, and return the result."""
     result_file = options.output / f"{method}.json"
 
     def finished() -> dict[str, Any] | None:
@@ -485,15 +485,15 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     optimizer = optimizer_of(method, model, options.lr)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [options.iterations * 2 // 3], gamma=0.1)
     rank, processes = rank_and_size()
-    torch.manual_seed(options.seed + rank)  # the same dropout for every method, another one in every process
+    torch.manual_seed(options.seed + rank)  # the same dropout for every method, different in every process
     progress = Progress(options.output / f"{method}.checkpoint.safetensors", model, optimizer, schedule)
     progress.load()
     writer = tensorboard(options, method, progress.iteration) if rank == 0 else None
     first, begun = progress.iteration, time.perf_counter()
-    # A linear probe's features are those of the pretrained model, whose BatchNorm statistics stay.
+    # A linear probe uses the pretrained features, so BatchNorm keeps its pretrained statistics.
     model.train(method != "linear-probe")
     sampler = Batches(len(parts.train), options.batch_size, options.seed, first, options.iterations)
-    # A generator of its own: a DataLoader that starts would otherwise draw from the one that dropout draws from.
+    # A separate generator: otherwise a starting DataLoader would draw from the generator of dropout.
     loader = DataLoader(
         TrainingImages(parts.train, options.pixels, options.seed), batch_sampler=sampler, num_workers=options.workers,
         generator=torch.Generator(),
@@ -562,7 +562,7 @@ def torch_save(path: Path, content: Any) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: ImageList, options: argparse.Namespace, *, ten: bool) -> float:
-    """Of the mean probability over the crops of an image."""
+    """Accuracy of the mean probability over an image's crops."""
     data = StillImages(images, options.pixels, ten=ten)
     right, batch_size = 0, max(1, options.batch_size // (10 if ten else 1))
     for inputs, labels in DataLoader(data, batch_size, num_workers=options.workers):
@@ -575,7 +575,7 @@ def accuracy(model: nn.Module, images: ImageList, options: argparse.Namespace, *
 
 
 def tensorboard(options: argparse.Namespace, method: str, iteration: int) -> Any:
-    """A writer that forgets what an interrupted run wrote after its last checkpoint."""
+    """A writer that drops entries that an interrupted run wrote after its last checkpoint."""
     if options.tensorboard is None:
         return None
     try:
@@ -623,7 +623,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def check_folder(options: argparse.Namespace, parts: Parts) -> None:
-    """A folder of results is of one protocol, and of the same images as far as their names tell."""
+    """Check that the output folder's results have the same protocol, and images with the same names."""
     names = (*RECORDED, "data", "weights", "head", "pixels", "batchnorm_momentum")
     settings = {name: str(getattr(options, name)) for name in names}
     settings |= {"images": summary(parts, options.data), "processes": str(rank_and_size()[1])}
@@ -640,7 +640,7 @@ def check_folder(options: argparse.Namespace, parts: Parts) -> None:
 
 
 def summary(parts: Parts, folder: Path) -> str:
-    """How many images there are, and a digest of the classes' and the images' names with the labels."""
+    """The number of images, and a digest of class names, image names and labels."""
     lists = {"to train": parts.train, "to validate": parts.validation, "to test": parts.test}
     counts = ", ".join(f"{len(images)} {part}" for part, images in lists.items() if images is not None)
     names = [
@@ -669,7 +669,7 @@ def run_on_folder(arguments: list[str] | None) -> None:
 
 
 def parser_of(description: str, data: str) -> argparse.ArgumentParser:
-    """What this program and those of the paper's data sets share."""
+    """The parser shared by this program and those of the paper's data sets."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )

@@ -1,8 +1,8 @@
 """Co-Tuning for named-entity recognition: a masked language model and CoNLL-2003 column files, both by path.
 
 The source classes are the wordpieces of the vocabulary (about 30 000), the source head is the head of the masked
-language model, and the target classes are the tags. A kind of entity is translated to the mean prediction of the
-language model at its tokens in the training set; "O" and special tokens carry no source supervision.
+language model, and the target classes are the tags. A kind of entity is translated to the language model's mean
+prediction at its tokens in the training set; "O" and special tokens have no source supervision.
 
     pip install '.[ner]'
     python examples/ner.py --model bert-base-cased/ --train eng.train --validation eng.testa --test eng.testb
@@ -37,7 +37,7 @@ try:
 except ImportError as missing:
     sys.exit(f"ner: {missing}: pip install '.[ner]' in the project's folder.")
 
-IGNORED = -100  # not the first piece of a word, or no word at all
+IGNORED = -100  # a later piece of a word, or a special token
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -90,7 +90,7 @@ class Tags:
         return cls(["O", *tags], sorted({kind for tag in tags if (kind := kind_of(tag)) is not None}))
 
     def index(self, tag: str) -> int:
-        # A tag that the training set does not have cannot be learnt; for the metric its true name is kept.
+        # A tag absent from the training set cannot be learnt; the metric keeps its true name.
         return self.tags.index(tag) if tag in self.tags else 0
 
 
@@ -122,7 +122,7 @@ def moved(inputs: dict[str, Tensor], place: torch.device | str) -> dict[str, Ten
 
 def padded(batch: list[tuple[dict[str, Tensor], Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
     pad = nn.utils.rnn.pad_sequence
-    # Padding has attention 0 and no label, so that it matters not which wordpiece it is.
+    # Padding has attention 0 and no label, so its wordpiece does not matter.
     inputs = {name: pad([x[name] for x, _ in batch], batch_first=True) for name in batch[0][0]}
     return inputs, pad([labels for _, labels in batch], batch_first=True, padding_value=IGNORED)
 
@@ -148,8 +148,8 @@ class Tagger(nn.Module):
 def loss_of(model: Tagger, inputs: dict[str, Tensor], labels: Tensor, relationship: Tensor, trade_off: float) -> Tensor:
     """Both terms, each the mean over the tokens that count in it.
 
-    The source head, by far the largest layer, only sees the tokens of entities: elsewhere it has no supervision, and
-    the logits would be computed to be ignored.
+    The source head, by far the largest layer, only sees the tokens of entities: other tokens have no supervision, so
+    the loss would ignore their logits.
     """
     labelled = labels != IGNORED
     features, labels = model.features(inputs)[labelled], labels[labelled]
@@ -158,8 +158,8 @@ def loss_of(model: Tagger, inputs: dict[str, Tensor], labels: Tensor, relationsh
     if trade_off == 0 or not supervised.any():
         return loss
     source_logits = model.source_head(features[supervised])
-    # The logits are not read again: their gradient takes their place, which halves the memory of the 30k head. (Without
-    # a compiled kernel the reference serves, which cannot.)
+    # The logits are not read again, so their gradient may overwrite them, which halves the memory of the 30k head.
+    # (Without a compiled kernel the reference serves, which cannot.)
     source_term = ck.functional.source_label_loss(
         source_logits,
         labels[supervised],
@@ -171,7 +171,7 @@ def loss_of(model: Tagger, inputs: dict[str, Tensor], labels: Tensor, relationsh
 
 @torch.no_grad()
 def predict(model: Tagger, loader: Any, tags: Tags) -> Iterator[list[str]]:
-    """The predicted tags of the words of each sentence, as many as were not cut off."""
+    """The predicted tags of each sentence's words, without truncated ones."""
     model.eval()
     for inputs, labels in loader:
         features = model.features(moved(inputs, model.target_head.weight.device))
@@ -181,7 +181,7 @@ def predict(model: Tagger, loader: Any, tags: Tags) -> Iterator[list[str]]:
 
 
 def evaluate(model: Tagger, sentences: Sequence[Sentence], loader: Any, tags: Tags) -> tuple[float, str]:
-    """The F1 score of whole entities (seqeval), and its table by kind. Words that were cut off count as "O"."""
+    """The F1 score of whole entities (seqeval), and its table by kind. Truncated words count as "O"."""
     truth = [list(sentence.tags) for sentence in sentences]
     found = list(predict(model, loader, tags))
     found = [f + ["O"] * (len(t) - len(f)) for f, t in zip(found, truth, strict=True)]

@@ -3,7 +3,7 @@
     python examples/paper_aircraft.py fgvc-aircraft-2013b --model torchvision:resnet50
 
 The folder has ``data`` with ``variants.txt``, ``images``, and ``images_variant_trainval.txt`` and
-``images_variant_test.txt`` (an image's number, then the name of its variant). Trained is on ``trainval``, as is usual.
+``images_variant_test.txt`` (an image's number, then the name of its variant). Training uses ``trainval``, as is usual.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/paper_cars.py stanford_cars --model torchvision:resnet50
 
 The folder has ``cars_train``, ``cars_test``, and ``devkit`` with ``cars_meta.mat``, ``cars_train_annos.mat`` and
-``cars_test_annos_withlabels.mat`` (which is published apart, and may also lie beside ``devkit``). Needs scipy.
+``cars_test_annos_withlabels.mat`` (published separately; it may also be beside ``devkit``). Needs scipy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read(folder: Path) -> Parts:
 
 
 def part(images: Path, annotations: Path, names: Sequence[str]) -> ImageList:
-    """Classes are numbered from 1 in the files."""
+    """Read one part. The files number classes from 1."""
     records = np.atleast_1d(load(annotations, "annotations"))
     try:
         rows = [(images / str(a["fname"]), label_of(int(a["class"]), names, first=1)) for a in records]
@@ -50,7 +50,7 @@ def load(path: Path, name: str) -> Any:
         raise FileNotFoundError(2, "missing", str(path))
     try:
         return loadmat(path, squeeze_me=True)[name]
-    except Exception as error:  # a damaged file may end in any kind of error
+    except Exception as error:  # a damaged file may raise any error
         raise malformed(path, error) from None
 
 

@@ -29,7 +29,7 @@ def read(folder: Path) -> Parts:
 
 
 def locate(folder: Path, part: str, file: str) -> Path:
-    """A list's files are named from the data set's folder, or from that of the part."""
+    """The path of a listed file, which is relative to the data set's folder or to that of the part."""
     return folder / file if (folder / file).exists() else folder / part / file
 
 

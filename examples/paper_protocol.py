@@ -1,12 +1,12 @@
-"""What the paper's data sets share: all sampling rates one after the other, published numbers beside the run's.
+"""Shared by the paper's data sets: all sampling rates in turn, and published numbers beside the run's.
 
     python examples/paper_cub200.py CUB_200_2011 --model torchvision:resnet50 --temperature 1.13
 
-Each ``paper_*.py`` reads one data set as it is published. Everything else is examples/image_classification.py, whose
-options it takes; a sampling rate's results are in a folder of its own, and the same command goes on after a kill.
+Each ``paper_*.py`` reads one data set in its published form. Everything else, options included, is
+examples/image_classification.py. Each sampling rate has its own folder of results, and the same command resumes.
 
-Where a data set has no validation images all its training images are trained on, as in tllib; the paper held a fifth of
-them out to choose its settings. (co-tuning-reverse, which cannot do without, holds them out of its relationship alone.)
+A data set without validation images trains on all its training images, as in tllib; the paper held out a fifth of them
+to choose its settings. (co-tuning-reverse needs validation images, and holds them out of its relationship alone.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Published = Mapping[str, Mapping[float, float]]
 
 @dataclass(frozen=True)
 class DataSet:
-    """A published data set: where it is from, how it is read, and how many classes and images it must have."""
+    """A published data set: its source, its reader, and its numbers of classes and images."""
 
     name: str
     source: str
@@ -37,15 +37,15 @@ class DataSet:
     train: int
     test: int
     validation: int | None = None
-    # The paper's, of ResNet-50, as its authors' group quotes it in later slides (Self-Tuning-Slide.pdf, page 11, at
-    # github.com/thuml/Self-Tuning): means, with deviations of at most 0.67. The authors' script learns the reverse
-    # relationship. DELTA and BSS are no methods of this runner; the table shows them beside the others.
+    # The paper's results with ResNet-50, as its authors' group quotes them in later slides (Self-Tuning-Slide.pdf,
+    # page 11, at github.com/thuml/Self-Tuning): means, with deviations of at most 0.67. The authors' script learns
+    # the reverse relationship. DELTA and BSS are not methods of this runner; the table shows them beside the others.
     paper: Published | None = None
-    # Of ResNet-50 in the documentation of tllib, the library of the paper's authors. Its scripts have the same batches
-    # and rates, 10000 iterations, one crop, and report the best epoch's test accuracy: near this protocol, not equal to
-    # it. Its Co-Tuning is the direct one, uncalibrated.
+    # ResNet-50's results in the documentation of tllib, the library of the paper's authors. Its scripts have the same
+    # batches and rates, 10000 iterations, one crop, and report the best epoch's test accuracy: close to this protocol,
+    # not equal. Its Co-Tuning is direct and uncalibrated.
     tllib: Published | None = None
-    # A figure of the paper that was only found without what a place in the table needs: the rate, the network.
+    # A figure of the paper whose sampling rate and network are unknown, so it is not in the table.
     quoted: str | None = None
 
 
@@ -79,7 +79,7 @@ def run_rates(data_set: DataSet, options: argparse.Namespace) -> dict[float, lis
 
 
 def read_checked(data_set: DataSet, folder: Path, *, incomplete: bool = False) -> Parts:
-    """The parts, which have as many classes and images as were published, each of them there."""
+    """The parts, checked: numbers of classes and images as published, and every file exists."""
     try:
         parts = data_set.read(folder)
     except FileNotFoundError as error:
@@ -115,7 +115,7 @@ def image_list(images: Sequence[tuple[Path, int]]) -> ImageList:
 
 
 def rows_of(path: Path, parse: Callable[[str], Row]) -> list[Row]:
-    """What ``parse`` makes of each line that is not empty. Where it cannot, file and line are named."""
+    """``parse`` applied to each non-empty line. An error names file and line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -135,16 +135,16 @@ def malformed(what: Path | str, error: Exception) -> UserError:
 
 
 def label_of(number: int, classes: Sequence[str], *, first: int = 0) -> int:
-    """The label of a class that the file numbers from ``first``."""
+    """The label of a class; the file numbers classes from ``first``."""
     if not first <= number < first + len(classes):
         raise ValueError(f"class {number}, expected {first} to {first + len(classes) - 1}")
     return number - first
 
 
 def comparison(data_set: DataSet, found: Mapping[float, Sequence[Mapping[str, Any]]]) -> str:
-    """Test accuracy by method and sampling rate: this run's, and below it the paper's and tllib's where they are known.
+    """Test accuracy by method and sampling rate: this run's, and below it the paper's and tllib's if known.
 
-    A figure that is only quoted stands last.
+    A quoted figure comes last.
     """
     rows = [("ten crops", {rate: f"{rate:.0%}" for rate in found})]
     for method in METHODS:

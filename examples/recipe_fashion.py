@@ -1,7 +1,7 @@
-"""What the recipes share: a task small enough for a minute on a CPU, with real images.
+"""Shared by the recipes: a task with real images that takes a minute on a CPU.
 
-The source task is seven kinds of clothes of Fashion-MNIST, on which a network is trained on the spot; the target task
-is the other three, with a handful of images each. In your own code the first part is ``from_pretrained``.
+The source task is seven kinds of clothes of Fashion-MNIST, on which a network is pretrained first; the target task is
+the other three, with a few images each. In your own code the first part is ``from_pretrained``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def plain_logits(model: nn.Module, images: Tensor) -> Tensor:
 def pretrain(
     model: nn.Module, *, steps: int = 150, logits_of: Callable[[nn.Module, Tensor], Tensor] = plain_logits
 ) -> nn.Module:
-    """Train a classifier of ``len(SOURCE)`` classes on the source task, a stand-in for real pretrained weights."""
+    """Train a classifier of ``len(SOURCE)`` classes on the source task, in place of real pretrained weights."""
     images, labels = FashionTask(SOURCE, 300).tensors
     optimizer = torch.optim.AdamW(model.train().parameters(), 3e-3)
     for _ in range(steps):
@@ -58,14 +58,14 @@ def pretrain(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, logits_of: Callable[[nn.Module, Tensor], Tensor] = plain_logits) -> float:
-    """Of a classifier of the target task, on 300 test images."""
+    """Accuracy of a classifier of the target task, on 300 test images."""
     images, labels = FashionTask(TARGET, 100, test=True).tensors
     device = next(model.parameters()).device  # a trainer may have left it on a GPU
     return (logits_of(model.eval(), images.to(device)).argmax(1).cpu() == labels).double().mean().item()
 
 
 def run(main: Callable[[], float], description: str | None) -> None:
-    """A recipe as a program. It has no options: ``--help`` says what it is, and others are refused, not ignored."""
+    """Run a recipe as a program. Its only option is ``--help``; others are refused, not ignored."""
     formatter = argparse.RawTextHelpFormatter
     argparse.ArgumentParser(description=description, formatter_class=formatter).parse_args()
     print(f"test accuracy {main():.1%}")

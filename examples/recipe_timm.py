@@ -1,6 +1,6 @@
 """Recipe: Co-Tuning of a timm model with timm's mixup, label smoothing and schedule. ``python examples/recipe_timm.py``
 
-timm needs torchvision. Mixup gives class probabilities ``(B, N_t)``, which the criterion takes as they are.
+timm needs torchvision. Mixup gives class probabilities ``(B, N_t)``, which the criterion accepts.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class CoTuningTrainer(Trainer):
 
 
 class AsMappings(Dataset[dict[str, Tensor]]):
-    """The form that Trainer wants."""
+    """Samples as mappings, as Trainer expects."""
 
     def __init__(self, task: FashionTask) -> None:
         self.task = task

@@ -2,8 +2,8 @@
 
     python examples/source_temperature.py imagenet/val --model timm:resnet50
 
-prints what ``--temperature`` of image_classification.py takes. The folder has one sub-folder a class, as many as the
-classifier has classes, in the order of their sorted names (for ImageNet the WordNet numbers, n01440764 first); a few
+prints the value for ``--temperature`` of image_classification.py. The folder has one sub-folder for each class of the
+classifier, in the order of their sorted names (for ImageNet the WordNet numbers, n01440764 first); a few
 thousand images are enough (``--images-per-class``).
 """
 

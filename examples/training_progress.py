@@ -1,4 +1,4 @@
-"""The checkpoint of a training run: a file with a digest, from which a run goes on to the same bits."""
+"""The checkpoint of a training run: a file with a digest, from which a run resumes to the same bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHECKPOINT_FILE = TensorFile(
 
 
 class Progress:
-    """All that a training step depends on besides the data, which depends on the seed and the iteration alone."""
+    """Everything that a training step depends on, except the data, which follow from the seed and the iteration."""
 
     def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
         self.path, self.model, self.optimizer, self.schedule = path, model, optimizer, schedule
@@ -31,7 +31,7 @@ class Progress:
         self.device = next(model.parameters()).device
 
     def save(self) -> None:
-        """By the first process, with the random numbers of all."""
+        """The first process saves, with the random states of all processes."""
         rank, processes = rank_and_size()
         on_gpu = self.device.type == "cuda"
         random: list[Any] = [(torch.random.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_gpu else None)]
@@ -74,15 +74,15 @@ class Progress:
 
 
 def packed(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """A tree of mappings, sequences, tensors and plain values as JSON, which refers to the tensors by name.
+    """A tree of mappings, sequences, tensors and plain values as JSON that refers to the tensors by name.
 
-    Unlike a pickle it runs nothing when it is read. A tuple comes back as a list, a Counter as a dict.
+    Unlike a pickle it runs no code when read. A tuple comes back as a list, a Counter as a dict.
     """
     if isinstance(value, Tensor):
         key = f"{len(tensors)}{name}"
         tensors[key] = value
         return {"tensor": key}
-    if isinstance(value, Mapping):  # pairs, because the keys of JSON's objects are strings alone
+    if isinstance(value, Mapping):  # pairs, because JSON keys can only be strings
         return {"items": [[key, packed(item, tensors, f"{name}.{key}")] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         return [packed(item, tensors, f"{name}.{index}") for index, item in enumerate(value)]

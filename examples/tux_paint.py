@@ -1,7 +1,7 @@
 """Drawings and photographs of things: the stamps of Tux Paint (GPL-2), from Debian's archive; not in this repository.
 
-Many stamps are variants of one another (a mirrored one, another colour, the same animal again), so whole families of
-stamps go into one part of the data: files of a class whose names share a word are of one family.
+Many stamps are variants of one another (mirrored, another colour, the same animal again). So a whole family of stamps
+goes into one part of the data. Files of a class whose names share a word are one family.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from demo_data import FULL, Images, ImageSet, fetch_debian_package
 from torch import Tensor
 
 INSTALLED_AT = Path("/usr/share/tuxpaint/stamps")
-# The sub-folders of a class, and those in them that are another class. All have families enough for three parts.
+# The sub-folders of a class, and their sub-folders that belong to another class. All have enough families for three
+# parts.
 CLASSES: dict[str, tuple[list[str], list[str]]] = {
     "bird": (["animals/birds"], []),
     "building": (["town/houses"], []),
@@ -32,7 +33,7 @@ CLASSES: dict[str, tuple[list[str], list[str]]] = {
     "vehicle": (["vehicles"], []),
     "water animal": (["animals/fish", "animals/shellfish", "animals/mammals/aquatic"], []),
 }
-# Words that say how a thing is drawn, not what it is.
+# Words for how a thing is drawn, not what it is.
 NOT_NAMES = {
     "outline", "filled", "with", "mirror", "photo", "cartoon", "red", "green", "blue", "yellow", "white", "black",
     "golden", "brown", "small", "large", "little", "left", "right",
@@ -40,7 +41,7 @@ NOT_NAMES = {
 
 
 def tux_paint(cache: Path, *, images_per_class: int, seed: int, say: Callable[[str], None] = print) -> Images:
-    """``images_per_class`` families with one image each to train on; of the others a quarter is for validation."""
+    """Trains on one image from each of ``images_per_class`` families; a quarter of the others is for validation."""
     root = fetch_stamps(cache, say)
     random = np.random.default_rng(seed)
     train: list[tuple[Path, int]] = []
@@ -82,7 +83,7 @@ def stamps_of(root: Path, name: str) -> list[Path]:
 
 
 def families(paths: list[Path]) -> list[list[Path]]:
-    """Files that share a word of their names, also through others, are together."""
+    """Group files whose names share a word, directly or through other files."""
     groups: list[tuple[set[str], list[Path]]] = []
     for path in paths:
         words, members = words_of(path), [path]
@@ -97,7 +98,7 @@ def families(paths: list[Path]) -> list[list[Path]]:
 
 
 def words_of(path: Path) -> set[str]:
-    """Five letters of each, for plurals: ``towTruck_mirror`` gives tow, truck."""
+    """The first five letters of each word, to merge plurals: ``towTruck_mirror`` gives tow, truck."""
     words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", path.stem)} - NOT_NAMES
     return {word[:5] for word in words} or {path.parent.name}
 

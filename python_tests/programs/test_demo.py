@@ -117,7 +117,7 @@ def test_fashion_mnist_is_cut_without_overlap(tmp_path: Path, seed: int, monkeyp
 
 def test_fashion_pictures_are_dark_on_white_with_a_margin() -> None:
     image = np.zeros((1, 28, 28), np.uint8)
-    image[0, :14] = 255  # the upper half light, as stored
+    image[0, :14] = 255  # stored images are light on black
     picture = demo_data.fashion_pictures(image)
     assert picture.shape == (1, 3, FULL, FULL)
     assert picture.dtype == torch.uint8
