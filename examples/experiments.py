@@ -1,4 +1,4 @@
-"""When does Co-Tuning help, and when not? Many short runs on real weights and real images, one line of JSON a run.
+"""When does Co-Tuning help, and when not? Many short runs on real weights and real images, one line of JSON per run.
 
     pip install '.[experiments]'
     python examples/experiments.py                      # runs of docs/results/plan.toml without a result

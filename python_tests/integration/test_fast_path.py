@@ -442,7 +442,7 @@ def test_memory_that_is_not_there(path: Callable[[], AbstractContextManager[Any]
         functional.source_label_loss(source_logits, target, relationship)
 
 
-# ------------------------------------------------------------------------------------------- beside which torch
+# -------------------------------------------------------------------------------------- which versions of torch
 
 
 def test_beside_another_torch_it_is_not_even_loaded() -> None:

@@ -24,7 +24,7 @@ def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-# ----------------------------------------------------------------------------------------------- what is not replaced
+# -------------------------------------------------------------------------------------- targets that are not replaced
 
 
 def make_loop(path: Path) -> None:
@@ -89,7 +89,7 @@ def test_pieces_follow_each_other_and_long_names_are_allowed(tmp_path: Path) -> 
     assert path.read_bytes() == b"one two"
 
 
-# ----------------------------------------------------------------------------------------------- whose the new file is
+# ------------------------------------------------------------------------------------ owner and rights of the new file
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o400, 0o755])
@@ -275,7 +275,7 @@ def test_processes_that_save_the_same_target_at_once(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["r"]
 
 
-# ----------------------------------------------------------------------------------------------------- what goes wrong
+# -------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:

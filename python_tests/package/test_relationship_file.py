@@ -68,7 +68,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
-# ------------------------------------------------------------------------------------------------------ what comes back
+# ---------------------------------------------------------------------------------------------------------- round trips
 
 
 def test_everything_comes_back(tmp_path: Path, draw: torch.Generator) -> None:
@@ -154,7 +154,7 @@ def test_the_file_has_the_usual_permissions(tmp_path: Path, draw: torch.Generato
     assert stat.S_IMODE((tmp_path / "r").stat().st_mode) == stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# -------------------------------------------------------------------------------------------------------- refused files
 
 
 def check_refused_or_same(path: Path, content: bytes, saved: Relationship) -> bool:

@@ -209,7 +209,7 @@ def test_a_flipped_bit_is_never_resumed(method: str, batches: Batches, tmp_path:
 def test_without_the_checksum_a_flipped_bit_would_be_resumed(
     batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plants the fault that the test above is there for."""
+    """Plants the fault that the test above must catch."""
     monkeypatch.setattr(tensor_file, "_digest", lambda text, tensors: "constant")
     path = tmp_path / "statistics.pt"
     content = bytearray(interrupted_at(path, "direct", batches))
