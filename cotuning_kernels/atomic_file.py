@@ -1,9 +1,9 @@
-"""Files that are there whole or not at all, whatever interrupts the writing.
+"""Atomic writes: a file exists whole or not at all, whatever interrupts the writing.
 
-The content goes to a temporary file beside the target, which then takes the target's name. A process that is killed
-in between leaves its temporary. The next save of the same target removes it, and must not remove the temporary of
-another process that saves the same target at that moment: every writer holds a lock on its own (``flock``), which the
-system releases when the process ends, so a temporary that can be locked belongs to no one.
+The content goes to a temporary file beside the target, which is then renamed to the target. A killed process leaves its
+temporary file, and the next save of the same target removes it. That save must not remove the temporary file of another
+process that saves the same target at that moment. So every writer locks its temporary file (``flock``). The system
+releases the lock when the process ends: a temporary file that can be locked is a leftover.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from pathlib import Path
 
 __all__ = ["check_writable", "remove", "write_atomically"]
 
-_LONGEST_STEM = 50  # of a temporary's name, in characters: file systems allow 255 bytes a name
+_LONGEST_STEM = 50  # characters of the target's name in a temporary file's name: a name may have 255 bytes
 
 
 def write_atomically(path: str | os.PathLike[str], *pieces: bytes | memoryview) -> None:
-    """Write the pieces, one after the other, as one file: an interrupted write leaves what was there before.
+    """Write the pieces, one after the other, as one file. An interrupted write leaves the old file unchanged.
 
-    A file that is replaced keeps its mode, and its owner and group where the system allows it. A group that cannot be
-    kept loses what others may not do either, so that no one can read the new file who could not read the old one.
+    The new file gets the mode of the old one, and its owner and group where the system allows it. Where the group
+    cannot be kept, the group gets no more permissions than others have: users who could not read the old file cannot
+    read the new one.
 
     Raises:
-        IsADirectoryError, FileNotFoundError, PermissionError, OSError: the path cannot be written, or it is no regular
-            file (a device, a pipe, a loop of links); what was there is untouched.
+        IsADirectoryError, FileNotFoundError, PermissionError, OSError: the path cannot be written, or is not a
+            regular file (a device, a pipe, a loop of links). The old file is untouched.
     """
     target, before = _target(path)
     with _temporary(target, private=before is not None) as (temporary, descriptor):
@@ -55,19 +56,19 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-    """Remove the file, if it exists, and the temporaries of killed writes of it."""
+    """Remove the file, if it exists, and the temporary files that killed writes of it left."""
     target = Path(os.path.realpath(path))
     Path(path).unlink(missing_ok=True)
     _remove_leftovers(target)
 
 
 def _target(path: str | os.PathLike[str]) -> tuple[Path, os.stat_result | None]:
-    """The file that a path stands for, behind symbolic links, and what is known of it if it exists."""
+    """The file behind the path's symbolic links, and its ``stat`` if it exists."""
     try:
-        before = os.stat(path)  # of a loop of links: OSError
+        before = os.stat(path)  # a loop of links raises OSError
     except FileNotFoundError:
         before = None
-    # A symbolic link keeps pointing where it did; os.replace on the link itself would put a file in its place.
+    # Write to the link's target: os.replace on the link itself would replace the link by a file.
     target = Path(os.path.realpath(path))
     if before is None:
         if not target.parent.is_dir():
@@ -84,7 +85,7 @@ def _target(path: str | os.PathLike[str]) -> tuple[Path, os.stat_result | None]:
 
 @contextlib.contextmanager
 def _temporary(target: Path, private: bool) -> Iterator[tuple[Path, int]]:
-    """A new locked file beside the target, removed at the end unless it has got another name."""
+    """A new locked file beside the target, removed at the end unless it was renamed."""
     _remove_leftovers(target)
     temporary, descriptor = _locked_file(target, 0o600 if private else 0o666)
     try:
@@ -110,12 +111,12 @@ def _locked_file(target: Path, mode: int) -> tuple[Path, int]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock a new file; False where another save has taken it for a leftover, and has removed it or is about to."""
+    """Lock a new file. False if another save took it for a leftover and has removed it, or is about to."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks, where no leftover is removed
+    except OSError:  # a file system without locks: no leftover is removed
         return True
     return os.fstat(descriptor).st_nlink > 0
 
@@ -124,7 +125,7 @@ def _copy_permissions(descriptor: int, before: os.stat_result) -> None:
     mode = before.st_mode & 0o777
     try:
         os.fchown(descriptor, before.st_uid, before.st_gid)
-    except OSError:  # only root gives files away
+    except OSError:  # only root may change the owner
         try:
             os.fchown(descriptor, -1, before.st_gid)
         except OSError:
@@ -137,17 +138,17 @@ def _stem(target: Path) -> str:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove the temporaries of the target whose processes are gone."""
+    """Remove the target's temporary files whose processes have ended."""
     pattern = re.compile(re.escape(_stem(target)) + r"[0-9a-f]{16}\.tmp")
     with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
         for entry in entries:
             if pattern.fullmatch(entry.name):
-                with contextlib.suppress(OSError):  # somebody else's, locked, or gone already
+                with contextlib.suppress(OSError):  # another user's, locked, or already removed
                     _remove_if_unlocked(entry.path)
 
 
 def _remove_if_unlocked(path: str) -> None:
-    # Not to follow a link, and not to wait for the other end of a pipe.
+    # Do not follow a link, and do not wait for the other end of a pipe.
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,7 +158,7 @@ def _remove_if_unlocked(path: str) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make the new name itself survive a power failure, where the system can; the data is already safe."""
+    """Make the rename survive a power failure, where the system can. The data is already safe."""
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:

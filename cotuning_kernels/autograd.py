@@ -112,8 +112,8 @@ def normalized_class_weights(weight: Tensor) -> Tensor:
     """Class weights divided by the largest, so that float16 gradients keep their digits.
 
     A mean over labels depends only on the weights' ratios. A kernel on an accelerator stores the gradients before it
-    knows the sum of the weights that divides them: with weights of 1e-4, float16 would keep hardly a digit. (The C++
-    kernels choose a power of two.)
+    knows the sum of the weights that divides them: with weights of 1e-4, float16 gradients would keep hardly a digit.
+    (The C++ kernels choose a power of two.)
     """
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return weight / weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny)
@@ -131,10 +131,10 @@ def _reject_forward_mode(*tensors: Tensor | None) -> None:
 
 
 def _is_mapped() -> bool:
-    """Whether torch.func.vmap calls this.
+    """Whether the call is under torch.func.vmap.
 
     Raises:
-        RuntimeError: another transform of functorch does; none of them can differentiate the loss.
+        RuntimeError: it is under another functorch transform; none of them can differentiate the loss.
     """
     if not torch._C._are_functorch_transforms_active():
         return False
@@ -184,14 +184,15 @@ def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None,
 
 
 def _is_known_to_be_one(upstream: Tensor) -> bool:
-    """Whether this is ``loss.backward()``; False on an accelerator, where reading the value would wait for it."""
+    """Whether the upstream gradient is 1, as in ``loss.backward()``. False on an accelerator: reading it would wait."""
     return upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1.0
 
 
 def _save(ctx: Any, source_grad: Tensor, target_grad: Tensor, factors: Tensor, backend: str) -> None:
-    """Save the wanted gradients, as csrc/fast_path does. A checkpoint raises where a call saves other tensors the
-    second time, and the fast path may serve one of the two calls and decline the other. A trace keeps nothing but saved
-    tensors, so the factors are one there.
+    """Save the requested gradients and no other tensor, as csrc/fast_path does.
+
+    Activation checkpointing raises if the second call saves other tensors than the first, and the fast path may serve
+    one call and decline the other. A trace keeps only saved tensors, so the factors are one of them there.
     """
     gradients = (source_grad, target_grad)
     wanted = (x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad, strict=False))
@@ -205,15 +206,15 @@ def _save(ctx: Any, source_grad: Tensor, target_grad: Tensor, factors: Tensor, b
 
 
 def _below_autograd(name: str, backend: str, *arguments: Any) -> Any:
-    """The operation without its own derivative (below): the caller saves the gradients, so it would only cost time."""
+    """The operation without its own derivative (below), which would only cost time: the caller saves the gradients."""
     if torch.compiler.is_compiling():
         return operation(name, backend)(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operation(name, backend)(*arguments)
 
 
-# The operation by itself is differentiable: torch.export keeps the operation and not the Function that called it. (The
-# in-place operation is not: torch allows no derivative for an operation that writes over its arguments.)
+# The operation by itself is differentiable: torch.export keeps the operation, not the Function that called it. (The
+# in-place operation is not: torch allows no derivative for an operation that overwrites its arguments.)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -226,7 +227,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _operation_backward(backend: str, ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     _refuse_second_derivatives()
-    gradients = tuple(each.clone() for each in ctx.saved_tensors[:2])  # results of an operation, which others may hold
+    gradients = tuple(each.clone() for each in ctx.saved_tensors[:2])  # copies: other code may hold the results
     wanted = ctx.needs_input_grad[:2]
     for name, stored, needed in zip(("source_gradient", "target_gradient"), ctx.stored, wanted, strict=True):
         if needed and not stored:
@@ -281,7 +282,7 @@ class _InplaceCoTuningLoss(torch.autograd.Function):
         backend: str,
     ) -> Tensor | tuple[Tensor, Tensor]:
         loss, terms, factors = operation("co_tuning_loss_", backend)(source_logits, target_logits, *arguments)
-        # An operation that saved these logits for its backward pass now raises, and returns no wrong gradient.
+        # An operation that saved these logits for its backward pass now raises instead of using overwritten values.
         torch.autograd.graph.increment_version([x for x in (source_logits, target_logits) if x is not None])
         source_grad = source_logits.detach()
         target_grad = source_logits.new_empty((0, 0)) if target_logits is None else target_logits.detach()

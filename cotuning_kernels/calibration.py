@@ -38,10 +38,10 @@ __all__ = [
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-4, 1e4
 # (NLL, slope, curvature, rows), summed over rows.
 _Terms = tuple[float, float, float, float]
-# A sample is every 32nd row, but at least 512 rows, and worth its passes if it is an eighth of all rows or less.
+# A sample is every 32nd row, but at least 512 rows. It is worth its passes if it is at most an eighth of all rows.
 _SAMPLE_STRIDE, _SAMPLE_ROWS, _LEAST_STRIDE = 32, 512, 8
 _MOST_SAMPLE_PASSES = 20
-# After so many passes that all asked for a lower temperature, the lowest one of the search is tried.
+# After this many passes that all asked for a lower temperature, try the lowest one of the search.
 _ASK_THE_BOUND = 8
 
 
@@ -53,8 +53,8 @@ class TemperatureFit:
         temperature: divide logits by it.
         nll_before, nll_after: mean negative log likelihood in nats at temperature 1 and at ``temperature``.
         iterations: passes over the logits.
-        converged: false where there is no finite optimum (``temperature`` is then a bound of the search, and a warning
-            said so) or the iterations did not suffice.
+        converged: false if there is no finite optimum (``temperature`` is then a bound of the search, and a warning
+            says so) or if ``max_iterations`` was too few.
     """
 
     temperature: float
@@ -81,26 +81,26 @@ def fit_temperature(
     and the slope ``E_p[z] - z_y`` usually rises almost linearly before it levels off: steps from below the optimum
     hardly overshoot. In ``log b`` or ``T`` the NLL is not convex, and Newton's method took as many passes or more. The
     signs of the slopes bracket the optimum; a step that leaves the bracket goes to its end the first time, and to its
-    middle (in ``log b``) when that end is known already.
+    middle (in ``log b``) if that end was already evaluated.
 
     Many rows on the CPU usually take 2 to 4 passes: a sample of the rows shows how the slope bends on the way to the
-    optimum, which a Newton step does not know. The result is still that of all rows.
+    optimum, which a Newton step does not use. The result is still that of all rows.
 
     Use source data that the model was *not* trained on (its validation set), with source labels.
 
     Args:
         logits: ``(B, N)``, ``(N,)`` or ``(B, N, d1, ...)``; float32, bfloat16, float16 or float64. A masked class may
-            be -inf. A warning tells probabilities from logits.
+            be -inf. Probabilities instead of logits cause a warning.
         labels: ``(B,)``, ``()`` or ``(B, d1, ...)``; int64 or int32 class indices, or ``ignore_index``.
         ignore_index: rows with this label do not count.
         backend: see :func:`cotuning_kernels.backends.select`.
-        max_iterations: passes over the logits at most; 2 to 8 are usual, up to 15 where the model is very sure.
-        tolerance: the allowed relative error of ``T``, estimated from the last two passes. The default is of the order
-            of the rounding of a float32 exponential.
+        max_iterations: the most passes over the logits; 2 to 8 are usual, up to 15 for a very confident model.
+        tolerance: the allowed relative error of ``T``, estimated from the last two passes. The default is about the
+            rounding of a float32 exponential.
 
     Returns:
-        :class:`TemperatureFit`. If every label has the highest logit of its row, the NLL falls for ever as ``T`` goes
-        to 0; if the labels are no likelier than chance, as ``T`` grows. Then ``temperature`` is 1e-4 or 1e4 (for
+        :class:`TemperatureFit`. If every label has the highest logit of its row, the NLL keeps falling as ``T``
+        goes to 0; if the labels are no likelier than chance, as ``T`` grows. Then ``temperature`` is 1e-4 or 1e4 (for
         logits below 1e-3 or above 500 in size, a tenth or 20 times the largest), ``converged`` is false, and a warning
         says what happened.
 
@@ -119,12 +119,12 @@ def fit_temperature(
     terms_at = _terms_of(logits, labels, ignore_index, backend)
     sample_terms_at = None
     stride = min(_SAMPLE_STRIDE, len(labels) // _SAMPLE_ROWS)
-    # On a GPU a pass over all rows is over before its result has been read.
+    # No sample on a GPU: a pass over all rows takes less time than reading its result.
     if stride >= _LEAST_STRIDE and logits.device.type == "cpu":
         sample_terms_at = _terms_of(logits[::stride], labels[::stride], ignore_index, backend)
 
     least, most = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE
-    hard = most  # where the NLL falls for ever
+    hard = most  # the bound to return if the NLL keeps falling
     low, low_seen, high, high_seen = least, False, most, False
     b, nll_before = 1.0, math.nan
     last_b, last_curvature = math.nan, math.nan
@@ -138,12 +138,12 @@ def fit_temperature(
             nll_before = nll / rows
         if num_classes == 1:
             return TemperatureFit(1.0, nll_before, nll_before, iteration, converged=True)
-        # A row whose label is not its one highest logit has p <= 1/2, a NLL of at least log 2, at every temperature.
+        # A row whose label is not its single highest logit has p <= 1/2, so a NLL of at least log 2, at every T.
         if nll < math.log(2):
             _warn("every label has the highest logit of its row, so the NLL falls for ever as the temperature falls")
             return TemperatureFit(1 / hard, nll_before, terms_at(hard)[0] / rows, iteration + 1, converged=False)
         if (b == most and slope <= 0) or (b == least and slope >= 0):
-            # The bounds are those of ordinary logits. Others have theirs, at which the softmax is as hard or as flat.
+            # The bounds fit ordinary logits. Scale them for others, so that the softmax there is as hard or as flat.
             size = _largest(logits)
             least, most = min(least, 1 / (20 * size)), max(most, 1 / (LOWEST_TEMPERATURE * size))
             hard = max(hard, 10 / size)
@@ -160,7 +160,7 @@ def fit_temperature(
             step = math.copysign(math.inf, -slope)
         elif sample_terms_at is not None and step != 0:
             step = _step_with_sample(sample_terms_at, b, slope / rows, curvature / rows, step)
-        # Two passes with equal curvatures, one on either side of where it is largest, do not mean that it is constant.
+        # Equal curvatures of two passes do not mean that it is constant: they may lie on either side of its maximum.
         moved = abs(b - last_b) or math.inf  # a step below b's last digit has moved nothing
         bend = max(abs(curvature - last_curvature) / moved, curvature / b)
         if _error_left(step, curvature, bend) <= tolerance * b:
@@ -176,7 +176,7 @@ def fit_temperature(
         last_b, last_curvature = b, curvature
         b += step
         if slope < 0 and not high_seen and iteration % _ASK_THE_BOUND == 0:
-            b = most  # a tail that falls for ever, or almost: is there an optimum at all?
+            b = most  # the NLL keeps falling, or almost: check whether there is an optimum
         if b <= low:
             b = math.sqrt(low * high) if low_seen else low
         elif b >= high:
@@ -252,7 +252,7 @@ def reliability(
     logits, labels = check_labelled_logits("logits", logits, labels, None, ignore_index)
     if not probabilities:
         warn_of_probabilities("logits", logits, stacklevel=3)
-    # Said of the device because torch.set_default_device may have named another one.
+    # Name the device: torch.set_default_device may have set another one.
     count = torch.zeros(bins, dtype=torch.int64, device="cpu")
     confidence = torch.zeros(bins, dtype=torch.float64, device="cpu")
     right = torch.zeros(bins, dtype=torch.float64, device="cpu")
@@ -317,7 +317,7 @@ def _error_left(step: float, curvature: float, bend: float) -> float:
     """How far ``b`` is from the optimum after this step, about: ``bend step^2 / (2 curvature)``.
 
     A Newton step leaves that error when the curvature changes by ``bend`` per unit of ``b``; a step that knows how the
-    slope bends leaves less. Where no bend is known (NaN: the first pass), the error may be as large as the step.
+    slope bends leaves less. If no bend is known (NaN: the first pass), the error may be as large as the step.
     """
     error = bend * step * step / (2 * curvature) if curvature > 0 else math.nan
     return min(abs(step), error) if math.isfinite(error) else abs(step)
@@ -326,14 +326,14 @@ def _error_left(step: float, curvature: float, bend: float) -> float:
 def _step_with_sample(
     sample_terms_at: Callable[[float], _Terms], b: float, slope: float, curvature: float, newton_step: float
 ) -> float:
-    """The step from ``b`` to where the slope of all rows is 0, if it bends as the slope of the sample does.
+    """The step from ``b`` to where the slope of all rows is 0, assuming that it bends like the slope of the sample.
 
-    With the means over all rows ``G`` and over the sample ``S`` of the slope at ``x``, the root ``x`` of
+    ``G(x)`` is the mean slope over all rows, ``S(x)`` that over the sample. Newton's method finds the root ``x`` of
 
         S(x) + (G(b) - S(b)) + (G'(b) - S'(b)) (x - b)
 
-    which has the value and the derivative of ``G`` at ``b``, by Newton's method. The error is a Newton step's times the
-    relative error of the sample's third derivative, so that the passes over all rows still converge to their optimum.
+    which has the value and the derivative of ``G`` at ``b``. The error is that of a Newton step times the relative
+    error of the sample's third derivative, so the passes over all rows still converge to the optimum of all rows.
     """
     _, sample_slope, sample_curvature, rows = sample_terms_at(b)
     if rows == 0:
@@ -382,5 +382,5 @@ def _largest(logits: Tensor) -> float:
 
 
 def _warn(message: str) -> None:
-    # Past this function, fit_temperature and its no_grad wrapper, to the line that called it.
+    # stacklevel skips this function, fit_temperature and its no_grad wrapper.
     warnings.warn(f"fit_temperature: {message}", stacklevel=4)

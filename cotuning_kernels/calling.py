@@ -18,7 +18,7 @@ def call(model: Callable[..., Any], inputs: Tensor | Mapping[str, Any], device: 
     def moved(value: Any) -> Any:
         if device is None or not isinstance(value, Tensor):
             return value
-        # A copy to the CPU that does not block may be read before it has arrived.
+        # A non-blocking copy to the CPU may be read before it is complete.
         return value.to(device, non_blocking=device.type != "cpu")
 
     if isinstance(inputs, Mapping):
@@ -29,7 +29,7 @@ def call(model: Callable[..., Any], inputs: Tensor | Mapping[str, Any], device: 
 def inputs_in(batch: Any) -> Any:
     """The inputs in a loader's batch: the first of a tuple or list, or a mapping without its ``"labels"``.
 
-    Transformers' batches hold the labels, with which its classifiers would compute a loss of their own.
+    Batches of transformers contain the labels; its classifiers would compute their own loss from them.
     """
     if isinstance(batch, Mapping):
         return {name: value for name, value in batch.items() if name != "labels"}
@@ -39,7 +39,7 @@ def inputs_in(batch: Any) -> Any:
 def logits_in(output: Any) -> Tensor | None:
     """The logits in a classifier's output: a tensor, ``.logits``, ``["logits"]`` or the first item of a tuple or list.
 
-    ``None`` where none of these is a tensor.
+    ``None`` if none of these is a tensor.
     """
     if isinstance(output, Tensor):
         return output
@@ -53,7 +53,7 @@ def logits_in(output: Any) -> Tensor | None:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule has its own mode back, frozen BatchNorm layers included."""
+    """Evaluation mode inside; afterwards every submodule has its old mode back, frozen BatchNorm layers included."""
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     try:
         if isinstance(model, nn.Module):

@@ -1,12 +1,11 @@
 """Several processes: shares of a data set without repetition, and the loss whose gradients average to the global one.
 
-Relationship learning needs no more than ``learn_relationship(..., distributed=True)`` over a loader with a
-:class:`ShardSampler`.
+To learn a relationship, call ``learn_relationship(..., distributed=True)`` on a loader with a :class:`ShardSampler`.
 
 For training, DistributedDataParallel averages the gradients of ``P`` processes. If each process takes the mean over its
-own rows, that average is the gradient of the global mean only where every process has the same number of rows that
-count. With ``ignore_index``, class weights, or target classes without source supervision it has not.
-:func:`global_mean_loss` divides by the counts of all processes instead.
+own rows, that average is the gradient of the global mean only if every process has the same number of rows that count.
+``ignore_index``, class weights and target classes without source supervision make these numbers differ, so
+:func:`global_mean_loss` divides by the counts of all processes.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ __all__ = ["ShardSampler", "global_mean_loss", "rank_and_size"]
 class ShardSampler(Sampler[int]):
     """Every ``P``-th sample for each of ``P`` processes, in order, each sample exactly once.
 
-    torch's DistributedSampler repeats some samples to make all shares equally large. Training needs that; statistics
-    must not have it.
+    torch's DistributedSampler repeats some samples to make all shares equally large. Training needs that, but it would
+    bias statistics.
 
     Args:
         dataset: its length is used.
@@ -81,16 +80,16 @@ def global_mean_loss(
 
     Args:
         criterion: a :class:`cotuning_kernels.FusedCoTuningLoss` with ``reduction="mean"``.
-        source_logits, target_logits, target: this process's rows, as for the criterion; may be no rows at all.
-        group: the processes; all by default. Without torch.distributed it is one, and this is the criterion itself.
+        source_logits, target_logits, target: this process's rows, as for the criterion; there may be none.
+        group: the processes; all by default. Without torch.distributed, the result is that of the criterion.
 
     Returns:
         :class:`cotuning_kernels.CoTuningTerms`: ``loss`` is this process's part (call ``backward()`` on it), and so are
-        the two terms; their averages over processes are the global ones. With no row that counts in any process the
-        loss is NaN, as that of ``F.cross_entropy``.
+        the two terms; their averages over processes are the global ones. If no row counts in any process the loss is
+        NaN, as with ``F.cross_entropy``.
 
     Raises:
-        ValueError: the criterion reduces in another way.
+        ValueError: the criterion has another reduction.
         RuntimeError: a launcher started several processes, but ``init_process_group`` was not called.
     """
     target = as_collated(target)

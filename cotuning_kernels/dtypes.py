@@ -14,5 +14,5 @@ INDICES = (torch.int64, torch.int32)
 
 
 def named(dtypes: tuple[torch.dtype, ...]) -> str:
-    """The dtypes as words of an error message."""
+    """The dtypes as text for an error message."""
     return ", ".join(map(str, dtypes))

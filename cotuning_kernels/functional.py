@@ -65,18 +65,18 @@ def co_tuning_loss(
             :class:`cotuning_kernels.Relationship`.
         trade_off: the factor lambda of the source term; 2.3 in the paper's code. A floating tensor of shape ``()`` on
             the logits' device changes under ``torch.compile`` without a recompilation; a float does not.
-        weight, label_smoothing, ignore_index: of the target term, as in :func:`torch.nn.functional.cross_entropy`. A
-            row with label ``ignore_index`` takes part in neither term and its gradient is exactly 0.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean of the target term is that of ``F.cross_entropy``,
-            the mean of the source term is over the rows that have source supervision (a mixture counts by its
-            supervised share), and 0 where none has. With every row ignored, or no row, both means are NaN.
+        weight, label_smoothing, ignore_index: for the target term, as in :func:`torch.nn.functional.cross_entropy`. A
+            row with label ``ignore_index`` counts in neither term, and its gradient is exactly 0.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean of the target term is that of ``F.cross_entropy``. The
+            mean of the source term is over the rows with source supervision (a mixture counts by its supervised
+            share), and 0 if no row has any. If every row is ignored, or there is no row, both means are NaN.
         source_loss: ``"cross_entropy"``, or ``"kl"`` for ``KL(R_y || softmax(source_logits))``: the same gradient,
             and 0 where the source head predicts exactly ``R_y``.
         return_terms: return :class:`CoTuningTerms` instead of the loss.
         inplace: write the gradients over the logits, which saves memory of their size; nothing may read these logits
-            afterwards (autograd raises where an operation saved them). They must not be leaves. Without a gradient to
-            compute (an evaluation under ``torch.no_grad``) nothing is written.
-        backend: ``"auto"``, or the name of one (:func:`cotuning_kernels.backends.select`).
+            afterwards (autograd raises if an operation saved them). They must not be leaves. If no gradient is needed
+            (an evaluation under ``torch.no_grad``), nothing is written.
+        backend: ``"auto"``, or the name of a backend (:func:`cotuning_kernels.backends.select`).
 
     Returns:
         The loss, shape ``()``, or that of the class indices with ``reduction="none"``: float64 where any logits are
@@ -105,11 +105,11 @@ def source_label_loss(
     inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """The source term of :func:`co_tuning_loss` alone, for those who have their own loss on the target head.
+    """The source term of :func:`co_tuning_loss` alone, for use with another loss on the target head.
 
     Args, Returns, Raises: as for :func:`co_tuning_loss`.
     """
-    options = LossOptions(None, 1.0, 0.0, ignore_index, reduction, source_loss)  # no term but the source term
+    options = LossOptions(None, 1.0, 0.0, ignore_index, reduction, source_loss)  # the source term only
     loss = compute_loss(source_logits, None, target, matrix_of(relationship), options, inplace, backend, False)
     return cast(Tensor, loss)
 
@@ -117,7 +117,7 @@ def source_label_loss(
 def translate_labels(
     target: Target, relationship: Tensor | RelationshipLike, *, ignore_index: int = -100, backend: str = "auto"
 ) -> Tensor:
-    """Rows of ``p(y_source | target)``: the labels that the source head is trained on, for those who want to look.
+    """Rows of ``p(y_source | target)``: the labels that the source head is trained on, for inspection.
 
     The loss never builds this tensor.
 
@@ -196,8 +196,8 @@ def compute_loss(
             "torch.jit.trace cannot record the fused Co-Tuning loss: trace the model without the loss, use "
             'torch.export or torch.compile for both, or backend="reference"'
         )
-    # Checking a small batch's arguments in Python takes about as long as its loss. The kernels reject what they cannot
-    # take, and only then is the error put into words. A trace checks first: that costs nothing when it runs.
+    # Checking a small batch's arguments in Python takes about as long as its loss. So the kernels reject wrong
+    # arguments, and only then do the Python checks explain the error. A trace checks first: its runs do not repeat it.
     if tracing:
         _check_call(*inputs, options)
     try:
@@ -219,7 +219,7 @@ def _compute_loss_of_rows(
     backend: str,
     return_terms: bool,
 ) -> Tensor | CoTuningTerms:
-    """:func:`compute_loss` for logits ``(C,)`` or ``(B, C, d1, ...)``: that of their rows."""
+    """:func:`compute_loss` for logits ``(C,)`` or ``(B, C, d1, ...)``, reshaped to rows."""
     validation.check_shapes(source_logits, target_logits, target)
     shape = shape_of_labels(source_logits)
     rows = None if target_logits is None else logits_as_rows(target_logits)
@@ -263,7 +263,7 @@ def _reference(
 
 
 def matrix_of(relationship: Tensor | RelationshipLike) -> Tensor:
-    """The matrix of a Relationship. Anything else is returned unchanged, and the checks name it."""
+    """The matrix of a Relationship. Anything else is returned unchanged; the checks reject it."""
     if isinstance(relationship, Tensor):
         return relationship
     return cast(Tensor, getattr(relationship, "matrix", relationship))

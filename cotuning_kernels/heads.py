@@ -1,4 +1,4 @@
-"""The heads of a classifier: where its own is, and the module that holds two in its place."""
+"""Finds the head of a classifier, and has the module that holds two heads in its place."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class TwoHeads(nn.Module):
         self.num_target_classes = _num_classes(target_layer)
         self.class_dim = -1 if isinstance(source_layer, nn.Linear) else 1
 
-    # A classifier that reads its head's weight, for its dtype or for a product of its own, finds that of both heads.
+    # Some classifiers read their head's weight, for its dtype or for a product: they get that of both heads.
     @property
     def weight(self) -> Tensor:
-        """``(N_s + N_t, features)``, where both heads are single layers."""
+        """``(N_s + N_t, features)``, if both heads are single layers."""
         return torch.cat([cast(Tensor, head.weight) for head in (self.source_head, self.target_head)])
 
     @property
     def bias(self) -> Tensor | None:
-        """``(N_s + N_t,)``, where both heads are single layers."""
+        """``(N_s + N_t,)``, if both heads are single layers."""
         biases = [cast(Tensor, head.bias) for head in (self.source_head, self.target_head) if head.bias is not None]
         return torch.cat(biases) if biases else None
 
@@ -73,16 +73,16 @@ class TwoHeads(nn.Module):
 
 
 class _BoundSource(torch.autograd.Function):
-    r"""The features, once for each head; their gradient is the target head's plus a bounded one of the source head.
+    r"""The features, once for each head; their gradient is the target head's plus the source head's, bounded.
 
-    With the two gradients :math:`g_s` (which has the trade-off in it) and :math:`g_t`, that of the features is
+    With the heads' gradients :math:`g_s` (which includes the trade-off) and :math:`g_t`, the features' gradient is
 
     .. math:: g_t + \min(1, |g_t| / |g_s|) \, g_s
 
     A pretrained head has large weights and may send gradients into the backbone that are many times those of the new
-    head, which destroys it. Both gradients exist in a backward pass anyway, so that the bound costs two norms and no
-    wait for a device. It does not depend on the scale of the loss. Where the target head has no gradient at all, as in
-    a loss of the source logits alone, there is nothing to compare with and no bound.
+    head, which destroys it. Both gradients exist in a backward pass anyway, so the bound costs two norms and no wait
+    for a device. It does not depend on the scale of the loss. If the target head has no gradient at all, as in a loss
+    of the source logits alone, there is no bound.
     """
 
     generate_vmap_rule = True
@@ -102,7 +102,7 @@ class _BoundSource(torch.autograd.Function):
             return source if target is None else target, None
         dtype = torch.promote_types(source.dtype, torch.float32)
         norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in (source, target)])
-        if ctx.group is not None:  # the norms over the rows of all processes, so that all take the same factor
+        if ctx.group is not None:  # norms over the rows of all processes, so that all use the same factor
             squares = norms.square()
             torch.distributed.all_reduce(squares, group=ctx.group)
             norms = squares.sqrt()
@@ -124,7 +124,7 @@ HeadLayer: TypeAlias = nn.Linear | nn.Conv2d
 
 
 def is_head_layer(module: object) -> TypeGuard[HeadLayer]:
-    """Whether this is a layer that gives logits: linear, or a convolution that is one at each place."""
+    """Whether this is a layer that gives logits: linear, or a convolution that is linear at each place."""
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1
     return isinstance(module, nn.Linear)
@@ -147,7 +147,7 @@ def _describe(layer: nn.Module) -> str:
 
 
 def _last_layer(head: nn.Module, name: str) -> HeadLayer:
-    """The layer that gives a head its classes: the last linear or 1x1 convolution in it."""
+    """The layer whose outputs are the head's classes: its last linear layer or 1x1 convolution."""
     layers = [module for module in head.modules() if is_head_layer(module)]
     if not layers:
         raise TypeError(
@@ -170,11 +170,11 @@ def find_head(classifier: nn.Module, head: str | None, *, checked_later: bool) -
     Args:
         classifier: the module.
         head: its name, or ``None`` to find it.
-        checked_later: whether the outputs with two heads will be compared with the classifier's own, which tells other
-            layers that serve training alone from heads that are combined.
+        checked_later: whether the outputs with two heads will be compared with the classifier's own. That tells layers
+            that are used in training only from heads that are combined.
 
     Raises:
-        TypeError, ValueError: there is not exactly one; the message lists the candidates.
+        TypeError, ValueError: there is no head or more than one; the message lists the candidates.
     """
     modules: dict[str, nn.Module] = dict(classifier.named_modules())
     layers: dict[str, HeadLayer] = {name: module for name, module in modules.items() if is_head_layer(module)}
@@ -210,7 +210,7 @@ def _named_head(
 
 
 def _own_head(classifier: nn.Module, modules: dict[str, nn.Module], layers: dict[str, HeadLayer]) -> str:
-    """What ``get_classifier()`` returns (timm) or its last layer, else the last layer of the classifier."""
+    """The result of ``get_classifier()`` (timm) or its last layer, else the last layer of the classifier."""
     get_classifier = getattr(classifier, "get_classifier", None)
     if callable(get_classifier):
         own = get_classifier()
@@ -245,8 +245,8 @@ def _own_head(classifier: nn.Module, modules: dict[str, nn.Module], layers: dict
         for other, layer in layers.items()
         if layer is last or (_is_alike(layer, last) and not _is_auxiliary(other))
     ]
-    # A head ends the network. If more layers with weights come after the last candidate, that one is no head.
-    # A parametrized head (weight_norm) has weights in modules of its own, which are not later ones.
+    # A head ends the network: a candidate with later layers that have weights is no head.
+    # A parametrized head (weight_norm) has its weights in submodules, which do not count as later layers.
     *_, ending = (module for module in modules.values() if module._parameters)
     if len(rivals) > 1 or all(module is not ending for module in last.modules()):
         choice = _list_layers(rivals if len(rivals) > 1 else list(layers.items())[-8:])
@@ -257,22 +257,22 @@ def _own_head(classifier: nn.Module, modules: dict[str, nn.Module], layers: dict
 
 
 def _is_alike(layer: HeadLayer, head: HeadLayer) -> bool:
-    """Whether both give as many classes in the same dimension."""
+    """Whether both give the same number of classes in the same dimension."""
     return isinstance(layer, nn.Linear) == isinstance(head, nn.Linear) and _num_classes(layer) == _num_classes(head)
 
 
 def _is_beside(layer: HeadLayer, head: HeadLayer) -> bool:
-    """Whether a layer may be a second head. One that the head itself could read is taken for a hidden layer."""
+    """Whether a layer may be a second head. A layer that the head itself could read counts as hidden."""
     return _is_alike(layer, head) and _num_inputs(head) != _num_classes(layer)
 
 
 def _is_auxiliary(name: str) -> bool:
-    """Whether a layer's name says that it helps training alone: ``AuxLogits.fc``, ``aux1.fc2``, ``auxiliary_head``."""
+    """Whether a layer's name says that it is for training only: ``AuxLogits.fc``, ``aux1.fc2``, ``auxiliary_head``."""
     return any(part.lower().startswith("aux") for part in name.split("."))
 
 
 def auxiliary_heads(classifier: nn.Module, head: nn.Module) -> list[HeadLayer]:
-    """The layers of auxiliary heads: named so, with as many classes as the head."""
+    """The layers of auxiliary heads: those with such a name and as many classes as the head."""
     return [
         layer
         for name, layer in classifier.named_modules()

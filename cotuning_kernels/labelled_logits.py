@@ -1,7 +1,7 @@
 """Checks of logits with labels, for relationship learning and calibration.
 
-Both run next to a network's forward pass and not inside a training step. Unlike :mod:`cotuning_kernels.validation`, the
-checks may therefore read data: the message names the row of a wrong label or a NaN.
+Both run beside a network's forward pass, not inside a training step. So the checks may read data, unlike those in
+:mod:`cotuning_kernels.validation`: the message names the row of a wrong label or a NaN.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def check_labelled_logits(
     """Logits as ``(rows, C)``, detached and with dense columns, and labels as ``(rows,)`` on their device.
 
     Args:
-        logits_name: names them in a message.
+        logits_name: their name in messages.
         logits: ``(B, C)``, ``(C,)`` or ``(B, C, d1, ...)``.
         labels: ``(B,)``, ``()`` or ``(B, d1, ...)``.
-        num_classes: of the labels; ``None`` where they are the logits' own.
-        ignore_index: a label that is no class.
+        num_classes: of the labels; ``None`` if the labels are classes of the logits.
+        ignore_index: the label that is no class.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype or shape.
@@ -84,7 +84,7 @@ def check_labelled_logits(
 def _first_wrong_label(labels: Tensor, num_classes: int, ignore_index: int) -> int | None:
     if labels.numel() == 0:
         return None
-    # One sweep, which settles it for labels without ignore_index; read together, so that a GPU is waited for once.
+    # One sweep is enough without ignored labels. Reading both values together waits for a GPU only once.
     lowest, highest = torch.stack(labels.aminmax()).tolist()
     if lowest >= 0 and highest < num_classes:
         return None
@@ -93,11 +93,11 @@ def _first_wrong_label(labels: Tensor, num_classes: int, ignore_index: int) -> i
 
 
 def first_row_without_softmax(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[int, str] | None:
-    """The first row that has no softmax, and why; ``None`` when there is none. Rows with an ignored label do not count.
+    """The first row without a softmax, and why; ``None`` if every row has one. Rows with an ignored label do not count.
 
-    One read of the logits and no temporary: their sum is finite only if all of them are. Where it is not, a masked
-    class (-inf) or an overflow may be innocent, and the maximum of each row decides: it is finite exactly if the row
-    has no NaN, no +inf, and not only -inf.
+    One read of the logits without a temporary: their sum is finite only if all of them are. If it is not, the cause may
+    be a masked class (-inf) or an overflow, so the maximum of each row decides: it is finite exactly if the row has no
+    NaN, no +inf, and not only -inf.
     """
     if math.isfinite(logits.sum().item()):
         return None
@@ -114,14 +114,14 @@ def first_row_without_softmax(logits: Tensor, labels: Tensor, ignore_index: int)
 
 
 def warn_of_probabilities(name: str, logits: Tensor, stacklevel: int) -> None:
-    """Warn of softmax outputs given as logits: their own softmax is nearly uniform, and nothing else would show it.
+    """Warn of softmax outputs given as logits: their softmax is nearly uniform, and nothing else would show it.
 
-    The first rows decide, so that a large batch is not read again.
+    Only the first rows are read.
 
     Args:
-        name: names the logits in the message.
+        name: the logits' name in the message.
         logits: ``(rows, C)``.
-        stacklevel: of the caller's caller, as for :func:`warnings.warn`.
+        stacklevel: that of :func:`warnings.warn`, for the caller's caller.
     """
     rows = logits[:_ROWS_TO_JUDGE].double()
     if len(rows) and rows.shape[1] > 1 and bool(((rows >= 0).all(1) & ((rows.sum(1) - 1).abs() < 1e-3)).all()):
@@ -133,7 +133,7 @@ def warn_of_probabilities(name: str, logits: Tensor, stacklevel: int) -> None:
 
 
 def positive_integer(name: str, value: Any) -> int:
-    """``value`` as an int; NumPy's integers are taken.
+    """``value`` as an int; NumPy's integers are accepted.
 
     Raises:
         ValueError: it is not an integer of at least 1.
@@ -160,7 +160,7 @@ def positive_number(name: str, value: Any) -> float:
     if not 0 < number < float("inf"):
         try:
             shown = f"{value!r:.80}"
-        except ValueError:  # Python does not write out an int of thousands of digits
+        except ValueError:  # Python refuses to print an int of thousands of digits
             shown = f"an {type(value).__name__} too long to be shown"
         raise ValueError(f"{name} is {shown}, expected a positive finite number")
     return number

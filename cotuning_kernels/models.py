@@ -1,15 +1,15 @@
 """Co-Tuning models: one backbone, the pretrained source head and a new target head, in one pass.
 
-Any pretrained classifier becomes a Co-Tuning model without being rewritten::
+Any pretrained classifier becomes a Co-Tuning model without changes to its code::
 
     model = CoTuningModel.from_classifier(torchvision.models.resnet50(weights="DEFAULT"), num_target_classes=200)
     source_logits, target_logits = model(images)
 
-How it works: the classifier's last layer is replaced, where it stands, by a module that holds both heads and returns
-``concatenate(source logits, target logits)`` along the class dimension. Whatever the classifier does before its head
-(pooling, dropout, flattening) and after it (ReLU and pooling over a convolutional head, picking one token, wrapping
-the result in a dictionary) then happens to both at once, and the result is cut in two at the very end. Nothing is
-remembered between calls, so threads, ``torch.compile``, ``copy.deepcopy`` and pickle need no special care.
+How it works: a module that holds both heads replaces the classifier's last layer in place. It returns
+``concatenate(source logits, target logits)`` along the class dimension. Everything that the classifier does before its
+head (pooling, dropout, flattening) and after it (ReLU and pooling over a convolutional head, picking one token,
+wrapping the result in a dictionary) then applies to both, and the result is split at the very end. No state is kept
+between calls, so threads, ``torch.compile``, ``copy.deepcopy`` and pickle need no special care.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["CoTuningLogits", "CoTuningModel"]
 
 
 class CoTuningLogits(NamedTuple):
-    """What a :class:`CoTuningModel` returns; unpacks as ``source_logits, target_logits``."""
+    """The result of a :class:`CoTuningModel`; unpacks as ``source_logits, target_logits``."""
 
     source_logits: Tensor
     """``(B, N_s)``, over the classes that the classifier was pretrained on."""
@@ -53,7 +53,7 @@ class CoTuningModel(nn.Module):
         bound_source: whether the source head's gradient into the backbone is bounded in training; see
             :attr:`bound_source`.
 
-    Use :meth:`from_classifier` when the pretrained model is one module, as those of timm, torchvision and transformers.
+    Use :meth:`from_classifier` if the pretrained model is one module, as in timm, torchvision and transformers.
 
     Raises:
         TypeError: an argument is not a module, or no class dimension can be found in a head.
@@ -86,36 +86,35 @@ class CoTuningModel(nn.Module):
         copy: bool = True,
         bound_source: bool = True,
     ) -> CoTuningModel:
-        """Wrap a pretrained classifier: its head stays as the source head, a fresh head stands beside it.
+        """Wrap a pretrained classifier: its head becomes the source head, and a new target head is added.
 
         Args:
             classifier: any module whose output is logits ``(B, N_s)``, or has them as ``.logits``, as ``["logits"]`` or
                 as the first item of a tuple. Its head is an ``nn.Linear``, or a 1x1 ``nn.Conv2d`` as in SqueezeNet.
             num_target_classes: ``N_t``, at least 1.
-            head: dotted name of the head in the classifier, e.g. ``"fc"`` or ``"classifier.1"``. Left out, it is what
-                ``classifier.get_classifier()`` returns (timm) or its last layer, else the last layer of the classifier.
-            example_input: a batch (a mapping is passed as keyword arguments, without ``"labels"``). With it, the
-                wrapped model's source logits are compared with the classifier's own once, in evaluation mode. This
-                finds a wrong head, and a classifier that mixes its classes after the head (a softmax), which cannot be
-                seen otherwise.
-            copy: with ``True`` the classifier is copied and stays as it is. ``False`` saves the memory: the classifier
-                itself is taken over, and must not be used by itself any more.
+            head: dotted name of the head in the classifier, e.g. ``"fc"`` or ``"classifier.1"``. By default it is the
+                result of ``classifier.get_classifier()`` (timm) or its last layer, else the classifier's last layer.
+            example_input: a batch (a mapping is passed as keyword arguments, without ``"labels"``). If given, the
+                wrapped model's source logits are compared with the classifier's own once, in evaluation mode. Only this
+                finds a wrong head, or a classifier that mixes its classes after the head (a softmax).
+            copy: ``True`` copies the classifier and leaves it unchanged. ``False`` saves the memory: the classifier
+                becomes part of this model and must not be used on its own any more.
             bound_source: whether the source head's gradient into the backbone is bounded in training; see
                 :attr:`bound_source`.
 
         The target head is initialised as PyTorch does (``torch.manual_seed`` repeats it), in the dtype and on the
-        device of the source head. What is new is in training mode if ``classifier`` is; every module of the classifier
+        device of the source head. New modules are in training mode if ``classifier`` is; every module of the classifier
         keeps its own mode, such as a BatchNorm layer that was frozen with ``eval()``.
 
         Auxiliary heads, which some classifiers have for training (Inception's ``AuxLogits``, a name that begins with
-        "aux"), get a fresh layer of ``N_t`` classes too, so that :meth:`target_model` has the parameters of a
-        classifier of ``N_t`` classes. Their outputs are dropped: they are not trained, and their gradient is 0, not
-        None, as ``DistributedDataParallel`` wants it. Made with ``aux_logits=False`` a classifier trains faster.
+        "aux"), get a new layer of ``N_t`` classes too, so that :meth:`target_model` has the parameters of a classifier
+        of ``N_t`` classes. Their outputs are dropped, so they are not trained. Their gradient is 0, not None, because
+        ``DistributedDataParallel`` needs one. A classifier made with ``aux_logits=False`` trains faster.
 
         Raises:
-            TypeError: ``classifier`` is not a module, or ``head`` names something that is neither layer.
-            ValueError: ``num_target_classes`` is below 1, no head is found, ``head`` names nothing, more than one layer
-                could be the head (the message lists the candidates), several heads are combined in the output,
+            TypeError: ``classifier`` is not a module, or ``head`` names a module that is neither layer.
+            ValueError: ``num_target_classes`` is below 1, no head is found, ``head`` names no module, more than one
+                layer could be the head (the message lists the candidates), several heads are combined in the output,
                 ``example_input`` is empty, or the check with it fails.
         """
         if not isinstance(classifier, nn.Module):
@@ -125,7 +124,7 @@ class CoTuningModel(nn.Module):
         head_name = find_head(classifier, head, checked_later=example_input is not None)
         network = copying.deepcopy(classifier) if copy else classifier
         source_head = network.get_submodule(head_name)
-        assert is_head_layer(source_head)  # find_head gives no other
+        assert is_head_layer(source_head)  # find_head returns no other
         expected = None if example_input is None else _evaluate(network, example_input)
         if expected is not None and expected.numel() == 0:
             raise ValueError(
@@ -147,7 +146,7 @@ class CoTuningModel(nn.Module):
             try:
                 _check_source_logits(_evaluate(model, example_input), expected, head_name)
             except Exception:
-                for old, new in replaced:  # matters where the classifier was not copied
+                for old, new in replaced:  # matters if the classifier was not copied
                     replace(network, new, old)
                 raise
         return model
@@ -155,14 +154,13 @@ class CoTuningModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> CoTuningLogits:
         """``(source_logits (B, N_s), target_logits (B, N_t))``; the arguments are the classifier's own.
 
-        ``labels=`` is left out: with it the classifiers of transformers would compute a loss of their own.
+        ``labels=`` is dropped: classifiers of transformers would compute their own loss from it.
 
-        A model whose output keeps further dimensions keeps them here: ``(B, T, N_s)`` for logits a token, ``(B, N_s, H,
-        W)`` for a convolutional head that is not pooled. Both results are views of one tensor.
+        Further dimensions of the output are kept: ``(B, T, N_s)`` for logits per token, ``(B, N_s, H, W)`` for a
+        convolutional head that is not pooled. Both results are views of one tensor.
 
         Raises:
-            ValueError: the classifier does something with its head, or to its head's output, that two heads cannot
-                share.
+            ValueError: the classifier uses its head, or its head's output, in a way that two heads cannot share.
         """
         kwargs.pop("labels", None)
         output = self._output(args, kwargs)
@@ -182,7 +180,7 @@ class CoTuningModel(nn.Module):
         )
 
     def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the network returns. Where it fails with two heads and not with one, the error says so."""
+        """The network's output. If the network fails with two heads but not with one, the error says so."""
         if torch.compiler.is_compiling():
             return self.network(*args, **kwargs)
         try:
@@ -207,20 +205,20 @@ class CoTuningModel(nn.Module):
 
     @property
     def heads(self) -> TwoHeads:
-        """The module that stands where the classifier's head stood."""
+        """The module that replaces the classifier's head."""
         return next(module for module in self.network.modules() if isinstance(module, TwoHeads))
 
     @property
     def bound_source(self) -> bool:
         """Whether the source head's gradient into the backbone is bounded in training. May be set at any time.
 
-        The gradient of the features that both heads read is then ``g_t + min(1, |g_t| / |g_s|) g_s``, where ``g_t`` is
-        the target head's and ``g_s`` the source head's, trade-off included: the trade-off is an upper limit, and the
-        source term never pulls harder at the backbone than the target term. Without the bound a pretrained head may
-        send gradients into the backbone that destroy it in a few steps, at a trade-off and a rate that another network
-        bears. The heads' own parameters have the gradient of the loss as it is, and so has everything in evaluation
-        mode. The norms are taken over a batch; under ``DistributedDataParallel`` over those of all processes, under
-        FSDP, or compiled, over that of each process.
+        If so, the gradient of the features that both heads read is ``g_t + min(1, |g_t| / |g_s|) g_s``, where ``g_t``
+        is the target head's and ``g_s`` the source head's, trade-off included. The trade-off is then an upper limit:
+        the source term's gradient at the backbone is never larger than the target term's. Without the bound a
+        pretrained head may send gradients into the backbone that destroy it in a few steps, at a trade-off and a
+        learning rate that another network tolerates. The heads' own parameters get the gradient of the loss unchanged;
+        so does every parameter in evaluation mode. The norms are taken over a batch: over the batches of all processes
+        under ``DistributedDataParallel``, over that of each process under FSDP or when compiled.
         """
         return self.heads.bounds_source
 
@@ -243,11 +241,10 @@ class CoTuningModel(nn.Module):
     ) -> list[dict[str, Any]]:
         """Optimizer groups as in the paper: backbone and source head at ``lr``, the new head at ten times that.
 
-        ``torch.optim.SGD(model.param_groups(1e-3), momentum=0.9)``. Each parameter is in one group exactly, also where
-        the source head shares its weight with the backbone (tied embeddings). What the new head shares with either is
-        pretrained, and at ``lr`` like the rest of it. Parameters with ``requires_grad=False`` are left out, and so is
-        a group that has none left. Each group carries its ``"name"``: ``"backbone"``, ``"source_head"`` or
-        ``"target_head"``.
+        ``torch.optim.SGD(model.param_groups(1e-3), momentum=0.9)``. Each parameter is in exactly one group, even if the
+        source head shares its weight with the backbone (tied embeddings). Parameters that the new head shares with
+        either are pretrained, so they get ``lr``. Parameters with ``requires_grad=False`` and empty groups are left
+        out. Each group has a ``"name"``: ``"backbone"``, ``"source_head"`` or ``"target_head"``.
 
         Raises:
             ValueError: a rate, multiplier or decay is negative or not finite.
@@ -255,13 +252,13 @@ class CoTuningModel(nn.Module):
         for name, value in (("lr", lr), ("new_head_multiplier", new_head_multiplier), ("weight_decay", weight_decay)):
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is {value}, expected a finite number that is not negative")
-        # named_modules goes past what its memo holds: this is the network without its two heads.
+        # named_modules skips modules in its memo: this is the network without its two heads.
         backbone = [module for _, module in self.network.named_modules(memo={self.heads})]
         pretrained = {id(p) for module in backbone for p in module.parameters(recurse=False)}
         pretrained |= {id(p) for p in self.source_head.parameters()}
         grouped: set[int] = set()
         groups: list[dict[str, Any]] = []
-        # The heads first: what is left over is the backbone.
+        # The heads come first: the remaining parameters are the backbone's.
         for name, module, rate in (
             ("target_head", self.target_head, lr * new_head_multiplier),
             ("source_head", self.source_head, lr),
@@ -276,21 +273,21 @@ class CoTuningModel(nn.Module):
         return groups[::-1]
 
     def target_model(self, target_classes: Sequence[str] | None = None) -> nn.Module:
-        """The classifier with the target head in place of its own, for inference: no parameter of the source head.
+        """The classifier with the target head in place of its own, for inference; it has no source head.
 
-        A copy, in evaluation mode: training this model further does not change it. It returns what the classifier
-        returns, with the target logits for logits; the parameters have the classifier's names, so that its
-        ``state_dict`` loads into a classifier that was made with ``N_t`` classes.
+        A copy in evaluation mode: further training of this model does not change it. Its output is the classifier's,
+        with the target logits as logits. The parameters have the classifier's names, so its ``state_dict`` loads into
+        a classifier that was made with ``N_t`` classes.
 
-        Classifiers of transformers and timm hold the number and the names of their classes, which become those of the
-        target: ``labels=`` and ``save_pretrained`` work. (A language model's classes are its vocabulary, which
-        its embeddings have too: save the ``state_dict`` of one with another head.)
+        Classifiers of transformers and timm record the number and the names of their classes. The copy records those
+        of the target, so ``labels=`` and ``save_pretrained`` work. (A language model's embeddings have as many rows as
+        its vocabulary has words: with another head, save the ``state_dict``.)
 
         Under FSDP2 (``fully_shard``) every process must call this: the parameters are gathered.
 
         Args:
-            target_classes: the names of the ``N_t`` classes, for the classifiers that hold them; ``"LABEL_0"``, ...
-                by default.
+            target_classes: the names of the ``N_t`` classes, for classifiers that record them; by default
+                ``"LABEL_0"``, ...
 
         Raises:
             TypeError, ValueError: not ``N_t`` names.
@@ -302,9 +299,9 @@ class CoTuningModel(nn.Module):
         return model
 
     def source_model(self) -> nn.Module:
-        """The classifier with its source head as it is now: what the category relationship is learnt from.
+        """The classifier with its current source head, from which the category relationship is learnt.
 
-        A copy, in evaluation mode. Before training it equals the classifier that this model was made from, but for
+        A copy in evaluation mode. Before training it equals the classifier that this model was made from, except for
         auxiliary heads (see :meth:`from_classifier`). Under FSDP2 every process must call this.
         """
         return self._with_one_head(self.source_head)
@@ -313,8 +310,8 @@ class CoTuningModel(nn.Module):
         """Set the momentum of every BatchNorm layer; returns how many there are (0 is no error).
 
         The momentum is the share of a new batch in the running statistics; ``None`` averages over all batches. Some
-        pretrained models keep a very small one (EfficientNet: 0.01). After a short fine-tuning their running statistics
-        are then still those of the source images, and accuracy in evaluation mode suffers: 0.1 mends it.
+        pretrained models have a very small one (EfficientNet: 0.01). After a short fine-tuning their running statistics
+        are still those of the source images, which lowers accuracy in evaluation mode: 0.1 mends it.
 
         Raises:
             ValueError: ``momentum`` is not in [0, 1].
@@ -330,9 +327,9 @@ class CoTuningModel(nn.Module):
     def reestimate_batchnorm(self, loader: Iterable[Any]) -> int:
         """Replace all BatchNorm running statistics by their average over the batches of ``loader``.
 
-        For a model whose statistics lag behind its weights, at the end of training. Dropout and the like are off. If
-        anything goes wrong on the way the old statistics are put back. A layer that no batch reaches in evaluation
-        mode, as in an auxiliary head that is there for training only, keeps its own.
+        Use it at the end of training, if the statistics lag behind the weights. Dropout and the like are off. After an
+        error the old statistics are restored. A layer that no batch reaches in evaluation mode, as in an auxiliary head
+        for training only, keeps its own.
 
         Args:
             loader: batches of inputs, or tuples that begin with them, or mappings of keyword arguments; they are moved
@@ -363,13 +360,13 @@ class CoTuningModel(nn.Module):
                     inputs = inputs_in(batch)
                     first = next(iter(inputs.values())) if isinstance(inputs, Mapping) and inputs else inputs
                     if isinstance(first, Tensor) and first.dim() and len(first) == 0:
-                        continue  # no rows: their mean would be 0, and their variance 1
+                        continue  # no rows would give a mean of 0 and a variance of 1
                     call(self.network, inputs, device)
                     batches += 1
                 if batches == 0:
                     raise ValueError("loader is empty: BatchNorm statistics need at least one batch")
                 for layer, (state, _) in zip(layers, before, strict=True):
-                    if layer.num_batches_tracked == 0:  # its statistics are of nothing: mean 0, variance 1
+                    if layer.num_batches_tracked == 0:  # it has seen no batch: mean 0, variance 1
                         layer.load_state_dict(state)
                     elif not all(x is None or x.isfinite().all() for x in (layer.running_mean, layer.running_var)):
                         raise ValueError(
@@ -385,17 +382,17 @@ class CoTuningModel(nn.Module):
         return batches
 
     def freeze_batchnorm(self, frozen: bool = True) -> int:
-        """Keep every BatchNorm layer in evaluation mode, also after ``model.train()``; returns how many there are.
+        """Keep every BatchNorm layer in evaluation mode, even after ``model.train()``; returns how many there are.
 
-        The layers then normalise with the running statistics of pretraining, and leave those as they are. That is the
-        better choice where batches are small or images few: batch statistics of 16 images are noise, and they hide how
-        large the gradients are. Weights and biases of the layers are trained as before.
+        The layers then normalise with the running statistics of pretraining and do not change them. That is better for
+        small batches or few images: batch statistics of 16 images are noise, and they hide how large the gradients are.
+        The layers' weights and biases are still trained.
 
-        ``freeze_batchnorm(False)`` undoes it: the layers follow ``train()`` and ``eval()`` again, and have the model's
-        mode at once. The setting is copied and pickled with the model, but is no part of its ``state_dict``. It works
-        the same under ``DistributedDataParallel``, FSDP and trainers, whose ``train()`` reaches this model's; nothing
-        is synchronised, since the statistics do not change. A layer without running statistics has nothing to be frozen
-        to, and normalises by batches in any mode.
+        ``freeze_batchnorm(False)`` undoes it: the layers get the model's mode at once and follow ``train()`` and
+        ``eval()`` again. The setting is copied and pickled with the model, but is not in its ``state_dict``. It works
+        the same under ``DistributedDataParallel``, FSDP and trainers, whose ``train()`` calls this model's. Nothing is
+        synchronised, since the statistics do not change. A layer without running statistics cannot be frozen: it
+        normalises by batches in any mode.
         """
         layers = _batchnorm_layers(self.network)
         self._freezes_batchnorm = frozen
@@ -404,7 +401,7 @@ class CoTuningModel(nn.Module):
         return len(layers)
 
     def train(self, mode: bool = True) -> CoTuningModel:
-        """Training mode (or evaluation mode with ``False``), but for frozen BatchNorm layers."""
+        """Training mode (or evaluation mode with ``False``), except for frozen BatchNorm layers."""
         super().train(mode)
         if self._freezes_batchnorm:
             for layer in _batchnorm_layers(self.network):
@@ -412,10 +409,10 @@ class CoTuningModel(nn.Module):
         return self
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """As of any module, but a tensor that has several names is in it once.
+        """The module's state, in which a tensor with several names appears once.
 
-        A language model's head is its embedding. Files of safetensors, in which trainers save, hold no tensor twice.
-        Loading gives all names their tensor, and takes a state dict that has all names as well.
+        A language model's head may be its embedding, and the safetensors files that trainers write hold no tensor
+        twice. Loading restores the tensor under all its names, and accepts a state dict that has all names as well.
         """
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         for name in self._second_names():
@@ -429,7 +426,7 @@ class CoTuningModel(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _second_names(self) -> dict[str, str]:
-        """The names that a parameter has beside its first, with that one. A head's name goes before others."""
+        """All names of shared parameters but the first, each with the first. The head's name counts as the first."""
         names: dict[int, list[str]] = {}
         for name, tensor in self.named_parameters(remove_duplicate=False):
             names.setdefault(id(tensor), []).append(name)
@@ -442,7 +439,7 @@ class CoTuningModel(nn.Module):
         return second
 
     def __getattr__(self, name: str) -> Any:
-        # timm looks here for what groups the parameters by layers; the network's own answer has other names.
+        # timm looks here for the functions that group parameters by layers; the network's own give other names.
         if name in ("group_matcher", "no_weight_decay"):
             network = self._modules.get("network")
             if hasattr(network, name):
@@ -450,8 +447,8 @@ class CoTuningModel(nn.Module):
         return super().__getattr__(name)
 
     def _with_one_head(self, head: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
-        # deepcopy looks a module up in its memo before it copies it: with the pair of heads already "copied" to one
-        # head, the copy has that head in their place, and the other one is never touched.
+        # deepcopy looks up each module in its memo first. The memo maps the pair of heads to one head, so the copy has
+        # that head in their place, and the other head is never copied.
         memo = {} if shared is None else dict(shared)
         memo[id(self.heads)] = copy_of(head, memo)
         return copy_of(self.network, memo).eval()
@@ -464,7 +461,7 @@ _OTHER_WAYS = (
 
 
 def _group_matcher(network: Any, *args: Any, **kwargs: Any) -> Any:
-    """timm's patterns of parameter names, for names that begin with ``network.``."""
+    """timm's patterns of parameter names, changed to names that begin with ``network.``."""
 
     def renamed(pattern: Any) -> Any:
         if pattern is None or not isinstance(pattern, str):
@@ -486,7 +483,7 @@ _NETWORK_PARAMETERS: dict[str, Any] = {"group_matcher": _group_matcher, "no_weig
 
 
 class _Reach(torch.autograd.Function):
-    """The logits; the other tensors get gradients of 0, so that every parameter behind them has one."""
+    """The logits. The other tensors get gradients of 0, so that every parameter behind them has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *others: Tensor) -> Tensor:
@@ -534,11 +531,11 @@ def _check_source_logits(got: Tensor, expected: Tensor, head_name: str) -> None:
 
 
 def _same_logits(got: Tensor, expected: Tensor) -> bool:
-    """Up to rounding, relative to the largest finite logit. A masked class is -inf in both, and then the same."""
+    """Whether both agree up to rounding, relative to the largest finite logit. A masked class is -inf in both."""
     if got.shape != expected.shape:
         return False
     infinite = torch.isinf(expected)
-    # Of equal infinities the difference would be NaN, and against an infinite scale every difference would be small.
+    # The difference of equal infinities is NaN, and relative to an infinite scale every difference is small.
     difference = (got - expected).abs().masked_fill(infinite & (got == expected), 0)
     scale = expected.abs().masked_fill(infinite, 0).max()
     return bool(difference.max() <= 1e-3 * scale)

@@ -1,4 +1,4 @@
-"""Copies of classifiers: gathered where FSDP2 has sharded them, and with the right number and names of classes."""
+"""Copies of classifiers: gathered if FSDP2 has sharded them, with the right number and names of classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["copy_of", "record_classes"]
 
 
 def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """``copy.deepcopy(module, memo)``, with whole parameters and without hooks where ``fully_shard`` was applied.
+    """``copy.deepcopy(module, memo)``, with whole parameters and without the hooks of ``fully_shard``.
 
     Gathering sharded parameters is a collective operation: every process must call this.
     """
@@ -24,7 +24,7 @@ def copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _gather(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Put copies of what FSDP2 has sharded into deepcopy's memo, inner modules first."""
+    """Put copies of the modules that FSDP2 has sharded into deepcopy's memo, inner modules first."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
@@ -61,15 +61,14 @@ def _without_fsdp(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _is_of_fsdp(hook: Any) -> bool:
-    hook = getattr(hook, "hook", hook)  # one that was wrapped
+    hook = getattr(hook, "hook", hook)  # the hook may be wrapped
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
 
 
 def record_classes(model: nn.Module, head: str, num_before: int, num_classes: int, names: Sequence[str] | None) -> None:
     """Write the number and the names of the classes where transformers and timm keep them.
 
-    Only modules around the head are touched, and of their records only those that count as many classes as the head
-    had before.
+    Only modules around the head are changed, and only records with as many classes as the head had before.
     """
     parts = head.split(".") if head else []
     around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]

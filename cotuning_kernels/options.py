@@ -30,13 +30,13 @@ class LossOptions(NamedTuple):
     source_loss: str = "cross_entropy"
 
     def in_operations(self, weight: Tensor | None, trade_off: Tensor) -> tuple[Any, ...]:
-        """The options as the operations take them, with the weight and the trade-off as this call needs them."""
+        """The options in the operations' form, with this call's weight and trade-off."""
         reduction, kl_divergence = REDUCTIONS[self.reduction], KL_DIVERGENCE[self.source_loss]
         return weight, trade_off, self.label_smoothing, self.ignore_index, reduction, kl_divergence
 
 
 def check_options(options: LossOptions, num_target_classes: int, device: torch.device) -> None:
-    """Every option, for logits on ``device``.
+    """Check every option, for logits on ``device``.
 
     Raises:
         TypeError, ValueError: an option has a wrong type, dtype, shape, device or value.
@@ -57,7 +57,7 @@ def check_options(options: LossOptions, num_target_classes: int, device: torch.d
 
 
 def check_trade_off(trade_off: float | Tensor, device: torch.device) -> None:
-    """A finite number, or a floating tensor of shape ``()`` on ``device``, whose value is not read.
+    """Require a finite number, or a floating tensor of shape ``()`` on ``device``, whose value is not read.
 
     Raises:
         TypeError, ValueError: it is neither.

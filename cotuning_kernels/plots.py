@@ -1,6 +1,6 @@
-"""Pictures of a relationship, and of how far a classifier's confidence can be trusted.
+"""Plots of a relationship, and of how reliable a classifier's confidence is.
 
-A function imports matplotlib when it draws, and uses none of its global state: it needs no window and no display.
+A function imports matplotlib when it draws, and uses none of its global state, so it needs no display.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def relationship_heat_map(
 
 
 def similarity_order(matrix: Tensor) -> list[int]:
-    """An order of the rows that puts similar ones next to each other; rows of zeros last.
+    """An order of the rows that puts similar ones next to each other; rows of zeros come last.
 
-    From the first row on, the most similar of the rows that are left comes next, as the Bhattacharyya coefficient
-    ``sum_s sqrt(p_s q_s)`` judges. Rows of a group that are more alike than rows of different groups stay together.
+    After each row comes the most similar one of the remaining rows, by the Bhattacharyya coefficient
+    ``sum_s sqrt(p_s q_s)``. Groups whose rows are more alike than rows of different groups stay together.
     """
     supervised = (matrix != 0).any(dim=1)
     index = supervised.nonzero()[:, 0]
@@ -122,12 +122,12 @@ def plot_reliability(
     *,
     titles: Sequence[str] = ("before calibration", "after calibration"),
 ) -> Figure:
-    """A reliability diagram: accuracy against confidence, and how many predictions there are of each confidence.
+    """A reliability diagram: accuracy against confidence, and the number of predictions in each bin.
 
     Args:
         before, after: from :func:`cotuning_kernels.calibration.reliability`; one panel each.
         path: where to write the picture (.png, .pdf, .svg), or ``None`` to only return it.
-        titles: one a panel.
+        titles: one per panel.
 
     Returns:
         The matplotlib figure.
@@ -157,7 +157,7 @@ def _columns_that_matter(matrix: Tensor, top_k: int, max_columns: int) -> list[i
     """The union of each row's ``top_k`` columns, in the order of the row that each belongs to most."""
     top = matrix.topk(min(top_k, matrix.shape[1]), dim=1)
     chosen = top.indices[top.values > 0].unique()
-    if len(chosen) == 0:  # nothing is supervised; an empty picture would say less
+    if len(chosen) == 0:  # no class is supervised; an empty picture would say less
         chosen = torch.arange(min(top_k, matrix.shape[1]))
     peak, owner = matrix[:, chosen].max(dim=0)
     if len(chosen) > max_columns:
@@ -167,10 +167,10 @@ def _columns_that_matter(matrix: Tensor, top_k: int, max_columns: int) -> list[i
 
 
 def _label(text: str, longest: int = 30) -> str:
-    """Cut to ``longest`` characters, and without the dollar signs that matplotlib would read as mathematics.
+    """The text cut to ``longest`` characters, without dollar signs, which matplotlib would read as mathematics.
 
-    Bytes that are no UTF-8 (a surrogate each, where a folder's name became a class's), which it refuses, are shown as
-    replacement characters.
+    A class name that comes from a folder may have bytes that are not UTF-8, as surrogates. matplotlib refuses those, so
+    they become replacement characters.
     """
     text = re.sub("[\ud800-\udfff]", "\ufffd", text)
     if len(text) > longest:
@@ -203,7 +203,7 @@ def _draw_reliability(axes: Axes, histogram: Axes, title: str, reliability: Reli
     accuracy = [float(reliability.accuracy[index]) for index in used]
     confidence = [float(reliability.confidence[index]) for index in used]
     axes.bar(x, accuracy, width * 0.94, color=_BLUE, label="accuracy")
-    # Between accuracy and confidence, whichever is higher: hatched, so that it shows on the blue bar too.
+    # The gap between accuracy and confidence is hatched, so that it shows on the blue bar too.
     low = [min(a, c) for a, c in zip(accuracy, confidence, strict=True)]
     gap = [abs(a - c) for a, c in zip(accuracy, confidence, strict=True)]
     axes.bar(

@@ -12,7 +12,7 @@ __all__ = ["rank_and_size", "several_processes"]
 
 
 def rank_and_size(group: ProcessGroup | None = None) -> tuple[int, int]:
-    """This process's rank, and how many there are; ``(0, 1)`` without a launcher.
+    """This process's rank and the number of processes; ``(0, 1)`` without a launcher.
 
     Raises:
         RuntimeError: a launcher started several processes, but ``init_process_group`` was not called.

@@ -1,9 +1,9 @@
 """The definition of correct: Co-Tuning in plain PyTorch, one formula a line, differentiable by autograd alone.
 
-Every backend is held against this file, so it is written to be read, not to be fast: it builds the dense ``(B, N_t)``
+Every backend is tested against this file, so it is written to be read, not to be fast: it builds the dense ``(B, N_t)``
 target distribution and the dense ``(B, N_s)`` source distribution that the kernels avoid. It imports nothing else of
-the package. Arithmetic is float64 when any logits are float64, else float32 (never less); a kernel may keep each head
-to the precision of its own logits.
+the package. Arithmetic is float64 if any logits are float64, else float32 (never less); a kernel may compute each head
+in the precision of that head's logits.
 
 Notation, after You, Kou, Long and Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020:
 
@@ -38,7 +38,7 @@ def co_tuning_loss(
     dtype = _compute_dtype(source_logits, target_logits)
     target_term = _target_term(target_logits.to(dtype), target, weight, label_smoothing, ignore_index, reduction)
     source_term = _source_term(source_logits.to(dtype), target, relationship, ignore_index, reduction, source_loss)
-    # A copy: it may change before the backward pass.
+    # Copy: the trade-off may change before the backward pass.
     trade_off = trade_off.to(source_term.dtype, copy=True) if isinstance(trade_off, Tensor) else float(trade_off)
     return target_term + trade_off * source_term, target_term, source_term
 
@@ -109,9 +109,9 @@ def _compute_dtype(*logits: Tensor) -> torch.dtype:
 
 
 def _checked_labels(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """As int64: a comparison in 32 bits would take ``ignore_index + 2**32`` for the same.
+    """The labels as int64: in 32 bits, ``ignore_index + 2**32`` would equal ``ignore_index``.
 
-    IndexError naming the first bad row; on an accelerator the indexing below asserts, without a host read.
+    Raises IndexError naming the first bad row. On an accelerator the indexing below asserts, without a host read.
     """
     labels = labels.long()
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
@@ -127,7 +127,7 @@ def _checked_labels(name: str, labels: Tensor, num_classes: int, ignore_index: i
 
 
 def _one_hot(name: str, labels: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """One row a label; a row of zeros where the label is ignored."""
+    """One row per label; a row of zeros for an ignored label."""
     labels = _checked_labels(name, labels, num_classes, ignore_index)
     valid = labels != ignore_index
     index = torch.where(valid, labels, torch.zeros_like(labels))
@@ -151,15 +151,15 @@ def _target_distribution(
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in their own dtype: autocast would round a distribution to half precision."""
-    if a.device.type == "meta":  # there is none
+    if a.device.type == "meta":  # it has no autocast
         return a @ b
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
 
 
 def _soft_cross_entropy(logits: Tensor, distribution: Tensor) -> Tensor:
-    """``-sum_j distribution[i, j] * log_softmax(logits)[i, j]`` a row; exactly 0, with gradient 0, where the row of
-    ``distribution`` is all zeros, whatever the logits are."""
+    """``-sum_j distribution[i, j] * log_softmax(logits)[i, j]`` for each row ``i``; exactly 0, with gradient 0, if the
+    row of ``distribution`` is all zeros, for any logits."""
     takes_part = (distribution != 0).any(1, keepdim=True)
     log_p = torch.log_softmax(torch.where(takes_part, logits, torch.zeros_like(logits)), dim=1)
     # 0 * -inf is NaN, but a class with no target mass contributes nothing.
@@ -179,7 +179,7 @@ def _target_term(
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
     distribution = _target_distribution(target, num_classes, ignore_index, logits.dtype)
     class_weight = logits.new_ones(num_classes) if weight is None else weight.to(logits.dtype)
-    # Smoothing gives every class label_smoothing / N_t; an ignored part of a row is not smoothed either.
+    # Smoothing gives every class label_smoothing / N_t, but not for an ignored part of a row.
     smoothed = 1.0 if probabilities else distribution.sum(1, keepdim=True)
     smooth = (1 - label_smoothing) * distribution + label_smoothing / num_classes * smoothed
     rows = _soft_cross_entropy(logits, class_weight * smooth)
@@ -187,7 +187,7 @@ def _target_term(
         return rows
     if reduction == "sum":
         return rows.sum()
-    # F.cross_entropy divides by the weight of the labels, but by the batch size where targets are probabilities.
+    # F.cross_entropy divides by the weight of the labels, but by the batch size if targets are probabilities.
     return rows.sum() / (len(rows) if probabilities else (distribution * class_weight).sum())
 
 
@@ -210,11 +210,11 @@ def _source_term(
         return rows
     if reduction == "sum":
         return rows.sum()
-    # A class whose row of R is zero has no source supervision. A row counts by the share of its target that has some:
-    # 1 or 0 for a class index, in between for a mixture, so that a mixup pair averages like its two halves.
+    # A class whose row of R is zero has no source supervision. A row counts by the share of its target that has
+    # it: 1 or 0 for a class index, in between for a mixture, so that a mixup pair averages like its two halves.
     supervised = (relationship != 0).any(1).to(logits.dtype)
     count = _product(distribution, supervised).sum()
     any_valid = (distribution != 0).any()
-    # No supervised row in a batch is ordinary (a sentence of "O" tags): the term is 0. No valid row at all is NaN, as
-    # in F.cross_entropy.
+    # A batch without supervised rows is ordinary (a sentence of "O" tags): the term is 0. A batch without valid rows
+    # gives NaN, as in F.cross_entropy.
     return torch.where((count == 0) & any_valid, rows.sum(), rows.sum() / count)

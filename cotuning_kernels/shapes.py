@@ -1,7 +1,7 @@
 """The shapes of ``F.cross_entropy`` as rows: ``(C,)``, ``(B, C)`` and ``(B, C, d1, ...)`` become ``(rows, C)``.
 
-The class dimension moves to the end. That copies the logits, and their gradient on the way back, unless they lie so in
-memory already (``channels_last``).
+The class dimension moves to the end. That copies the logits, and their gradient in the backward pass, unless the
+classes are already last in memory (``channels_last``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def class_dimension(logits: Tensor) -> int:
 
 
 def shape_of_labels(logits: Tensor) -> tuple[int, ...]:
-    """The shape of class indices for these logits: theirs without the classes."""
+    """The shape of class indices for these logits: the logits' shape without the class dimension."""
     classes = class_dimension(logits)
     return (*logits.shape[:classes], *logits.shape[classes + 1 :])
 
@@ -34,8 +34,8 @@ def logits_as_rows(logits: Tensor) -> Tensor:
 def target_as_rows(target: Any, shape: tuple[int, ...]) -> Any:
     """Class indices, class probabilities or a mixup pair for logits whose labels have this shape.
 
-    A share of shape ``(B,)`` is the share of each of the sample's rows. Anything else is returned unchanged, and the
-    checks name it.
+    A share of shape ``(B,)`` is repeated for each row of a sample. Anything else is returned unchanged; the checks
+    reject it.
     """
     if isinstance(target, tuple) and len(target) == 3:
         labels_a, labels_b, share = target

@@ -1,8 +1,8 @@
-"""The loss of rows that are shared out over processes, each of which has some of them.
+"""The loss of a batch whose rows are distributed over processes.
 
-A mean is not a mean of means: with ignored labels, class weights or classes without source supervision, shares of
-equally many rows do not count equally. :func:`share_of_mean` divides a share's sums by the counts of all, and
-:func:`loss_of_dtensors` takes DTensors, as a tensor-parallel head with ``use_local_output=False`` gives them.
+A mean is not a mean of means: with ignored labels, class weights or classes without source supervision, shares with the
+same number of rows do not count equally. :func:`share_of_mean` divides a share's sums by the counts of all processes.
+:func:`loss_of_dtensors` takes DTensors, the output of a tensor-parallel head with ``use_local_output=False``.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ def share_of_mean(
     all_reduce: Callable[[Tensor], Any],
     scale: int = 1,
 ) -> Terms:
-    """This process's share of the mean over the rows of all, times ``scale``; the shares' sum is the mean.
+    """This process's share of the mean over the rows of all processes, times ``scale``. The shares add up to the mean.
 
     Args:
         compute: the loss of this process's rows and its two terms, from a target, a relationship and options.
-        target, relationship, options: of this process's rows.
-        all_reduce: adds a float64 tensor of three numbers up over the processes, in place.
-        scale: what the shares are multiplied by.
+        target, relationship, options: those of this process's rows.
+        all_reduce: adds up a float64 tensor of three numbers over the processes, in place.
+        scale: the factor of each share.
     """
     weight = options.weight
     if weight is not None and not (isinstance(target, Tensor) and target.is_floating_point()):
         weight = normalized_class_weights(weight)  # the kernels see a sum, which becomes a mean only here
     counts = _counts(target, relationship, weight, options.ignore_index)
     all_reduce(counts)
-    # Where a count is 0 the sum is 0, and so are its gradients, whatever divides it. NaN is added to the value, which
-    # is the value of such a mean.
+    # If a count is 0, the sum and its gradients are 0, so any divisor is right. A mean over nothing has the value NaN,
+    # which is added below.
     target_count, source_count, _ = torch.where(counts == 0, 1, counts).unbind()
     without_target, _, without_rows = torch.where(counts == 0, math.nan, 0.0).unbind()
     # One fused call gives target_sum + x * source_sum; the global mean needs the sums divided by different counts.
@@ -67,13 +67,13 @@ def _counts(target: Target, relationship: Tensor, weight: Tensor | None, ignore_
     supervised = (relationship != 0).any(dim=1).double()
     weight = torch.ones_like(supervised) if weight is None else weight.double()
     if isinstance(target, Tensor) and target.is_floating_point():
-        rows = supervised.new_full((), len(target))  # filled on the device: a tensor from the host would wait for it
+        rows = supervised.new_full((), len(target))  # filled on the device: a copy from the host would wait for it
         return torch.stack([rows, (target.double() @ supervised).sum(), (target != 0).any(dim=1).sum()])
 
     def of_labels(labels: Tensor, share: Tensor | float) -> Tensor:
         share = share.to(labels.device, torch.float64) if isinstance(share, Tensor) else share
         counted = (labels != ignore_index).double() * share
-        # The loss names a label out of range.
+        # Clamp: the loss itself reports a label out of range.
         index = torch.where(labels != ignore_index, labels, 0).long().clamp(0, len(weight) - 1)
         return torch.stack([(counted * weight[index]).sum(), (counted * supervised[index]).sum(), counted.sum()])
 
@@ -87,7 +87,7 @@ def _counts(target: Target, relationship: Tensor, weight: Tensor | None, ignore_
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether this is a DTensor. Where torch's module of them was never imported there is none."""
+    """Whether this is a DTensor. If torch's DTensor module was never imported, it is not."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
@@ -100,17 +100,17 @@ def loss_of_dtensors(
     relationship: Any,
     options: LossOptions,
 ) -> Terms:
-    """The loss of logits that are replicated or sharded by rows, computed on each process's part; DTensors as well.
+    """The loss of logits that are replicated or sharded by rows, computed on each process's part. Returns DTensors.
 
     Args:
-        compute: the loss and its two terms of ordinary tensors, from source logits, target logits, target, relationship
-            and options.
+        compute: gives the loss and its two terms for ordinary tensors: source logits, target logits, target,
+            relationship and options.
         source_logits, target_logits: DTensors ``(B, N_s)`` and ``(B, N_t)`` (or ``None``) of one mesh and placement.
-        target: likewise, or an ordinary tensor with the rows of this process.
+        target: a DTensor of the same mesh and placement, or an ordinary tensor with the rows of this process.
         relationship, options: ordinary tensors, or replicated ones.
 
     Raises:
-        TypeError, ValueError: another placement, or logits of which one is no DTensor; the message says what to do.
+        TypeError, ValueError: another placement, or only one head's logits are a DTensor; the message says what to do.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 

@@ -25,8 +25,8 @@ class MixedTarget(NamedTuple):
 
     Args:
         labels_a, labels_b: class indices, int64 or int32, shape ``(B,)``.
-        share: the share of ``labels_a``, in [0, 1]: a float, or a tensor of shape ``()``, ``(B,)`` or ``(B, 1)``. The
-            values of a tensor are not checked, which would wait for its device.
+        share: the share of ``labels_a``, in [0, 1]: a float, or a tensor of shape ``()``, ``(B,)`` or ``(B, 1)``. A
+            tensor's values are not checked, because that would wait for its device.
     """
 
     labels_a: Tensor
@@ -87,12 +87,12 @@ def operand_target(target: Target, relationship: Tensor, dtype: torch.dtype = to
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Switches autocast off, which would round a matrix product to half precision."""
+    """Switches off autocast, which would round a matrix product to half precision."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def dense_columns(matrix: Tensor) -> Tensor:
-    """The kernels take any row stride, but dense columns."""
+    """The matrix with dense columns, which the kernels need; they take any row stride."""
     if matrix.stride(1) == 1 or matrix.shape[1] == 1:
         return matrix
-    return matrix.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty matrix as it is
+    return matrix.clone(memory_format=torch.contiguous_format)  # contiguous() does not change an empty matrix

@@ -1,16 +1,15 @@
-"""Tensors and a record in a file that says what it is, and that shows when it was damaged.
+"""Tensors and a record in a file that names its format and reveals damage.
 
-The file is a safetensors file, which any program can read without running code from it. The record and the rest lie in
-its metadata:
+The file is a safetensors file, which any program can read without running code from it. Its metadata hold:
 
-    format     what the file is, for instance ``cotuning_kernels.relationship``; another file is refused by it
+    format     the kind of file, for instance ``cotuning_kernels.relationship``; a reader refuses another kind
     version    of the format; a reader refuses a newer one instead of guessing
     record     JSON: everything that is no tensor
-    sha256     over the record and the tensors: without it a flipped bit would be a silent wrong answer
+    sha256     over the record and the tensors: without it a flipped bit would give a wrong answer silently
 
-The same content gives the same bytes in every process: safetensors' own writer orders the metadata at random, so the
-header is written here. Readers read the file into memory and never map it: a mapped file that another process truncates
-would kill this one.
+The same content gives the same bytes in every process. This module writes the header, because safetensors' own writer
+orders the metadata at random. Readers read the file into memory and never map it: truncating a mapped file in another
+process would kill this one.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One kind of file: its marker, and the words for one that cannot be read.
+    """One kind of file: its marker, and the messages for a file that cannot be read.
 
     Attributes:
         format, version: the marker in the file.
         noun: what the file holds, with its article.
-        if_foreign, if_damaged: what the user can do about a file of another kind, and about a damaged one.
+        if_foreign, if_damaged: advice for a file of another kind, and for a damaged one.
         error: raised for both.
     """
 
@@ -59,13 +58,13 @@ class TensorFile:
     error: type[Exception]
 
     def write(self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write the file whole or not at all: an interrupted write leaves what was there before.
+        """Write the file whole or not at all: an interrupted write leaves the old file unchanged.
 
         Raises:
             ValueError: the header would be longer than a reader accepts (16 MiB).
             OSError: see :func:`cotuning_kernels.atomic_file.write_atomically`.
         """
-        # The widest numbers first, so that each tensor begins at a multiple of its numbers' size.
+        # The widest dtypes first, so that each tensor begins at a multiple of its element size.
         ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
         ordered = {name: tensor.detach().cpu().contiguous() for name, tensor in ordered.items()}
         text = json.dumps(record)
@@ -92,7 +91,7 @@ class TensorFile:
 
         Raises:
             FileNotFoundError, PermissionError, OSError: the file does not exist, or cannot be read.
-            self.error: it is a directory, damaged, truncated, foreign, or of a newer version.
+            self.error: it is a directory, damaged, truncated, of another kind, or of a newer version.
         """
         path = Path(path)
         if not path.exists():
@@ -101,7 +100,7 @@ class TensorFile:
             raise self.error(f"{path} is not a regular file; {self.if_foreign}")
         with open(path, "rb") as file:
             metadata = self._read_metadata(path, file)
-            # The marker comes first: a foreign checkpoint of many gigabytes is refused without reading it.
+            # Check the marker first, to refuse a foreign checkpoint of many gigabytes without reading it.
             if metadata.get("format") != self.format:
                 raise self.error(
                     f"{path} is a safetensors file, but not {self.noun} (format {metadata.get('format')!r:.80}, "
@@ -155,7 +154,7 @@ class TensorFile:
     def _check_version(self, path: Path, version: Any) -> None:
         if version == str(self.version):
             return
-        # No version has ten digits, and int() refuses thousands of them.
+        # No version has ten digits, and int() rejects thousands of them.
         if isinstance(version, str) and version.isdecimal() and len(version) < 10 and int(version) > self.version:
             raise self.error(
                 f"{path} has format version {version}, written by a newer cotuning_kernels; this one reads up to "

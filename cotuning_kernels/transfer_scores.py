@@ -1,7 +1,7 @@
-"""Before training: how much does the pretrained classifier say about the target classes?
+"""Scores before training: how much the pretrained classifier says about the target classes.
 
-:func:`transferability` runs the classifier over the target training set once and computes the scores below. Each is
-also a function of its own. With ``n`` rows, ``theta`` are the source classifier's predictions, ``(n, N_s)``, rows that
+:func:`transferability` runs the classifier over the target training set once and computes the scores below. Each score
+also has its own function. For ``n`` rows, ``theta`` are the source classifier's predictions, ``(n, N_s)``, whose rows
 sum to 1; ``y`` are the target labels, and
 
     J[t, s] = 1/n sum over rows of class t of theta[s]        P(t | s) = J[t, s] / sum_t J[t, s]
@@ -24,13 +24,13 @@ from cotuning_kernels.relationship.learn import device_of, target_classes_of
 
 __all__ = ["Transferability", "h_score", "label_mapping_accuracy", "leep", "log_me", "nce", "transferability"]
 
-# A share of the uniform distribution's entropy from which on a row says nothing. Even a source head that knows its
-# classes leaves rows spread over tens of them; ImageNet's on Fashion-MNIST have 0.4 to 0.6.
+# From this share of the uniform distribution's entropy on, a row says nothing. Even a good source head gives rows that
+# spread over tens of classes: an ImageNet head's rows on Fashion-MNIST have a share of 0.4 to 0.6.
 _SAYS_NOTHING = 0.95
 
 
 class Transferability(NamedTuple):
-    """The scores of :func:`transferability`; larger is better but for ``relationship_entropy``."""
+    """The scores of :func:`transferability`; larger is better except for ``relationship_entropy``."""
 
     leep: float
     """Log expected empirical prediction, in nats, at most 0 (Nguyen et al., ICML 2020)."""
@@ -38,22 +38,22 @@ class Transferability(NamedTuple):
     """Negative conditional entropy of the labels given the predicted source class, in nats, at most 0 (Tran et al.,
     ICCV 2019)."""
     log_me: float | None
-    """Logarithm of the maximum evidence of a linear model on the features, a row (You et al., ICML 2021). ``None``
-    where the features are not known."""
+    """Logarithm of the maximum evidence of a linear model on the features, per row (You et al., ICML 2021). ``None``
+    if the features are not known."""
     h_score: float | None
     """Trace of the inverse covariance of the features times that of their class means (Bao et al., ICIP 2019)."""
     label_mapping_accuracy: float
-    """Share of the rows that the mapping ``theta @ P(t | s)``, learnt from all other rows, gives their class."""
+    """Share of the rows whose class the mapping ``theta @ P(t | s)``, learnt from all other rows, predicts."""
     relationship_entropy: float
-    """Mean entropy of the relationship's rows, in nats, to be held against ``uniform_entropy``."""
+    """Mean entropy of the relationship's rows, in nats; compare it with ``uniform_entropy``."""
     uniform_entropy: float
-    """``log(N_s)``: a row that says nothing."""
+    """``log(N_s)``: the entropy of a row that says nothing."""
     top_mass: float
-    """Mean share of a row of the relationship that its ``top`` largest entries hold."""
+    """Mean sum of the ``top`` largest entries of a row of the relationship."""
     majority_share: float
-    """Share of the largest class: the accuracy of always saying it."""
+    """Share of the largest class: the accuracy of always predicting it."""
     rows: int
-    """How many rows were counted."""
+    """The number of rows with a label."""
 
 
 def transferability(
@@ -72,18 +72,18 @@ def transferability(
 ) -> Transferability:
     """Score a pretrained classifier on the target training set, in one pass and without training.
 
-    It warns where the source head says nothing about the target classes, as a freshly initialised one: Co-Tuning then
-    teaches the source head noise. Predictions and features of all rows are kept in memory, ``4 n (N_s + D)`` bytes.
+    It warns if the source head says nothing about the target classes, for instance because it is freshly initialised:
+    Co-Tuning would teach it noise. Predictions and features of all rows stay in memory, ``4 n (N_s + D)`` bytes.
 
     Args:
         source_model: the pretrained classifier, as for :func:`cotuning_kernels.learn_relationship`.
-        loader: its batches, likewise; without augmentation.
+        loader: as for :func:`cotuning_kernels.learn_relationship`; without augmentation.
         num_target_classes: ``N_t``; by default as for :func:`cotuning_kernels.learn_relationship`.
-        head: dotted name of the classifier's head, whose inputs are the features; found by itself in most classifiers,
-            as by :meth:`cotuning_kernels.CoTuningModel.from_classifier`. Where it is not found there are no features.
+        head: dotted name of the classifier's head, whose inputs are the features. By default it is found as in
+            :meth:`cotuning_kernels.CoTuningModel.from_classifier`; if it is not found, there are no features.
         temperature: the source logits are divided by it.
-        top: how many entries of a row ``top_mass`` counts.
-        target_classes: names, from which ``N_t`` may be taken.
+        top: the number of entries of a row that ``top_mass`` adds up.
+        target_classes: names; their number is the default of ``N_t``.
         device, progress, max_batches, ignore_index: as for :func:`cotuning_kernels.learn_relationship`.
 
     Returns:
@@ -144,7 +144,7 @@ def leep(theta: Tensor, labels: Tensor, num_target_classes: int) -> float:
 
 
 def nce(source_labels: Tensor, labels: Tensor, num_target_classes: int, num_source_classes: int) -> float:
-    r"""Mean over the rows of :math:`\log P(y \mid z)`, where ``z`` is the source class that is predicted.
+    r"""Mean over the rows of :math:`\log P(y \mid z)`, where ``z`` is the predicted source class.
 
     Args:
         source_labels: ``(n,)``, predicted source classes.
@@ -159,7 +159,7 @@ def nce(source_labels: Tensor, labels: Tensor, num_target_classes: int, num_sour
 
 def h_score(features: Tensor, labels: Tensor) -> float:
     r"""Trace of :math:`\mathrm{cov}(f)^{+} \, \mathrm{cov}(E[f \mid y])`; with fewer rows than features it is nearly
-    the number of classes less one, whatever the features.
+    the number of classes minus one for any features.
 
     Args:
         features: ``(n, D)``.
@@ -170,7 +170,7 @@ def h_score(features: Tensor, labels: Tensor) -> float:
     for label in labels.unique():
         of_class = labels == label
         means[of_class] = centred[of_class].mean(0)
-    # In the basis of the features' principal axes the inverse is one of numbers; axes without variance are left out.
+    # In the basis of the principal axes the covariance is diagonal. Its pseudo-inverse omits axes without variance.
     _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
     kept = sizes > sizes.max() * max(centred.shape) * torch.finfo(torch.float64).eps
     return float(((means @ axes[kept].T) / sizes[kept]).square().sum())
@@ -179,7 +179,7 @@ def h_score(features: Tensor, labels: Tensor) -> float:
 def log_me(features: Tensor, labels: Tensor, num_target_classes: int) -> float:
     r"""Mean over the classes of the maximum of :math:`\frac{1}{n} \log p(y_t \mid F, \alpha, \beta)`.
 
-    ``y_t`` is 1 for the rows of class ``t`` and 0 for others, and is modelled as ``F w`` plus noise of precision
+    ``y_t`` is 1 for the rows of class ``t`` and 0 for others. It is modelled as ``F w`` plus noise of precision
     :math:`\beta`, with weights ``w`` of precision :math:`\alpha`.
 
     Args:
@@ -199,7 +199,7 @@ def log_me(features: Tensor, labels: Tensor, num_target_classes: int) -> float:
 
 
 def _evidence(squares: Tensor, along: Tensor, total: float, rows: int, width: int) -> float:
-    """Maximum of the log evidence a row, by MacKay's fixed point for ``alpha`` and ``beta``.
+    """Maximum of the log evidence per row, by MacKay's fixed point for ``alpha`` and ``beta``.
 
     ``squares`` are the squared singular values of the features, ``along`` the squared parts of the target along their
     left singular vectors, ``total`` its squared length.
@@ -223,7 +223,7 @@ def _evidence(squares: Tensor, along: Tensor, total: float, rows: int, width: in
 
 
 def label_mapping_accuracy(theta: Tensor, labels: Tensor, num_target_classes: int, *, smoothing: float = 1.0) -> float:
-    r"""Accuracy of :math:`\arg\max_t \sum_s \theta_s P(t \mid s)`, each row left out of the sums that judge it.
+    r"""Accuracy of :math:`\arg\max_t \sum_s \theta_s P(t \mid s)`, where the sums for a row leave that row out.
 
     :math:`P(t \mid s)` has Laplace smoothing: ``(sum of class t + smoothing) / (sum of all + smoothing N_t)``.
 
@@ -244,7 +244,7 @@ def label_mapping_accuracy(theta: Tensor, labels: Tensor, num_target_classes: in
     return right / len(labels)
 
 
-# Float64 copies are made of so many rows at a time.
+# Float64 copies are made of this many rows at a time.
 _ROWS = 4096
 
 
@@ -256,7 +256,7 @@ def _class_sums(theta: Tensor, labels: Tensor, num_target_classes: int) -> Tenso
 
 
 class _FeatureCollector(passes.LogitCollector):
-    """Keeps the features of the labelled rows as well: what the head was last called with."""
+    """Also keeps the features of the labelled rows: the input of the head's last call."""
 
     def __init__(self, num_target_classes: int, ignore_index: int) -> None:
         super().__init__(num_target_classes, ignore_index)
@@ -280,7 +280,7 @@ class _FeatureCollector(passes.LogitCollector):
         return not any(len(labels) for _, labels in self._batches)
 
     def features(self) -> Tensor | None:
-        """``(n, D)`` of the rows that :meth:`rows` gives, or ``None`` where the head was not called once a batch."""
+        """``(n, D)`` of the rows that :meth:`rows` gives, or ``None`` if the head was not called once per batch."""
         _, labels = self.rows()
         features = torch.cat(self._features).to(labels.device) if self._features else None
         return features if features is not None and len(features) == len(labels) else None
@@ -318,5 +318,5 @@ def _warn_if_nothing_is_said(scores: Transferability) -> None:
 
 
 def _spread(scores: Transferability) -> float:
-    """Two standard deviations of the accuracy of a guess."""
+    """Two standard deviations of the accuracy of guessing."""
     return 2 * math.sqrt(scores.majority_share * (1 - scores.majority_share) / scores.rows)

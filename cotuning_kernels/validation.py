@@ -1,7 +1,7 @@
-"""Errors in words for the tensors of a call.
+"""Checks of the tensors of a call, with messages that explain the error.
 
-These functions read shapes, dtypes and devices, but no data, so they never wait for a device. Labels are checked where
-they are used; :mod:`cotuning_kernels.options` checks the options.
+These functions read shapes, dtypes and devices, but no data, so they never wait for a device. The kernels check the
+values of labels; :mod:`cotuning_kernels.options` checks the options.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 def check_inputs(
     source_logits: Tensor, target_logits: Tensor | None, target: Target, relationship: Tensor, ignore_index: int
 ) -> None:
-    """The logits, the target and the relationship of the loss, and how they fit together.
+    """Check the logits, the target and the relationship of the loss, and that they fit together.
 
     Raises:
         TypeError, ValueError: one of them has a wrong type, dtype, shape, device or value.
@@ -53,7 +53,7 @@ def check_inputs(
 
 
 def check_shapes(source_logits: Tensor, target_logits: Tensor | None, target: Target) -> None:
-    """Logits ``(C,)`` or ``(B, C, d1, ...)`` and their target, before they are flattened to rows.
+    """Check logits ``(C,)`` or ``(B, C, d1, ...)`` and their target, before they are flattened to rows.
 
     Raises:
         TypeError, ValueError: ``target_logits`` is no Tensor; shapes that do not fit together.
@@ -74,7 +74,7 @@ def check_shapes(source_logits: Tensor, target_logits: Tensor | None, target: Ta
             )
     for labels in target[:2] if isinstance(target, tuple) else (target,):
         if not isinstance(labels, Tensor):
-            continue  # the checks of the rows name it
+            continue  # the checks of the rows reject it
         if (shape_of_labels(labels) if labels.is_floating_point() and labels.dim() else labels.shape) != shape:
             raise ValueError(
                 f"target has shape {tuple(labels.shape)}, expected class indices {shape} (or class probabilities with "
@@ -84,7 +84,7 @@ def check_shapes(source_logits: Tensor, target_logits: Tensor | None, target: Ta
 
 
 def check_is_tensor(name: str, value: Tensor) -> None:
-    """``value`` is a Tensor; the message helps with arrays and paths."""
+    """Require a Tensor; the message helps with arrays and paths."""
     if not isinstance(value, Tensor):
         mend = "; torch.from_numpy makes one of an array" if hasattr(value, "__array__") else ""
         if name == "relationship" and isinstance(value, (str, os.PathLike)):
@@ -95,7 +95,7 @@ def check_is_tensor(name: str, value: Tensor) -> None:
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """``tensor`` is on the logits' device."""
+    """Require that ``tensor`` is on the logits' device."""
     if tensor.device != device:
         move = f"move it with .to({str(device)!r})"
         raise ValueError(f"{name} is on {tensor.device}, but the logits are on {device}; {move}")
@@ -115,7 +115,7 @@ def _check_logits(name: str, logits: Tensor) -> None:
 
 
 def check_target(target: Target, batch: int, num_target_classes: int, device: torch.device, ignore_index: int) -> None:
-    """Class indices, class probabilities or a mixup pair for ``batch`` rows of logits."""
+    """Require class indices, class probabilities or a mixup pair for ``batch`` rows of logits."""
     check_ignore_index(ignore_index)
     if isinstance(target, tuple):
         if len(target) != 3:
@@ -152,7 +152,7 @@ def check_target(target: Target, batch: int, num_target_classes: int, device: to
 def check_relationship(
     relationship: Tensor, num_target_classes: int | None, num_source_classes: int, device: torch.device
 ) -> None:
-    """A floating matrix with a column a source class and, where they are known, a row a target class."""
+    """Require a floating matrix with one column per source class and, if ``N_t`` is known, one row per target class."""
     if not isinstance(relationship, Tensor):
         raise TypeError(
             f"relationship is a {type(relationship).__name__}, expected a Tensor of shape (N_t, N_s) or a Relationship"
@@ -188,7 +188,7 @@ def check_relationship(
 
 
 def check_inplace(name: str, logits: Tensor) -> None:
-    """Logits over which a gradient may be written: no leaf, and dense rows that do not overlap."""
+    """Require logits that a gradient may overwrite: no leaf, and dense rows that do not overlap."""
     if logits.is_leaf and logits.requires_grad:
         raise ValueError(f"{name} is a leaf that requires grad; inplace=True would destroy it. Leave inplace out")
     if not logits.requires_grad:
@@ -201,7 +201,7 @@ def check_inplace(name: str, logits: Tensor) -> None:
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    """An integer of 64 bits."""
+    """Require a 64-bit integer."""
     if not isinstance(ignore_index, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"ignore_index is {ignore_index!r:.80}, expected an integer")
     if not -(2**63) <= ignore_index < 2**63:
@@ -209,7 +209,7 @@ def check_ignore_index(ignore_index: int) -> None:
 
 
 def check_inplace_memory(source_logits: Tensor, target_logits: Tensor | None, *others: Tensor) -> None:
-    """Gradients are written over the logits: nothing else that is read may lie there."""
+    """Require that gradients may overwrite the logits: no other data that is read may share their memory."""
     logits = [source_logits] if target_logits is None else [source_logits, target_logits]
     if any(_share_storage(x, other) for x in logits for other in others):
         raise ValueError("inplace=True, but the target or the relationship shares memory with the logits; clone it")
@@ -225,10 +225,10 @@ def _share_storage(a: Tensor, b: Tensor) -> bool:
 
 
 def _are_disjoint_columns(a: Tensor, b: Tensor) -> bool:
-    """Whether two matrices in one storage are columns of one matrix, side by side, as a model with two heads gives."""
+    """Whether two matrices in one storage are different columns of one matrix, as from a model with two heads."""
     if a.dtype != b.dtype:
         return False
-    if a.shape[0] == 1:  # whose row stride says nothing
+    if a.shape[0] == 1:  # the stride of a single row says nothing
         (start, width), (next_start, _) = sorted((x.storage_offset(), x.shape[1]) for x in (a, b))
         return start + width <= next_start
     stride = a.stride(0)

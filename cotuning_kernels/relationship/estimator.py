@@ -1,13 +1,13 @@
-"""The direct method: sums of the source model's predictions, one row a target class.
+"""The direct method: sums of the source model's predictions, one row per target class.
 
     R[t, s] = 1 / |D_t| * sum over x in D_t of softmax(source_logits(x) / temperature)[s]
 
 (You, Kou, Long, Wang, NeurIPS 2020, section 3.2), from a stream of batches.
 
-An exception leaves an estimator as it was, wherever it comes from, Ctrl-C in the middle of a batch included. Methods
-make new tensors and put them into ``_counted`` with one assignment, their last step. Only a batch of fewer rows than
-target classes is added in place, because copying all sums would take longer than adding it: the rows that it changes
-are kept in ``_undo`` until the end, and every method that finds them there takes the sums as they were before.
+Any exception, Ctrl-C in the middle of a batch included, leaves an estimator unchanged. Methods make new tensors and
+assign them to ``_counted`` in one step, their last. Only a batch with fewer rows than target classes is added in place,
+because copying all sums would take longer than adding it. Until it is added, ``_undo`` keeps the old values of the rows
+that it changes, and every method uses the old values while they are there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Counted(NamedTuple):
 
 
 class _Undo(NamedTuple):
-    """What a batch is about to change: rows of the sums, by index and as they were, and all counts."""
+    """The old values of what a batch changes: the indices and values of rows of the sums, and all counts."""
 
     rows: Tensor
     sums: Tensor
@@ -55,7 +55,7 @@ class _Undo(NamedTuple):
 
 
 class RelationshipEstimator:
-    """Learns a direct relationship from a stream of batches; memory ``N_t * N_s`` whatever the number of samples.
+    """Learns a direct relationship from a stream of batches, in memory ``N_t * N_s`` for any number of samples.
 
     Example::
 
@@ -64,7 +64,7 @@ class RelationshipEstimator:
             estimator.update(source_model(images), labels)
         relationship = estimator.compute(target_classes=names)
 
-    Put the model into eval mode and use a loader without augmentation; :func:`learn_relationship` does the former.
+    Put the model into eval mode (:func:`learn_relationship` does so) and use a loader without augmentation.
 
     Args:
         num_target_classes: ``N_t``.
@@ -72,14 +72,14 @@ class RelationshipEstimator:
         temperature: the source logits are divided by it; see :func:`cotuning_kernels.fit_temperature`. Its inverse must
             be finite in float32.
         ignore_index: rows with this label are not counted.
-        dtype: of the sums, float32 or float64. Each float32 addition rounds by up to 6e-8 of the sum so far, which
-            usually cancels out and at worst grows with the samples of a class: float64 is for classes with more than
-            about 100 000 samples (tokens, pixels), at twice the memory.
+        dtype: of the sums, float32 or float64. Each float32 addition rounds by up to 6e-8 of the sum so far. These
+            errors usually cancel; at worst they grow with the samples of a class. Use float64 for classes with more
+            than about 100 000 samples (tokens, pixels); it takes twice the memory.
         device: of the sums, and so of the logits; ``None`` keeps the sums on the device of the latest batch.
         backend: see :func:`cotuning_kernels.backends.select`.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument has a wrong type or value.
         RuntimeError: the requested backend is unavailable; the message says how to install it.
     """
 
@@ -101,7 +101,7 @@ class RelationshipEstimator:
             raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64: the sums need the precision")
         self.num_target_classes = num_target_classes
         self.temperature = positive_number("temperature", temperature)
-        # The kernels multiply by the inverse in float32: infinity times 0, the largest logit less itself, is NaN.
+        # The kernels multiply z - max(z), which is 0 at the maximum, by the inverse: infinity times 0 is NaN.
         if 1 / self.temperature > torch.finfo(torch.float32).max:
             least = 1 / torch.finfo(torch.float32).max
             raise ValueError(
@@ -110,7 +110,7 @@ class RelationshipEstimator:
             )
         check_ignore_index(ignore_index)
         self.ignore_index = int(ignore_index)
-        # Ordinary tensors, also when an estimator is made under torch.inference_mode: it may be updated outside.
+        # Ordinary tensors even under torch.inference_mode: the estimator may be updated outside of it.
         with torch.inference_mode(False):
             sums = torch.zeros(num_target_classes, num_source_classes or 0, dtype=dtype, device=device or "cpu")
             counts = torch.zeros(num_target_classes, dtype=torch.int64, device=device or "cpu")
@@ -131,12 +131,12 @@ class RelationshipEstimator:
 
     @property
     def num_source_classes(self) -> int | None:
-        """``N_s``; ``None`` before the first batch of an estimator that was made without it."""
+        """``N_s``; ``None`` if it was not given and no batch has come yet."""
         return self._counted.sums.shape[1] or None
 
     @property
     def device(self) -> torch.device:
-        """Where the sums are."""
+        """The device of the sums."""
         return self._counted.sums.device
 
     @property
@@ -150,18 +150,18 @@ class RelationshipEstimator:
         return self._settled().counts.clone()
 
     def update(self, source_logits: Tensor, labels: Tensor) -> None:
-        """Count a batch. A batch that raises is not counted, not even in part; nor is one that Ctrl-C interrupts.
+        """Count a batch. A batch that raises, or that Ctrl-C interrupts, is not counted, not even in part.
 
         Args:
             source_logits: ``(B, N_s)``, ``(N_s,)`` or ``(B, N_s, d1, ...)``; float32, bfloat16, float16 or float64, on
-                the estimator's device. A masked source class may be -inf. The first batch is looked at for
-                probabilities, of which a warning tells.
+                the estimator's device. A masked source class may be -inf. A first batch of probabilities
+                causes a warning.
             labels: target classes, int64 or int32, ``(B,)``, ``()`` or ``(B, d1, ...)``, or ``ignore_index``.
 
         Raises:
             TypeError, ValueError: a wrong type, shape or device, or a row with NaN, +inf or nothing but -inf.
             IndexError: a label out of range; names the row and the value.
-            RuntimeError: the estimator holds the sums of all processes already (:meth:`all_reduce`).
+            RuntimeError: the estimator already holds the sums of all processes (:meth:`all_reduce`).
         """
         with torch.no_grad():
             after = self._with_batch(source_logits, labels)
@@ -190,8 +190,8 @@ class RelationshipEstimator:
         if not self._looked_for_probabilities:
             warn_of_probabilities("source_logits", logits, stacklevel=3)
             self._looked_for_probabilities = True
-        # A NaN in the sums cannot be subtracted again. A batch of few rows is read before it is added, which is free
-        # while it is in the cache. For a larger one it is cheaper to look at the sums afterwards.
+        # A NaN cannot be subtracted from the sums again. A small batch is checked before it is added, which costs
+        # nothing while it is in the cache. For a larger one it is cheaper to check the sums afterwards.
         in_place = len(labels) < self.num_target_classes and before.sums.shape[1] > 0 and logits.device == self.device
         if in_place:
             self._raise_without_softmax(logits, labels)
@@ -208,14 +208,14 @@ class RelationshipEstimator:
         return after
 
     def merge(self, other: RelationshipEstimator) -> None:
-        """Add what another estimator has counted, as if its batches had been this one's.
+        """Add another estimator's sums and counts, as if this one had seen its batches.
 
-        Sums are rounded in the order in which they are added. 20 000 rows in up to 50 parts, merged in other orders,
-        moved elements of the relationship by at most 3e-6 of their value in float32, 1e-15 in float64.
+        Rounding depends on the order of the additions. Merging 20 000 rows in up to 50 parts in different orders moved
+        elements of the relationship by at most 3e-6 of their value in float32, 1e-15 in float64.
 
         Raises:
-            TypeError, ValueError: not an estimator, or one of other classes or another temperature; or one of the two
-                holds the sums of all processes (:meth:`all_reduce`) and the other its own.
+            TypeError, ValueError: not an estimator, or one with other classes or another temperature; or only one of
+                the two holds the sums of all processes (:meth:`all_reduce`).
         """
         if not isinstance(other, RelationshipEstimator):
             raise TypeError(f"other is a {type(other).__name__}, expected a RelationshipEstimator")
@@ -237,14 +237,14 @@ class RelationshipEstimator:
         self._counted, self._undo = after, None
 
     def all_reduce(self, group: ProcessGroup | None = None) -> None:
-        """Add up over the processes of ``group``, each of which has seen its share of the data. Once, at the end.
+        """Add up the sums of the processes of ``group``, each of which has seen its share of the data.
 
-        Without torch.distributed (one process, no launcher) there is nothing to add and nothing happens, so that one
-        script serves both.
+        Call it once, at the end. Without torch.distributed (one process, no launcher) it does nothing, so the same
+        script works for one process and for several.
 
         Raises:
-            RuntimeError: a launcher started several processes, but ``init_process_group`` was not called, where doing
-                nothing would silently learn from one share; or the estimator was reduced before.
+            RuntimeError: a launcher started several processes, but ``init_process_group`` was not called (the result
+                would come from one share only); or the estimator was reduced before.
             ValueError: the processes have estimators of different classes or temperatures.
         """
         before = self._settled()
@@ -278,12 +278,12 @@ class RelationshipEstimator:
         target_classes: Sequence[str] | None = None,
         source_classes: Sequence[str] | None = None,
     ) -> Relationship:
-        """The relationship from all that was counted; counting may go on afterwards.
+        """The relationship from the batches so far; more batches may follow.
 
         Args:
-            empty: what becomes of a target class without a single row. ``"unsupervised"``: a row of zeros (the class
-                trains the target head only) and a warning that names it. ``"uniform"``: ``1 / N_s`` everywhere.
-                ``"error"``: a ValueError that names it.
+            empty: the row of a target class without samples. ``"unsupervised"``: a row of zeros (the class trains the
+                target head only) and a warning that names it. ``"uniform"``: ``1 / N_s`` everywhere. ``"error"``: a
+                ValueError that names it.
             target_classes, source_classes: names to keep with the relationship.
 
         Raises:
@@ -295,8 +295,8 @@ class RelationshipEstimator:
         if not counts.any():
             raise ValueError("nothing was counted yet (every label ignored, or no update); there is no relationship")
         with torch.inference_mode(False), torch.no_grad():
-            # The row sums are the counts up to rounding. Dividing by them makes rows that sum to 1 however many
-            # float32 additions there were.
+            # The row sums are the counts up to rounding. Dividing by them makes rows sum to 1 after any number of
+            # float32 additions.
             matrix = sums / sums.sum(dim=1, keepdim=True)
             counts = counts.clone()
             matrix = fill_empty_classes(matrix, counts, empty, names)
@@ -310,7 +310,7 @@ class RelationshipEstimator:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of all that was counted, for ``torch.save``, to go on after an interruption."""
+        """A copy of the sums and counts, for ``torch.save``, to continue after an interruption."""
         return {
             "sums": self.sums,
             "counts": self.counts,
@@ -322,8 +322,8 @@ class RelationshipEstimator:
         """Replace the counts by those of a :meth:`state_dict`.
 
         Raises:
-            ValueError: not such a state, one of other classes or another temperature, or a damaged one; the
-                estimator is then unchanged.
+            ValueError: not such a state, one with other classes or another temperature, or a damaged one. The estimator
+                stays unchanged.
         """
         expected = {"sums", "counts", "temperature", "all_reduced"}
         if not isinstance(state, Mapping) or set(state) != expected:
@@ -354,7 +354,7 @@ class RelationshipEstimator:
         return self.num_target_classes, self.temperature
 
     def _settled(self) -> _Counted:
-        """What was counted, without a batch whose update was interrupted or goes on in another thread."""
+        """The sums and counts, without a batch whose update was interrupted or is running in another thread."""
         undo = self._undo
         if undo is None:
             return self._counted
@@ -363,7 +363,7 @@ class RelationshipEstimator:
         return self._counted._replace(sums=sums, counts=undo.counts)
 
     def _copy(self, num_source_classes: int, device: torch.device) -> _Counted:
-        """A copy of what was counted, as ordinary tensors also under inference mode; with columns if it had none."""
+        """A copy of the sums and counts, as ordinary tensors even under inference mode; adds missing columns."""
         sums, counts, all_reduced = self._settled()
         with torch.inference_mode(False), torch.no_grad():
             if sums.shape[1] == 0:

@@ -1,4 +1,4 @@
-"""How a relationship lies on disk: a :class:`~cotuning_kernels.tensor_file.TensorFile` with the tensors ``matrix`` and,
+"""The file of a relationship: a :class:`~cotuning_kernels.tensor_file.TensorFile` with the tensors ``matrix`` and,
 when known, ``counts``.
 
 The record has the class names, how the relationship was learnt, and the user's own metadata.

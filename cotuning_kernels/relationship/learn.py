@@ -1,7 +1,7 @@
 """The relationship of a model and a loader: both methods of the paper behind one call.
 
-:func:`learn_relationship` runs the pretrained classifier over the data once. The direct method counts on the way
-(:mod:`cotuning_kernels.relationship.estimator`), the reverse one keeps the logits and learns at the end
+:func:`learn_relationship` runs the pretrained classifier over the data once. The direct method adds up the predictions
+of each batch (:mod:`cotuning_kernels.relationship.estimator`), the reverse one keeps the logits and learns at the end
 (:mod:`cotuning_kernels.relationship.reverse`). A pass may be interrupted and resumed (``checkpoint=``), or shared by
 the processes of torch.distributed (``distributed=True``).
 """
@@ -59,47 +59,46 @@ def learn_relationship(
 ) -> Relationship:
     """Learn ``R[t, s] = p(y_source = s | y_target = t)`` from the target training set.
 
-    The model runs in eval mode without gradients; every submodule's training mode is as before afterwards, also when
-    something fails. Use a loader without augmentation: the order of its batches does not matter.
+    The model runs in eval mode without gradients. Afterwards every submodule has its old training mode back, even after
+    an error. Use a loader without augmentation; the order of its batches does not matter.
 
     Args:
         source_model: the pretrained classifier, giving logits ``(B, N_s)``: as a tensor, as ``output.logits`` or
             ``output["logits"]``, or as the first of a tuple. Logits with further dimensions, such as ``(B, T, N_s)``
             for tokens, go with labels ``(B, T)``.
-        loader: gives ``(inputs, labels)``, whose further members are left aside; inputs are a tensor, or a mapping
-            that the model takes as keyword arguments. Or gives such mappings with ``"labels"`` in them.
+        loader: gives ``(inputs, labels)``, where further members are ignored and the inputs are a tensor, or a mapping
+            that the model takes as keyword arguments. Or it gives such mappings with ``"labels"`` in them.
         num_target_classes: ``N_t``; by default the number of names in ``target_classes`` or ``loader.dataset.classes``.
         method: ``"direct"``, the mean prediction of each class, or ``"reverse"``, a regression of the target labels on
             the predictions and Bayes' rule (the paper's section 3.2;
             :func:`cotuning_kernels.learn_reverse_relationship`).
-        validation_loader: as ``loader``; data on which the reverse method chooses the regression's penalty and its
-            temperature. The direct method has nothing to choose and takes none.
+        validation_loader: as ``loader``; the reverse method chooses the regression's penalty and temperature on this
+            data. The direct method takes none.
         temperature: of the source classifier, see :func:`cotuning_kernels.fit_temperature`.
         empty: see :meth:`cotuning_kernels.RelationshipEstimator.compute`.
-        target_classes, source_classes: names; those of the target from ``loader.dataset.classes`` by default.
-        device: where the batches go; by default where the model's parameters are. The model is not moved.
+        target_classes, source_classes: names; the target's default is ``loader.dataset.classes``.
+        device: where the batches are moved; by default the device of the model's parameters. The model is not moved.
         progress: show a progress bar (if tqdm is installed).
-        max_batches: stop after so many batches of a loader.
-        ignore_index, backend, dtype: see :class:`RelationshipEstimator`; ``dtype`` is of the direct method.
-        inverse_penalties: of the reverse method, see :func:`cotuning_kernels.learn_reverse_relationship`.
-        checkpoint: a file that the statistics are saved in on the way, and removed when the relationship is there. If
-            it exists, learning goes on where it stands, to the same bits: the batches before are fetched (their labels
-            show whether they are the same data), but the model does not see them again. Use a loader that does not
-            shuffle.
+        max_batches: stop after this many batches of a loader.
+        ignore_index, backend, dtype: see :class:`RelationshipEstimator`; ``dtype`` is for the direct method.
+        inverse_penalties: for the reverse method, see :func:`cotuning_kernels.learn_reverse_relationship`.
+        checkpoint: a file for the statistics so far; it is removed when the relationship is learnt. If it exists,
+            learning resumes there and gives the same bits: earlier batches are fetched (their labels show whether the
+            data are the same), but the model does not see them again. Use a loader that does not shuffle.
         checkpoint_every: batches between two saves. A save writes the whole state: ``4 N_t N_s`` bytes for the direct
             method, the logits so far for the reverse one.
-        distributed: each process of torch.distributed gives its share of the data (see
-            :class:`cotuning_kernels.distributed.ShardSampler`), and each gets the relationship of all of it. Without a
-            launcher it changes nothing. Each process has its own checkpoint, ``checkpoint`` followed by its rank.
+        distributed: each process of torch.distributed reads its share of the data (see
+            :class:`cotuning_kernels.distributed.ShardSampler`), and each gets the relationship of all the data. Without
+            a launcher it changes nothing. Each process has its own checkpoint: ``checkpoint`` followed by its rank.
 
     Raises:
-        TypeError: the model or the loader gives something else than described here.
+        TypeError: the model or the loader gives another type than described here.
         ValueError: unknown method, another setting with a wrong value, empty loader, a validation loader that is
-            missing or not wanted, number of classes not known, NaN in the logits (names the batch and the row).
+            missing or not needed, unknown number of classes, NaN in the logits (names the batch and the row).
         IndexError: a label out of range.
-        CheckpointError: the checkpoint is damaged or belongs to something else.
-        PermissionError, OSError: the checkpoint cannot be written, which is found before the first batch, or cannot be
-            read, or is no regular file.
+        CheckpointError: the checkpoint is damaged or belongs to another model, other data or other settings.
+        PermissionError, OSError: the checkpoint cannot be read or written, or is not a regular file. Whether it can be
+            written is checked before the first batch.
         RuntimeError: ``distributed=True`` and a launcher started several processes, but ``init_process_group`` was not
             called.
     """
@@ -119,18 +118,18 @@ def learn_relationship(
             "its data into loader"
         )
     if distributed:
-        rank_and_size()  # a launcher without init_process_group: no method may take a share for the whole
+        rank_and_size()  # raises under a launcher without init_process_group: a share is not all data
     num_target_classes, target_classes = target_classes_of(loader, num_target_classes, target_classes)
     place = device_of(source_model) if device is None else torch.device(device)
-    # Every setting is checked before the pass over the data. As Python's own numbers they compare equal when a
-    # checkpoint is resumed.
+    # Check every setting before the pass over the data, and convert numbers to Python's own: these compare equal to
+    # those of a checkpoint.
     check_ignore_index(ignore_index)
     temperature, ignore_index = positive_number("temperature", temperature), operator.index(ignore_index)
     check_empty_policy(empty)
     checked_penalties(inverse_penalties)
     if place is not None:
         backends.select(place.type, backend, place.index)
-    # What a checkpoint's statistics depend on.
+    # A checkpoint's statistics depend on these settings.
     settings: dict[str, Any] = {
         "num_target_classes": num_target_classes, "ignore_index": ignore_index, "temperature": temperature,
     }  # fmt: skip
@@ -149,7 +148,7 @@ def learn_relationship(
         if count == 0:
             raise ValueError(f"the {what} gave no batch; is its dataset empty, or was it an iterator that is used up?")
 
-    if checkpoint is not None:  # a pass that cannot be saved would be lost
+    if checkpoint is not None:  # fail before a pass that could not be saved
         for what in ("loader",) if validation_loader is None else ("loader", "validation_loader"):
             check_writable(passes.checkpoint_path(checkpoint, what))
     if validation_loader is None:
@@ -180,7 +179,7 @@ def learn_relationship(
 
 
 def _check_every_process_counted(batches: int) -> None:
-    """A process without a batch does not know ``N_s``, and the others would wait for its sums for ever."""
+    """A process without a batch does not know ``N_s``; the others would wait for its sums forever."""
     if not several_processes():
         return
     from torch import distributed
@@ -193,7 +192,7 @@ def _check_every_process_counted(batches: int) -> None:
 
 
 def _of_first_process(relationship: Relationship) -> Relationship:
-    """All processes compute the same from the same rows, but unlike machines may round a tie differently."""
+    """All processes compute the same from the same rows, but different machines may round a tie differently."""
     if not several_processes():
         return relationship
     from torch import distributed
@@ -229,7 +228,7 @@ def _dataset_classes(loader: Iterable[Any]) -> tuple[str, ...] | None:
 
 
 def _classes_of(dataset: Any) -> Any:
-    """``dataset.classes``, also behind ``Subset`` and its like, and behind a ``ConcatDataset`` whose parts agree."""
+    """``dataset.classes``, also inside ``Subset`` and similar wrappers, or a ``ConcatDataset`` whose parts agree."""
     while dataset is not None and not hasattr(dataset, "classes"):
         if isinstance(dataset, ConcatDataset):
             first, *others = map(_classes_of, dataset.datasets)

@@ -1,4 +1,4 @@
-"""The category relationship: what does each target class look like to the pretrained source classifier?
+"""The category relationship: which source classes the pretrained classifier sees in each target class.
 
 :class:`Relationship` holds ``R[t, s] = p(y_source = s | y_target = t)`` (You, Kou, Long and Wang, "Co-Tuning for
 Transfer Learning", NeurIPS 2020, section 3.2) with its class names, pictures and file.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Relationship", "check_empty_policy", "class_names", "fill_empty_classes"]
 
 _METHODS = ("direct", "reverse", "given")
-# How far a row's sum may be from 1: allows hand-made tables and half-precision rounding.
+# Allowed distance of a row's sum from 1: allows hand-made tables and half-precision rounding.
 _ROW_SUM_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 _EMPTY_POLICIES = ("unsupervised", "uniform", "error")
 
@@ -45,7 +45,7 @@ class Relationship:
         target_classes, source_classes: names, or ``None``. Two classes may share a name (ImageNet has two "crane").
         method: how it was learnt, ``"direct"`` or ``"reverse"``; ``"given"`` for a matrix from elsewhere.
         temperature: the source logits were divided by it before the softmax.
-        counts: int64 ``(N_t,)``, the samples behind each row, or ``None``.
+        counts: int64 ``(N_t,)``, the number of samples of each target class, or ``None``.
         metadata: your own text, saved with the relationship.
 
     Raises:
@@ -62,7 +62,7 @@ class Relationship:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Tensors made under torch.inference_mode would break the training that this relationship is for.
+        # Training cannot use tensors that were made under torch.inference_mode.
         with torch.inference_mode(False):
             matrix = _ordinary(self.matrix) if isinstance(self.matrix, Tensor) else self.matrix
             counts = _ordinary(self.counts) if isinstance(self.counts, Tensor) else self.counts
@@ -115,7 +115,7 @@ class Relationship:
     def top_source_classes(self, target_class: int | str, k: int = 5) -> list[tuple[str | int, float]]:
         """The ``k`` likeliest source classes of a target class, likeliest first, as ``(name or index, probability)``.
 
-        Shorter where fewer have a probability above zero; empty for a class without source supervision.
+        Source classes of probability zero are left out. Empty for a class without source supervision.
 
         Raises:
             IndexError, TypeError, ValueError: no such target class.
@@ -147,11 +147,11 @@ class Relationship:
     def without_supervision(self, classes: int | str | Iterable[int | str]) -> Relationship:
         """The same relationship with the rows of these target classes set to zero: they train the target head only.
 
-        For classes that mean "none of the others" and have no counterpart in the source, such as "O" in named entity
-        recognition or "background": their mean prediction would teach the source head noise.
+        Use it for classes that mean "none of the others" and have no counterpart in the source, such as "O" in named
+        entity recognition or "background": their mean prediction would teach the source head noise.
 
         Args:
-            classes: one or several, by name or index; or a boolean tensor ``(N_t,)`` that is true for them.
+            classes: one or several, by name or index; or a boolean mask ``(N_t,)``.
 
         Raises:
             IndexError, TypeError, ValueError: no such target class.
@@ -169,22 +169,22 @@ class Relationship:
         return dataclasses.replace(self, matrix=matrix)
 
     def regrouped(self, rows: Sequence[int | str | None], target_classes: Sequence[str] | None = None) -> Relationship:
-        """The same relationship for other target classes, each of which takes a row of this one, or none.
+        """A relationship for other target classes, each of which takes a row of this one, or none.
 
-        For classes that share a row, such as the tags "B-PER" and "I-PER" of one kind of entity::
+        Use it for classes that share a row, such as the tags "B-PER" and "I-PER" of one kind of entity::
 
             relationship.regrouped([None, "PER", "PER"], target_classes=["O", "B-PER", "I-PER"])
 
         Args:
-            rows: for each new class the class of this relationship, by name or index, whose row it takes; ``None`` for
-                no source supervision (a row of zeros).
+            rows: for each new class, the name or index of the class whose row it takes; ``None`` for no source
+                supervision (a row of zeros).
             target_classes: names of the new classes.
 
         Returns:
             A relationship of ``len(rows)`` target classes; ``counts`` are those of the rows taken, 0 for none.
 
         Raises:
-            IndexError, TypeError, ValueError: no such target class, no row at all, or names that do not fit.
+            IndexError, TypeError, ValueError: no such target class, empty ``rows``, or names that do not fit.
         """
         if len(rows) == 0:
             raise ValueError("rows is empty, expected one entry for each new target class")
@@ -209,16 +209,17 @@ class Relationship:
         max_columns: int = 60,
         title: str | None = None,
     ) -> Figure:
-        """A heat map of the source classes that matter: those among the ``top_k`` of some target class.
+        """A heat map of the source classes that are among the ``top_k`` of some target class.
 
-        Similar target classes stand next to each other, and a source class below the target class that it belongs to
-        most, so that shared structure shows as blocks. The last column is the probability of all that is not shown.
+        Similar target classes are next to each other, and the source classes follow the order of the target classes
+        that they belong to most, so that shared structure shows as blocks. The last column is the probability of all
+        source classes that are not shown.
 
         Args:
             path: where to write the picture (.png, .pdf, .svg), or ``None`` to only return it.
-            top_k: source classes a target class.
+            top_k: source classes per target class.
             target_classes: rows to show, by name or index; all by default.
-            max_columns: keep at most so many source classes, the likeliest ones.
+            max_columns: show at most this many source classes, the likeliest ones.
 
         Returns:
             The matplotlib figure.
@@ -246,14 +247,14 @@ class Relationship:
         return figure
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with everything in it. An interrupted save leaves an older file whole.
+        """Write the relationship to a safetensors file. An interrupted save leaves an older file unchanged.
 
-        The same relationship gives the same bytes in every process. A file that is replaced keeps its mode, and its
+        The same relationship gives the same bytes in every process. The new file gets the mode of the old one, and its
         owner where the system allows it.
 
         Raises:
             FileNotFoundError, IsADirectoryError, PermissionError, OSError: the path cannot be written (no such
-                directory, disk full), or is no regular file (a device, a pipe, a loop of links); an older file is
+                directory, disk full), or is not a regular file (a device, a pipe, a loop of links). An older file is
                 untouched.
             ValueError: names and metadata take more than 16 MiB, which :meth:`load` would refuse.
         """
@@ -274,7 +275,7 @@ class Relationship:
         Raises:
             FileNotFoundError: there is no such file.
             PermissionError, OSError: the file cannot be read.
-            RelationshipFileError: a directory, a damaged, truncated or foreign file, or one of a newer version.
+            RelationshipFileError: a directory, a damaged or truncated file, one of another kind, or of a newer version.
         """
         try:
             tensors, record = RELATIONSHIP_FILE.read(path)
@@ -334,7 +335,7 @@ class Relationship:
 
 
 def _as_index(value: object) -> int | None:
-    """An integer: also NumPy's, or a tensor that holds one. ``None`` for anything else."""
+    """The integer, NumPy integer or integer tensor as an int; ``None`` for any other value."""
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -342,13 +343,13 @@ def _as_index(value: object) -> int | None:
 
 
 def check_empty_policy(empty: str) -> None:
-    """See :meth:`RelationshipEstimator.compute`."""
+    """Check the argument ``empty`` of :meth:`RelationshipEstimator.compute`."""
     if empty not in _EMPTY_POLICIES:
         raise ValueError(f"empty is {empty!r}, expected one of {', '.join(map(repr, _EMPTY_POLICIES))}")
 
 
 def fill_empty_classes(matrix: Tensor, counts: Tensor, empty: str, target_classes: Sequence[str] | None) -> Tensor:
-    """Fill the rows of classes without a sample as ``empty`` says, in place; warn or raise where it says so.
+    """Fill the rows of classes without samples as ``empty`` says, in place; warn or raise if it says so.
 
     Both methods use it; see :meth:`RelationshipEstimator.compute`.
     """
@@ -371,7 +372,7 @@ def fill_empty_classes(matrix: Tensor, counts: Tensor, empty: str, target_classe
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
-    """Without gradient history, and an ordinary tensor where it was made under ``torch.inference_mode``."""
+    """The tensor without gradient history; a copy if it was made under ``torch.inference_mode``."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
@@ -387,7 +388,7 @@ def _check_matrix(matrix: Tensor) -> None:
         )
     if matrix.is_meta:  # deferred initialisation: there are no values yet
         return
-    # Row by row: this module makes no temporary of the matrix's size.
+    # Row by row, which needs no temporary of the matrix's size.
     lowest, highest = matrix.amin(dim=1), matrix.amax(dim=1)  # NaN where the row has one
     wrong = ~((lowest >= 0) & torch.isfinite(highest))
     if wrong.any():
@@ -416,11 +417,11 @@ def class_names(argument: str, names: Iterable[str] | None, expected: int) -> tu
     """The names as a tuple.
 
     Raises:
-        TypeError, ValueError: not ``expected`` names; the message speaks of ``argument``.
+        TypeError, ValueError: not ``expected`` names; the message names ``argument``.
     """
     if names is None:
         return None
-    # A string is a sequence of strings too, but a class for each letter is a mistake.
+    # A string is a sequence of strings too, but one class per letter is a mistake.
     if isinstance(names, str | set | frozenset) or not isinstance(names, Iterable):
         raise TypeError(f"{argument} is {names!r:.80}, expected a sequence of names in the classes' order, or None")
     names = tuple(names)

@@ -1,7 +1,7 @@
 """One pass of the pretrained classifier over a loader, and its checkpoint on disk.
 
-:func:`run` gives the classifier's logits to a *collector*, batch by batch: for the direct method a
-:class:`~cotuning_kernels.relationship.RelationshipEstimator`, for the reverse one a :class:`LogitCollector`.
+:func:`run` gives the classifier's logits to a *collector*, batch by batch. The direct method's collector is a
+:class:`~cotuning_kernels.relationship.RelationshipEstimator`, the reverse one's a :class:`LogitCollector`.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class Collector(Protocol):
     """Takes logits and labels batch by batch."""
 
     def update(self, source_logits: Tensor, labels: Tensor, /) -> None:
-        """Take a batch; one that raises is not taken, not even in part."""
+        """Take a batch. A batch that raises is not taken, not even in part."""
 
     def all_reduce(self) -> None:
-        """Add the other processes' batches. Once, at the end."""
+        """Add the other processes' batches. Called once, at the end."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything taken so far."""
+        """The state after all batches so far."""
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Replace everything taken by a :meth:`state_dict`."""
+        """Replace the state by a :meth:`state_dict`."""
 
 
 class LogitCollector:
@@ -81,12 +81,12 @@ class LogitCollector:
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """All logits ``(rows, N_s)`` and labels ``(rows,)``, on the device of the latest batch."""
-        device = self._batches[-1][0].device  # a checkpoint's may be elsewhere
+        device = self._batches[-1][0].device  # batches from a checkpoint may be on another device
         logits, labels = zip(*self._batches, strict=True)
         return torch.cat([x.to(device) for x in logits]), torch.cat([x.to(device) for x in labels])
 
     def all_reduce(self) -> None:
-        """The rows of all processes, in the order of their ranks."""
+        """Gather the rows of all processes, in the order of their ranks."""
         from torch import distributed
 
         if not several_processes():
@@ -105,7 +105,7 @@ class LogitCollector:
         """Replace the rows by those of a :meth:`state_dict`.
 
         Raises:
-            TypeError, ValueError, IndexError: the state is not of this collector, or damaged.
+            TypeError, ValueError, IndexError: the state is another collector's, or damaged.
         """
         if set(state) != {"logits", "labels"}:
             raise ValueError(f"the state has {sorted(state)}, expected ['labels', 'logits']")
@@ -138,15 +138,15 @@ def run(
     """Run the model over the batches of a loader and give its logits to the collector.
 
     Returns:
-        The number of batches, those that the checkpoint holds already included.
+        The number of batches, including those in the checkpoint.
 
     Raises:
         TypeError, ValueError, IndexError: from a batch, from the model or from the collector; names the batch.
-        CheckpointError: the loader or the model gives something else than before.
+        CheckpointError: the loader or the model gives other data than before.
     """
     count = 0
     # Not inference_mode: tensors that a model caches in its first forward pass (rotary tables, resized position
-    # embeddings) would be inference tensors, and the same model could not be trained afterwards.
+    # embeddings) would be inference tensors, and the model could not be trained afterwards.
     with evaluating(source_model), torch.no_grad():
         for index, batch in enumerate(_batches(loader, max_batches, progress, what)):
             where = f"batch {index} of the {what}"
@@ -179,12 +179,12 @@ class Checkpoint:
         path: the file of this pass and process (:func:`checkpoint_path`).
         source_model: its type and weights must be those of the checkpoint.
         settings: must be those of the checkpoint.
-        collector: gets the state where the file exists.
+        collector: gets the state if the file exists.
         every: batches between two saves.
         device: where the state goes; the CPU by default.
 
     Raises:
-        CheckpointError: the file is damaged, or of another model or other settings.
+        CheckpointError: the file is damaged, or belongs to another model or other settings.
         OSError: the file cannot be read.
     """
 
@@ -205,7 +205,7 @@ class Checkpoint:
             self._load()
 
     def has_counted(self, index: int, labels: Tensor) -> bool:
-        """Whether batch ``index`` is in the state already. Ask for every batch, in order."""
+        """Whether batch ``index`` is already in the state. Call it for every batch, in order."""
         self._labels.update(labels.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         self._seen = index + 1
         if index + 1 == self._batches and self._labels.hexdigest() != self._expected_labels:
@@ -216,7 +216,7 @@ class Checkpoint:
         return index < self._batches
 
     def counted(self, index: int) -> None:
-        """Save where batch ``index`` is the last of ``every``."""
+        """Save after every ``every``-th batch."""
         if (index + 1) % self._every == 0:
             self._save()
 
@@ -231,9 +231,9 @@ class Checkpoint:
             )
 
     def check_columns(self, num_source_classes: int) -> None:
-        """Raise where the model gives another number of classes than before.
+        """Raise if the model gives another number of classes than before.
 
-        A function shows no weights to compare, so the number of classes is all that tells it from another one.
+        A plain function has no weights to compare, so only the number of classes can show that it is another one.
         """
         if self._columns not in (0, num_source_classes):
             raise CheckpointError(
@@ -346,7 +346,7 @@ _ONE_BY_ONE = "; a dataset gives its examples one by one, pass torch.utils.data.
 
 
 def _logits(output: Any, labels: Tensor, where: str) -> Tensor:
-    """The model's logits as ``(rows, N_s)``, one row a label: of ``(B, ..., N_s)`` or ``(B, N_s, d1, ...)``."""
+    """The model's logits, ``(B, ..., N_s)`` or ``(B, N_s, d1, ...)``, as ``(rows, N_s)``: one row per label."""
     logits = logits_in(output)
     if isinstance(logits, Tensor) and logits.dim() > 2:
         last, second = logits.shape[:-1] == labels.shape, shape_of_labels(logits) == labels.shape

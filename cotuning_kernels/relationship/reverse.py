@@ -3,14 +3,14 @@
 You, Kou, Long and Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020, section 3.2, and the authors' script:
 
 1. A softmax regression without intercept predicts the target label from the source classifier's calibrated
-   probabilities ``x``: ``p(y_target = t | x) = softmax(W x)[t]``. Its L2 penalty is the one of a list that has the
-   highest accuracy on validation data.
-2. The regression gets a temperature of its own, fitted on the same validation data.
+   probabilities ``x``: ``p(y_target = t | x) = softmax(W x)[t]``. Of a list of L2 penalties, the one with the highest
+   accuracy on validation data is taken.
+2. The regression's temperature ``T`` is fitted on the same validation data.
 3. A source class is the probability vector with a single 1, so ``p(t | s) = softmax(W[:, s] / T)[t]``.
-4. Bayes: ``R[t, s] = p(t | s) p(s) / sum over s' of p(t | s') p(s')`` with the mean probability over all the data for
-   ``p(s)``. Rows sum to 1.
+4. Bayes: ``R[t, s] = p(t | s) p(s) / sum over s' of p(t | s') p(s')``, where ``p(s)`` is the mean probability over all
+   the data. Rows sum to 1.
 
-:func:`learn_reverse_relationship` takes all four steps; :func:`regression_path` is step 1 alone.
+:func:`learn_reverse_relationship` runs all four steps; :func:`regression_path` is step 1 alone.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RegressionFit:
         gap: a bound on the objective's distance from its minimum, relative to the smaller of the objective and the
             gain over ``W = 0``; see :func:`regression_path`.
         iterations, evaluations: of L-BFGS, and of the objective with its gradient.
-        converged: whether ``gap`` came below the tolerance, or the objective below what rounding lets it fall to (in
+        converged: whether ``gap`` is below the tolerance, or the objective no longer falls by more than rounding (in
             float32, under a weak penalty, the rounding of the gradient alone keeps the bound above the tolerance).
     """
 
@@ -87,35 +87,34 @@ def learn_reverse_relationship(
 ) -> Relationship:
     """The reverse relationship from the source classifier's logits on training and validation data.
 
-    All is in memory, on the logits' device: ``4 (2 n + m) N_s`` bytes for ``n`` training and ``m`` validation rows.
+    All data are in memory on the logits' device: ``4 (2 n + m) N_s`` bytes for ``n`` training and ``m`` validation
+    rows.
 
     Args:
         train_logits, validation_logits: ``(n, N_s)`` and ``(m, N_s)``, or ``(n, N_s, d1, ...)``; float32, bfloat16,
-            float16 or float64. The arithmetic is float64 for float64, else float32.
+            float16 or float64. The arithmetic is float64 for float64 logits, else float32.
         train_labels, validation_labels: target classes, int64 or int32, ``(n,)`` and ``(m,)``; rows with
             ``ignore_index`` do not count.
         num_target_classes: ``N_t``.
         temperature: of the source classifier, see :func:`cotuning_kernels.fit_temperature`.
-        inverse_penalties: the values of ``C`` to choose from. Where several have the same validation accuracy, the
-            weakest penalty (the largest ``C``) is taken, as the authors do.
+        inverse_penalties: the values of ``C`` to choose from. If several have the same validation accuracy, the weakest
+            penalty (the largest ``C``) is taken, as the authors do.
         tolerance: see :func:`cotuning_kernels.relationship.reverse.regression_path`. It bounds the regression's
-            objective; the weaker the penalty, the flatter its minimum. Another order of the rows, and so another
+            objective; the weaker the penalty, the flatter its minimum. Another order of the rows, which changes the
             rounding, moved elements of the relationship of 100 rows by 1e-4 at ``C = 100`` and by 4e-3 at
-            ``C = 1e4``; with float64 logits and 1e-8, by 1e-5 and 4e-4. Another number of threads has such an effect
-            too, because torch's matrix products then round differently: float32 logits give the same bits again only
-            with the same ``torch.get_num_threads()``.
-        empty: what becomes of a target class without a training row; see
+            ``C = 1e4``; with float64 logits and 1e-8, by 1e-5 and 4e-4. The number of threads also changes how torch's
+            matrix products round: float32 logits repeat the same bits only with the same ``torch.get_num_threads()``.
+        empty: the row of a target class without training rows; see
             :meth:`cotuning_kernels.RelationshipEstimator.compute`.
         target_classes, source_classes: names to keep with the relationship.
-        backend: of the regression's loss; see :func:`cotuning_kernels.backends.select`.
+        backend: for the regression's loss; see :func:`cotuning_kernels.backends.select`.
 
     Returns:
         A :class:`cotuning_kernels.Relationship` with ``method="reverse"``. Its ``counts`` are those of the training
-        rows; its ``metadata`` says which penalty and which temperature of the regression were chosen, and the
-        regression's accuracy on the validation data.
+        rows; its ``metadata`` has the regression's penalty, temperature and accuracy on the validation data.
 
     Raises:
-        TypeError, ValueError: wrong types, shapes or values; no row with a label in one of the two sets.
+        TypeError, ValueError: wrong types, shapes or values; no labelled row in one of the two sets.
         IndexError: a label out of range; names the row and the value.
     """
     num_target_classes = positive_integer("num_target_classes", num_target_classes)
@@ -150,7 +149,7 @@ def learn_reverse_relationship(
         accuracy = float((logits.argmax(dim=1) == validation_labels).double().mean())
         if accuracy >= best_accuracy:
             best, best_accuracy, best_logits = fit, accuracy, logits
-    assert best is not None  # an empty list was refused
+    assert best is not None  # checked_penalties rejects an empty list
     regression_temperature = _regression_temperature(best_logits, validation_labels)
     marginal = (train.double().sum(dim=0) + validation.double().sum(dim=0)) / (len(train) + len(validation))
     matrix = bayes(best.coefficients, regression_temperature, marginal)
@@ -173,7 +172,7 @@ def learn_reverse_relationship(
 def bayes(coefficients: Tensor, temperature: float, source_marginal: Tensor) -> Tensor:
     """Steps 3 and 4: ``R[t, s]`` in float64 from ``W``, the regression's temperature and ``p(y_source)``.
 
-    In logarithms, because ``p(t | s)`` may underflow for every ``s`` and would leave a row 0 / 0.
+    Computed in logarithms: ``p(t | s)`` may underflow for every ``s``, which would make a row 0 / 0.
     """
     log_target_given_source = F.log_softmax(coefficients.double() / temperature, dim=0)
     return torch.softmax(log_target_given_source + source_marginal.double().log(), dim=1)
@@ -194,18 +193,18 @@ def regression_path(
     .. math:: f(W) = \sum_i \mathrm{CE}(W x_i, y_i) + \frac{1}{2 C} \lVert W \rVert^2
 
     L-BFGS (``torch.optim.LBFGS``) for each ``C``. An evaluation is two matrix products of ``n N_s N_t`` and the fused
-    cross entropy with its gradient in between, so the aim is to need few of them:
+    cross entropy with its gradient in between. Two measures keep the number of evaluations small:
 
     * Each coefficient is scaled by the root of the Hessian's diagonal, ``sum_i p_it (1 - p_it) x_is^2 + 1 / C``, at the
       start. Source classes differ in it by many orders of magnitude. In these coordinates the gradient itself is about
-      the Newton step, which is the first step taken.
-    * The start is the last solution, carried on linearly in ``log C`` as the last two went; so are its logits, so that
-      the first evaluation and the scales cost one product each.
+      the Newton step, so it is the first step.
+    * The start extrapolates the last two solutions linearly in ``log C``. Their logits are extrapolated too, so the
+      first evaluation and the scales cost one product each.
 
-    The objective without ``|W|^2 / (2 C)`` is convex, so that it is at most ``C |gradient|^2 / 2`` above its minimum. A
-    fit ends when this bound is below ``tolerance`` times the objective, and below ``tolerance`` times what the fit has
-    gained over ``W = 0``, which is little under a strong penalty; or when an iteration no longer changes the objective
-    within the rounding of the dtype.
+    The objective without ``|W|^2 / (2 C)`` is convex, so the objective is at most ``C |gradient|^2 / 2`` above its
+    minimum. A fit ends when this bound is below ``tolerance`` times the objective, and below ``tolerance`` times the
+    gain over ``W = 0``, which is small under a strong penalty; or when an iteration changes the objective by no more
+    than the rounding of the dtype.
 
     Args:
         probabilities: ``x``, ``(n, N_s)``, float32 or float64.
@@ -213,11 +212,11 @@ def regression_path(
         num_target_classes: ``N_t``.
         inverse_penalties: the values of ``C``, in any order.
         tolerance: see above.
-        max_iterations: for each ``C``; a warning says where they did not suffice.
+        max_iterations: for each ``C``; if they are too few, a warning names the ``C``.
         backend: see :func:`cotuning_kernels.backends.select`.
 
     Yields:
-        :class:`RegressionFit`, with ``C`` growing.
+        :class:`RegressionFit`, in ascending order of ``C``.
 
     Raises:
         ValueError: no penalty, or one that is not a number between 1e-30 and 1e30.
@@ -245,10 +244,10 @@ def regression_path(
 
 
 def checked_penalties(inverse_penalties: Sequence[float]) -> list[float]:
-    """The values of ``C`` without repetition, growing.
+    """The values of ``C`` without repetition, in ascending order.
 
     Raises:
-        ValueError: none, or one that is not a number between 1e-30 and 1e30.
+        ValueError: no value, or one that is not a number between 1e-30 and 1e30.
     """
     values = sorted({positive_number("inverse_penalties", value) for value in inverse_penalties})
     if not values:
@@ -259,7 +258,7 @@ def checked_penalties(inverse_penalties: Sequence[float]) -> list[float]:
 
 
 class _Point(NamedTuple):
-    """Coefficients, and the logits that they give on the data: both are linear, and the logits cost a product."""
+    """Coefficients and their logits on the data, kept because they cost a matrix product. Both are linear."""
 
     coefficients: Tensor
     logits: Tensor
@@ -269,19 +268,19 @@ def _carried_on(
     older: RegressionFit, older_solved: _Point, last: RegressionFit, solved: _Point, inverse_penalty: float
 ) -> _Point:
     step = math.log(inverse_penalty / last.inverse_penalty) / math.log(last.inverse_penalty / older.inverse_penalty)
-    # A step much longer than the last one would extrapolate too far.
+    # Do not extrapolate much further than the last step.
     step = min(step, 2.0)
     return _Point(*(torch.lerp(before, now, 1 + step) for before, now in zip(older_solved, solved, strict=True)))
 
 
 class _Regression:
-    """The data, and the objective on it."""
+    """The data of a regression, and its objective."""
 
     def __init__(self, probabilities: Tensor, labels: Tensor, num_target_classes: int, backend: str) -> None:
         self.probabilities = probabilities
         self.squares = probabilities.square()
         self.labels = labels
-        # Cross entropy with hard labels is the source term of Co-Tuning for the identity as relationship.
+        # Cross entropy with hard labels is Co-Tuning's source term with the identity as relationship.
         self.identity = torch.eye(num_target_classes, dtype=probabilities.dtype, device=probabilities.device)
         self.backend = backend
 
@@ -316,7 +315,7 @@ class _Regression:
     ) -> tuple[RegressionFit, _Point]:
         scales = self.scales(start, inverse_penalty)
         closure = _Closure(self, inverse_penalty, start, scales)
-        # One iteration a call, so that our own criterion can end it. In torch, max_eval also bounds the line search.
+        # One iteration per call, so that our own criterion can end the fit. max_eval also bounds torch's line search.
         optimizer = torch.optim.LBFGS(
             [closure.step], max_iter=1, max_eval=25, tolerance_grad=0, tolerance_change=0,
             line_search_fn="strong_wolfe",
@@ -331,7 +330,7 @@ class _Regression:
             stalled = before - objective <= rounding * objective
             if gap <= tolerance or stalled or iteration == max_iterations:
                 break
-            # The first step of torch's L-BFGS is lr * min(1, 1 / |g|_1): made the whole scaled gradient again.
+            # torch's L-BFGS first steps by lr * min(1, 1 / |g|_1): this rate makes it the whole scaled gradient.
             first_rate = max(1.0, float(closure.scaled_gradient.abs().sum()))
             optimizer.param_groups[0]["lr"] = first_rate if iteration == 0 else 1.0
             optimizer.step(closure)
@@ -350,12 +349,12 @@ class _Regression:
 class _Closure:
     """The objective for L-BFGS, as a function of ``step``, the scaled distance of the coefficients from the start.
 
-    It keeps the last value: each call of ``optimizer.step`` evaluates its starting point again.
+    It caches the last value, because each call of ``optimizer.step`` evaluates its starting point again.
 
     Attributes:
         step: the parameter of the optimizer.
-        point, scaled_gradient: of the last call.
-        evaluations: so far.
+        point, scaled_gradient: those of the last call.
+        evaluations: their number so far.
     """
 
     def __init__(self, regression: _Regression, inverse_penalty: float, start: _Point, scales: Tensor) -> None:
@@ -398,7 +397,7 @@ def _probabilities(
 
 
 def _regression_temperature(validation_logits: Tensor, validation_labels: Tensor) -> float:
-    # Under a strong penalty the logits are tiny, and their temperature beyond the range that fit_temperature searches.
+    # Under a strong penalty the logits are tiny, and their temperature is outside the range of fit_temperature.
     size = float(validation_logits.abs().max()) or 1.0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fit_temperature", category=UserWarning)
