@@ -1,9 +1,9 @@
-"""Attack what is saved and what is counted: kills, full disks, hostile files, interruptions, memory limits.
+"""Attack saved files and estimators: kills, full disks, hostile files, interruptions, memory limits.
 
     python -m tools.torture [--effort 1.0] [--seed 0] [--only NAME ...]
 
-Each attack counts how its tries ended. A try that ends otherwise than the documentation says is a failure: it is
-printed, and the exit status is 1. docs/robustness.md has the rules and the counts of a run.
+Each attack counts how its tries ended. A try that does not end as documented is a failure: it is printed, and the exit
+status is 1. docs/robustness.md has the rules and the counts of a run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ N_T, N_S = 20, 60
 
 
 class WrongError(Exception):
-    """A try that ended otherwise than documented."""
+    """A try that did not end as documented."""
 
 
 def check(right: bool, message: str) -> None:
@@ -79,7 +79,7 @@ def learn(batches: Batches, path: Path | None, every: int = 1) -> Relationship:
 
 @contextlib.contextmanager
 def child(work: Callable[[], None]) -> Iterator[int]:
-    """A fork that runs ``work``, and is killed at the end if it still does."""
+    """A fork that runs ``work``, and is killed at the end if it is still running."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -91,13 +91,13 @@ def child(work: Callable[[], None]) -> Iterator[int]:
     try:
         yield pid
     finally:
-        with contextlib.suppress(ChildProcessError, ProcessLookupError):  # it has ended
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):  # it has ended already
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 
 
 def status_of(work: Callable[[], None]) -> int:
-    """How a fork that runs ``work`` ends: 0, 1 for an exception, minus the signal."""
+    """The exit status of a fork that runs ``work``: 0, 1 for an exception, or minus the signal."""
     with child(work) as pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -106,7 +106,7 @@ def status_of(work: Callable[[], None]) -> int:
 
 
 def killed_saves(draw: random.Random, tries: int, folder: Path) -> Counter[str]:
-    """Two processes save the same target without end, and both are killed."""
+    """Two processes save the same target again and again, and both are killed."""
     path, counts = folder / "r", Counter[str]()
     both = [relationship(0, 40, 1000), relationship(1, 40, 1000)]
     both[0].save(path)
@@ -132,7 +132,7 @@ def killed_saves(draw: random.Random, tries: int, folder: Path) -> Counter[str]:
 
 
 def killed_passes(draw: random.Random, tries: int, folder: Path) -> Counter[str]:
-    """A pass with a checkpoint after every batch is killed and resumed until it is through."""
+    """A pass with a checkpoint after every batch is killed and resumed until it is complete."""
     batches, counts = made_batches(24), Counter[str]()
     path, result = folder / "statistics", folder / "result"
     right = learn(batches, None)
@@ -160,7 +160,7 @@ def killed_passes(draw: random.Random, tries: int, folder: Path) -> Counter[str]
 
 
 def failing_disks(draw: random.Random, tries: int, folder: Path) -> Counter[str]:
-    """A limit of the file size at every length, and every call to the system failing with several errors."""
+    """Limit the file size to every length, and let every system call fail with several errors."""
     path, counts = folder / "r", Counter[str]()
     old, new = relationship(0), relationship(1, 9)
     old.save(path)
@@ -217,7 +217,7 @@ json.dump(counts, sys.stdout)
 
 
 def _full_tmpfs(folder: Path) -> Counter[str]:
-    """On a file system of 64 kB of its own, where the system lets a user mount one."""
+    """Save to a file system of 64 kB, if the user may mount one."""
     mount = 'mount -t tmpfs -o size=64k none "$1" && exec "$2" -c "$3" "$1"'
     command = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
     disk = folder / "disk"
@@ -240,7 +240,7 @@ def _full_tmpfs(folder: Path) -> Counter[str]:
 
 
 def mutants(draw: random.Random, content: bytes, tries: int) -> Iterator[bytes]:
-    """Every bit flipped where there are enough tries, every length, and random edits."""
+    """Every bit flipped if the tries suffice, every length, and random edits."""
     bits = range(8 * len(content))
     for bit in bits if 8 * len(content) <= tries else draw.sample(bits, tries):
         flipped = bytearray(content)
@@ -262,7 +262,7 @@ VALUES: list[Any] = [
 
 
 def edited(draw: random.Random, tree: Any) -> Any:
-    """A copy of JSON in which one value is another, is missing, or is there twice."""
+    """A copy of JSON in which one value is changed, missing, or duplicated."""
     if isinstance(tree, dict) and tree and draw.random() < 0.8:
         key = draw.choice(list(tree))
         if draw.random() < 0.1:
@@ -275,7 +275,7 @@ def edited(draw: random.Random, tree: Any) -> Any:
 
 
 def edited_headers(draw: random.Random, content: bytes, tries: int) -> Iterator[bytes]:
-    """Safetensors whose header is valid JSON and says something else."""
+    """Safetensors files whose header is valid JSON but wrong."""
     length = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     for _ in range(tries):
@@ -306,7 +306,7 @@ def attack_file(
     right: Any,
     counts: Counter[str],
 ) -> None:
-    """Every file must be refused with the error that is documented, or be read as the right one."""
+    """Every file must be refused with the documented error, or give the right content."""
     for content in files:
         path.write_bytes(content)
         begun = time.monotonic()
@@ -332,7 +332,7 @@ def hostile_relationships(draw: random.Random, tries: int, folder: Path) -> Coun
 
     files = (*mutants(draw, content, tries), *edited_headers(draw, content, tries))
     attack_file(iter(files), path, read, RelationshipFileError, lambda found: same(found, saved), counts)
-    # With a right digest, so that what is wrong must be found by looking at it.
+    # With a correct digest, so that only checks of the content can find the error.
     path.write_bytes(content)
     tensors, record = RELATIONSHIP_FILE.read(path)
     crafted = Counter[str]()
@@ -424,7 +424,7 @@ def interruptions(draw: random.Random, tries: int, folder: Path) -> Counter[str]
         "save": save,
     }
     before_signal = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    grad_mode = torch.is_grad_enabled()  # an interruption within torch's own no_grad leaves gradients off
+    grad_mode = torch.is_grad_enabled()  # an interruption within torch's no_grad leaves gradients off
     try:
         for name, call in calls.items():
             whole = RelationshipEstimator(20, 400)
@@ -452,7 +452,7 @@ def interruptions(draw: random.Random, tries: int, folder: Path) -> Counter[str]
                 found = state_of(estimator)
                 expected: tuple[object, ...] = (after,) if ended == "whole" else (before,)
                 if ended == "interrupted after the end":
-                    expected = before, after  # the signal may also have come before the beginning
+                    expected = before, after  # the signal may have come before the start
                 check(found in expected, f"{name} was {ended}, and the state differs")
                 if name == "save":
                     loaded = Relationship.load(path)
@@ -471,7 +471,7 @@ def interruptions(draw: random.Random, tries: int, folder: Path) -> Counter[str]
 
 
 def memory_limits(draw: random.Random, tries: int, folder: Path) -> Counter[str]:
-    """Less and less memory: an error that says so, and a state and files as before."""
+    """Less and less memory must give an error that says so, and leave state and files unchanged."""
     path, counts = folder / "r", Counter[str]()
     large = Relationship(torch.full((900, 10000), 1e-4))  # 36 MB: malloc asks the system for each
     large.save(path)
@@ -489,7 +489,7 @@ def memory_limits(draw: random.Random, tries: int, folder: Path) -> Counter[str]
 
     def starved(call: Callable[[], object], more: int) -> None:
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        gc.collect()  # or the call could use what others have left behind
+        gc.collect()  # or the call could reuse memory that others have left
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
@@ -516,7 +516,7 @@ def memory_limits(draw: random.Random, tries: int, folder: Path) -> Counter[str]
 
 # --------------------------------------------------------------------------------------------------------- the program
 
-# How many tries each attack has at an effort of 1, which takes a few minutes.
+# The tries of each attack at an effort of 1, which takes a few minutes.
 ATTACKS: dict[Callable[[random.Random, int, Path], Counter[str]], int] = {
     killed_saves: 150,
     killed_passes: 150,

@@ -1,11 +1,11 @@
-"""Everything that a GPU machine can tell, in eight minutes, without a network and without writing to its Python.
+"""All checks and measurements on a GPU machine, in eight minutes, without network and without changing its Python.
 
     python -m tools.gpu [--out gpu_report] [--wheel FILE | --installed] [--only STEP ...] [--limit 480]
 
-The package is built for the card with the machine's own torch and nvcc, or taken from a wheel, into a folder of its own
-(``--installed`` uses the one that Python finds). Then each step runs as a process with its own limit; a step that fails
-or is too slow does not keep the next one from running. ``OUT`` gets at most eight files: ``summary.txt`` (failures
-first), ``steps.json``, ``log.txt`` and what the steps measure. The exit status is 1 if a step failed.
+The package is built for the card with the machine's torch and nvcc, or taken from a wheel, into a separate folder
+(``--installed`` uses the one that Python finds). Then each step runs as a process with its own limit; the next one runs
+even if a step fails or is too slow. ``OUT`` gets at most eight files: ``summary.txt`` (failures first), ``steps.json``,
+``log.txt`` and the steps' measurements. The exit status is 1 if a step failed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Outcome", "Step", "run_steps", "steps", "summary"]
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "python_tests"
-# compute-sanitizer's and ncu's words where a virtual machine keeps the card's counters to itself.
+# The messages of compute-sanitizer and ncu if a virtual machine does not give access to the card's counters.
 _REFUSALS = ("Device not supported", "ERR_NVGPUCTRPERM", "LibraryNotLoaded")
 _METRICS = (
     "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
@@ -38,7 +38,7 @@ _METRICS = (
 
 @dataclass(frozen=True)
 class Step:
-    """A process, the seconds that it may take, and the program that must be on the path for it."""
+    """A process, the seconds that it may take, and the program that it needs on the path."""
 
     name: str
     command: Sequence[str]
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended: ``passed``, ``failed``, ``too slow`` or ``skipped``, with the last words that it printed."""
+    """How a step ended: ``passed``, ``failed``, ``too slow`` or ``skipped``, with its last output."""
 
     name: str
     state: str
@@ -58,7 +58,7 @@ class Outcome:
 
 
 def steps(out: Path, python: str = sys.executable) -> list[Step]:
-    """The steps in the order of their worth: what comes first has run if the machine is taken away."""
+    """The steps, most important first, in case the machine is taken away."""
     checks = [python, "-m", "tools.gpu.checks"]
     workers = str(min(14, max(1, (os.cpu_count() or 2) - 2)))
     pytest = [
@@ -92,7 +92,7 @@ def steps(out: Path, python: str = sys.executable) -> list[Step]:
 def run_steps(chosen: Sequence[Step], log: Path, *, limit: float, environment: dict[str, str]) -> list[Outcome]:
     """Run the steps one after the other, each within its own limit and all within ``limit`` seconds.
 
-    ``log`` gets what each prints, as it prints it.
+    Their output goes to ``log`` at once.
     """
     end = time.monotonic() + limit
     outcomes = []
@@ -115,7 +115,7 @@ def _run(step: Step, log: Path, limit: float, environment: dict[str, str]) -> Ou
         file.write(f"\n== {step.name}: {' '.join(step.command)}\n".encode())
         file.flush()
         begin = file.tell()
-        # In a session of its own: whatever the step has started ends with it.
+        # In its own session, so that all processes that the step started end with it.
         process = subprocess.Popen(
             step.command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
             cwd=log.parent, env=environment | dict(step.environment),
@@ -142,7 +142,7 @@ def _run(step: Step, log: Path, limit: float, environment: dict[str, str]) -> Ou
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """At most ten lines: what failed or was too slow first, then what was left out, then what passed."""
+    """At most ten lines: steps that failed or were too slow, then those skipped, then those that passed."""
     order = ("failed", "too slow", "skipped", "passed")
     ranked = sorted(outcomes, key=lambda outcome: order.index(outcome.state))
     counts = ", ".join(f"{sum(o.state == state for o in outcomes)} {state}" for state in order)
@@ -151,7 +151,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def _install(site: Path, wheel: Path | None) -> Step:
-    """Into ``site``, for the cards of this machine, with what is installed: pip asks no network."""
+    """Install into ``site``, for the cards of this machine, with the installed packages: pip needs no network."""
     offline = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check"]
     what = ["--no-build-isolation", str(ROOT)] if wheel is None else [str(wheel.resolve())]
     return Step("install", [sys.executable, "-m", "pip", "install", *offline, "--target", str(site), *what], 180)

@@ -2,7 +2,7 @@
 
     python -m tools.gpu.checks [CHECK ...] [--device cuda] [--repeat 1000]
 
-Each prints OK, or what is wrong; the exit status is 1 if one was wrong. ``values`` and ``limits`` run on a CPU as well.
+Each prints OK or an error; the exit status is 1 if one failed. ``values`` and ``limits`` run on a CPU as well.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from cotuning_kernels import backends, functional
 
 __all__ = ["CHECKS", "main"]
 
-# A step's error may be this many times the spacing of its dtype, as norms: a wrong kernel is orders of magnitude off.
+# The norm of a step's error may be this many times the spacing of its dtype: a wrong kernel is orders of magnitude off.
 _SPACINGS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class WrongError(Exception):
-    """The card does something else than it should."""
+    """The card gives a wrong result."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def compare(batch: Batch, backend: str = "auto") -> None:
 
 
 def report(device: str, repeat: int) -> None:
-    """The CUDA kernels serve, and nothing is missing."""
+    """Check that the CUDA kernels serve and no backend is missing."""
     print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_capability(), backends.cuda_build())
     print("triton:", backends.missing_reason("triton") or "there")
     if backends.select("cuda") != "cuda":
@@ -111,7 +111,7 @@ def values(device: str, repeat: int) -> None:
 
 
 def limits(device: str, repeat: int) -> None:
-    """Rows that need about 48 KB of shared memory, the driver's limit without asking, and rows that need all."""
+    """Rows that need about 48 KB of shared memory, the driver's default limit, and rows that need all of it."""
     wrong = []
     near_48_kb = ((5960, 5961, 6140, 6141), (7944, 7945, 8142, 8185), (8142,), (2981, 3070))
     for dtype, around in zip(_DTYPES, near_48_kb, strict=True):
@@ -125,7 +125,7 @@ def limits(device: str, repeat: int) -> None:
 
 
 def streams(device: str, repeat: int) -> None:
-    """Four streams at once give the bits that one gives."""
+    """Four streams at once give the same bits as one."""
     shapes = (
         (48, 1000, torch.float32),
         (48, 1000, torch.bfloat16),
@@ -177,7 +177,7 @@ def threads(device: str, repeat: int) -> None:
 
 
 def graphs(device: str, repeat: int) -> None:
-    """A captured graph of two shapes gives the bits of single steps, after other launches too."""
+    """A captured graph of two shapes gives the same bits as single steps, even after other launches."""
     big, small = (Batch.make(64, 9, columns, torch.float32, device) for columns in (30_522, 6200))
     right = (*big.step(), *small.step())
     graph, result = _captured(lambda: (*big.step(), *small.step()))
@@ -190,7 +190,7 @@ def graphs(device: str, repeat: int) -> None:
 
 
 def triton(device: str, repeat: int) -> None:
-    """The Triton kernels, which no other batch size compiles anew."""
+    """The Triton kernels: another batch size must not compile them again."""
     from cotuning_kernels.backends.triton.co_tuning_loss import co_tuning_loss_kernel
 
     def compiled() -> int:
@@ -207,7 +207,7 @@ def triton(device: str, repeat: int) -> None:
 
 
 def host(device: str, repeat: int) -> None:
-    """What 48 rows take of the host, of the device from empty caches, and in a graph."""
+    """The time of 48 rows: on the host, on the device from empty caches, and in a graph."""
     stopwatch = DeviceStopwatch(device)
     for dtype in _DTYPES[:2]:
         batch = Batch.make(48, 200, 1000, dtype, device)
@@ -267,7 +267,7 @@ def _captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGr
 
 
 def _microseconds(call: Callable[[], object], calls: int) -> float:
-    """Of time passed, a call."""
+    """Elapsed microseconds per call."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(calls):
@@ -287,7 +287,7 @@ CHECKS: dict[str, Callable[[str, int], None]] = {
     "host": host,
     "shares": shares,
 }
-"""By name, each with the device and how often it repeats what may go wrong only now and then."""
+"""The checks by name. Each takes the device and how often to repeat what fails only now and then."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -310,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in parsed.checks or CHECKS:
         try:
             known[name](parsed.device, parsed.repeat)
-        except Exception as error:  # whatever a card does, the next check still runs
+        except Exception as error:  # the next check runs after any error
             wrong.append(name)
             print(f"{name}: WRONG: {type(error).__name__}: {error}", flush=True)
         else:

@@ -1,1 +1,1 @@
-"""What compilers made of the kernels: instructions, registers, launches. Nothing here needs a GPU."""
+"""The compiled kernels: instructions, registers, launches. No tool here needs a GPU."""

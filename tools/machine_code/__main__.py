@@ -4,7 +4,7 @@
     python -m tools.machine_code --write               # renews them: look at the differences before you commit them
     python -m tools.machine_code --write instructions  # renews this one
 
-A table that cannot be measured here (without nvcc, say) is left as it is, and the command says why.
+A table that cannot be measured here (without nvcc, for instance) stays unchanged, and the command says why.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# The builds of the C++ programs, and the interpreter of Triton's kernels, are helpers of the tests.
+# The tests' helpers build the C++ programs and interpret Triton's kernels.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "python_tests"))
 
 
@@ -40,11 +40,11 @@ def _instructions() -> tuple[Path, Any]:
 
 
 TABLES: dict[str, Callable[[], tuple[Path, Any]]] = {"instructions": _instructions, "cuda": _cuda, "triton": _triton}
-"""By name: returns the file and what belongs into it; LookupError or ImportError where it cannot be measured."""
+"""By name: returns the file and its new content; LookupError or ImportError if it cannot be measured."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, compare or write, and return 1 where a table no longer holds."""
+    """Measure, compare or write, and return 1 if a table no longer holds."""
     import pytest
 
     parser = argparse.ArgumentParser(

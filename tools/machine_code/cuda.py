@@ -4,9 +4,9 @@
 ``python -m tools.machine_code`` renews the recorded table. The disassembler is ``cuobjdump`` of the CUDA toolkit, or
 the one that the triton wheel carries.
 
-Instructions an element are counted on the shortest way once around each loop over a row, among the ways that access
-memory just as the plan for the shape says: so many loads and stores of 16 bytes and no narrower ones. A loop that is
-not found, because it accesses memory in another way, is an error and not a number.
+Instructions per element are counted on the shortest path once around each loop over a row. Only paths count that
+access memory as the plan for the shape says: with its number of 16-byte loads and stores, and no narrower ones. If no
+loop has such a path, that is an error.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def library() -> Path:
 
 
 def cuobjdump() -> str:
-    """Its path; LookupError where there is none."""
+    """The path of cuobjdump; LookupError if there is none."""
     if found := shutil.which("cuobjdump"):
         return found
     triton = importlib.util.find_spec("triton")
@@ -70,7 +70,7 @@ def cuobjdump() -> str:
 
 
 def run_cuobjdump(*arguments: str | Path) -> str:
-    """What it prints."""
+    """The output of cuobjdump."""
     finished = subprocess.run([cuobjdump(), *map(str, arguments)], capture_output=True, text=True, check=False)
     if finished.returncode:
         raise RuntimeError(f"cuobjdump {' '.join(map(str, arguments))} failed: {finished.stderr.strip()}")
@@ -78,7 +78,7 @@ def run_cuobjdump(*arguments: str | Path) -> str:
 
 
 class Usage(NamedTuple):
-    """What a thread of one kernel uses; ``shared`` is a block's static shared memory, in bytes."""
+    """The resources of one kernel's thread; ``shared`` is a block's static shared memory, in bytes."""
 
     architecture: str
     kernel: str
@@ -89,7 +89,7 @@ class Usage(NamedTuple):
 
 
 def resources(file: Path) -> list[Usage]:
-    """Every kernel of every architecture."""
+    """The resources of every kernel of every architecture."""
     found, architecture, kernel = [], "", ""
     for line in run_cuobjdump("-res-usage", file).splitlines():
         if match := re.search(r"arch = (sm_\d+)", line):
@@ -129,7 +129,7 @@ def parse(sass: str) -> dict[str, Code]:
 
 @functools.cache
 def disassemble(file: Path, architecture: str) -> dict[str, Code]:
-    """The kernels for ``"sm_90"``, say. Asked again, nothing is done again: it takes a second."""
+    """The kernels for an architecture such as ``"sm_90"``. Cached, because it takes a second."""
     return parse(run_cuobjdump("-arch", architecture, "-sass", file))
 
 
@@ -137,7 +137,7 @@ _TYPES = {"f": "float32", "d": "float64", "NS_8BFloat16E": "bfloat16", "NS_7Floa
 
 
 def readable(kernel: str) -> str:
-    """``"loss, bfloat16"`` for its mangled name."""
+    """A readable name such as ``"loss, bfloat16"`` for a kernel's mangled name."""
     match = re.search(r"\d+([a-z_]+)_kernel(?:I(f|d|NS_8BFloat16E|NS_7Float16E)E)?", kernel)
     if match is None:
         return kernel
@@ -148,7 +148,7 @@ def readable(kernel: str) -> str:
 
 
 def access(operation: str) -> str | None:
-    """What is counted on the way: ``"LDG 16"``, ``"STS 4"``; ``"EX2"``, an exponential; None for all else."""
+    """The access that an operation counts as: ``"LDG 16"``, ``"STS 4"``, ``"EX2"`` (an exponential), else None."""
     name, *modifiers = operation.split(".")
     if name == "MUFU":
         return "EX2" if "EX2" in modifiers else None
@@ -159,7 +159,7 @@ def access(operation: str) -> str | None:
 
 
 def target(instruction: Instruction) -> int | None:
-    """Where a branch goes. One of BRA.DIV is taken by warps whose lanes have parted, and not followed."""
+    """The target of a branch. BRA.DIV is taken by warps whose lanes have diverged, and is not followed."""
     if instruction.operation.split(".")[0] != "BRA" or ".DIV" in instruction.operation:
         return None
     match = re.search(r"0x([0-9a-f]+)", instruction.operands)
@@ -172,15 +172,15 @@ def successors(code: Code, address: int, following: dict[int, int]) -> Iterator[
     if branch is not None:
         yield branch
     ends = instruction.operation.split(".")[0] in ("BRA", "EXIT", "RET") and ".DIV" not in instruction.operation
-    # The condition is a predicate before the instruction, or one among its operands.
+    # The condition is a predicate before the instruction, or among its operands.
     conditional = instruction.predicated or re.match(r"!?U?P\d", instruction.operands)
     if address in following and (not ends or conditional):
         yield following[address]
 
 
 def around_a_loop(code: Code, wanted: dict[str, int]) -> int | None:
-    """Instructions on the shortest way once around any loop that makes just the accesses ``wanted``; None where no loop
-    has such a way. A loop is from the target of a branch back to that branch; a way does not leave it."""
+    """Instructions on the shortest path once around any loop that makes exactly the accesses ``wanted``; None if there
+    is no such path. A loop goes from the target of a branch back to that branch; a path does not leave it."""
     addresses = sorted(code)
     following = dict(itertools.pairwise(addresses))
     loops = [(head, address) for address in addresses if (head := target(code[address])) is not None and head < address]
@@ -197,7 +197,7 @@ def around_a_loop(code: Code, wanted: dict[str, int]) -> int | None:
 def _once_around(
     code: Code, head: int, last: int, wanted: dict[str, int], following: dict[int, int], limit: int | None
 ) -> int | None:
-    """Breadth first, over addresses with what has been accessed on the way there; shorter than ``limit``, or None."""
+    """Breadth-first search over pairs of address and accesses so far; shorter than ``limit``, or None."""
     names = list(wanted)
     goal = tuple(wanted.values())
     wave, seen, steps = {(head, (0,) * len(names))}, set(), 0
@@ -220,7 +220,7 @@ def _once_around(
 def _after(
     instruction: Instruction, counts: tuple[int, ...], names: list[str], goal: tuple[int, ...]
 ) -> Iterator[tuple[int, ...]]:
-    """The counts after an instruction. Where it has a predicate it is issued in any case, and may access nothing."""
+    """The counts after an instruction. With a predicate it is always issued, but may access nothing."""
     what = access(instruction.operation)
     if what is None or instruction.predicated:
         yield counts
@@ -244,19 +244,19 @@ class Loop(NamedTuple):
 
 
 AT_ONCE = 4
-"""Vectors that a thread has on their way in the first sweep: what csrc/kernels/cuda/row.cuh says."""
+"""Vectors that a thread loads at once in the first sweep, as in csrc/kernels/cuda/row.cuh."""
 
 
 KEPT = {"staged_target": "shared memory", "kept_target": "registers"}
-"""Where R is kept from sweep to sweep, by the plan's words for how much of it; else ``"nowhere"``."""
+"""Where R is kept between sweeps, by the name of its size in the plan; else ``"nowhere"``."""
 
 
 def sweeps(code: Code, dtype: torch.dtype, alike: bool, where: str, at_once: int = AT_ONCE) -> dict[str, Loop]:
-    """The three loops of the source head over a row whose logits are staged, R in float32; of the target head's loops,
-    those with as many accesses are longer. ``alike``: the row of R starts where the logits do, in 16 bytes. ``where`` R
-    is kept. ``at_once``: so many vectors a thread has of the row, and no more than AT_ONCE."""
+    """The three loops of the source head over a row of staged logits, with R in float32. (The target head's loops with
+    as many accesses are longer.) ``alike``: the row of R has the same offset in 16 bytes as the logits. ``where`` R is
+    kept. ``at_once``: the vectors of the row that a thread has, at most AT_ONCE."""
     count = 16 // dtype.itemsize
-    # A row of R that starts elsewhere takes one aligned vector more than these elements fill.
+    # A row of R with another offset needs one more aligned vector than its elements fill.
     of_r = count // 4 + (0 if alike else 1)
     kept = {"STS 16": count // 4} if where == "shared memory" else {}
     again = {"shared memory": {"LDS 16": 1 + count // 4}, "registers": {"LDS 16": 1}}
@@ -290,8 +290,8 @@ def _sweeps(
 
 
 def instructions_of_a_row(file: Path, architecture: str, classes: int, dtype: torch.dtype, alike: bool) -> float:
-    """By element: the source head with its gradient, staged as the plan for the shape says, but for what comes once a
-    row and for the ends of rows."""
+    """Instructions per element: the source head with its gradient, staged as the plan for the shape says. Code
+    that runs once per row, or at the ends of rows, is left out."""
     plan = backends.cuda_loss_plan(256, classes, source_dtype=dtype)["source"]
     if plan["staged_logits"] == 0:
         raise ValueError(f"classes is {classes}, whose {dtype} logits no block can keep: expected fewer")
@@ -307,8 +307,8 @@ def instructions_of_a_row(file: Path, architecture: str, classes: int, dtype: to
 
 
 def share_elsewhere(classes: int, dtype: torch.dtype) -> float:
-    """Of all pairs of a row of logits and a row of R in float32, those that start differently in 16 bytes, where both
-    matrices are dense."""
+    """The share of pairs of a row of logits and a row of R in float32 whose offsets in 16 bytes differ, for dense
+    matrices."""
     vector, rows = 16 // dtype.itemsize, range(16)
     pairs = [(classes * i % vector, classes * j % 4) for i in rows for j in rows]
     return sum((b - a) % 4 != 0 for a, b in pairs) / len(pairs)
@@ -318,7 +318,7 @@ def share_elsewhere(classes: int, dtype: torch.dtype) -> float:
 
 
 class Measured(NamedTuple):
-    """What the committed table holds: that of which less is better."""
+    """The numbers of the committed table; for all of them less is better."""
 
     nvcc: str
     registers: dict[str, int]
@@ -326,7 +326,7 @@ class Measured(NamedTuple):
 
 
 def measure(file: Path) -> Measured:
-    """Registers of every kernel and, where the library is for sm_90, instructions an element."""
+    """Registers of every kernel and, if the library is for sm_90, instructions per element."""
     used = resources(file)
     registers = {f"{usage.architecture}: {readable(usage.kernel)}": usage.registers for usage in used}
     instructions = {}
@@ -344,8 +344,8 @@ def recorded() -> Measured:
 
 
 def differences(now: Measured, before: Measured) -> list[str]:
-    """In words, what is off by more than a twentieth: worse, or so much better that the table hides the next change.
-    Cards that the table or the library lacks are left out."""
+    """A sentence for each number that is off by more than a twentieth: worse, or so much better that the table would
+    hide the next change. Cards that the table or the library lacks are left out."""
     said = []
     for what in ("registers", "instructions"):
         numbers, table = getattr(now, what), getattr(before, what)
@@ -374,7 +374,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def usage_table(file: Path) -> str:
-    """By kernel and architecture; what is the same for kernels of one name has one line for them."""
+    """Usage by kernel and architecture; kernels of one name with the same numbers share a line."""
     used = resources(file)
     architectures = sorted({usage.architecture for usage in used}, key=lambda name: int(name.removeprefix("sm_")))
     rows: list[list[object]] = []
@@ -403,7 +403,7 @@ def _spills(file: Path, architecture: str, _used: list[Usage]) -> int:
 
 
 def instructions_table(file: Path, architecture: str) -> str:
-    """By shape: instructions an element, what the plan keeps, and of which shapes rows start elsewhere."""
+    """By shape: instructions per element, what the plan keeps, and the share of rows with different offsets."""
     rows: list[list[object]] = []
     for dtype in DTYPES:
         row: list[object] = [str(dtype).removeprefix("torch.")]
@@ -420,7 +420,7 @@ def instructions_table(file: Path, architecture: str) -> str:
 
 
 def sweeps_table(file: Path, architecture: str) -> str:
-    """By loop: instructions for a vector of 16 bytes of logits, and what it accesses."""
+    """By loop: instructions for a vector of 16 bytes of logits, and its accesses."""
     rows: list[list[object]] = []
     for dtype in DTYPES:
         for alike in (True, False):
@@ -436,8 +436,8 @@ def sweeps_table(file: Path, architecture: str) -> str:
 
 
 def widths_table(file: Path, architecture: str) -> str:
-    """All accesses to global memory that stand in a kernel, by bytes; the narrow ones are for ends of rows, for labels
-    and results, and for what starts at no multiple of 16 bytes."""
+    """All accesses to global memory in a kernel's code, by bytes. The narrow ones are for ends of rows, labels, results
+    and unaligned data."""
     rows: list[list[object]] = []
     for kernel, code in sorted(disassemble(file, architecture).items(), key=lambda item: readable(item[0])):
         counts = collections.Counter(access(instruction.operation) for instruction in code.values())

@@ -1,7 +1,7 @@
-"""How many instructions the CPU kernels run for an element of a row, beside the recorded table.
+"""Instructions per element of a row in the CPU kernels, compared with the recorded table.
 
-Times are noise on a shared machine; counts repeat exactly (csrc/tests/count_instructions.cpp says how they are taken).
-They belong to a compiler: those of another one than the table's cannot be compared.
+Times are noisy on a shared machine; counts repeat exactly (csrc/tests/count_instructions.cpp says how they are taken).
+They depend on the compiler: counts of another compiler than the table's cannot be compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOLERANCE = 0.05
 
 
 class Measured(NamedTuple):
-    """``instructions``: ``"isa operation dtype target_classes source_classes"``, and instructions an element."""
+    """``instructions``: ``"isa operation dtype target_classes source_classes"``, to instructions per element."""
 
     machine: str
     compiler: str

@@ -1,10 +1,10 @@
-"""How many kernels of PyTorch the formulations launch in a training step of the loss: the numbers of docs/cuda.md.
+"""How many PyTorch kernels each formulation launches in a training step of the loss: the numbers of docs/cuda.md.
 
     python -m tools.machine_code.launches
 
-It needs no GPU: the operations are counted with torch.profiler on the CPU, and are those that a GPU gets. Counted is an
-operation of ATen that does arithmetic or moves data, with all that it calls; what only calls others, makes a view or
-allocates memory is not. (What tllib's formulation does in NumPy, and its copy from host to device, is not seen here.)
+It needs no GPU: torch.profiler counts the operations on the CPU, and a GPU gets the same ones. An ATen operation counts
+once, with all that it calls, if it does arithmetic or moves data. It does not count if it only calls others, makes a
+view or allocates memory. (tllib's work in NumPy, and its copy from host to device, are not counted.)
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ FORMULATIONS: dict[str, tuple[Callable[..., torch.Tensor], Any]] = {
     "F.cross_entropy": (cross_entropy_loss, _RELATIONSHIP),
     "F.kl_div": (kl_div_loss, _RELATIONSHIP),
 }
-"""The loss by name (``baselines.py``), and the relationship as it takes it."""
+"""The loss by name (``baselines.py``), and the relationship in its form."""
 
 
 def operations(call: Callable[[], Any]) -> list[str]:
-    """The operations that compute, in their order."""
+    """The operations that compute, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     outermost = [event for event in profile.events() if event.cpu_parent is None]
@@ -49,7 +49,7 @@ def _computing(event: FunctionEvent) -> list[str]:
 
 @functools.cache
 def _kind(event: str) -> str:
-    """``"calls"`` others (so does what is no operation: a node of autograd), does ``"nothing"``, or ``"computes"``."""
+    """``"calls"`` others (as does an autograd node, which is no operation), does ``"nothing"``, or ``"computes"``."""
     namespace, _, name = event.partition("::")
     if namespace == "cotuning_kernels":
         return "computes"
@@ -80,7 +80,7 @@ def step(loss: Callable[..., torch.Tensor], relationship: Any) -> list[list[str]
     labels = torch.randint(0, 200, (48,), generator=draw)
     computed: list[torch.Tensor] = []
     forward = operations(lambda: computed.append(loss(source, target, labels, relationship, 2.3)))
-    # backward() would make the gradient of the loss itself, 1: no formulation launches a kernel for it.
+    # Pass the gradient of the loss, 1: creating it must not count as a kernel of a formulation.
     one = torch.ones(())
     return [forward, operations(lambda: computed[0].backward(one))]
 

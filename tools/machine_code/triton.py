@@ -1,11 +1,11 @@
-"""What the compiled Triton kernels are, on a machine without a GPU: registers, spills, widths of accesses, bytes.
+"""The compiled Triton kernels, on a machine without a GPU: registers, spills, widths of accesses, bytes.
 
 ``python -m tools.machine_code.triton`` prints the table of docs/triton.md, our kernels beside those of liger-kernel
 (``pip install liger-kernel``); ``python -m tools.machine_code`` renews the recorded table.
 
-The operations run on CPU tensors as they would on a GPU, up to the moment of a launch: a driver that says it is the GPU
-asked for makes Triton specialise and compile what a user would get, and nothing is run. The machine code is then read
-with the disassemblers that Triton ships (NVIDIA), or as the assembly that Triton keeps (AMD).
+The operations run on CPU tensors as they would on a GPU, up to the launch. A driver that reports the requested GPU
+makes Triton specialise and compile the same kernels as for a user; none is run. The machine code is then read with the
+disassemblers that Triton ships (NVIDIA), or from the assembly that Triton keeps (AMD).
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ TARGETS = {
 
 
 class _Driver(DriverBase):
-    """Says which GPU is there; has none."""
+    """Reports a GPU that does not exist."""
 
-    _devices = itertools.count(10_000)  # Triton keeps what it compiled by device: never that of another target
+    _devices = itertools.count(10_000)  # Triton caches kernels by device: a new number never gives another target's
 
     def __init__(self, target: GPUTarget) -> None:
         self.target, self.device = target, next(self._devices)
@@ -81,7 +81,7 @@ class _Driver(DriverBase):
 
 @dataclass(frozen=True)
 class Compiled:
-    """One launch that would have been: the kernel as compiled for it, and its arguments by name."""
+    """One launch that was not run: its compiled kernel, and its arguments by name."""
 
     name: str
     grid: tuple[int, ...]
@@ -94,9 +94,9 @@ _compiled_before = tempfile.TemporaryDirectory(prefix="triton_static_")
 
 @contextmanager
 def compiled_for(target: GPUTarget, *, afresh: bool = False) -> Iterator[list[Compiled]]:
-    """Launches within the ``with`` block are compiled for ``target`` and gathered in the list; nothing is run.
+    """Compile the launches within the ``with`` block for ``target`` and collect them in the list; run none.
 
-    What this process has compiled before, Triton takes from its cache, unless it is wanted ``afresh``.
+    Triton's cache serves kernels that this process has compiled before; ``afresh`` compiles them again.
     """
     launches: list[Compiled] = []
     run = JITFunction.run
@@ -127,13 +127,13 @@ _AMD_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "short": 2, "sshort": 2, "byt
 
 
 def measure(compiled: Compiled) -> dict[str, Any]:
-    """Of one kernel, as numbers that should not grow, and the widths of its accesses by number of bytes.
+    """Numbers of one kernel that should not grow, and the widths of its accesses by number of bytes.
 
-    ``bytes`` is what one program moves if every access is made once by all threads and no mask is off: for a kernel
-    without loops what it moves for a full tile, for one with loops what an iteration does and the rest.
+    ``bytes`` is the traffic of one program if all threads make every access once and no mask is off: that of a full
+    tile for a kernel without loops, that of one iteration and the rest for a kernel with loops.
 
-    Accesses, bytes and instructions are of what every program does. In a kernel that counts its programs that ends at
-    the first atomic; what only the last ones do comes after it (``finish``, in instructions).
+    Accesses, bytes and instructions are those of every program. In a kernel that counts its programs, that part ends at
+    the first atomic; the code of the last programs alone comes after it (``finish``, in instructions).
     """
     if "cubin" in compiled.kernel.asm:
         return _measure_nvidia(compiled.kernel)
@@ -203,7 +203,7 @@ def _numbers(*, widths: collections.Counter[str], threads: int, **others: int) -
 
 @cache
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code, in words, from the tools that Triton ships."""
+    """Resource usage and machine code, as text, from the tools that Triton ships."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -236,7 +236,7 @@ def _loss(
     gradient: bool = True, relationship: torch.dtype = torch.float32, stride: int | None = None, draws: bool = False,
     **options: Any,
 ) -> Callable[[], Any]:  # fmt: skip
-    """``stride``: from one row of the source logits to the next, where that is more than their width. ``draws``: the
+    """``stride``: the row stride of the source logits, if it is more than their width. ``draws``: random values for the
     relationship, for a call that is run and not only compiled."""
 
     def call() -> Any:
@@ -351,7 +351,7 @@ _MAY_NOT_GROW = ("registers", "stack", "spills", "shared", "atomics", "bytes")
 
 
 def worse(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is worse now, in words; instructions may grow by a twentieth, and accesses may only become fewer."""
+    """A sentence for each number that is worse; instructions may grow by a twentieth, accesses not at all."""
     said = [f"{name} {before[name]} -> {now[name]}" for name in _MAY_NOT_GROW if now[name] > before[name]]
     for name in ("instructions", "finish"):
         if now[name] > before[name] * 1.05:
@@ -363,7 +363,7 @@ def worse(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def table() -> dict[str, Any]:
-    """What belongs into :data:`TABLE`, measured now."""
+    """The new content of :data:`TABLE`."""
     return {"triton": triton.__version__, "kernels": measure_all()}
 
 
@@ -387,11 +387,11 @@ def _liger(dtype: torch.dtype, classes: int) -> Callable[[], Any]:
 
 
 def instructions_by_element(compiled: Compiled, width: int, sweeps: int, writes: int) -> float:
-    """Of a kernel that takes one row a program: instructions of all its threads by element of the row. Loops that only
-    read count ``sweeps`` times, loops that also write ``writes`` times, all else once; of an ``if`` both sides count.
-    Loops that read nothing do not: they fill the gradients of rows that take no part with zeros."""
+    """Instructions of all threads per element of a row, for a kernel with one row per program. Loops that only read
+    count ``sweeps`` times, loops that also write ``writes`` times, other code once; both sides of an ``if`` too. Loops
+    without reads do not count: they fill the gradients of rows that take no part with zeros."""
     _, sass = _disassemble(compiled.kernel.asm["cubin"])
-    sass = re.split(r"\bATOM", sass)[0]  # what comes after it, the last program alone does
+    sass = re.split(r"\bATOM", sass)[0]  # only the last program runs the code after it
     text = sass.splitlines()
     loops = _loop_ranges(sass)
     issued = 0
@@ -413,12 +413,12 @@ def _loop_ranges(sass: str) -> list[tuple[int, int]]:
             labels[found[1]] = line
         elif (found := re.search(r"\bBRA\S*\s.*`\((\.L_x_\d+)\)", text)) and found[1] in labels:
             ranges[found[1]] = labels[found[1]], line
-    # A branch to itself after the end of a kernel is no loop.
+    # The branch to itself after the end of a kernel is no loop.
     return [(first, last) for first, last in ranges.values() if last - first > 2]
 
 
 def bytes_by_logit(call: Callable[[], Any], width: int, loops: bool) -> float:
-    """Bytes an interpreted call loads and stores, a logit: every access that its mask lets through counts."""
+    """Bytes per logit that an interpreted call loads and stores; accesses that are masked off do not count."""
     sys.path.insert(0, str(_ROOT / "python_tests"))
     from support.triton_interpreter import interpreted, traffic
     from support.triton_stand_in import MODULES
@@ -434,7 +434,7 @@ def bytes_by_logit(call: Callable[[], Any], width: int, loops: bool) -> float:
 
 
 def liger_table() -> str:
-    """A table in Markdown: liger-kernel's cross entropy with gradient and ours of the source head, for sm_90."""
+    """A Markdown table: liger-kernel's cross entropy with gradient, and ours of the source head, for sm_90."""
     rows = [
         "| classes, dtype | kernel | launches | threads | registers | spills | shared memory | widest load, store "
         "(bytes) | instructions an element | bytes moved a logit |",
@@ -447,8 +447,8 @@ def liger_table() -> str:
                 call()
             (kernel,) = launches
             numbers, names = measure(kernel), kernel.arguments
-            # Theirs loops over masked blocks. Ours has no loop but where a row is kept: what that writes, mostly once,
-            # and a look through a row of R that seems to be empty, as none does that is drawn here.
+            # Theirs loops over masked blocks. Ours loops only for a kept row: to write it, mostly once, and over a row
+            # of R that looks empty, which no random row here does.
             turns = {"sweeps": 0, "writes": 1}
             if who == "liger":
                 turns = dict.fromkeys(turns, -(-classes // names["BLOCK_SIZE"]))
