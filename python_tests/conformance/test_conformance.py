@@ -86,7 +86,7 @@ def test_layouts(backend: Backend, layout: Layout, case: Case, dtype: torch.dtyp
 @pytest.mark.parametrize("backend", TABLE_BACKENDS, ids=lambda backend: backend.name, indirect=True)
 @pytest.mark.parametrize("size", [1e-6, 1e5])
 def test_the_size_of_class_weights_costs_half_precision_no_digits(backend: Backend, size: float, seed: int) -> None:
-    """Only their ratios matter in a mean. (The table's rule alone allows the digits lost when a gradient is stored.)"""
+    """Only their ratios matter in a mean. The table's rule would allow digits lost when a gradient is stored."""
     problem = Case("weights", "", (12, 48, 70), weight="random", upstream="gradient scaler").build(torch.float16, seed)
     assert problem.weight is not None
     problem.weight = problem.weight * size

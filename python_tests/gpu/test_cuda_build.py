@@ -1,5 +1,5 @@
-"""The CUDA library as it was built: what it links, and for which cards. It needs no device. (What nvcc made of the
-kernels: test_cuda_machine_code.py.)"""
+"""The CUDA library as built: what it links, and for which cards. These tests need no device. (The kernels' machine code
+has its tests in test_cuda_machine_code.py.)"""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def library() -> Path:
 
 
 def test_the_library_needs_only_the_stable_abi(library: Path) -> None:
-    """Then it loads beside a CPU torch and beside any CUDA torch."""
+    """So it loads beside a CPU torch and beside any CUDA torch."""
     assert "aoti_torch_get_dim" in symbols("-D", "--undefined-only", library)
     assert unstable_symbols(library) == []
     foreign = re.compile("torch|c10|cuda|python|nv")
@@ -64,8 +64,8 @@ def test_it_loads_in_a_torch_for_cuda(library: Path) -> None:
 
 
 def test_cmake_builds_the_same(tmp_path: Path) -> None:
-    """All kernels in the same way, for the architectures of TORCH_CUDA_ARCH_LIST. All files but the loss are built, for
-    one card and without optimisation, to be quick."""
+    """CMake compiles all kernels in the same way, for the architectures of TORCH_CUDA_ARCH_LIST. To be quick, the test
+    builds all files but the loss, for one card and without optimisation."""
     cmake, nvcc, ninja = require("cmake"), require("nvcc"), require("ninja")
     configured = run(
         [cmake, "-S", ROOT, "-B", tmp_path, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
@@ -99,7 +99,7 @@ def test_cmake_builds_the_same(tmp_path: Path) -> None:
     [
         (["7.5", "8.6", "9.0"], 13, None),
         (["12.1"], 14, None),  # later in its generation
-        (["13.0"], None, None),  # PTX; and a driver that says nothing of itself
+        (["13.0"], None, None),  # PTX; and a driver that does not tell its version
         (["8.0"], 12, "need a driver for CUDA 13, and this one is for 12"),
         (["9.0", "10.3"], 13, r"built for 7\.5 8\.0 9\.0 12\.0\+PTX, and the card is 10\.3"),
         (["7.0"], 13, r"the card is 7\.0"),
@@ -108,7 +108,7 @@ def test_cmake_builds_the_same(tmp_path: Path) -> None:
 def test_the_kernels_step_back_where_they_cannot_run(
     monkeypatch: pytest.MonkeyPatch, cards: list[str], driver: int | None, reason: str | None
 ) -> None:
-    """Looked at once, with the first tensor on a GPU. They would raise at every call where others could serve."""
+    """Checked once, at the first tensor on a GPU. Otherwise every call would raise where other kernels could serve."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
@@ -121,7 +121,7 @@ def test_the_kernels_step_back_where_they_cannot_run(
         if reason is None:
             assert backends.select("cuda") == "cuda"
             return
-        last = len(cards) - 1  # a fit card beside it keeps the kernels
+        last = len(cards) - 1  # a card that can run the kernels keeps them
         with pytest.warns(RuntimeWarning, match=reason):
             assert backends.select("cuda", "auto", last) == "triton"
         assert backends.select("cuda", "auto", last) == "triton"
@@ -163,7 +163,7 @@ def test_the_cards_that_are_there(choice: dict[str, Any], monkeypatch: pytest.Mo
     nvcc = require("nvcc")
     _no_cards(choice, monkeypatch, ["8.9"])
     assert choice["architectures"](nvcc) == ["8.9"]
-    # Older than all that this nvcc knows, one that it knows, and newer.
+    # A card older than this nvcc knows, one that it knows, and a newer one.
     _no_cards(choice, monkeypatch, ["1.0", "8.9", "99.0"])
     mine, newest = choice["architectures"](nvcc)
     assert mine == "8.9"
@@ -192,7 +192,7 @@ def test_else_all_that_nvcc_knows(choice: dict[str, Any], monkeypatch: pytest.Mo
     chosen = _of_no_cards(choice, monkeypatch, nvcc)
     assert {"7.5", "8.0", "9.0"} <= {name.removesuffix("+PTX") for name in chosen}
     assert chosen[-1].endswith("+PTX")
-    assert {"10.0", "11.0"}.isdisjoint(chosen)  # 10.0 is there with PTX, which is what 11.0 runs
+    assert {"10.0", "11.0"}.isdisjoint(chosen)  # 10.0 has PTX, which 11.0 runs
 
 
 def test_nvcc_is_looked_for(choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """What only a GPU can show: streams, devices, graph capture, autocast, the compiler, several processes, memory.
 
-Where there is none, that is skipped with the reason, and the tests that make sense without one run on the stand-in:
-the same kernels in the emulator, on CPU tensors. Where torch is built with CUDA and there is an nvcc, all of them run
-on simulated devices (test_simulated_gpu.py). The conformance table has a row of its own for the device."""
+Without a GPU these tests are skipped with the reason, except those that make sense on the stand-in: the same kernels in
+the emulator, on CPU tensors. Where torch is built with CUDA and nvcc is installed, all of them run on simulated devices
+(test_simulated_gpu.py). The conformance table has its own row for the device."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ from support.problems import Outcome, Problem
 from support.rule import Expectation
 
 REASON = missing_cuda()
-SIMULATED = "COTUNING_SIMULATED_GPU" in os.environ  # by simulated_gpu.py: what needs a driver is not there
+SIMULATED = "COTUNING_SIMULATED_GPU" in os.environ  # set by simulated_gpu.py: nothing that needs a driver works
 on_a_gpu = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 on_two_devices = pytest.mark.skipif(
     REASON is not None or torch.cuda.device_count() < 2, reason=REASON or "this needs two CUDA devices"
 )
 on_simulated_devices = pytest.mark.skipif(not SIMULATED, reason="of the simulated devices, see simulated_gpu.py")
-runtime = ctypes.CDLL(None)  # of this process: where devices are simulated, their runtime
+runtime = ctypes.CDLL(None)  # this process, with the runtime of simulated devices
 
 
 @pytest.fixture(params=["stand-in", "cuda"])
@@ -109,7 +109,7 @@ def test_nothing_waits_for_the_device(reduction: str) -> None:
 
 @on_a_gpu
 def test_waiting_is_noticed() -> None:
-    """The mode of the test above, on a read by the host."""
+    """The mode that the test above uses raises when the host reads."""
     x = torch.ones((), device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -121,11 +121,11 @@ def test_waiting_is_noticed() -> None:
 
 @on_a_gpu
 def test_the_current_stream_is_taken() -> None:
-    """The logits are ready only when their stream has come so far: a launch on any other would read what is stale."""
+    """The logits are ready only when their stream gets there: a launch on another stream would read stale numbers."""
     problem = _problem("cuda")
     late = problem.map(lambda _, x: torch.zeros_like(x))
     stream = torch.cuda.Stream()
-    run_public(late, "both heads", "cuda")  # loaded and allocated, so that the next launch waits for nothing
+    run_public(late, "both heads", "cuda")  # load and allocate first, so that the next launch does not wait
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)  # some 50 ms
@@ -143,7 +143,7 @@ def test_the_current_stream_is_taken() -> None:
 
 @on_a_gpu
 def test_two_streams_at_once() -> None:
-    """Each launch has a counter of its own: neither finishes the other's sums."""
+    """Each launch has its own counter: neither finishes the other's sums."""
     problems = [_problem("cuda", seed=seed) for seed in (1, 2)]
     streams = [torch.cuda.Stream() for _ in problems]
     torch.cuda.synchronize()
@@ -161,9 +161,9 @@ def test_two_streams_at_once() -> None:
 
 @on_two_devices
 def test_two_devices_in_turn() -> None:
-    """Each has memory, streams and counters of its own, and the one that is current stays so."""
+    """Each has its own memory, streams and counters, and the current device stays current."""
     for name in ("cuda:0", "cuda:1", "cuda:0"):
-        problem = _problem(name, shape=(16, 40, 20_000))  # enough for shared memory that a device must be asked for
+        problem = _problem(name, shape=(16, 40, 20_000))  # long enough to need more shared memory than the default
         assert torch.cuda.current_device() == 0
         outcome = run_public(problem, "both heads", "cuda")
         assert torch.cuda.current_device() == 0
@@ -181,8 +181,8 @@ def test_two_devices_in_turn() -> None:
     ],
 )  # fmt: skip
 def test_rows_around_48_kilobytes(dtype: torch.dtype, source_classes: int, target_classes: int) -> None:
-    """The limit that a kernel has without asking is 48 KB less its static memory. 8142 classes are iNaturalist's."""
-    rows = 16 if target_classes == 40 else 600  # fewer rows of the target head would have a block each
+    """A kernel's default limit is 48 KB less its static memory. 8142 is iNaturalist's number of classes."""
+    rows = 16 if target_classes == 40 else 600  # with fewer rows, each target row would get a block
     plan = backends.cuda_loss_plan(rows, source_classes, target_classes, source_dtype=dtype, target_dtype=dtype)
     assert (48 << 10) - 1424 < plan["shared_bytes"] <= 48 << 10
     problem = _problem("cuda", dtype=dtype, shape=(rows, target_classes, source_classes))
@@ -191,7 +191,7 @@ def test_rows_around_48_kilobytes(dtype: torch.dtype, source_classes: int, targe
 
 @on_a_gpu
 def test_two_host_threads_launch_rows_of_different_lengths() -> None:
-    """A kernel's limit of shared memory holds for all threads: one must not lower what another has asked for."""
+    """All threads share a kernel's limit of shared memory: one must not lower the limit that another has set."""
     problems = [_problem("cuda", shape=(4, 40, source_classes)) for source_classes in (7000, 20_000)]
     errors: list[RuntimeError] = []
     together = threading.Barrier(2)
@@ -217,7 +217,7 @@ def test_two_host_threads_launch_rows_of_different_lengths() -> None:
 @on_simulated_devices
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_step_is_a_launch_forward_and_one_backward(reduction: str) -> None:
-    """Counted where they are launched; and the host waits for none of them."""
+    """Launches are counted where they are made, and the host waits for none of them."""
     problem = _problem("cuda", reduction)
     problem.options["backend"] = "cuda"
     leaves = [x.requires_grad_() for x in (problem.source_logits, problem.target_logits)]
@@ -238,7 +238,7 @@ def test_a_refused_launch_is_an_error_in_the_words_of_cuda() -> None:
     runtime.simulated_runtime_refuse(2)  # cudaErrorMemoryAllocation
     with pytest.raises(RuntimeError, match="cotuning_kernels: launching a kernel: out of memory"):
         run_public(problem, "both heads", "cuda")
-    assert runtime.cudaPeekAtLastError() == 0  # the exception has told it; the next call of torch's must not
+    assert runtime.cudaPeekAtLastError() == 0  # the exception reported it; torch's next call must not
     _check(problem, run_public(problem, "both heads", "cuda"))
 
 
@@ -246,7 +246,7 @@ def test_a_refused_launch_is_an_error_in_the_words_of_cuda() -> None:
 
 
 def _record(step: Callable[[], Tensor], device: str) -> tuple[Tensor, Callable[[], object]]:
-    """What a step returned, and a function that does the step again into the same memory: a CUDA graph, or on the CPU
+    """Return a step's result, and a function that repeats the step into the same memory: a CUDA graph, or on the CPU
     the step itself."""
     if device == "cpu":
         kept = step().detach()
@@ -287,7 +287,7 @@ def test_a_graph_captures_a_step_and_replays_it_on_new_numbers(device: str) -> N
 
 @on_a_gpu
 def test_a_graph_replays_after_a_launch_of_smaller_rows() -> None:
-    """The graph's kernel needs the limit of shared memory that it was captured under."""
+    """The graph's kernel needs the limit of shared memory that was set at its capture."""
     large, small = (_problem("cuda", shape=(4, 40, source_classes)) for source_classes in (20_000, 7000))
     outcome, graph = capture(lambda: run_public(large, "both heads", "cuda"))
     run_public(small, "both heads", "cuda")
@@ -300,7 +300,7 @@ def test_a_graph_replays_after_a_launch_of_smaller_rows() -> None:
 
 
 def test_under_autocast(device: str) -> None:
-    """Heads that autocast makes bfloat16, or one of them, give the numbers that they give without it."""
+    """Heads that autocast makes bfloat16, both or one, give the same numbers as bfloat16 heads without autocast."""
     for target_dtype in (torch.bfloat16, torch.float32):
         problem = _problem(device, dtype=torch.bfloat16)
         problem.target_logits = problem.target_logits.to(target_dtype)
@@ -318,7 +318,7 @@ def test_under_a_compiler(device: str) -> None:
     """A whole training step, without a break in the graph."""
     problem = _problem(device)
     criterion = ck.FusedCoTuningLoss(problem.relationship).to(device)
-    # Inductor needs a compiler of its own for the CPU, and a driver for a GPU; what is ours is traced the same.
+    # Inductor needs a C++ compiler for the CPU and a driver for a GPU; our operations are traced in the same way.
     backend = "aot_eager" if device == "cpu" or SIMULATED else "inductor"
     compiled = torch.compile(criterion, fullgraph=True, backend=backend)
     results = []
@@ -370,12 +370,12 @@ def _train_in_parallel(rank: int, world: int, kind: str, store: str) -> None:
     torch.testing.assert_close(weights, alone, rtol=1e-4, atol=1e-6)
     dist.barrier()
     Path(f"{store}.{rank}").touch()
-    os._exit(0)  # gloo's threads do not always survive the end of the interpreter; all has been compared
+    os._exit(0)  # gloo's threads may crash as the interpreter ends; all is compared by now
 
 
 @pytest.mark.parametrize(("kind", "world"), [("cpu", 2), ("cuda", 1), ("cuda", 2)])
 def test_distributed_data_parallel(kind: str, world: int, tmp_path: Path) -> None:
-    """Processes with a part of the batch each train what one does with all of it. On the CPU: with its own kernels."""
+    """Processes that share a batch train the same weights as one process. On the CPU, the CPU kernels serve."""
     if kind == "cuda":
         if REASON is not None:
             pytest.skip(REASON)
@@ -392,7 +392,7 @@ def test_distributed_data_parallel(kind: str, world: int, tmp_path: Path) -> Non
 @on_a_gpu
 @pytest.mark.parametrize("method", ["direct", "reverse"])
 def test_the_method_from_pretrained_to_fine_tuned(method: str) -> None:
-    """Temperature, relationship, both heads, training: as on the CPU."""
+    """Temperature, relationship, both heads and training agree with the CPU."""
     draw = torch.Generator().manual_seed(3)
     inputs, labels = torch.randn(120, 12, generator=draw), torch.arange(120) % 5
     batches = [(inputs[k::4], labels[k::4]) for k in range(4)]
@@ -409,7 +409,7 @@ def test_the_method_from_pretrained_to_fine_tuned(method: str) -> None:
         relationship = ck.learn_relationship(
             classifier, batches, 5, method=method, temperature=1.3, progress=False,
             validation_loader=batches if method == "reverse" else None,
-            inverse_penalties=[1.0],  # whose optimum is not so flat that another rounding shows
+            inverse_penalties=[1.0],  # its optimum is not so flat that rounding moves it
         )  # fmt: skip
         model = ck.CoTuningModel.from_classifier(classifier, num_target_classes=5)
         torch.manual_seed(5)
@@ -431,7 +431,7 @@ def test_the_method_from_pretrained_to_fine_tuned(method: str) -> None:
 
 @on_a_gpu
 def test_the_loss_over_processes_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the sum over the processes, here of two with the same rows: then the global mean is that of each."""
+    """Nothing waits except the sum over processes. Both of the two have the same rows, so the global mean is each's."""
     monkeypatch.setattr("cotuning_kernels.distributed.rank_and_size", lambda group=None: (0, 2))
     monkeypatch.setattr(dist, "all_reduce", lambda counts, group=None: counts.mul_(2))
     problem = _problem("cuda")
@@ -452,7 +452,7 @@ def test_the_loss_over_processes_does_not_wait(monkeypatch: pytest.MonkeyPatch) 
 
 @on_two_devices
 def test_replicas_for_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As nn.DataParallel makes them, but without NCCL, which simulated devices have not."""
+    """As nn.DataParallel makes them, but without NCCL, which simulated devices lack."""
 
     def copied(tensors: list[Tensor], devices: list[int], _: int) -> list[list[Tensor]]:
         return [[x.to(f"cuda:{k}") for x in tensors] for k in devices]
@@ -513,7 +513,7 @@ def test_logits_on_two_devices_are_refused_in_words() -> None:
 def test_calibration_beside_a_default_device() -> None:
     logits, labels = torch.randn(40, 10, generator=torch.Generator().manual_seed(8)), torch.arange(40) % 10
     expected = ck.expected_calibration_error(logits, labels)
-    with torch.device("cuda"):  # as torch.set_default_device has it
+    with torch.device("cuda"):  # as torch.set_default_device does
         for device in ("cpu", "cuda"):
             found = ck.expected_calibration_error(logits.to(device), labels)
             assert found == pytest.approx(expected, abs=1e-6)
@@ -541,7 +541,7 @@ def test_measuring_waits_for_the_device_that_is_measured() -> None:
 
 
 def test_memory_of_a_step(device: str) -> None:
-    """Beyond the logits: the two gradients, and little else."""
+    """Beyond the logits, a step allocates the two gradients and little else."""
     problem = _problem(device, shape=(64, 40, 20_000))
     run_public(problem, "both heads", "cuda")
     rise = measure_here(lambda: run_public(problem, "both heads", "cuda"), device).torch
@@ -555,7 +555,7 @@ def test_memory_of_a_step(device: str) -> None:
 
 @on_a_gpu
 def test_a_bad_label_is_a_device_side_assertion() -> None:
-    """In a process of its own: after an assertion the device is lost to it."""
+    """In its own process, which cannot use the device after an assertion."""
     code = (
         "import torch, cotuning_kernels as ck\n"
         "z = torch.zeros(4, 40, device='cuda', requires_grad=True)\n"
@@ -570,8 +570,8 @@ def test_a_bad_label_is_a_device_side_assertion() -> None:
 
 @on_a_gpu
 def test_compute_sanitizer_has_nothing_to_report() -> None:
-    """Without the caching allocator, whose blocks are larger than tensors and hide what is read beyond them. Rows of
-    odd lengths, and rows that start anywhere in 16 bytes, as slices of a wider matrix do."""
+    """Without the caching allocator, whose blocks are larger than tensors and hide reads beyond them. Rows have odd
+    lengths or start anywhere in 16 bytes, as slices of a wider matrix do."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer, of the CUDA toolkit, is not here")
@@ -588,7 +588,7 @@ def test_compute_sanitizer_has_nothing_to_report() -> None:
     )
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for check in ("memcheck", "racecheck", "synccheck"):
-        # Errors that calls return are the caller's affair: torch asks for pointers that are not there, and goes on.
+        # Do not report errors that API calls return: torch looks up symbols that may be missing, and handles that.
         options = ["--tool", check, "--error-exitcode", "9", "--report-api-errors", "no"]
         finished = subprocess.run(
             [sanitizer, *options, sys.executable, "-c", code], capture_output=True, text=True, timeout=900,
@@ -624,18 +624,18 @@ def test_the_device_stopwatch_counts_what_the_device_does_in_a_call_and_nothing_
     def least(call: Callable[[], object]) -> float:
         return min(stopwatch(call) for _ in range(5))
 
-    # Neither the host's time nor that of emptying the caches, which takes a simulated device longer.
+    # Counts neither the host's time nor the emptying of caches, which takes longer on a simulated device.
     assert 0 < least(on_the_host) < pause / 2
     once, three_times = least(lambda: large @ large), least(lambda: large @ large @ large @ large)
     assert 2 < three_times / once < 4.5
-    # A call that waits for the device can never be handed over ahead of it.
+    # A call that waits for the device cannot be queued ahead of it.
     assert stopwatch(lambda: float(small[0])) > 0
 
 
 @on_a_gpu
 def test_the_page_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    if SIMULATED:  # compilers need a driver; and to empty a cache takes a CPU a while
+    if SIMULATED:  # compilers need a driver, and emptying a cache is slow on a CPU
         eager = tuple(each for each in page.CONTESTANTS if not each.compiles and each is not TRITON)
         monkeypatch.setattr(page, "CONTESTANTS", eager)
         monkeypatch.setattr(DeviceStopwatch, "_MOST_ZEROINGS", 1)
@@ -657,7 +657,7 @@ def test_benchmarks_take_the_gpu_where_there_is_one(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", f"--benchmark-json={result}"]
     command += ["-q", "-k", "test_forward_and_backward and cotuning_kernels and 48x200x1000-float32"]
-    # pytest-benchmark does not measure where it sees pytest-xdist, as it would in a worker's environment.
+    # pytest-benchmark does not measure under pytest-xdist, which it detects by a worker's environment.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     finished = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]

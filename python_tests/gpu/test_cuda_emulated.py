@@ -1,6 +1,6 @@
 """The CUDA kernels and the emulator that runs them: the C++ tests plain and under sanitizers, faults that each layer
-must find, the bytes that kernels move, and what is launched. (The conformance table runs through the emulator with all
-other backends, in test_conformance.py.)"""
+must find, the bytes that kernels move, and the launches. (test_conformance.py runs the conformance table through the
+emulator, as through all backends.)"""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_kernels_pass_in_the_emulator_without_a_report(sanitize: str, tests: tup
 
 
 def test_the_emulator_without_assembly(seed: int) -> None:
-    """As on other processors: the same tests of the emulator, switching with ucontext."""
+    """The same tests of the emulator, switching with ucontext as on other processors."""
     built = run([require("cmake"), "--build", build(""), "--target", "ucontext_tests"])
     assert built.returncode == 0, built.stdout
     finished = run([build("") / "ucontext_tests", "--seed", str(seed)])
@@ -53,7 +53,7 @@ def test_the_emulator_without_assembly(seed: int) -> None:
     assert re.search(r"^misuse_is_an_error +passed$", finished.stdout, re.MULTILINE)
 
 
-# The fault in the textbook kernel, the layer that must find it, and what it says.
+# The fault in the textbook kernel, the layer that must find it, and its report.
 FAULTS = [
     ("no-barrier-before-read", "", "wrong value"),
     ("no-barrier-before-read", "thread", "ThreadSanitizer: data race .*faults.h"),
@@ -120,8 +120,8 @@ def emulated() -> None:
 
 
 def _traffic(classes: int, dtype: torch.dtype, plan: emulated_cuda.Plan, first_label: int = 0) -> emulated_cuda.Counts:
-    """The source term alone, two rows, with its gradient. From label 0 on, rows of R start where those of the logits
-    do."""
+    """Bytes moved by the source term alone, two rows, with its gradient. With ``first_label=0``, the rows of R are
+    aligned like the rows of the logits."""
     rows = 2
     draw = torch.Generator().manual_seed(classes)
     logits = torch.randn(rows, classes, generator=draw).to(dtype).requires_grad_()
@@ -143,17 +143,17 @@ HEADS.append((21841, torch.float32, 163 << 10))
 
 @pytest.mark.parametrize(("classes", "dtype", "shared_memory"), HEADS, ids=str)
 def test_a_row_is_read_and_written_once(emulated: None, classes: int, dtype: torch.dtype, shared_memory: int) -> None:
-    """Where a row is staged: logits, R and gradient once each, all but the ends of rows by 16 bytes. A row of R that
-    starts elsewhere than the logits is read by pairs of aligned vectors, each of which its neighbour reads again."""
+    """A staged row moves logits, R and gradient once each, by 16 bytes except at the ends. A row of R whose alignment
+    differs from that of the logits is read in pairs of aligned vectors, which neighbouring threads read again."""
     card = emulated_cuda.Plan(shared_bytes=shared_memory - (2 << 10))
     plan = backends.cuda_loss_plan(2, classes, source_dtype=dtype, shared_memory=shared_memory)["source"]
     assert plan["staged_logits"] == plan["vectors"] == plan["staged_target"] + plan["kept_target"]
-    # Beside so many float32 logits a block has no room for all of R: registers keep the last of it.
+    # The longest float32 logits leave a block no room for all of R: registers keep the end of it.
     longest = {163 << 10: 21841, 227 << 10: 30522}[shared_memory]
     assert (plan["kept_target"] > 0) == ((classes, dtype) == (longest, torch.float32))
     element, vector = dtype.itemsize, 16 // dtype.itemsize
     once = 2 * classes * (element + 4)
-    # A row of R that starts elsewhere takes one vector more than the 1 (in 16 bits: 2) that a vector of logits needs.
+    # A row of R aligned otherwise reads one vector more than the 1 (16-bit logits: 2) that a vector of logits needs.
     elsewhere = classes * element % 16 != 0 or classes * 4 % 16 != 0
     for first_label, more in ((0, 0), (1, 4 / vector if elsewhere else 0)):
         counts = _traffic(classes, dtype, card, first_label)
@@ -164,24 +164,24 @@ def test_a_row_is_read_and_written_once(emulated: None, classes: int, dtype: tor
         if more == 0:
             assert read == once
         assert once <= read <= once + 2 * classes * 4 * more
-        # The first and the last vector of either row, and of R those whose aligned neighbours would lie outside of it.
+        # The first and last vector of each row, and those of R whose aligned neighbours would lie outside it.
         assert counts.other_bytes_read <= 2 * (2 * 16 + 4 * vector * 4)
 
 
 def test_without_staging_a_row_is_read_again(emulated: None) -> None:
-    """Of 501 vectors, 128 threads can keep 256 in registers."""
+    """128 threads can keep 256 of a row's 501 vectors in registers."""
     staged, in_registers, logits_alone, unstaged = (
         _traffic(2000, torch.float32, emulated_cuda.Plan(shared_bytes=16 * vectors))
         for vectors in (2 * 501, 2 * 501 - 256, 2 * 501 - 257, 0)
     )
     assert staged.vector_bytes_read == in_registers.vector_bytes_read == 2 * 2000 * (4 + 4)
-    # Of R what is not staged for the sums and for the gradient: 256 vectors, as the row has 500 though 501 have room.
+    # Unstaged vectors of R are read for the sums and for the gradient: 256, since the row has 500 but room for 501.
     assert logits_alone.vector_bytes_read == 2 * (2000 * (4 + 4) + 256 * 16)
     assert unstaged.vector_bytes_read == 2 * 2000 * (3 * 4 + 2 * 4)  # the logits for the maximum as well
 
 
 def test_launches_of_a_training_step(emulated: None) -> None:
-    """One for the loss with both gradients, one for the upstream gradient; nothing that depends on the numbers."""
+    """One launch for the loss with both gradients, one for the upstream gradient, whatever the numbers."""
     problem = Case("step", "", (48, 200, 1000)).build(torch.float32, 1)
     with emulated_cuda.emulated(PLAN):
         source = problem.source_logits.requires_grad_()
@@ -196,7 +196,7 @@ def test_launches_of_a_training_step(emulated: None) -> None:
 
 
 def _upstream_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An upstream gradient is compared with 1 only if it is on the CPU."""
+    """On a device, the upstream gradient is not compared with 1."""
     monkeypatch.setattr(autograd, "_is_known_to_be_one", lambda upstream: False)
 
 
@@ -205,7 +205,7 @@ def _upstream_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_backward_pass_moves_gradients_only_where_it_changes_them(
     emulated: None, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where every row takes part they are stored as they are wanted. float16 would lose their digits."""
+    """Where every row takes part the gradients are final when stored, except in float16, which would lose digits."""
     _upstream_as_on_a_device(monkeypatch)
     problem = Case("step", "", (48, 20, 100), kind).build(dtype, 1)
     heads = problem.source_logits.requires_grad_(), problem.target_logits.requires_grad_()
@@ -223,7 +223,7 @@ def test_the_backward_pass_moves_gradients_only_where_it_changes_them(
 
 
 def test_launches_beside_the_kernels_of_pytorch(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers of docs/cuda.md; theirs are one kernel an operation, at the least."""
+    """The numbers of docs/cuda.md. PyTorch launches at least one kernel per operation."""
     _upstream_as_on_a_device(monkeypatch)
 
     def step(trade_off: float | Tensor) -> list[list[str]]:
@@ -235,7 +235,7 @@ def test_launches_beside_the_kernels_of_pytorch(emulated: None, monkeypatch: pyt
 
     loss, scaling = "cotuning_kernels::co_tuning_loss", "cotuning_kernels::scale_gradients_"
     assert step(torch.tensor(2.3, dtype=torch.float64)) == [[loss], [scaling]]
-    assert step(2.3) == [["aten::full", loss], [scaling]]  # the number has to get to the device
+    assert step(2.3) == [["aten::full", loss], [scaling]]  # copies the number to the device
     counted = {name: tuple(map(len, launches.step(*given))) for name, given in launches.FORMULATIONS.items()}
     assert all(forward > 8 and backward > 5 for forward, backward in counted.values()), counted
     if torch.__version__.startswith("2.13."):
@@ -243,15 +243,15 @@ def test_launches_beside_the_kernels_of_pytorch(emulated: None, monkeypatch: pyt
 
 
 def test_memory_that_no_kernel_has_written_is_nan(emulated: None) -> None:
-    """In the library that these tests use: shared memory, fixed and dynamic. (That outputs start as NaN is shown by a
-    planted bug, a gradient that is not written: test_cuda_planted.py.)"""
+    """Fixed and dynamic shared memory, in the library that these tests use. (A planted bug in test_cuda_planted.py, a
+    gradient that is not written, shows that outputs start as NaN.)"""
     read = (ctypes.c_float * 2)(1, 1)
     emulated_cuda.library().cotuning_emulator_read_unwritten(read)
     assert all(map(math.isnan, read))
 
 
 def test_forward_only_writes_no_gradient(emulated: None) -> None:
-    """The logits and R are read once as before, and the loss has the same bits."""
+    """The logits and R are still read once, and the loss has the same bits."""
     rows, classes = 2, 1000
     draw = torch.Generator().manual_seed(1)
     logits = torch.randn(rows, classes, generator=draw)
@@ -280,7 +280,7 @@ def test_forward_only_writes_no_gradient(emulated: None) -> None:
     ],
 )
 def test_every_option_at_once_is_one_launch(emulated: None, kind: str, options: dict[str, Any], seed: int) -> None:
-    """Rows without supervision and class weights as well; the numbers are held to the conformance rule."""
+    """With rows without supervision and class weights as well; the results must pass the conformance rule."""
     case = Case("all at once", "", (7, 9, 131), kind, "unsupervised", weight="random", options=options)
     problem = case.build(torch.float32, seed)
     leaves = [x.clone().requires_grad_() for x in (problem.source_logits, problem.target_logits)]
@@ -296,11 +296,11 @@ def test_every_option_at_once_is_one_launch(emulated: None, kind: str, options: 
 
 
 FAR, NEAR = 2**31, 128
-"""Elements from one row to the next. Both start every row alike in 16 bytes, so sums have one order, and equal bits."""
+"""Elements from one row to the next. Both align every row alike in 16 bytes, so sums have one order and equal bits."""
 
 
 def _apart(x: Tensor, step: int) -> Tensor:
-    """Its rows (or entries) ``step`` elements apart: of the addresses in between none is ever touched."""
+    """Copy ``x`` with its rows (or entries) ``step`` elements apart; the addresses in between are never touched."""
     try:
         memory = torch.empty((x.shape[0] - 1) * step + x[0].numel(), dtype=x.dtype)
     except RuntimeError as error:
@@ -311,7 +311,7 @@ def _apart(x: Tensor, step: int) -> Tensor:
 @pytest.mark.parametrize("name", ["source_logits", "target_logits", "relationship", "target", "weight"])
 @pytest.mark.parametrize("form", ["both heads", "in place"])
 def test_rows_that_lie_further_apart_than_int32_counts(emulated: None, name: str, form: str, seed: int) -> None:
-    """In place, the gradients and what scales them lie as far apart."""
+    """In place, the gradients lie as far apart."""
     case = Case("far", "", (2, 2, 67), "int32", weight="random", relationship_dtype=torch.bfloat16)
     problem = case.build(torch.bfloat16, seed)
     near, far = (
@@ -349,7 +349,7 @@ def test_a_bad_label_is_a_device_side_assertion(emulated: None) -> None:
 
 
 def test_rows_of_any_alignment(emulated: None) -> None:
-    """Logits, R and gradient that start anywhere in 16 bytes, each for itself."""
+    """Logits, R and gradient each start anywhere in 16 bytes."""
     draw = torch.Generator().manual_seed(3)
     for dtype in (torch.float32, torch.bfloat16):
         for offset in range(9):
@@ -357,7 +357,7 @@ def test_rows_of_any_alignment(emulated: None) -> None:
             wide = Placed(torch.zeros(3, 53 + offset, dtype=dtype))
             logits = wide.view[:, offset:]
             logits.copy_(values)
-            # Not clones, which would be aligned again.
+            # No clones: they would be aligned.
             relationship = torch.empty(4 * 53 + offset)[offset:].view(4, 53).copy_(matrix)
             target = torch.tensor([0, 3, 1])
             with emulated_cuda.emulated(emulated_cuda.Plan(warp_vectors=offset % 2 * 128)):
@@ -393,7 +393,7 @@ def test_the_plan_can_be_asked_for(extension: None) -> None:
     assert large["staged_target"] > 0.85 * large["vectors"]
     whole = backends.cuda_loss_plan(8, 12000, shared_memory=99 << 10)["source"]
     assert (whole["staged_logits"], whole["staged_target"]) == (whole["vectors"], whole["vectors"])
-    # What room there is beside the logits, 59 of 80 KB here, is for a part of R.
+    # The room beside the logits takes a part of R: 59 of 80 KB here.
     part = backends.cuda_loss_plan(8, 20000, source_dtype=torch.bfloat16, shared_memory=99 << 10)["source"]
     assert part["staged_logits"] == part["vectors"] > part["staged_target"] > 0.7 * part["vectors"]
     sizes = [backends.cuda_loss_plan(8, classes)["threads"] for classes in (100, 1000, 4000, 30522)]

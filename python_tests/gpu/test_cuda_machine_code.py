@@ -1,8 +1,8 @@
-"""What nvcc made of the CUDA kernels: no spills, accesses of 16 bytes, and no more registers and instructions than
-``python_tests/recorded/cuda_machine_code.json`` says. It needs no device.
+"""The machine code of the CUDA kernels: no spills, accesses of 16 bytes, and the registers and instructions of
+``python_tests/recorded/cuda_machine_code.json``. These tests need no device.
 
-Numbers belong to a compiler: with another nvcc than the table's there is nothing to compare. After a change that is
-meant, ``python -m tools.machine_code --write cuda`` renews the table; say in the commit what changed and why."""
+The numbers hold for one compiler: another nvcc than the table's gives nothing to compare. After an intended change,
+``python -m tools.machine_code --write cuda`` renews the table; say in the commit what changed and why."""
 
 from __future__ import annotations
 
@@ -60,24 +60,24 @@ def test_rows_are_accessed_by_16_bytes(library: Path) -> None:
             counts = collections.Counter(machine.access(instruction.operation) for instruction in code.values())
             assert not any(str(what).startswith(("LDL", "STL")) for what in counts), (name, kernel)
             assert counts["LDG 16"] > 0, (name, kernel)
-            # The statistics write no row of the logits' kind.
+            # The statistics need no 16-byte stores.
             if re.search("loss|scale|translate", kernel):
                 assert counts["STG 16"] > 0, (name, kernel)
-            # What is staged.
+            # Staged rows.
             if "loss" in kernel:
                 assert counts["LDS 16"] > 0, (name, kernel)
                 assert counts["STS 16"] > 0, (name, kernel)
 
 
 def test_the_library_carries_ptx_for_later_cards(library: Path) -> None:
-    """Where the list says +PTX, and for no other."""
+    """Only for the architectures listed with +PTX."""
     listed = machine.run_cuobjdump("-lptx", library)
     carried = {f"sm_{name.replace('.', '')}" for name in re.findall(r"(\d+\.\d)\+PTX", backends.cuda_build() or "")}
     assert set(re.findall(r"\.(sm_\d+)[a-z]?\.ptx", listed)) == carried, listed
 
 
 def test_local_memory_and_narrow_access_are_noticed(tools: None, tmp_path: Path) -> None:
-    """The two readers above, on a kernel with an array that is indexed by a variable and reads of one float."""
+    """The two checks above, on a kernel that indexes an array by a variable and reads single floats."""
     nvcc = require("nvcc")
     source, cubin = tmp_path / "faulty.cu", tmp_path / "faulty.cubin"
     source.write_text(
@@ -126,7 +126,7 @@ def test_a_slower_kernel_is_noticed_and_so_is_a_faster_one(library: Path) -> Non
 
 
 def test_what_is_planted_in_the_machine_code_is_noticed(library: Path) -> None:
-    """An instruction more after each is counted; a gradient that is stored by 8 bytes is not found."""
+    """A NOP after each instruction is counted; the reader raises when a gradient is stored by 8 bytes."""
     if "sm_90" not in architectures():
         pytest.skip("the library is not for sm_90")
     (code,) = (c for k, c in machine.disassemble(library, "sm_90").items() if machine.readable(k) == "loss, float32")
@@ -181,7 +181,7 @@ def test_instructions_once_around_a_loop() -> None:
     assert machine.readable(name) == "loss, float32"
     assert code[0x20] == machine.Instruction("LDG.E.128.CONSTANT", "R4, [R2.64]", False)
     assert code[0x30] == machine.Instruction("STS.128", "[R9], R4", True)
-    # 10, 20, 30, 40, 50, 70, 80, 90; the store has a predicate, and may not happen, but is issued.
+    # 10, 20, 30, 40, 50, 70, 80, 90; the store has a predicate and may not happen, but it is issued.
     wide = {"LDG 16": 1, "EX2": 1}
     assert machine.around_a_loop(code, wide | {"STS 16": 1}) == 8
     assert machine.around_a_loop(code, wide) == 8
@@ -195,7 +195,7 @@ def test_instructions_once_around_a_loop() -> None:
     ids=str,
 )
 def test_a_way_that_a_loop_does_not_have_is_not_found(accesses: dict[str, int]) -> None:
-    """Too many; an exponential too few; another width; two sides of one branch."""
+    """One access too many; one exponential too few; another width; both sides of one branch."""
     (code,) = machine.parse(SASS).values()
     assert machine.around_a_loop(code, accesses) is None
 
@@ -212,6 +212,6 @@ def test_what_is_an_access(operation: str, counted: str | None) -> None:
 
 
 def test_rows_that_start_elsewhere() -> None:
-    """At 21841 columns, an odd number, three rows of R in four; at 30522 every second; at 1000 none."""
+    """The share of rows of R aligned unlike the logits: 3/4 at 21841 columns (odd), 1/2 at 30522, none at 1000."""
     for dtype in machine.DTYPES:
         assert [machine.share_elsewhere(classes, dtype) for classes in machine.SHAPES] == [0, 0.75, 0.5]

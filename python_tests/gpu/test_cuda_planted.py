@@ -1,10 +1,10 @@
-"""Bugs planted in the CUDA kernels themselves, one at a time; the layers that claim to find such a bug must find it.
+"""Bugs planted in the CUDA kernels, one at a time. The layers that claim to find such a bug must find it.
 
     python -m pytest python_tests/gpu/test_cuda_planted.py --planted-cuda    # all of them: about half an hour
-    python -m pytest python_tests/gpu/test_cuda_planted.py                   # the one that the ordinary run has
+    python -m pytest python_tests/gpu/test_cuda_planted.py                   # the one in the ordinary run
 
-A bug is a change of text in a copy of ``csrc``. What is built from the copy takes the place of what is built from the
-checkout, and the tests that run are the ordinary ones. The table in docs/cuda.md is this list."""
+A bug is a change of text in a copy of ``csrc``. The ordinary tests then run on a build of the copy instead of the
+checkout's build. The table in docs/cuda.md is this list."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAYERS = {
     "AddressSanitizer": MEMORY,
     "machine code": None,
 }
-"""What each runs: ordinary tests by the emulated library; ``cuda_tests`` under a sanitizer, or none; nvcc."""
+"""What each layer runs: ordinary tests on the emulated library; ``cuda_tests`` with or without a sanitizer; nvcc."""
 
 _RACE = r"ThreadSanitizer: data race .*(\.cuh|cotuning::cuda::)"
 
@@ -43,11 +43,11 @@ class Bug:
     file: str  # in csrc/kernels
     old: str
     new: str
-    found: dict[str, str]  # by each of these layers, in these words
+    found: dict[str, str]  # by layer: a pattern in its report
 
 
 def _without(name: str, file: str, old: str, found: dict[str, str]) -> Bug:
-    """Without the statement that ``old`` begins with."""
+    """A bug that removes the first statement of ``old``."""
     statement = old.lstrip().partition(";")[0] + ";"
     return Bug(f"without {name}", file, old, old.replace(statement, "", 1), found)
 
@@ -156,7 +156,7 @@ BUGS = [
         {"machine code": "no way around a loop|more instructions"}),
 ]  # fmt: skip
 
-# By their first layer. The first shows that what no kernel has written is NaN.
+# Bugs of the ordinary run, each by its first layer. This one shows that memory which no kernel has written is NaN.
 ALWAYS = ("the gradient of an unsupervised row is left as it is",)
 
 
@@ -172,7 +172,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of what the C++ side is built from."""
+    """A copy of the files from which the C++ side is built."""
     if reason := emulated_cuda.missing():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("planted")
@@ -206,12 +206,12 @@ def _run(layer: str, copy: Path, changed: Path, seed: int) -> tuple[int, str]:
 
 
 def _tests_of_the_library(copy: Path, tests: tuple[str, ...], seed: int, *, only_kernels: bool) -> tuple[int, str]:
-    """The ordinary tests, which find the library built already."""
+    """Run the ordinary tests, which find the copy's library already built."""
     builds, session = copy / "builds", workspace() / "emulated"
     shutil.rmtree(builds, ignore_errors=True)
     with alone("emulated"):
         emulated_cuda.build(ROOT, session)
-    if only_kernels:  # what only kernels include: the rest is as it is in the session's library
+    if only_kernels:  # only kernels include the file: take the other objects from the session's build
         (builds / "emulated").mkdir(parents=True)
         for name in ("cuda_cpp.o", "fiber_cpp.o", "emulator_cpp.o", "controls_cpp.o"):
             shutil.copy(session / name, builds / "emulated")
@@ -224,7 +224,7 @@ def _tests_of_the_library(copy: Path, tests: tuple[str, ...], seed: int, *, only
 
 
 def _cuda_tests(copy: Path, sanitize: str, seed: int) -> tuple[int, str]:
-    """Built beside those of the bugs before, of which only what has changed is compiled again."""
+    """Run ``cuda_tests``, built in the same folder for all bugs so that only changed files are compiled."""
     start, folder = launcher(sanitize), copy / f"build_{sanitize or 'plain'}"
     ninja = tool("ninja")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
@@ -241,7 +241,7 @@ def _cuda_tests(copy: Path, sanitize: str, seed: int) -> tuple[int, str]:
 
 
 def _machine_code(copy: Path) -> tuple[int, str]:
-    """As the guard of the built library, of the loss in float32 at 21841 columns alone."""
+    """Check machine code as for the built library, but only of the loss in float32 at 21841 columns."""
     import torch
 
     from tools.machine_code import cuda as machine

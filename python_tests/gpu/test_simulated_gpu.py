@@ -1,6 +1,7 @@
-"""The tests of a GPU on simulated devices, and bugs planted between torch and the kernels, which they must find.
+"""The GPU tests on simulated devices, and bugs planted between torch and the kernels, which they must find.
 
-Wherever torch is built with CUDA and there is an nvcc, a GPU or none: simulated_gpu.py says what is simulated."""
+They run where torch is built with CUDA and nvcc is installed, with or without a GPU. simulated_gpu.py says what is
+simulated."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ class Bug:
     file: str
     old: str
     new: str
-    found: dict[str, str]  # by each of these tests of test_cuda_device.py, in these words
+    found: dict[str, str]  # by test of test_cuda_device.py: a pattern in its report
 
 
 BUGS = (
@@ -149,7 +150,7 @@ def test_a_bug_on_the_way_to_the_kernels_is_found(bug: Bug, tmp_path: Path) -> N
     assert text.count(bug.old) == 1, f"{bug.file} has no longer what {bug.name!r} changes"
     source.write_text(text.replace(bug.old, bug.new))
     folder.mkdir()
-    for compiled in _built().glob("*.o"):  # the others are as they were
+    for compiled in _built().glob("*.o"):  # only the bug's file differs
         of_a_header = source.suffix == ".h" and compiled.name.startswith(f"{source.parent.name}_")
         if compiled.name != simulated_gpu.object_name(source) and not of_a_header:
             (folder / compiled.name).symlink_to(compiled)

@@ -1,6 +1,6 @@
-"""The Triton backend beyond the conformance table, and without a GPU: what the interpreter, the compiler and torch say.
+"""The Triton backend beyond the conformance table, mostly without a GPU: in the interpreter, the compiler and torch.
 
-The table itself runs in ``test_conformance.py``; what the compiled kernels are, in ``test_triton_static.py``.
+``test_conformance.py`` runs the table itself; ``test_triton_static.py`` checks the compiled kernels.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _op_arguments(problem: Problem) -> tuple[Any, ...]:
 
 
 def _state() -> dict[str, Any]:
-    """All that an interpreted run exchanges, by name."""
+    """Everything that an interpreted run replaces, by name."""
     watched = (tl, tl.core, tl.core.tensor, tl.math, tl.standard, tl.random, tl.core.dtype, tl.block_type, *MODULES)
     state = {f"{module.__name__}.{name}": value for module in watched for name, value in vars(module).items()}
     state |= {f"builder.{name}": value for name, value in vars(ti.interpreter_builder).items() if "grid" not in name}
@@ -84,7 +84,7 @@ def _compile(problem: Problem) -> list[str]:
 
 
 def test_interpret_compile_interpret_compile(seed: int) -> None:
-    """In one process, and nothing of Triton's or of ours is another object afterwards."""
+    """In one process; afterwards Triton and our modules hold the same objects as before."""
     problem = Case("traces", "", (5, 9, 67), "pair").build(torch.float32, seed)
     before = _state()
     first = verify(_ROWS, problem)
@@ -107,7 +107,7 @@ def test_nothing_is_left_after_an_error() -> None:
 
 
 class _Last:
-    """The order of the numbers, except that one chosen program comes last."""
+    """Programs in the order of their numbers, except that one comes last."""
 
     def __init__(self, last: int) -> None:
         self._last, self.programs = last, 0
@@ -120,7 +120,7 @@ class _Last:
 
 
 def _in_orders(run: Callable[[], Any], loops: bool, *orders: Any) -> list[Any]:
-    """What ``run`` gives with the programs in order, and in others. A GPU promises none."""
+    """Results of ``run`` with the programs in order and in other orders. A GPU promises no order."""
     results = []
     with triton_interpreted(loops=loops):
         for order in (np.ndindex, *orders):
@@ -137,7 +137,7 @@ def _in_some_orders(run: Callable[[], Any], loops: bool, seed: int) -> list[Any]
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loops", [False, True])
 def test_every_order_of_the_programs_gives_the_same_bits(kind: str, reduction: str, loops: bool, seed: int) -> None:
-    """(That no two programs share a number, but for the counters, is the static table's: no other atomics.)"""
+    """(The static table shows that programs share no number except the counters: there are no other atomics.)"""
     problem = Case("order", "", (19, 70, 150), kind, options={"reduction": reduction}).build(torch.bfloat16, seed)
     first, *others = _in_some_orders(lambda: run_public(problem, "both heads", "triton"), loops, seed)
     for other in others:
@@ -147,11 +147,11 @@ def test_every_order_of_the_programs_gives_the_same_bits(kind: str, reduction: s
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loops", [False, True])
 def test_every_program_may_be_the_last(reduction: str, loops: bool, seed: int) -> None:
-    """And adds up what all have stored, whichever head's rows it has."""
+    """The last program adds up what all have stored, whichever head's rows it has."""
     problem = Case("last", "", (3, 70, 150), options={"reduction": reduction}).build(torch.bfloat16, seed)
     orders = [_Last(last) for last in range(6)]
     first, *others = _in_orders(lambda: run_public(problem, "both heads", "triton"), loops, *orders)
-    assert orders[0].programs == (6 if loops else 3)  # a row each, or two of the source and all three of the target
+    assert orders[0].programs == (6 if loops else 3)  # one row each, or two source rows and all three target rows
     for other in others:
         assert_same_bits(first, other, "another program was the last")
 
@@ -199,9 +199,9 @@ def test_bytes_moved(
     size = problem.source_logits.element_size()
     by_row = 5 * 4  # two losses, three counts
     source_programs, target_programs = 3 if way == "whole" else batch, {"whole": 2, "long": batch}.get(way, 1)
-    # The loss and its factors take trade_off, or the loss and the gradients of each program.
+    # trade_off is read for the loss and its factors, or for the loss and by each program for its gradients.
     trade_off = 8 * (2 if dtype == torch.float16 else 1 + source_programs)
-    # Labels and a row's numbers; scalars and a counter.
+    # Labels and the numbers per row; scalars and a counter.
     once = {"load": batch * (2 * 8 + by_row) + trade_off, "store": batch * by_row + 5 * 4 + 4}
     expected = {
         "load": batch * (reads_z * n_s + (2 if way == "long" else 1) * n_t) * size
@@ -210,7 +210,7 @@ def test_bytes_moved(
         "store": batch * (writes * n_s + n_t) * size + once["store"],
         "atomic": 4 * (source_programs + target_programs),
     }
-    if way == "long":  # a row is a group, with sums and a counter of its own
+    if way == "long":  # a row is a group, with its own sums and counter
         expected["load"] += batch * by_row
         expected["store"] += batch * (by_row + 4)
         expected["atomic"] += batch * 4
@@ -253,7 +253,7 @@ def test_what_rows_are_kept(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["labels", "ignoring"])
 def test_the_backward_pass_moves_gradients_only_where_it_changes_them(kind: str, dtype: torch.dtype, seed: int) -> None:
-    """Where every row takes part they are stored as they are wanted. float16 would lose their digits."""
+    """Where every row takes part the gradients are final when stored, except in float16, which would lose digits."""
     problem = Case("traffic", "", (6, 7, 130), kind).build(dtype, seed)
     with triton_interpreted():
         _, _, factors, *gradients = IMPLEMENTATIONS["co_tuning_loss"](*_op_arguments(problem))
@@ -263,7 +263,7 @@ def test_the_backward_pass_moves_gradients_only_where_it_changes_them(kind: str,
     if kind == "labels" and dtype != torch.float16:
         assert factors.tolist() == [1.0, 1.0]
         assert moved["store"] == 0
-        assert moved["load"] <= 6 * 8  # factors and upstream, a program
+        assert moved["load"] <= 6 * 8  # factors and upstream gradient, for each program
     else:
         assert moved["store"] == whole
         assert moved["load"] >= whole
@@ -272,7 +272,7 @@ def test_the_backward_pass_moves_gradients_only_where_it_changes_them(kind: str,
 @pytest.mark.parametrize("programs", [1, 2, 3, 10, 11, 28, 29, 30])
 @pytest.mark.parametrize("by_row", [False, True])
 def test_a_bounded_number_of_programs_scales_every_tile(programs: int, by_row: bool, draw: torch.Generator) -> None:
-    """10 tiles of the source gradient and 19 of the target's, dealt out to fewer programs, as many, or more."""
+    """10 tiles of the source gradient and 19 of the target's, shared by fewer programs than tiles, as many, or more."""
     source, target = torch.randn(37, 130, generator=draw), torch.randn(37, 300, generator=draw)
     factors, upstream = torch.tensor([3.0, 0.5]), torch.randn((37,) if by_row else (), generator=draw)
     column = upstream[:, None] if by_row else upstream
@@ -286,7 +286,7 @@ def test_a_bounded_number_of_programs_scales_every_tile(programs: int, by_row: b
 
 
 def test_labels_that_start_anywhere_take_no_kernel_of_their_own() -> None:
-    """Nor a trade-off out of a schedule, nor the backward pass of a loss that is one of many."""
+    """Neither does a trade-off sliced from a schedule, nor the backward pass of one loss among many."""
     logits, relationship = torch.empty(48, 1000), torch.empty(9, 1000)
     labels, schedule = torch.zeros(50, dtype=torch.int64), torch.ones(9, dtype=torch.float64)
     with compiled_for(TARGETS["sm_90"]) as launches:
@@ -319,7 +319,7 @@ def test_bfloat16_on_a_card_without_it_is_refused_in_words() -> None:
 
 
 def test_rows_that_lie_further_apart_than_int32_counts(seed: int) -> None:
-    """A stride times a row above 2**31: 4 GiB of addresses, of which two rows are ever touched."""
+    """A row times its stride exceeds 2**31: 4 GiB of addresses, of which only two rows are touched."""
     width, stride = 67, 2**31
     problem = Case("far", "", (2, 2, width)).build(torch.bfloat16, seed)
     try:
@@ -338,12 +338,12 @@ def test_rows_that_lie_further_apart_than_int32_counts(seed: int) -> None:
 
 @pytest.mark.parametrize("loops", [False, True])
 def test_every_launch_leaves_the_counters_at_0(loops: bool, seed: int) -> None:
-    """Of whatever size and reduction the launch was; so that the next one, of any thread, is right."""
+    """For every size and reduction, so that the next launch is right, from any thread."""
     problems = [
         Case("counters", "", (batch, 70, 90), options={"reduction": reduction}).build(torch.float32, seed)
         for batch, reduction in ((19, "mean"), (0, "sum"), (1, "none"), (7, "sum"))
     ]
-    one_at_a_time = threading.Lock()  # the interpreter is one for the process
+    one_at_a_time = threading.Lock()  # the process has one interpreter
 
     def run(problem: Problem) -> Any:
         with one_at_a_time, np.errstate(all="ignore"):
@@ -361,7 +361,7 @@ def test_every_launch_leaves_the_counters_at_0(loops: bool, seed: int) -> None:
 
 @contextmanager
 def _a_gpu(stream: Callable[[], int], *, captures: bool = False) -> Iterator[torch.device]:
-    """A device whose tensors have no memory, with streams and a capture that are played."""
+    """A device whose tensors have no memory, with mocked streams and capture."""
     with (
         mock.patch.object(triton.runtime.driver, "_active", mock.Mock(get_current_stream=lambda _: stream())),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=captures),
@@ -370,11 +370,11 @@ def _a_gpu(stream: Callable[[], int], *, captures: bool = False) -> Iterator[tor
         mock.patch.dict(counters.of_streams, clear=True),
     ):
         yield torch.device("meta")
-        assert side.return_value.synchronize.call_count == side.call_count  # whoever is given zeros finds zeros
+        assert side.return_value.synchronize.call_count == side.call_count  # zeroed before they are handed out
 
 
 def test_every_stream_has_counters_of_its_own() -> None:
-    """All threads get the same counters, also when they ask for them at the same time."""
+    """All threads of a stream get the same counters, also when they ask at the same time."""
     together, stream = threading.Barrier(4), threading.local()
 
     def ask(number: int) -> list[Tensor]:
@@ -392,7 +392,7 @@ def test_every_stream_has_counters_of_its_own() -> None:
 
 
 def test_a_graph_has_counters_of_its_own() -> None:
-    """A node of the graph clears its counters, which are made within the capture and belong to it alone."""
+    """A node of the graph clears its counters, which are made within the capture and belong only to it."""
     with _a_gpu(lambda: 0, captures=True) as device:
         first, second = counters.counters(device), counters.counters(device)
         assert first is not second
@@ -423,7 +423,7 @@ def test_a_label_out_of_range_is_an_assertion_of_the_device(bad: int, where: str
 @pytest.mark.parametrize("bad", [3, -1])
 @pytest.mark.parametrize("pair", [False, True])
 def test_without_assertions_a_label_out_of_range_is_nan(bad: int, pair: bool) -> None:
-    """On AMD (see labels.py): the loss of its row is NaN, other rows are what they are, and nothing is read there."""
+    """On AMD (see labels.py): the loss of its row is NaN, other rows do not change, and no operand is read there."""
     labels, good = torch.tensor([0, -100, bad, 2]), torch.zeros(4, dtype=torch.int64)
     target: Any = (good, labels, 0.5) if pair else labels
     logits, head, relationship = Placed(torch.randn(4, 40)), Placed(torch.randn(4, 3)), Placed(torch.rand(3, 40))
@@ -442,8 +442,8 @@ def test_without_assertions_a_label_out_of_range_is_nan(bad: int, pair: bool) ->
 
 
 def test_the_overload_chooses_triton_where_another_backend_serves_too(seed: int) -> None:
-    """As on a GPU with both: "auto" and the other backend keep their kernels, ``backend="triton"`` is a choice of the
-    single call, in a compiled graph as well."""
+    """As on a GPU with both: "auto" and the other backend keep their kernels. ``backend="triton"`` chooses for a single
+    call, in a compiled graph as well."""
     if (reason := backends.missing_reason("cpp")) is not None:
         pytest.skip(f"cpp: {reason}")
     problem = Case("both", "", (5, 6, 37), "ignoring").build(torch.float32, seed)
@@ -516,7 +516,7 @@ def test_a_missing_or_old_triton_is_one_sentence(source: str | None, reason: str
 
 
 def test_importing_the_kernels_of_a_missing_triton_is_that_sentence() -> None:
-    """For who imports ``warmup``: not the name of what is missing inside of triton."""
+    """An import of ``warmup`` gives that sentence, not the name of a module that Triton lacks."""
     package = "cotuning_kernels.backends.triton"
     with mock.patch.dict(sys.modules):
         for name in [name for name in sys.modules if f"{name}.".startswith(f"{package}.")]:
@@ -566,7 +566,7 @@ def test_warmup_says_what_is_wrong(wrong: dict[str, Any], expected: str) -> None
 
 
 def test_loss_backward_scales_what_was_stored(seed: int) -> None:
-    """``loss.backward()`` sends 1, but the stored gradients still lack the factor of the mean."""
+    """``loss.backward()`` passes 1, but the stored gradients still lack the factor of the mean."""
     problem = Case("backward", "", (5, 6, 37)).build(torch.float32, seed)
     problem.upstream = torch.ones(())
     verify(_ROWS, problem)
@@ -597,7 +597,7 @@ def test_statistics_on_a_gpu(dtype: torch.dtype, width: int, seed: int) -> None:
 
 @on_a_gpu
 def test_a_step_is_captured_in_a_graph_on_a_gpu(seed: int) -> None:
-    """No host read, no launch that depends on data: replayed on other numbers it gives what a fresh call gives."""
+    """No host read, no launch that depends on data: a replay on other numbers gives what a fresh call gives."""
     problem = Case("graph", "", (48, 200, 1000), "ignoring").build(torch.float32, seed).map(lambda _, x: x.cuda())
     source, target = (x.clone().requires_grad_() for x in (problem.source_logits, problem.target_logits))
 

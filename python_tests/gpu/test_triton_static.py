@@ -1,8 +1,8 @@
-"""What the compiled Triton kernels are, for six GPUs, on a machine that has none; and that these checks, and those of
-the interpreter, find planted bugs.
+"""The Triton kernels compiled for six GPUs, on a machine without one; and planted bugs that these checks and those of
+the interpreter must find.
 
 ``python_tests/recorded/triton_static.json`` holds the numbers of every kernel.
-``python -m tools.machine_code --write triton`` renews it: a number that has grown must be explained by what it buys.
+``python -m tools.machine_code --write triton`` renews it; say in the commit what a larger number buys.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _each(*targets_of: str) -> list[Any]:
 
 @pytest.mark.parametrize(("name", "target"), _each())
 def test_nothing_got_worse(name: str, target: str) -> None:
-    """Against the recorded table; spills, stack and atomics must be 0 whatever it says, but for two counters: of the
-    programs that share a group of rows, and of the groups."""
+    """Against the recorded table. Whatever it says, spills, stack and atomics must be 0, except for two counters: of
+    the programs that share a group of rows, and of the groups."""
     for compiled in _launches(name, target):
         now = static.measure(compiled)
         counters = 2 if compiled.name == "co_tuning_loss_kernel" else 0
@@ -93,7 +93,7 @@ _OF_1000 = [name for name in static.KERNELS if "1000, " in name and name.startsw
 @pytest.mark.parametrize("name", [n for n in _OF_1000 if "smoothing" not in n and "x 8192" not in n])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_heads_of_1000_and_200_are_moved_128_bits_at_a_time(name: str, target: str) -> None:
-    """Only values of which a row has one are narrower: a label or share of 8 bytes, a loss or count of 4 (8)."""
+    """Only values that a row has once are narrower: a label or share of 8 bytes, a loss or count of 4 (8)."""
     (kernel, *_) = _launches(name, target)
     accesses = static.measure(kernel)["accesses"]
     once_a_row = {"load 8", "store 8"} if "float64" in name else {"load 8", "store 4"}
@@ -106,7 +106,7 @@ def test_heads_of_1000_and_200_are_moved_128_bits_at_a_time(name: str, target: s
 @pytest.mark.parametrize("name", [name for name in static.KERNELS if "head of 32000" in name or "of 128256" in name])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_a_long_row_is_moved_128_bits_at_a_time(name: str, target: str) -> None:
-    """Exceptions: values of which a row has one, and the glance at the start of a row of R, a number a thread."""
+    """Exceptions: values that a row has once, and the glance at the start of a row of R, one number per thread."""
     accesses = Counter(static.measure(_launches(name, target)[0])["accesses"])
     if "32000, float32" in name:  # a kept row; the others are packed or looped over
         accesses["load 4"] -= 1
@@ -135,13 +135,13 @@ def test_rows_that_lie_apart_are_moved_as_widely_as_their_stride_allows(target: 
 
 
 def objections(ttir: str) -> Iterator[str]:
-    """What no kernel may do, as Triton's first intermediate code says it."""
+    """Forbidden operations in Triton's first intermediate code."""
     if not re.search(r"^ *tt\.func ", ttir, re.MULTILINE):
-        yield "a form of intermediate code that these rules do not read"  # MLIR has two, and this is a process's choice
+        yield "a form of intermediate code that these rules do not read"  # MLIR has two, chosen once per process
     for line in ttir.splitlines():
         if re.search(r"\b(arith\.(add|sub|mul|div|max|min|cmp)\w*f|math\.\w+)\b", line) and re.search(r"f16\b", line):
             yield f"arithmetic in half precision: {line.strip()}"
-    # A product of two numbers that are only known at run time, in 32 bits: the offset of a row far away.
+    # A 32-bit product of two numbers known only at run time: the offset of a far row would overflow.
     constants = set(re.findall(r"(%\S+) = arith\.constant", ttir))
     for name in re.findall(r"(%\S+) = tt\.splat (%\S+)", ttir):
         if name[1] in constants:
@@ -149,8 +149,8 @@ def objections(ttir: str) -> Iterator[str]:
     for left, right in re.findall(r"arith\.muli (%\S+), (%\S+) : (?:tensor<[\dx]*xi32>|i32)", ttir):
         if left not in constants and right not in constants:
             yield f"a product in 32 bits: {left} * {right}"
-    # Programs that are counted, and nothing else: sums that follow the order of programs have other bits in every run.
-    # The machine's code often has a barrier there for another reason too, so that the want of ours is not seen in it.
+    # Atomics may only count programs: sums in the order of programs have other bits in every run. The machine code
+    # often has a barrier there for another reason, which would hide that ours is missing, so it is checked here.
     for before, atomic in re.findall(r"(.*)\n.*(tt\.atomic.*)", ttir):
         if not re.match(r"tt\.atomic_rmw add, acq_rel, gpu, .*-> i32\b", atomic):
             yield f"an atomic that does not count programs: {atomic}"
@@ -172,8 +172,8 @@ def test_arithmetic_is_in_float32_and_offsets_in_64_bits(name: str, target: str)
 
 # ------------------------------------------------------------------------- what the last program sees of all others
 #
-# No run on a CPU can show that it sees what they have stored. It does where the order of things in the machine's code
-# is this one, in a straight line on either side of the atomic (the top of co_tuning_loss.py says why):
+# No run on a CPU can show that the last program sees what the others have stored. It does if the machine code has this
+# order, in a straight line on either side of the atomic (the top of co_tuning_loss.py says why):
 #
 #     stores of the program | barrier | atomic, acq_rel, of the whole device | barrier | loads of the last program
 
@@ -184,7 +184,7 @@ _PTX_EVENTS = {
     "access": r"(?:@!?%p\d+ )?(?:ld|st)\.(?:volatile\.)?global",
     "jump": r"(?:@!?%p\d+ )?bra|\$L__BB",
 }
-# The wave that counts writes back, waits, counts, waits and forgets what is cached; the barriers join it to the others.
+# The counting wave writes back, waits, counts, waits and invalidates its cache; the barriers join it to the others.
 _AMD_EVENTS = {
     "barrier": r"s_barrier",
     "count": r"global_atomic_add v\d+, .* sc0$",
@@ -203,7 +203,7 @@ def _events(code: str, patterns: dict[str, str]) -> list[str]:
 
 
 def disorder(compiled: static.Compiled) -> list[str]:
-    """What is wrong with the order of events around the counts of a kernel; how many there are is another rule's."""
+    """Errors in the order of events around a kernel's counts; another rule checks the number of counts."""
     if "ptx" in compiled.kernel.asm:
         events = _events(compiled.kernel.asm["ptx"], _PTX_EVENTS)
         expected = ["barrier"], ["barrier"]
@@ -239,7 +239,7 @@ def test_without_a_reduction_programs_are_counted_once() -> None:
     [("sm_90", "barrier"), *(("gfx942", event) for event in ("barrier", "write back", "wait", "forget"))],
 )
 def test_disorder_is_found(target: str, missing: str) -> None:
-    """Where any one of these is taken out of the machine's code."""
+    """When any one of these is removed from the machine code."""
     compiled = _launches("loss, 1000 x 16384, float32", target)[0]
     language, patterns = ("ptx", _PTX_EVENTS) if target == "sm_90" else ("amdgcn", _AMD_EVENTS)
     kept = [x for x in compiled.kernel.asm[language].splitlines() if not re.match(patterns[missing], x.strip())]
@@ -262,7 +262,7 @@ _CASES = (
 
 @cache
 def _drawn(number: int, dtype: torch.dtype, seed: int) -> tuple[Problem, Expectation]:
-    """All bugs are held against the same problems; no layout of these cases changes what is expected."""
+    """All bugs run the same problems; no layout of these cases changes the expectation."""
     problem = _CASES[number][0].build(dtype, seed)
     return problem, Expectation(problem, "both heads")
 
@@ -301,8 +301,8 @@ def _found_by_the_rules(planted: tuple[ModuleType, ModuleType]) -> list[str]:
 
 
 def _found_by_another_order(planted: tuple[ModuleType, ModuleType], seed: int) -> list[str]:
-    """Programs in other orders, and 29 groups of a row each. The losses of two rows are huge and cancel: what was added
-    to one of them before is lost."""
+    """Programs in other orders, and 29 groups of one row each. The losses of two rows are huge and cancel: anything
+    added between them is lost."""
     draw, results = np.random.default_rng(seed), []
     logits, relationship = (torch.from_numpy(draw.random((29, 90), np.float32)) for _ in range(2))
     trade_off = torch.ones((), dtype=torch.float64)
@@ -402,9 +402,9 @@ _BUGS: dict[str, tuple[ModuleType, dict[str, str], tuple[str, ...]]] = {
         "tl.sum(_product(q, tl.load(logits + rows * logits_stride + columns, mask=read, other=0.0, volatile=True)"
         ".to(HEAD.dtype) - tl.max(z, 1, keep_dims=True)), 1, keep_dims=True)")}, ("static",)),
 }  # fmt: skip
-"""By name: the file, what is changed in it, and the layers of checks that must find it. ``rows`` and ``loops`` are the
-conformance table in the interpreter, ``order`` other orders of the programs there, ``rules`` those for the intermediate
-code and for the order of events in the machine's, ``static`` the static table."""
+"""By name: the file, the change in it, and the layers of checks that must find it. ``rows`` and ``loops`` are the
+conformance table in the interpreter, ``order`` runs the programs in other orders there, ``rules`` are those for
+intermediate code and for the order of events in machine code, ``static`` is the static table."""
 
 
 @pytest.mark.parametrize("bug", _BUGS)
@@ -422,7 +422,7 @@ def test_a_planted_bug_is_found(bug: str, tmp_path: Path, seed: int) -> None:
 
 
 def test_without_a_bug_nothing_is_found(tmp_path: Path, seed: int) -> None:
-    """That the objections above are to the bugs: a copy without one passes every layer."""
+    """A copy without a bug passes every layer, so the objections above are to the bugs."""
     for module in (loss, rows, labels):
         copy = plant(tmp_path, module, {})
         for loops in (False, True):

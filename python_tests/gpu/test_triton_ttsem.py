@@ -1,9 +1,9 @@
 """Optional, and independent of Triton's interpreter: the kernels' intermediate code, run on the CPU by ttsem.
 
-It finds accesses outside of a tensor, two programs that touch one number, and arithmetic in the wrong precision, in
-what the compiler makes of the source. ``pip install ttsem`` switches it on; it asks for Python 3.12, but 0.1.0 runs on
-3.11 with ``pip install --no-deps --ignore-requires-python ttsem``. It takes a minute or two, and a run of its own:
-beside other tests these are skipped (conftest.py says why).
+In the compiler's output it finds accesses outside a tensor, two programs that touch one number, and arithmetic in the
+wrong precision. ``pip install ttsem`` enables these tests; ttsem requires Python 3.12, but 0.1.0 runs on 3.11 with
+``pip install --no-deps --ignore-requires-python ttsem``. They take a minute or two and need a separate run: together
+with other tests they are skipped (conftest.py says why).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from support.stand_in import cpu_served_by  # noqa: E402
 
 @contextlib.contextmanager
 def _torch_cuda_put_back() -> Iterator[None]:
-    """ttsem answers for a GPU in torch.cuda, and goes on doing so: later tests would believe that there is one."""
+    """ttsem makes torch.cuda report a GPU and leaves it so: later tests would believe that there is one."""
     before = dict(vars(torch.cuda))
     try:
         yield
@@ -54,10 +54,9 @@ def _torch_cuda_put_back() -> Iterator[None]:
 
 
 def _without_what_is_counted(log: list[Any] | None) -> list[Any]:
-    """All accesses of a launch in the order in which they were made, but those that a counter puts in order: what a
-    program touches after its count, where all that others do there is done before counts of theirs that come earlier.
-    ttsem knows of no such order and would call that a race. (That a count does order memory is a rule for the
-    intermediate code and for the machine's, in test_triton_static.py.)
+    """The accesses of a launch, in their order, without those that a counter orders: accesses of a program after its
+    count to addresses that other programs touch only before their own, earlier counts. ttsem does not know this order
+    and would report a race. (test_triton_static.py checks in intermediate and machine code that a count orders memory.)
     """
     counts: dict[int, dict[Any, int]] = {}  # when each program was counted, by the address of the counter
     for when, (program, kind, _, addresses, *_) in enumerate(log or ()):
@@ -66,7 +65,7 @@ def _without_what_is_counted(log: list[Any] | None) -> list[Any]:
     kept = []
     for when, entry in enumerate(log or ()):
         program, kind, operation, addresses, size, values = entry
-        seen: dict[Any, int] = {}  # until when it is seen here what another program did
+        seen: dict[Any, int] = {}  # by program: accesses until this one are visible here
         for counted in counts.values():
             if counted.get(program, when) < when:
                 for other, at in counted.items():

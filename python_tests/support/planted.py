@@ -34,7 +34,7 @@ def _with(directory: Path, module: ModuleType, changes: dict[str, str]) -> Modul
 
 
 def plant(directory: Path, module: ModuleType, changes: dict[str, str]) -> tuple[ModuleType, ModuleType]:
-    """Plant a bug in the loss or in a module that it uses; return the loss and that module."""
+    """Plant a bug in the loss or a module that it uses; return the loss and that module (or, for the loss, labels)."""
     if module is loss:
         return _with(directory, loss, changes), labels
     changed = _with(directory, module, changes)
