@@ -1,4 +1,4 @@
-"""One seed a session, one thread unless a test asks for more, and the table of errors at the end."""
+"""One seed per session, one thread unless a test asks for more, and the table of errors at the end."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The checkers can fail: each gets a kernel with one planted fault, and must object.
 
-The kernel is that of support.textbook_kernel, a page of torch. Without a fault it passes the whole table, which shows
-that the objections below are to the faults.
+The kernel is ``support.textbook_kernel``. Without a fault it passes the whole table, which shows that the objections
+below are to the faults.
 """
 
 from __future__ import annotations

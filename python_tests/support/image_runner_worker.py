@@ -16,7 +16,7 @@ from torch import distributed
 from support.image_runner import StoppedError, arguments
 
 NO_NOISE = "--model=support.image_runner:without_noise"
-# Every kind of loss; the reverse relationship has a test of its own in test_distributed.py.
+# Every kind of loss; test_distributed.py tests the reverse relationship.
 METHODS = ("plain", "linear-probe", "l2-sp", "co-tuning")
 
 

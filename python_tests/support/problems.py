@@ -98,7 +98,7 @@ FORMS = ("both heads", "source head", "in place")
 
 
 def reference_outcome(problem: Problem, form: str) -> Outcome:
-    """The reference, differentiated by autograd, in whatever dtype the problem has."""
+    """The reference, differentiated by autograd, in the problem's dtype."""
     source = problem.source_logits.detach().requires_grad_()
     target = problem.target_logits.detach().requires_grad_()
     if form == "source head":

@@ -32,7 +32,7 @@ SLACK = {torch.float32: 4.0, torch.bfloat16: 0.6, torch.float16: 0.6, torch.floa
 
 
 class Expectation:
-    """The truth of one problem, and for every number of it the size of one unit of error.
+    """The truth of one problem, and one unit of error for each of its numbers.
 
     A loss is a sum of terms ``q (logsumexp(z) - z)``, each with an error of an ulp of it, and of ``q`` where it is near
     0: its unit is ``eps * (sum of terms + Q)``. A gradient is ``c (Q softmax(z) - q)`` with a constant ``c`` a row: an

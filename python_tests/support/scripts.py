@@ -1,4 +1,4 @@
-"""Programs in a process of their own."""
+"""Runs a script in a separate process."""
 
 from __future__ import annotations
 

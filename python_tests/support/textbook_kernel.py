@@ -1,4 +1,4 @@
-"""A textbook kernel in a page of torch, with one planted fault or none.
+"""A textbook kernel written in torch, with one planted fault or none.
 
 Like a real kernel it computes loss and gradients at once from what it reads from memory, stores half-precision
 gradients before the upstream gradient arrives, and scales them then.
