@@ -37,11 +37,11 @@ from cotuning_kernels.distributed import global_mean_loss
 from support import emulated_cuda
 from support.backends import missing_cuda, run_public
 from support.cases import Case
-from support.cuda_graph import capture
 from support.layouts import bits
 from support.paths import ROOT
 from support.problems import Outcome, Problem
 from support.rule import Expectation
+from tools.gpu.checks import capture
 
 REASON = missing_cuda()
 SIMULATED = "COTUNING_SIMULATED_GPU" in os.environ  # set by simulated_gpu.py: nothing that needs a driver works

@@ -31,10 +31,10 @@ from cotuning_kernels.targets import operand_target
 from support.backends import BACKENDS, run_public
 from support.cases import Case
 from support.checks import check_class_sums, check_temperature_terms
-from support.cuda_graph import capture
 from support.layouts import Placed
 from support.problems import DTYPES, Problem
 from support.rule import assert_same_bits, verify
+from tools.gpu.checks import capture
 
 _MISSING = backends.missing_reason("triton")
 pytestmark = pytest.mark.skipif(_MISSING is not None, reason=f"triton: {_MISSING}")

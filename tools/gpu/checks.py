@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from torch import Tensor
 from benchmarks.timing import DeviceStopwatch
 from cotuning_kernels import backends, functional
 
-__all__ = ["CHECKS", "main"]
+__all__ = ["CHECKS", "capture", "main"]
+
+Result = TypeVar("Result")
 
 # The norm of a step's error may be this many times the spacing of its dtype: a wrong kernel is orders of magnitude off.
 _SPACINGS = 64
@@ -180,7 +183,7 @@ def graphs(device: str, repeat: int) -> None:
     """A captured graph of two shapes gives the same bits as single steps, even after other launches."""
     big, small = (Batch.make(64, 9, columns, torch.float32, device) for columns in (30_522, 6200))
     right = (*big.step(), *small.step())
-    graph, result = _captured(lambda: (*big.step(), *small.step()))
+    result, graph = capture(lambda: (*big.step(), *small.step()))
     small.step()
     for _ in range(min(repeat, 100)):
         graph.replay()
@@ -216,7 +219,7 @@ def host(device: str, repeat: int) -> None:
                 continue
             step = partial(batch.step, backend)
             step()
-            graph, _ = _captured(step)
+            _, graph = capture(step)
             device_time = statistics.median(stopwatch(step) for _ in range(60))
             print(
                 f"{dtype} {backend}: host {_microseconds(step, 300):.0f} us, device {device_time * 1e6:.1f} us, "
@@ -254,7 +257,11 @@ def main_shapes(device: str, repeat: int) -> None:
     torch.cuda.synchronize()
 
 
-def _captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+def capture(step: Callable[[], Result]) -> tuple[Result, torch.cuda.CUDAGraph]:
+    """Return the step's result, and the graph that computes it again into the same memory.
+
+    The step first runs once on a side stream, as PyTorch requires, so that the capture contains no setup.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -263,7 +270,7 @@ def _captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGr
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
-    return graph, result
+    return result, graph
 
 
 def _microseconds(call: Callable[[], object], calls: int) -> float:
