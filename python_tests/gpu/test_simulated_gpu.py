@@ -75,8 +75,9 @@ BUGS = (
     ),
     Bug(
         "the host reads a number of the device", "ops/cuda.cpp",
-        "  problem.label_smoothing = label_smoothing;",
-        "  problem.label_smoothing = *problem.trade_off > 0 ? label_smoothing : 0;",
+        "  problem.trade_off = read_trade_off(device, trade_off);\n",
+        "  problem.trade_off = read_trade_off(device, trade_off);\n"
+        "  problem.label_smoothing = *problem.trade_off > 0 ? label_smoothing : 0;\n",
         {"nothing_waits": "Segmentation fault"},
     ),
     Bug(
