@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import random
@@ -487,15 +486,15 @@ def memory_limits(draw: random.Random, tries: int, folder: Path) -> Counter[str]
         "merge": lambda: estimator.merge(estimator),
     }
 
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+
     def starved(call: Callable[[], object], more: int) -> None:
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        gc.collect()  # or the call could reuse memory that others have left
-        with open("/proc/self/statm") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
         try:
             call()
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:  # the last of them where the system is asked
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
             check(isinstance(error, MemoryError) or "memory" in str(error), f"{type(error).__name__}: {error}")
             check(state_of(estimator) == before, "the state has changed")
