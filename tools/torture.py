@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import random
@@ -423,6 +424,7 @@ def interruptions(draw: random.Random, tries: int, folder: Path) -> Counter[str]
         "save": save,
     }
     before_signal = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    gc.disable()  # a finalizer swallows what is raised in it
     grad_mode = torch.is_grad_enabled()  # an interruption within torch's no_grad leaves gradients off
     try:
         for name, call in calls.items():
@@ -445,7 +447,8 @@ def interruptions(draw: random.Random, tries: int, folder: Path) -> Counter[str]
                 except KeyboardInterrupt as interruption:
                     ended = "interrupted" if _within(call, interruption) else "interrupted after the end"
                 except ValueError:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    with contextlib.suppress(KeyboardInterrupt):  # it may come now
+                        signal.setitimer(signal.ITIMER_REAL, 0)
                     ended = "refused"
                 counts[f"{name}: {ended}"] += 1
                 found = state_of(estimator)
@@ -460,6 +463,7 @@ def interruptions(draw: random.Random, tries: int, folder: Path) -> Counter[str]
                     call(estimator)
                     check(state_of(estimator) == after, f"{name}: the same again is not as without an interruption")
     finally:
+        gc.enable()
         torch.set_grad_enabled(grad_mode)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before_signal)
