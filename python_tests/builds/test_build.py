@@ -340,7 +340,7 @@ def test_sources_that_hide_the_installed_package_say_so(tmp_path: Path) -> None:
     assert any(Path(said[1]).glob("_C.*"))
 
 
-_NOT_IN_A_CHECKOUT = (".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", ".cache")
+_NOT_IN_A_CHECKOUT = (".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".cache")
 
 
 def test_a_source_distribution_has_what_the_build_reads(tmp_path: Path) -> None:
