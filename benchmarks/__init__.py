@@ -1,1 +1,1 @@
-"""How fast cotuning_kernels is, beside the formulations that people use today; ``README.md`` says how to run it."""
+"""Times cotuning_kernels and the formulations that people use today; ``README.md`` says how to run the benchmarks."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks COMMAND``: every program that measures something. ``COMMAND --help`` says what it takes."""
+"""``python -m benchmarks COMMAND`` measures time or memory. ``COMMAND --help`` lists its options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMANDS = {
     "language_head": "a step of the head of a language model, fused and unfused",
     "reverse_relationship": "the regression of the reverse relationship against scikit-learn's",
 }
-"""The modules of this package with a ``main``."""
+"""Each command is a module of this package with a ``main``."""
 
 _SETTLES_MALLOC = ("ratios", "limits", "page")
 
@@ -27,8 +27,8 @@ _SETTLES_MALLOC = ("ratios", "limits", "page")
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status.
 
-    ``ratios``, ``limits`` and ``page`` start again with :data:`~benchmarks.processes.SETTLED_MALLOC`, which glibc reads
-    when a process starts.
+    ``ratios``, ``limits`` and ``page`` restart Python with :data:`~benchmarks.processes.SETTLED_MALLOC`, since glibc
+    reads these variables only when a process starts.
     """
     command, *rest = arguments or ["--help"]
     if command not in COMMANDS:

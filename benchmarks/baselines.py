@@ -1,7 +1,7 @@
-"""The formulations that cotuning_kernels is compared with, written afresh after reading their authors' code.
+"""The formulations that cotuning_kernels is compared with, rewritten after reading their authors' code.
 
-Each docstring says whose formulation it is. They are what people run today, not straw men: where the original does
-something a benchmark should not charge for (printing, logging), it is left out.
+Each docstring names the original. People run these formulations today. The rewrites leave out printing and logging,
+which a benchmark should not charge for.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def tllib_loss(
     """The step of tllib (Transfer-Learning-Library, ``tllib.regularization.co_tuning`` and its example's loop).
 
     The relationship is a NumPy array on the host. Each step indexes it with the batch's labels, which copies ``B`` rows
-    of ``N_s``, and brings them to the device as float32 (on the CPU that moves nothing). The source term is spelled out
-    as a product with ``log_softmax``, a sum and a mean. The authors' own repository does the same. Neither knows mixed
-    precision: low-precision logits go into ``log_softmax`` as they are.
+    of ``N_s``, and moves them to the device as float32 (on the CPU this moves nothing). The source term is a product
+    with ``log_softmax``, a sum and a mean. The authors' repository does the same. Neither handles mixed precision:
+    low-precision logits go into ``log_softmax`` unconverted.
     """
     device = source_logits.device
     translated = torch.from_numpy(relationship[labels]).to(device).float()
@@ -54,7 +54,7 @@ def tllib_loss(
 def log_softmax_loss(
     source_logits: Tensor, target_logits: Tensor, labels: Tensor, relationship: Tensor, trade_off: float
 ) -> Tensor:
-    """tllib's formula with the relationship on the device: what a reader of the paper writes in PyTorch."""
+    """tllib's formula with the relationship on the device, as a reader of the paper would write it in PyTorch."""
     labels = labels.to(source_logits.device)
     source_term = (-relationship[labels] * F.log_softmax(source_logits, dim=-1)).sum(dim=-1).mean()
     return F.cross_entropy(target_logits, labels) + trade_off * source_term
@@ -74,8 +74,8 @@ def kl_div_loss(
 ) -> Tensor:
     """``F.kl_div``, as knowledge distillation is usually written.
 
-    Its gradient is that of the cross entropy; the loss lacks the entropy of the relationship's rows, and is what
-    cotuning_kernels gives with ``source_loss="kl"``.
+    Its gradient equals that of the cross entropy. The loss is smaller by the entropy of the relationship's rows, and
+    equals that of cotuning_kernels with ``source_loss="kl"``.
     """
     labels = labels.to(source_logits.device)
     source_term = F.kl_div(F.log_softmax(source_logits, dim=-1), relationship[labels], reduction="batchmean")
@@ -83,12 +83,12 @@ def kl_div_loss(
 
 
 def compiled(loss: TorchLoss) -> TorchLoss:
-    """``loss`` under ``torch.compile``, specialised to one shape, as its fastest use is. The first calls compile."""
+    """``loss`` under ``torch.compile``, specialised to one shape, which is fastest. The first calls compile."""
     return torch.compile(loss, fullgraph=True, dynamic=False)
 
 
 def compiler_missing() -> str | None:
-    """Why ``torch.compile`` cannot run on this machine's CPU, or ``None``."""
+    """Return why ``torch.compile`` cannot run on this machine's CPU, or ``None``."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"torch.compile needs a C++ compiler and {compiler!r} is not installed (Debian: apt install g++)"
@@ -98,10 +98,10 @@ def compiler_missing() -> str | None:
 def tllib_relationship(logits: Iterable[Tensor], labels: Iterable[Tensor]) -> npt.NDArray[np.float32]:
     """tllib's direct relationship: keep the softmax of every image on the host, then average class by class.
 
-    The authors' repository does the same with a softmax in NumPy, which is slower.
+    The authors' repository does the same with a slower softmax in NumPy.
 
     Returns:
-        ``(N_t, N_s)``, ``N_t`` being the largest label plus one.
+        ``(N_t, N_s)``, where ``N_t`` is the largest label plus one.
     """
     probabilities = np.concatenate([F.softmax(batch, dim=1).cpu().numpy() for batch in logits])
     label_array = np.concatenate([batch.numpy() for batch in labels])
@@ -112,10 +112,10 @@ def tllib_relationship(logits: Iterable[Tensor], labels: Iterable[Tensor]) -> np
 def authors_temperature(logits: Tensor, labels: Tensor) -> float:
     """The authors' calibration (thuml/CoTuning): L-BFGS on one factor of the logits, each step a forward and backward.
 
-    PyTorch's optimiser with its defaults (rate 1, at most 20 iterations a step, no line search), the factor starting at
-    1; up to 20 such steps, ending after the first one that has not used up its iterations. The optimiser counts its
-    iterations over all steps, so that in effect the loop ends after the first step or goes on to the twentieth. Their
-    progress line at every step is left out.
+    PyTorch's optimiser runs with its defaults (rate 1, at most 20 iterations a step, no line search) and starts at the
+    factor 1. There are up to 20 steps; the loop ends after the first step that has not used up its iterations. The
+    optimiser counts iterations over all steps, so in effect the loop ends after the first step or after the twentieth.
+    The progress line that the authors print at every step is left out.
 
     Returns:
         The temperature, 1 / factor.

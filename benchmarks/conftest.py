@@ -1,4 +1,4 @@
-"""Options of ``pytest benchmarks/``, and the line that says what is measured."""
+"""Options of ``pytest benchmarks/``, and the header line that names the backend, threads and malloc."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def _threads(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the logits are."""
+    """The device of the logits."""
     name: str = request.config.getoption("--bench-device")
     return name

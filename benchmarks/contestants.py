@@ -1,4 +1,4 @@
-"""The contestants, and the check that all compute the same result before one is timed."""
+"""The contestants, and the check that all compute the same result before any is timed."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class LossContestant:
     """One way to compute the loss.
 
     Attributes:
-        name: as in the tables.
-        prepare: makes what a training script makes once, before its loop, and returns the loss of one step.
-        source_loss: ``"cross_entropy"`` or ``"kl"``: which of the two its loss is. The gradients are the same.
+        name: its name in the tables.
+        prepare: does what a training script does once before its loop, and returns the loss of one step.
+        source_loss: which loss it computes, ``"cross_entropy"`` or ``"kl"``. The gradients are the same.
         compiles: whether it needs ``torch.compile``.
     """
 
@@ -62,7 +62,7 @@ def _ours(problem: LossProblem, backend: str = "auto") -> LossFunction:
 
 
 def _tllib(problem: LossProblem) -> LossFunction:
-    labels = problem.labels.cpu()  # it looks the relationship up on the host
+    labels = problem.labels.cpu()  # tllib indexes the relationship on the host
     return lambda: baselines.tllib_loss(
         problem.source_logits, problem.target_logits, labels, problem.relationship_numpy, problem.trade_off
     )
@@ -86,7 +86,7 @@ LOSS_CONTESTANTS = (
     LossContestant("compiled F.cross_entropy", partial(_compiled, baselines.cross_entropy_loss), compiles=True),
     LossContestant("compiled log_softmax", partial(_compiled, baselines.log_softmax_loss), compiles=True),
 )
-# On a GPU that the CUDA kernels serve: what it would be without them.
+# Timed on a GPU that the CUDA kernels serve.
 TRITON = LossContestant("our Triton kernels", partial(_ours, backend="triton"))
 
 
@@ -103,7 +103,7 @@ def _tllib_relationship(problem: RelationshipProblem) -> Tensor:
     return torch.from_numpy(baselines.tllib_relationship(problem.logits, problem.labels))
 
 
-# By name; each gives the (N_t, N_s) relationship.
+# By name; each returns the (N_t, N_s) relationship.
 RELATIONSHIP_CONTESTANTS: dict[str, Callable[[RelationshipProblem], Tensor]] = {
     OURS: _our_relationship,
     "tllib": _tllib_relationship,
@@ -118,7 +118,7 @@ def _authors_temperature(problem: CalibrationProblem) -> float:
     return baselines.authors_temperature(problem.logits, problem.labels)
 
 
-# By name; each gives the temperature.
+# By name; each returns the temperature.
 TEMPERATURE_CONTESTANTS: dict[str, Callable[[CalibrationProblem], float]] = {
     OURS: _our_temperature,
     "authors": _authors_temperature,
@@ -126,13 +126,13 @@ TEMPERATURE_CONTESTANTS: dict[str, Callable[[CalibrationProblem], float]] = {
 
 
 def our_backend(device: str) -> str:
-    """The backend that serves cotuning_kernels on ``device``: its numbers mean nothing without this name."""
+    """The backend that serves cotuning_kernels on ``device``; tables name it beside the numbers."""
     backend = backends.select(torch.device(device).type)
     return f"cpp {backends.cpu_isa()}" if backend == "cpp" else backend
 
 
 def unavailable(contestant: LossContestant, device: str) -> str | None:
-    """Why timing this contestant here would say nothing, or ``None``."""
+    """Return why this contestant is not timed on ``device``, or ``None``."""
     if contestant.name == OURS and our_backend(device) == "reference":
         return backends.missing_reason("cpp") or f"no kernel of cotuning_kernels serves {device!r}"
     if contestant is TRITON:
@@ -144,14 +144,14 @@ def unavailable(contestant: LossContestant, device: str) -> str | None:
 
 
 def prepare(contestants: Iterable[LossContestant], problem: LossProblem) -> dict[str, LossFunction]:
-    """The loss of one step of each contestant, by name. Those of earlier problems must not be called any more."""
-    # The compiler would otherwise count earlier problems as recompilations of the same function, and give up at eight.
+    """Return the loss of one step of each contestant, by name. Losses of earlier problems must not be called again."""
+    # Without this the compiler counts earlier problems as recompilations of the same function, and gives up at eight.
     torch.compiler.reset()
     return {contestant.name: contestant.prepare(problem) for contestant in contestants}
 
 
 def forward_and_backward(step: LossFunction) -> Callable[[], None]:
-    """What is timed: the loss of a step and its backward pass, as a training loop calls them."""
+    """The timed call: the loss of a step and its backward pass, as in a training loop."""
 
     def call() -> None:
         step().backward()
@@ -160,13 +160,13 @@ def forward_and_backward(step: LossFunction) -> Callable[[], None]:
 
 
 class DisagreementError(AssertionError):
-    """A contestant does not compute what the others do."""
+    """A contestant's result differs from the reference."""
 
 
-# Relative to what is rounded: |loss|, and for a gradient factor * (p - q) the larger quantity factor * (p + q), since
-# p and q may cancel. `element` bounds every single element, `norm` the whole gradient, where rounding averages out.
-# Torch's log_softmax on bfloat16 logits returns bfloat16: at a log-probability of -30 that is off by up to 0.06, and
-# the probability that its backward pass computes from it by 6 %.
+# Bounds are relative to the rounded quantity: |loss|, and for a gradient factor * (p - q) the larger quantity
+# factor * (p + q), since p and q may cancel. `element` bounds each element, `norm` the whole gradient, where rounding
+# averages out. Torch's log_softmax on bfloat16 logits returns bfloat16: a log-probability of -30 is off by up to 0.06,
+# so the probability that the backward pass computes from it is off by 6 %.
 @dataclass(frozen=True)
 class _Tolerance:
     loss: float
@@ -181,7 +181,7 @@ _TOLERANCES = {
 
 
 def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Pieces of a ``(rows, columns)`` tensor, so that the checks need little memory beside the contestants."""
+    """Split a ``(rows, columns)`` tensor into slices of rows, so that the checks need little memory."""
     size = max(1, 2**22 // columns)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
@@ -190,8 +190,8 @@ class ExpectedLoss:
     """The reference's loss and gradients of a problem, in float64.
 
     Attributes:
-        losses: the loss with each ``source_loss``.
-        source_grad, target_grad: the gradients.
+        losses: the loss by ``source_loss``.
+        source_grad, target_grad: the gradients of the logits.
     """
 
     def __init__(self, problem: LossProblem) -> None:
@@ -214,10 +214,10 @@ class ExpectedLoss:
             self.source_grad[rows], self.target_grad[rows] = gradients
 
     def check(self, contestant: LossContestant, loss: Tensor) -> None:
-        """Hold a contestant's loss, and the gradients that its backward pass has left, against the reference.
+        """Compare a contestant's loss, and the gradients that its backward pass has stored, with the reference.
 
         Raises:
-            DisagreementError: says what is wrong and by how much.
+            DisagreementError: names the wrong value and its error.
         """
         problem = self.problem
         tolerance = _TOLERANCES[problem.source_logits.dtype]
@@ -257,7 +257,7 @@ class ExpectedLoss:
 
 
 def check_loss(contestant: LossContestant, step: LossFunction, expected: ExpectedLoss) -> None:
-    """Run a forward and a backward pass twice and hold both against the reference.
+    """Run a forward and a backward pass twice and compare both with the reference.
 
     Raises:
         DisagreementError: the loss or a gradient is wrong, or the logits were changed.
@@ -275,10 +275,10 @@ def check_loss(contestant: LossContestant, step: LossFunction, expected: Expecte
 
 
 def check_relationship(problem: RelationshipProblem, *, tolerance: float = 1e-5) -> None:
-    """Hold every relationship contestant against the reference in float64, each element relative to itself.
+    """Compare every relationship contestant with the reference in float64, by the relative error of each element.
 
     Raises:
-        DisagreementError: says who is wrong and by how much.
+        DisagreementError: names the contestant and its error.
     """
     sums = torch.zeros(problem.target_classes, problem.logits[0].shape[1], dtype=torch.float64)
     counts = torch.zeros(problem.target_classes, dtype=torch.int64)
@@ -297,7 +297,7 @@ def check_relationship(problem: RelationshipProblem, *, tolerance: float = 1e-5)
 
 
 def exact_temperature(problem: CalibrationProblem) -> float:
-    """The temperature of least negative log-likelihood, in float64, by Newton's method on the reference's derivatives.
+    """The temperature with the least negative log-likelihood, in float64, by Newton's method with the reference.
 
     Raises:
         RuntimeError: the method did not converge.
@@ -310,22 +310,22 @@ def exact_temperature(problem: CalibrationProblem) -> float:
                 problem.logits[rows].cpu(), problem.labels[rows].cpu(), inverse_temperature=inverse
             )
         step = float(totals[1] / totals[2])
-        # The minimum lies at a positive factor; a step beyond 0 is cut short.
+        # The minimum is at a positive factor, so a step past 0 is shortened.
         inverse = max(inverse - step, inverse / 4)
         if abs(step) <= 1e-12 * inverse:
             return 1.0 / inverse
     raise RuntimeError("the temperature of least negative log-likelihood was not found")
 
 
-# The authors' L-BFGS ends where its float32 loss no longer changes, before the temperature has settled to all digits.
+# The authors' L-BFGS ends when its float32 loss no longer changes, before the temperature has all its digits.
 _TEMPERATURE_TOLERANCES = {OURS: 1e-5, "authors": 1e-3}
 
 
 def check_temperature(problem: CalibrationProblem) -> dict[str, float]:
-    """``|T - exact| / exact`` of every temperature contestant.
+    """Return ``|T - exact| / exact`` of every temperature contestant.
 
     Raises:
-        DisagreementError: one is further from the exact temperature than its method explains.
+        DisagreementError: an error is above the tolerance of its method.
     """
     exact = exact_temperature(problem)
     errors = {name: abs(fit(problem) - exact) / exact for name, fit in TEMPERATURE_CONTESTANTS.items()}

@@ -1,16 +1,16 @@
-"""Time and memory of the 30 000-wordpiece head in a training step of named-entity recognition: fused against unfused.
+"""Time and memory of the 30 000-wordpiece head in a training step of named-entity recognition, fused and unfused.
 
-``python -m benchmarks language_head`` prints a table: forward and backward of the source head (BERT's: a dense layer, a
-normalisation and the decoder) and its loss, for the tokens of a batch:
+``python -m benchmarks language_head`` prints a table. It measures forward and backward of the source head (BERT's: a
+dense layer, a normalisation and the decoder) and its loss for the tokens of a batch:
 
-* *fused, entities only*: what ``examples/ner.py`` does;
+* *fused, entities only*: as in ``examples/ner.py``;
 * *unfused, entities only*: the same tokens, ``F.cross_entropy`` with class probabilities;
-* *linear_cross_entropy*: the same tokens, torch's decoder and loss in one function; with class probabilities it is the
-  two one after the other, its chunks are for class indices only;
-* *all tokens*: the authors' way, the head and a softmax on every token, of which those of entities are then picked;
-* *the loss alone*, on logits that are there: what fusing changes, without the matrix products.
+* *linear_cross_entropy*: the same tokens, with torch's function for decoder and loss. With class probabilities it runs
+  a linear layer and then the loss: it has chunks for class indices only;
+* *all tokens*: the authors' way, which runs the head and a softmax on every token, then picks those of entities;
+* *the loss alone*: on given logits, which shows the gain of fusing without the matrix products.
 
-Each way is measured in a process of its own, so that the largest memory in use is its own.
+Each way runs in a separate process, so that its peak memory is not mixed with that of another.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ENTITY_SHARE = 0.17  # of the tokens of CoNLL-2003
 
 
 class Step:
-    """A batch of features and the head of a language model: everything that the ways share."""
+    """A batch of features and the head of a language model, the same for all ways."""
 
     def __init__(self, tokens: int, hidden: int, vocabulary: int, seed: int = 2020) -> None:
         torch.manual_seed(seed)
@@ -67,14 +67,14 @@ def linear_cross_entropy(step: Step) -> Tensor:
 
 
 def all_tokens(step: Step) -> Tensor:
-    """As the authors' ``nlp/modifier.py``, which also adds 1e-10 to each probability."""
+    """The authors' ``nlp/modifier.py``, which adds 1e-10 to each probability."""
     probabilities = step.head(step.features).softmax(dim=-1)[step.entities]
     translated = step.relationship[step.labels[step.entities]]
     return (-translated * torch.log(probabilities + 1e-10)).sum(dim=-1).mean()
 
 
 def loss_alone(of_logits: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Step], Tensor]:
-    """Without the head: its matrix products are the same for everyone."""
+    """Leave out the head, whose matrix products are the same for all ways."""
 
     def run(step: Step) -> Tensor:
         if not hasattr(step, "logits"):
@@ -97,10 +97,10 @@ WAYS: dict[str, Callable[[Step], Tensor]] = {
 
 
 def measure(way: str, tokens: int, hidden: int, vocabulary: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a forward and backward, and the peak of torch's allocations on top of what was there before."""
+    """Median seconds of a forward and backward pass, and how far the peak of torch's allocations rises in it."""
     torch.set_num_threads(1)
     step = Step(tokens, hidden, vocabulary)
-    # Gradients of the parameters, which every way needs, are there before memory is looked at.
+    # Every way needs gradients of the parameters. Allocate them before memory is measured.
     step.head(step.features[:1]).sum().backward()
 
     def call() -> None:
@@ -111,7 +111,7 @@ def measure(way: str, tokens: int, hidden: int, vocabulary: int, rounds: int) ->
 
 
 def measure_apart(way: str, tokens: int, hidden: int, vocabulary: int, rounds: int) -> dict[str, float]:
-    """:func:`measure` in a process of its own."""
+    """Run :func:`measure` in a separate process."""
     sizes = {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary, "rounds": rounds}
     flags = [f"--{name}={size}" for name, size in sizes.items()]
     printed = run_apart("language_head", *flags, f"--way={way}", malloc=SETTLED_MALLOC)

@@ -1,13 +1,13 @@
-"""Where a call of the loss spends its time on the CPU, and how far its kernel is from what the processor can do.
+"""Where a call of the loss spends its time on the CPU, and how far its kernel is from two bounds.
 
     python -m benchmarks limits                    about a minute; three tables, float32, one thread
-    python -m benchmarks limits --system-malloc    the same where every step gets new pages from the system
+    python -m benchmarks limits --system-malloc    the same, with new pages from the system at every step
 
-*Kernel*: the operation on the whole batch, less the operation on one of its rows. Two bounds, from ``bounds.cpp``:
-*exponentials*, one for each logit of both heads and nothing else, which the kernel cannot do without while the logits
-are in a cache; and a *streaming copy*, the logits read and as many bytes written around the cache, which it cannot do
-without where they lie in memory. A *share* is the bound's time over the kernel's. The third table has the gradients in
-place of the logits.
+*Kernel* is the time of the operation on the whole batch less the time of the operation on one row. ``bounds.cpp`` has
+two bounds. *Exponentials* computes one exponential for each logit of both heads; it bounds the kernel while the logits
+are in a cache. *Streaming copy* reads the logits and writes as many bytes around the cache; it bounds the kernel when
+the logits are in memory. A *share* is the bound's time over the kernel's. The third table measures ``inplace=True``,
+where the gradients take the place of the logits.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ IN_PLACE = "in place"
 
 @dataclass(frozen=True)
 class Limits:
-    """What was measured at one shape.
+    """The measurements of one shape.
 
     Attributes:
         seconds: medians by name.
-        page_faults: of a whole call.
+        page_faults: page faults of a whole call.
     """
 
     shape: Shape
@@ -78,7 +78,7 @@ def _compiler() -> str:
 
 
 def compiler_missing() -> str | None:
-    """Why ``bounds.cpp`` cannot be compiled here, or ``None``."""
+    """Return why ``bounds.cpp`` cannot be compiled here, or ``None``."""
     if shutil.which(_compiler()) is None:
         return f"the bounds need a C++ compiler and {_compiler()!r} is not installed (Debian: apt install g++)"
     return None
@@ -86,7 +86,7 @@ def compiler_missing() -> str | None:
 
 @functools.cache
 def bounds() -> ctypes.CDLL:
-    """``bounds.cpp``, compiled for this processor."""
+    """Compile ``bounds.cpp`` for this processor and load it."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "bounds.so"
         source = Path(__file__).with_name("bounds.cpp")
@@ -124,7 +124,7 @@ def _operation_call(problem: LossProblem, rows: int) -> Callable[[], object]:
 
 
 def measure(shape: Shape, *, seconds: float, clock: Clock) -> Limits:
-    """The parts of a call, and the bounds, in turns."""
+    """Time the parts of a call and the bounds in turns."""
     problem = LossProblem.make(shape, torch.float32)
     criterion = ck.FusedCoTuningLoss(problem.relationship, trade_off=problem.trade_off)
 
@@ -160,7 +160,7 @@ def _page_faults(whole: Callable[[], None], problem: LossProblem, calls: int = 1
 
 
 def measure_in_place(shape: Shape, *, seconds: float, clock: Clock) -> dict[str, Timing]:
-    """Ours with fresh gradients, in place, and tllib, each on logits that were made just before its time starts."""
+    """Time ours with fresh gradients, ours in place, and tllib, each on logits made just before its time starts."""
     problem = LossProblem.make(shape, torch.float32)
     heads: list[Tensor] = []
 
@@ -203,7 +203,7 @@ def _time(seconds: float) -> str:
 
 
 def render(limits: Sequence[Limits]) -> str:
-    """Two tables: the parts of a call, and the kernel beside the bounds."""
+    """Render two tables: the parts of a call, and the kernel beside the bounds."""
     lines = ["| B x N_t x N_s | whole call | kernel | rest of the forward pass | backward pass | page faults |"]
     lines += ["|---|---|---|---|---|---|"]
     for each in limits:

@@ -1,7 +1,7 @@
-"""Peak memory, each measurement in a process of its own: what a call needs on top of what was there before it.
+"""Peak memory of a call beyond the memory in use before it, each measurement in a separate process.
 
-Two numbers. *Resident*: the rise of the process's peak resident memory (Linux), whoever allocated it. *torch*: the peak
-of torch's own allocations, which is exact to the byte but blind to NumPy and to memory inside a kernel.
+There are two numbers. *Resident* is the rise of the process's peak resident memory (Linux), whatever allocated it.
+*torch* is the peak of torch's own allocations: exact to the byte, but without NumPy's memory and a kernel's own.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from benchmarks.processes import run_apart
 
 __all__ = ["Peak", "main", "measure_here", "measure_loss", "measure_relationship"]
 
-# Every block of 64 KiB or more is mapped by itself and goes back to the system when it is freed: the peak is then what
-# is in use, not what the allocator keeps.
+# glibc maps every block of 64 KiB or more separately and unmaps it when it is freed: the peak then counts the memory
+# in use, not the memory that the allocator keeps.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes that a call needed at its peak on top of what was allocated before it.
+    """Bytes that a call needed at its peak beyond the bytes allocated before it.
 
     Attributes:
-        resident: rise of the peak resident memory; ``None`` where ``/proc`` is not Linux's.
+        resident: rise of the peak resident memory; ``None`` without Linux's ``/proc``.
         torch: rise of torch's allocations on the measured device.
     """
 
@@ -42,7 +42,7 @@ class Peak:
 def measure_here(call: Callable[[], object], device: str = "cpu") -> Peak:
     """Run ``call`` in this process: once to load code and make thread pools, then once for each of the two numbers.
 
-    What ``call`` returns is part of its peak, and nothing else may be left of it afterwards.
+    The result of ``call`` is part of its peak. ``call`` must leave nothing else allocated.
     """
     call()
     resident = None if device != "cpu" else _resident_rise(call)
@@ -50,12 +50,12 @@ def measure_here(call: Callable[[], object], device: str = "cpu") -> Peak:
 
 
 def measure_loss(name: str, shape: Shape, dtype: str, *, threads: int = 1, device: str = "cpu") -> Peak:
-    """Peak of one forward and backward pass of a loss contestant in a fresh process, the gradients included."""
+    """Peak of one forward and backward pass of a loss contestant in a new process, gradients included."""
     return _in_child(["loss", name, str(shape), "--dtype", dtype, "--device", device, "--threads", str(threads)])
 
 
 def measure_relationship(name: str, shape: Shape, batch: int, *, threads: int = 1, device: str = "cpu") -> Peak:
-    """Peak of learning a relationship from ``shape.batch`` rows of logits, the result included."""
+    """Peak of learning a relationship from ``shape.batch`` rows of logits, result included."""
     arguments = ["relationship", name, str(shape), "--batch", str(batch), "--device", device]
     return _in_child([*arguments, "--threads", str(threads)])
 
@@ -70,7 +70,7 @@ def _resident_rise(call: Callable[[], object]) -> int | None:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
-        # 5 sets the recorded peak back to what is resident now.
+        # 5 resets the recorded peak to the memory resident now.
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         before = _status_bytes("VmRSS")
@@ -99,7 +99,7 @@ def _torch_rise(call: Callable[[], object], device: str) -> int:
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
-    # On the CPU only the profiler sees each allocation and each release.
+    # On the CPU only the profiler records each allocation and each release.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     del result

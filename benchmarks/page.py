@@ -1,13 +1,12 @@
-"""One page about this machine: how the time of the loss grows, what it is compared with, and how far it is from a copy.
+"""One page about this machine: how the time of the loss grows, beside other formulations and beside a copy.
 
     python -m benchmarks page --output benchmark_page     about ten minutes; writes page.md, pictures and page.json
-    python -m benchmarks page --device cuda               the same of a GPU, in its own time
+    python -m benchmarks page --device cuda               the same on a GPU, in the device's time
 
-A *copy* reads the logits of both heads and writes as many bytes: what any forward and backward pass has to do at least
-when nothing stays in the caches. The *share of the copy* is its time over ours. On a GPU, times are the device's, from
-empty caches (:class:`benchmarks.timing.DeviceStopwatch`), so that the rows of the relationship that the labels name
-must be read as well, each once: the share is that of a copy with as many bytes more. What a call takes of the host is
-in a table of its own.
+A *copy* reads the logits of both heads and writes as many bytes. A forward and backward pass needs at least this time
+when nothing stays in the caches. The *share of the copy* is its time over ours. On a GPU, times are the device's, with
+empty caches (:class:`benchmarks.timing.DeviceStopwatch`). Each row of the relationship that a label names must then be
+read once as well, so the copy counts these bytes too. Another table has the host's time of a call.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ if TYPE_CHECKING:
 __all__ = ["Memory", "Point", "measure", "measure_memory", "sweeps", "write_page"]
 
 COPY = "copy of the logits"
-# Beside ours: what people move from, and PyTorch's best single call ...
+# Compared at every shape: the formulation that people move from, and PyTorch's best single call ...
 BESIDE = ("tllib", "F.cross_entropy")
-# ... and at the shapes that the project is held to, everybody (compiled for each, which takes a while).
+# ... and all contestants at the shapes of the promises (torch.compile takes a while for each).
 CONTESTANTS = (*LOSS_CONTESTANTS, TRITON)
 EVERYBODY = tuple(contestant.name for contestant in CONTESTANTS if contestant.name != OURS)
-# Elements of a step when the classes grow: below a cache of 32 MB with its gradient, and enough for two threads.
+# Logits of a step when the classes grow: with gradients they fit a cache of 32 MB, and they keep two threads busy.
 SWEEP_ELEMENTS = 2**21
 
 
@@ -58,13 +57,13 @@ class Point:
     """One measurement.
 
     Attributes:
-        sweep: the question it belongs to, a key of :func:`sweeps`.
+        sweep: a key of :func:`sweeps`.
         shape: ``[B, N_t, N_s]``.
         seconds: medians by name; :data:`COPY` is the copy. On a GPU, seconds of the device.
         loss_bytes: bytes of both heads' logits.
-        host_seconds: of a GPU, medians by name of the time until the host has handed a call over; else empty.
-        relationship_bytes: of a GPU, bytes of the distinct rows of the relationship that the labels name; else 0, since
-            a processor's caches keep them from call to call.
+        host_seconds: on a GPU, medians by name of the time until the host has queued a call; else empty.
+        relationship_bytes: on a GPU, bytes of the distinct rows of the relationship that the labels name; else 0, since
+            a processor's caches keep these rows from call to call.
     """
 
     sweep: str
@@ -85,18 +84,18 @@ class Point:
         return bound / self.seconds[OURS]
 
     def copy_bandwidth(self) -> float:
-        """Bytes a second that the copy reads and writes."""
+        """The bytes that the copy reads and writes in a second."""
         return 2 * self.loss_bytes / self.seconds[COPY]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of one forward and backward pass, beyond the logits; the two gradients are part of it.
+    """Bytes at the peak of one forward and backward pass beyond the logits, both gradients included.
 
     Attributes:
         shape: ``[B, N_t, N_s]``.
-        peaks: by name.
-        gradient_bytes: of both heads, as large as the logits.
+        peaks: bytes by name.
+        gradient_bytes: bytes of both gradients, as many as the logits have.
     """
 
     shape: list[int]
@@ -108,7 +107,7 @@ class Memory:
 def sweeps(
     largest_batch: int = 131_072, largest_head: int = 262_144, threads: Sequence[int] = (1, 2)
 ) -> dict[str, list[tuple[Shape, str, int]]]:
-    """What is measured, by question: shape, dtype, threads (of the host)."""
+    """The cases of each sweep: shape, dtype, threads of the host."""
     batches = [4**k for k in range(9) if 4**k < largest_batch] + [largest_batch]
     heads = [columns for columns in (10, 32, 100, 320, 1000, 3200, 10_000, 32_000, 100_000) if columns < largest_head]
     heads.append(largest_head)
@@ -120,7 +119,7 @@ def sweeps(
 
 
 def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, seconds: float) -> Point:
-    """Time ours, the others and the copy in turns, after all have been held against the reference."""
+    """Compare all contestants with the reference, then time them and the copy in turns."""
     torch.set_num_threads(threads)
     problem = LossProblem.make(shape, DTYPES[dtype], device=device)
     on_a_gpu = torch.device(device).type == "cuda"
@@ -143,7 +142,7 @@ def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, 
     run = partial(interleave, seconds=seconds, before_each=problem.clear_gradients)
     host = {}
     if on_a_gpu:
-        # Turns of one call, since the caches are emptied before each; no more of them than fit into a few seconds.
+        # A turn is one call, since the caches are emptied before each; max_rounds keeps this to a few seconds.
         times = run({**calls, COPY: copy}, stopwatch=DeviceStopwatch(device), max_rounds=200)
         host = run(calls, stopwatch=host_stopwatch(before=synchronizer(device)), max_rounds=200)
     else:
@@ -158,7 +157,7 @@ def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, 
 
 
 def measure_memory(shape: Shape, dtype: str, *, device: str) -> Memory:
-    """Resident bytes where the system tells them (Linux, on a CPU), else those that torch allocates."""
+    """Resident bytes on Linux with a CPU, else the bytes that torch allocates."""
     peaks = {}
     for name in (OURS, *BESIDE):
         peak = memory.measure_loss(name, shape, dtype, device=device)
@@ -252,7 +251,7 @@ def _plot_growth(axes: Axes, points: Sequence[Point], index: int, label: str) ->
 
 
 def _plot_bars(axes: Axes, points: Sequence[Point], values: dict[str, Callable[[Point], float]], label: str) -> None:
-    """A group of bars for each point, one for each of the named values."""
+    """Draw a group of bars for each point, with a bar for each named value."""
     height = 0.8 / len(values)
     for bar, (name, value) in enumerate(values.items()):
         middles = [row + (bar - (len(values) - 1) / 2) * height for row in range(len(points))]
@@ -270,7 +269,7 @@ def _ratio_to_ours(name: str, point: Point) -> float:
 
 
 def write_page(points: Sequence[Point], memories: Sequence[Memory], environment: dict[str, str], output: Path) -> Path:
-    """``page.md`` with its pictures, and ``page.json`` with everything that was measured."""
+    """Write ``page.md`` with its pictures, and ``page.json`` with all measurements."""
     from matplotlib.figure import Figure
 
     output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The inputs that every contestant gets: made once from a seed, the same for all."""
+"""The inputs of all contestants, made once from a seed."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = [
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# Logits of a trained classifier are a few units wide; this gives rows with clear favourites and log-probabilities down
-# to about -25.
+# Logits of a trained classifier spread over a few units; this scale gives rows with clear favourites and
+# log-probabilities down to about -25.
 _LOGIT_SCALE = 3.0
 _CALIBRATION_LOGIT_SCALE = 5.0
 
@@ -42,7 +42,7 @@ class Shape(NamedTuple):
 
     @property
     def logits(self) -> int:
-        """How many, of both heads; a forward and backward pass has as many gradients."""
+        """The number of logits of both heads, which is also the number of gradient elements."""
         return self.batch * (self.target_classes + self.source_classes)
 
     def __str__(self) -> str:
@@ -61,19 +61,19 @@ SHAPES = (
 )
 
 RELATIONSHIP_SHAPE = Shape(50_000, 200, 1000)
-# Rows of one update: a large evaluation batch, and everything at once.
+# Rows of one update: a large evaluation batch, and all rows at once.
 RELATIONSHIP_BATCHES = (256, 50_000)
 
 CALIBRATION_ROWS, CALIBRATION_CLASSES = 20_000, 1000
-# The factor 0.884 that the authors' script has for their ImageNet model is T = 1.13; and a more confident model.
+# The authors' script has the factor 0.884 = 1 / 1.13 for their ImageNet model. 1.6 is a more confident model.
 TEMPERATURES = (1.13, 1.6)
 
 
 def parse_shape(text: str) -> Shape:
-    """``"48x200x1000"`` to a :class:`Shape`.
+    """Turn ``"48x200x1000"`` into a :class:`Shape`.
 
     Raises:
-        ValueError: it is not three positive integers with ``x`` between them.
+        ValueError: ``text`` is not three positive integers with ``x`` between them.
     """
     parts = text.lower().split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -85,14 +85,14 @@ def parse_shape(text: str) -> Shape:
 class LossProblem:
     """One training step's input to the loss.
 
-    The labels lie on the host, where a data loader puts them, and the logits on the device, where the model puts them.
+    The labels are on the host, as from a data loader, and the logits on the device, as from a model.
 
     Attributes:
         source_logits: ``(B, N_s)``, a leaf that requires grad.
         target_logits: ``(B, N_t)``, a leaf that requires grad.
         labels: ``(B,)`` int64, on the CPU (see :meth:`with_labels_on_the_device`).
         relationship: ``(N_t, N_s)`` float32, on the device; every row sums to 1.
-        relationship_numpy: the same on the host, for the formulation that keeps it there.
+        relationship_numpy: the relationship on the host, for tllib.
         trade_off: the factor of the source term.
     """
 
@@ -105,7 +105,7 @@ class LossProblem:
 
     @classmethod
     def make(cls, shape: Shape, dtype: torch.dtype, *, device: str = "cpu", seed: int = 2020) -> LossProblem:
-        """Random logits, labels and relationship. The same seed gives the same numbers on every device."""
+        """Make random logits, labels and relationship. The same seed gives the same numbers on every device."""
         random = torch.Generator().manual_seed(seed)
 
         def logits(rows: int, columns: int) -> Tensor:
@@ -118,17 +118,17 @@ class LossProblem:
         return cls(source_logits, target_logits, labels, relationship.to(device), relationship.numpy())
 
     def with_labels_on_the_device(self) -> LossProblem:
-        """As in a loop that has sent them ahead: a step that copies them makes the host wait for the device."""
+        """Move the labels to the device: a step that copies them makes the host wait for the device."""
         return replace(self, labels=self.labels.to(self.source_logits.device))
 
     def clear_gradients(self) -> None:
-        """As ``optimizer.zero_grad()`` does between steps: the next backward pass makes fresh gradients."""
+        """Do what ``optimizer.zero_grad()`` does between steps: the next backward pass makes fresh gradients."""
         self.source_logits.grad = self.target_logits.grad = None
 
 
 @dataclass(frozen=True)
 class RelationshipProblem:
-    """A pretrained model's logits on a target training set, batch by batch as it gives them.
+    """A pretrained model's logits on a target training set, in batches.
 
     Attributes:
         logits: ``(rows, N_s)`` float32 batches, on the device.
@@ -142,7 +142,7 @@ class RelationshipProblem:
 
     @classmethod
     def make(cls, shape: Shape, *, batch: int, device: str = "cpu", seed: int = 2020) -> RelationshipProblem:
-        """Random logits of ``shape.batch`` images in batches, and shuffled labels, each class as often as another."""
+        """Make random logits of ``shape.batch`` images in batches, and shuffled labels, equally many a class."""
         random = torch.Generator().manual_seed(seed)
         logits = (_LOGIT_SCALE * torch.randn(shape.batch, shape.source_classes, generator=random)).to(device)
         labels = torch.randperm(shape.batch, generator=random) % shape.target_classes
@@ -156,7 +156,7 @@ class CalibrationProblem:
     Attributes:
         logits: ``(rows, classes)`` float32.
         labels: ``(rows,)`` int64, on the logits' device.
-        temperature: of the distribution that the labels were drawn from; the fit to this draw is near it.
+        temperature: temperature of the distribution of the labels; a fit to this sample is near it.
     """
 
     logits: Tensor
@@ -167,10 +167,10 @@ class CalibrationProblem:
     def make(
         cls, rows: int, classes: int, temperature: float, *, device: str = "cpu", seed: int = 2020
     ) -> CalibrationProblem:
-        """Labels are drawn from ``softmax(logits / temperature)``; with 1000 classes about half are the favourite."""
+        """Draw labels from ``softmax(logits / temperature)``; with 1000 classes about half are the largest logit's."""
         random = torch.Generator().manual_seed(seed)
         calibrated = _CALIBRATION_LOGIT_SCALE * torch.randn(rows, classes, generator=random)
-        # The largest of the logits plus Gumbel noise is a draw from their softmax.
+        # The argmax of logits plus Gumbel noise is a draw from their softmax.
         gumbel = -torch.log(-torch.log(torch.rand(rows, classes, generator=random).clamp_(1e-20, 1 - 1e-7)))
         labels = (calibrated + gumbel).argmax(1)
         return cls((calibrated * temperature).to(device), labels.to(device), temperature)

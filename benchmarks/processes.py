@@ -1,4 +1,4 @@
-"""Commands of ``python -m benchmarks`` in a process of their own, which imports what this process imports."""
+"""Runs a command of ``python -m benchmarks`` in a separate process that imports the same packages as this one."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from collections.abc import Mapping
 
 __all__ = ["SETTLED_MALLOC", "run_apart"]
 
-# glibc gives large blocks back to the system when they are freed, and the next step pays for zeroed pages again. At
-# 100 MB these page faults take most of every formulation's time and hide the difference.
+# By default glibc returns large blocks to the system when they are freed, and the next step pays for zeroed pages
+# again. At 100 MB these page faults take most of every formulation's time and hide the difference.
 SETTLED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def run_apart(*arguments: str, malloc: Mapping[str, str]) -> str:
-    """Return what ``python -m benchmarks ARGUMENTS`` prints.
+    """Return the output of ``python -m benchmarks ARGUMENTS``.
 
     Args:
         arguments: the command and its options.
-        malloc: glibc's variables for the process, in place of this process's.
+        malloc: glibc's variables for the new process, which replace this process's.
 
     Raises:
-        RuntimeError: the command failed; the message has its errors.
+        RuntimeError: the command failed; the message has its standard error.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    # The same package: not one that lies in the working directory.
+    # Import the same benchmarks, not another one in the working directory.
     path = {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path), "PYTHONSAFEPATH": "1"}
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments], env=environment | path | dict(malloc),

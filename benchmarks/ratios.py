@@ -4,8 +4,7 @@
     python -m benchmarks ratios --full              both dtypes, one and two threads, longer
     python -m benchmarks ratios --shapes 48x200x1000 --parts loss --json result.json
 
-Every contestant is first checked to give the same loss and gradients. ``benchmarks/README.md`` says how the numbers
-are taken and what each one means.
+All contestants are first checked to return the same loss and gradients. ``benchmarks/README.md`` explains the numbers.
 """
 
 from __future__ import annotations
@@ -64,16 +63,16 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 PARTS = ("loss", "memory", "relationship", "temperature", "reverse", "language_head")
 COMPILED = tuple(contestant.name for contestant in LOSS_CONTESTANTS if contestant.compiles)
 
-# What cotuning_kernels promises on a CPU, one thread: at least this many times faster than tllib's formulation ...
+# The promises of cotuning_kernels on a CPU with one thread: at least this many times faster than tllib ...
 FLOORS_FLOAT32 = dict(zip(SHAPES, (4.5, 4.5, 5.0, 5.0, 3.5, 3.5), strict=True))
 FLOOR_BFLOAT16 = 4.0
-# ... and than torch.compile, at each of these shapes; than the authors' calibration; and than tllib's relationship, in
-# one update and in batches, with malloc as users have it: half of tllib's time is then fresh memory for its copies.
+# ... than torch.compile at each of these shapes; than the authors' calibration; and than tllib's relationship, in one
+# update and in batches, with the system's malloc, where half of tllib's time is fresh memory for its copies.
 FLOOR_COMPILED = 2.8
 FLOOR_TEMPERATURE = 25.0
 FLOOR_RELATIONSHIP = 8.0
 FLOOR_RELATIONSHIP_BATCHES = 4.0
-# The whole path of penalties, against scikit-learn's two ways; the wordpiece head, against the authors' way.
+# The whole path of penalties against two ways to call scikit-learn; the wordpiece head against the authors' way.
 FLOORS_REVERSE = {"same objectives": 5.0, "of 2020": 10.0}
 FLOOR_LANGUAGE_HEAD = 4.0
 
@@ -85,15 +84,15 @@ class Row:
     """One line of the table.
 
     Attributes:
-        measurement: what was measured.
-        dtype: of the logits.
-        threads: of torch.
+        measurement: its name in the table.
+        dtype: dtype of the logits.
+        threads: torch's threads.
         unit: ``"s"`` or ``"B"``.
         values: per contestant, median seconds or peak bytes.
-        ratios: per baseline, how many times ours it took; ours is not in it.
+        ratios: per baseline, its value over ours.
         spreads: per baseline, half the distance between the quartiles of the round-by-round ratio, relative to it.
-        floors: per baseline, the least ratio that is promised.
-        rounds: how often each was timed; 0 for memory.
+        floors: per baseline, the least promised ratio.
+        rounds: how often each contestant was timed; 0 for memory.
     """
 
     measurement: str
@@ -146,7 +145,7 @@ def missed_floors(rows: Iterable[Row]) -> list[str]:
 
 
 def render_table(rows: Sequence[Row]) -> str:
-    """A Markdown table that is also readable as it stands."""
+    """A Markdown table with aligned columns."""
     baselines = list(dict.fromkeys(name for row in rows for name in row.ratios))
     header = ["measured", "dtype", "threads", OURS, *baselines, "promised"]
     lines = [header]
@@ -233,7 +232,7 @@ class Bench:
                 measure()
 
     def loss(self, shape: Shape, dtype: str, threads: int) -> None:
-        """Forward and backward of every contestant."""
+        """Time forward and backward of every contestant."""
         torch.set_num_threads(threads)
         problem = LossProblem.make(shape, DTYPES[dtype], device=self.device)
         steps = prepare(self.contestants, problem)
@@ -252,7 +251,7 @@ class Bench:
         self.rows.append(Row.of_times(f"loss {shape}", dtype, threads, times, self._promised(floors, threads)))
 
     def relationship(self, batch: int, threads: int) -> None:
-        """From logits, as a model gives them batch by batch, to the relationship."""
+        """Time the way from batches of logits to the relationship."""
         torch.set_num_threads(threads)
         problem = RelationshipProblem.make(RELATIONSHIP_SHAPE, batch=batch, device=self.device)
         check_relationship(problem)
@@ -266,7 +265,7 @@ class Bench:
         self.rows.append(Row.of_times(name, "float32", threads, times, floors))
 
     def temperature(self, temperature: float, threads: int) -> None:
-        """From logits and labels to the temperature."""
+        """Time the way from logits and labels to the temperature."""
         torch.set_num_threads(threads)
         problem = CalibrationProblem.make(CALIBRATION_ROWS, CALIBRATION_CLASSES, temperature, device=self.device)
         for name, error in check_temperature(problem).items():
@@ -283,7 +282,7 @@ class Bench:
         self.rows.append(Row.of_times(name, "float32", threads, times, floors))
 
     def reverse(self) -> None:
-        """The regression along the authors' penalties, once: always processor time of one thread of the CPU."""
+        """Time the regression along the authors' penalties once, always in processor time of one CPU thread."""
         if importlib.util.find_spec("sklearn") is None:
             self.notes.append("The reverse relationship is not measured: scikit-learn is not installed.")
             return
@@ -298,7 +297,7 @@ class Bench:
         self._single(name, seconds, self._promised(FLOORS_REVERSE, 1))
 
     def language_head(self) -> None:
-        """A training step of the wordpiece head, each way in a process of its own."""
+        """Time a training step of the wordpiece head, each way in a separate process."""
         tokens, hidden, vocabulary = language_head.SIZES
         ways = {OURS: "fused, entities only", "all tokens": "all tokens"}
         found = {
@@ -315,7 +314,7 @@ class Bench:
         self.rows.append(Row.of_times(name, "float32", 1, times, floors))
 
     def with_system_malloc(self, parts: list[str]) -> None:
-        """The same parts in a process whose malloc is left alone, as in a program that does them once."""
+        """Run ``parts`` in a process with the system's malloc, as in a program that does them once."""
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "result.json"
             command = ["ratios", "--system-malloc", "--parts", *parts]
@@ -328,7 +327,7 @@ class Bench:
                 self.rows.append(Row(**row | {"measurement": f"{row['measurement']}, system malloc"}))
 
     def loss_memory(self, dtype: str) -> None:
-        """Peak of a forward and backward pass beside the logits; the gradients are part of it."""
+        """Measure the peak of a forward and backward pass beyond the logits, gradients included."""
         names = [contestant.name for contestant in self.contestants if self.arguments.full or not contestant.compiles]
         peaks = {name: memory.measure_loss(name, MEMORY_SHAPE, dtype, device=self.device) for name in names}
         self._memory_rows(f"loss {MEMORY_SHAPE}", dtype, 1, peaks)
@@ -336,7 +335,7 @@ class Bench:
         self.notes.append(f"The gradients of the loss {MEMORY_SHAPE} in {dtype}, alone: {gradients / 1e6:.1f} MB.")
 
     def relationship_memory(self, threads: int) -> None:
-        """Peak of learning a relationship beside the logits."""
+        """Measure the peak of learning a relationship beyond the logits."""
         peaks = {
             name: memory.measure_relationship(
                 name, RELATIONSHIP_SHAPE, RELATIONSHIP_BATCHES[0], threads=threads, device=self.device
@@ -360,7 +359,7 @@ class Bench:
 
 
 def environment(device: str, clock: str) -> dict[str, str]:
-    """What a number belongs to."""
+    """Describe the software and the machine of a measurement."""
     return {
         "backend": our_backend(device),
         "package": "a checkout" if Path(ck.__file__).parents[1] == _CHECKOUT else "installed",

@@ -1,16 +1,16 @@
 """The regression of the reverse relationship against scikit-learn's, along the authors' list of penalties.
 
-``python -m benchmarks reverse_relationship`` prints both times and, for each penalty, both objectives: a fit that stops
-early is fast, so that the times mean nothing without them. Three ways to call scikit-learn:
+``python -m benchmarks reverse_relationship`` prints both times and, for each penalty, both objectives. A fit that stops
+early is fast, so a time means nothing without its objective. There are three ways to call scikit-learn:
 
-* *defaults*: ``LogisticRegression(C=C, fit_intercept=False)`` as the authors write it, as the installed version reads
-  it: float32, ending when no element of the mean gradient is above 1e-4. Under weak penalties it ends early.
-* *same objectives*: float32, ending at 1e-6, where its objectives come near ours.
-* *of 2020*: scikit-learn 0.22 converted to float64, compared the *sum* over rows with 1e-4 and took at most 100
-  iterations; the installed version told to do so. It is what the authors ran.
+* *defaults*: ``LogisticRegression(C=C, fit_intercept=False)``, as the authors write it, in the installed version. It
+  computes in float32 and ends when no element of the mean gradient is above 1e-4: too early under weak penalties.
+* *same objectives*: float32, ending at 1e-6, where its objectives are close to ours.
+* *of 2020*: the authors ran scikit-learn 0.22, which converts to float64, compares the gradient's *sum* over rows with
+  1e-4 and takes at most 100 iterations. The installed version gets these settings.
 
-The data are logits of 1000 source classes around one centre for each of 200 target classes, so that about 80% of
-validation rows are predicted right. Processor time of one thread.
+The data are logits of 1000 source classes around one centre for each of 200 target classes; about 80% of validation
+rows are predicted right. Times are processor time of one thread.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _stopwatch = host_stopwatch(time.process_time)
 
 SIZES = (6000, 200, 1000)  # rows, target classes, source classes
 
-# name -> (dtype, tolerance for n rows, iterations at most)
+# name -> (dtype, tolerance for n rows, largest number of iterations)
 SCIKIT_LEARN = {
     "defaults": (np.float32, lambda rows: 1e-4, 100),
     "same objectives": (np.float32, lambda rows: 1e-6, 10_000),
@@ -45,7 +45,7 @@ SCIKIT_LEARN = {
 
 
 def make_problem(rows: int, target_classes: int, source_classes: int, seed: int = 2020) -> tuple[Tensor, Tensor]:
-    """Probabilities ``(rows, N_s)`` and labels."""
+    """Make probabilities ``(rows, N_s)`` and labels ``(rows,)``."""
     random = torch.Generator().manual_seed(seed)
     centres = 1.8 * torch.randn(target_classes, source_classes, generator=random)
     labels = torch.randint(target_classes, (rows,), generator=random)
@@ -54,13 +54,13 @@ def make_problem(rows: int, target_classes: int, source_classes: int, seed: int 
 
 
 def objective(coefficients: Tensor, probabilities: Tensor, labels: Tensor, inverse_penalty: float) -> float:
-    """What both minimise, in float64."""
+    """The objective that both minimise, in float64."""
     losses = F.cross_entropy(probabilities.double() @ coefficients.double().T, labels, reduction="sum")
     return float(losses + coefficients.double().square().sum() / (2 * inverse_penalty))
 
 
 def ours(probabilities: Tensor, labels: Tensor, target_classes: int) -> tuple[dict[float, Tensor], float]:
-    """Coefficients for each ``C``, and the processor seconds of all."""
+    """Return our coefficients for each ``C``, and the processor seconds of the whole path."""
     found: dict[float, Tensor] = {}
 
     def fit_all() -> None:
@@ -73,7 +73,7 @@ def ours(probabilities: Tensor, labels: Tensor, target_classes: int) -> tuple[di
 def scikit_learn(
     way: str, probabilities: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
 ) -> tuple[dict[float, Tensor], float]:
-    """The same from scikit-learn: a cold start for each ``C``, as the authors' loop has it."""
+    """Return the same from scikit-learn, with a cold start for each ``C`` as in the authors' loop."""
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
@@ -89,16 +89,16 @@ def scikit_learn(
             found[inverse_penalty] = torch.from_numpy(fit.coef_)
 
     with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore")  # at most 100 iterations are sometimes too few
+        warnings.simplefilter("ignore")  # 100 iterations are sometimes too few
         return found, _stopwatch(fit_all)
 
 
 def measure(
     ways: Sequence[str], probabilities: Tensor, labels: Tensor, target_classes: int
 ) -> tuple[dict[str, dict[float, Tensor]], dict[str, float]]:
-    """By contestant, the coefficients for each ``C`` and the processor seconds of all."""
+    """Return, by contestant, the coefficients for each ``C`` and the processor seconds of the whole path."""
     torch.set_num_threads(1)
-    list(regression_path(probabilities[:50], labels[:50], target_classes, [1.0]))  # loads what is loaded at first use
+    list(regression_path(probabilities[:50], labels[:50], target_classes, [1.0]))  # late imports
     found, seconds = {}, {}
     found[OURS], seconds[OURS] = ours(probabilities, labels, target_classes)
     for way in ways:
@@ -109,10 +109,10 @@ def measure(
 def check_objectives(
     found: dict[str, dict[float, Tensor]], probabilities: Tensor, labels: Tensor, tolerance: float = 1e-4
 ) -> dict[str, dict[float, float]]:
-    """The objectives, for each contestant and ``C``.
+    """Return the objectives for each contestant and ``C``.
 
     Raises:
-        DisagreementError: an objective of ours is above a contestant's by more than the tolerance.
+        DisagreementError: an objective of ours exceeds the best one by more than the tolerance.
     """
     objectives = {
         name: {c: objective(coefficients, probabilities, labels, c) for c, coefficients in path.items()}

@@ -23,7 +23,7 @@ _CASES = [pytest.param((shape, dtype), id=f"{shape}-{dtype}") for shape in SHAPE
 
 @pytest.fixture(scope="module")
 def expected(request: pytest.FixtureRequest, device: str) -> ExpectedLoss:
-    """A problem and its right answer, made once for all contestants."""
+    """A problem and the reference's result, made once for all contestants."""
     shape, dtype = request.param
     return ExpectedLoss(LossProblem.make(shape, DTYPES[dtype], device=device))
 

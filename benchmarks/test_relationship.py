@@ -12,7 +12,7 @@ from benchmarks.timing import finished
 
 @pytest.fixture(scope="module", params=RELATIONSHIP_BATCHES, ids=lambda batch: f"batches_of_{batch}")
 def problem(request: pytest.FixtureRequest, device: str) -> RelationshipProblem:
-    """The logits batch by batch; the contestants are checked as soon as it is made."""
+    """Batches of logits. The contestants are checked on them here."""
     made = RelationshipProblem.make(RELATIONSHIP_SHAPE, batch=request.param, device=device)
     check_relationship(made)
     return made

@@ -17,7 +17,7 @@ def problem(request: pytest.FixtureRequest, device: str) -> CalibrationProblem:
 
 @pytest.fixture(scope="module")
 def errors(problem: CalibrationProblem) -> dict[str, float]:
-    """How far each contestant is from the exact temperature; none is timed that is too far."""
+    """The error of each contestant against the exact temperature. Too large an error fails before timing."""
     return check_temperature(problem)
 
 

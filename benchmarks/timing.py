@@ -1,7 +1,7 @@
 """Interleaved timing: A B C, A B C, ... in one process, so that a slow moment of the machine hits all of them.
 
-A *stopwatch* runs a call and gives its seconds: :func:`host_stopwatch` those of the host, :class:`DeviceStopwatch`
-those of a GPU.
+A *stopwatch* runs a call and returns its seconds: :func:`host_stopwatch` by a clock of the host,
+:class:`DeviceStopwatch` by the clock of a GPU.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def _nothing() -> None:
 def host_stopwatch(
     clock: Callable[[], float] = time.perf_counter, *, before: Call = _nothing, after: Call = _nothing
 ) -> Stopwatch:
-    """Seconds of ``clock``. What a call returns is dropped outside its time.
+    """Return a stopwatch that reads ``clock``. A call's result is freed after its time ends.
 
     Args:
-        before: run before the time starts. With a :func:`synchronizer` a call does not pay for earlier work.
-        after: run before the time ends. With a :func:`synchronizer` a call pays for its own work on the device, without
-            one only for the time until the host has handed it over.
+        before: runs before the time starts. With a :func:`synchronizer` a call does not pay for earlier work.
+        after: runs before the time ends. With a :func:`synchronizer` the time includes the call's work on the device,
+            without one it ends when the host has queued that work.
     """
 
     def timed(call: Call) -> float:
@@ -49,19 +49,19 @@ def host_stopwatch(
 
 
 class DeviceStopwatch:
-    """Seconds of a CUDA device from the first operation of a call to the end of its last, by the device's own clock.
+    """Seconds of a CUDA device from a call's first operation to the end of its last, by the device's clock.
 
-    The device zeroes memory before each call, and then reads other memory. Either is several times as much as the
-    caches hold, so that a call finds none of its operands there, and nothing that is still to be written back. And it
-    keeps the device busy until the host has handed the call over, so that the operations follow each other as they do
-    within a training step, whose host is ahead: without that, small calls would show how fast Python is. Where the
-    host was not ahead, the next calls are preceded by more of it; the untimed rounds are there for that. A call that
-    makes the host wait (by copying from its memory, say) leaves the device idle whatever is before it, and pays.
+    Before each call the device zeroes memory, then reads other memory. Both are several times as large as the caches,
+    so the call finds none of its operands in a cache, and no earlier writes are pending. This work also keeps the
+    device busy until the host has queued the call, so the call's operations run back to back, as in a training step
+    whose host is ahead. Otherwise the time of a small call would be Python's. If the device was idle before the host
+    had queued the call, more memory is zeroed before the next calls; the untimed rounds find the right amount. A call
+    that makes the host wait (a copy from the host's memory, say) leaves the device idle, and its time includes that.
     """
 
-    # On a card that moves 3 TB/s a millisecond, of which no contestant's host needs half.
+    # A millisecond on a card with 3 TB/s; the host of every contestant needs less than half of it.
     _MOST_ZEROINGS = 16
-    # AMD's cards have a cache of 256 MB behind the one that they tell of.
+    # AMD's cards report their L2 cache, but have a cache of 256 MB behind it.
     _LEAST_BYTES_ON_AMD = 1 << 30
 
     def __init__(self, device: str) -> None:
@@ -92,7 +92,7 @@ class DeviceStopwatch:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call of a contestant, one entry a round: the mean over its turn in that round."""
+    """Seconds of one call of a contestant: one entry a round, the mean over its turn in that round."""
 
     seconds: tuple[float, ...]
 
@@ -101,15 +101,15 @@ class Timing:
         return statistics.median(self.seconds)
 
     def quartiles(self) -> tuple[float, float]:
-        """The seconds that a quarter and three quarters of the rounds stayed under."""
+        """The first and third quartile of the seconds."""
         return _quartiles(self.seconds)
 
     def ratio_to(self, other: Timing) -> float:
-        """How many times longer than ``other`` this took: the ratio of the two medians."""
+        """The ratio of this median to that of ``other``."""
         return self.median / other.median
 
     def ratio_quartiles(self, other: Timing) -> tuple[float, float]:
-        """The quartiles of the ratio taken round by round: the two calls of a round stand side by side."""
+        """The quartiles of the ratio taken round by round, where both calls are close in time."""
         return _quartiles([mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)])
 
 
@@ -124,16 +124,16 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 2000,
 ) -> dict[str, Timing]:
-    """Give every contestant its turn once a round, in the order given, until the rounds have used up ``seconds``.
+    """Run rounds in which every contestant has one turn, in the given order, until they have used up ``seconds``.
 
     Args:
-        calls: what to time, by name.
-        seconds: a budget for all timed calls together. At least ``min_rounds``, at most ``max_rounds`` are run.
-        turn: seconds of a turn: the fastest contestant calls as often in a row as fits in, and all others as often as
-            it. With 0 a turn is one call, and every call finds the caches as the others left them.
-        before_each: run before each call, outside its time, the same for every contestant.
-        stopwatch: times a call; by default the time that passes.
-        warmup: untimed rounds of one call each before the first timed one.
+        calls: the calls to time, by name.
+        seconds: a budget for all timed calls together. At least ``min_rounds`` and at most ``max_rounds`` rounds run.
+        turn: seconds of a turn. The fastest contestant makes as many consecutive calls as fit, and the others make as
+            many. With 0 a turn is one call, and every call finds the caches as the others left them.
+        before_each: runs before each call of every contestant, outside its time.
+        stopwatch: times a call; the default measures elapsed time.
+        warmup: untimed rounds of one call each before the first timed round.
     """
     stopwatch = stopwatch or host_stopwatch()
 
@@ -142,7 +142,7 @@ def interleave(
         return stopwatch(call)
 
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    # A collection in the middle of a call would be charged to it, whoever made the garbage.
+    # A garbage collection during a call would count as its time, whichever call made the garbage.
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()
@@ -166,12 +166,12 @@ def interleave(
 
 
 def synchronizer(device: str) -> Call:
-    """Waits until the device has done what it was given; on a CPU there is nothing to wait for."""
+    """Return a function that waits for the device to finish its work; on a CPU it does nothing."""
     return partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else _nothing
 
 
 def finished(call: Call, device: str) -> Call:
-    """``call``, and then a wait until the device has done it."""
+    """Return ``call`` followed by a wait for the device to finish it."""
     synchronize = synchronizer(device)
 
     def call_and_wait() -> None:
