@@ -13,9 +13,9 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "ratios": "one table: how many times longer other formulations take",
-    "limits": "where the time of a call goes, and the kernel beside two bounds",
-    "page": "a page with pictures: growth, threads, memory, share of a copy; of a GPU with --device cuda",
-    "memory": "the peak of one contestant, as JSON",
+    "limits": "the parts of a call's time, and the kernel beside two bounds",
+    "page": "a page with pictures: growth, threads, memory, share of a copy; --device cuda for a GPU",
+    "memory": "the peak memory of one contestant, as JSON",
     "language_head": "a step of the head of a language model, fused and unfused",
     "reverse_relationship": "the regression of the reverse relationship against scikit-learn's",
 }

@@ -138,8 +138,8 @@ def unavailable(contestant: LossContestant, device: str) -> str | None:
     if contestant is TRITON:
         kind = torch.device(device).type
         if "triton" not in backends.available(kind):
-            return backends.missing_reason("triton") or f"they do not serve {device!r}"
-        return "they are what serves it" if backends.select(kind) == "triton" else None
+            return backends.missing_reason("triton") or f"the Triton kernels do not serve {device!r}"
+        return "cotuning_kernels itself uses them there" if backends.select(kind) == "triton" else None
     return baselines.compiler_missing() if contestant.compiles else None
 
 
@@ -232,7 +232,7 @@ class ExpectedLoss:
             ("target_logits", problem.target_logits, self.target_grad, one_hot_rows, 1.0),
         ):
             if logits.grad is None:
-                raise DisagreementError(f"{contestant.name}: {name} got no gradient")
+                raise DisagreementError(f"{contestant.name}: {name} has no gradient")
             if logits.grad.dtype != logits.dtype or logits.grad.shape != logits.shape:
                 raise DisagreementError(f"{contestant.name}: the gradient of {name} has another dtype or shape")
             error_norm = scale_norm = 0.0
@@ -271,7 +271,7 @@ def check_loss(contestant: LossContestant, step: LossFunction, expected: Expecte
         expected.check(contestant, loss.detach())
     problem.clear_gradients()
     if (problem.source_logits._version, problem.target_logits._version) != versions:
-        raise DisagreementError(f"{contestant.name}: wrote over the logits")
+        raise DisagreementError(f"{contestant.name}: overwrote the logits")
 
 
 def check_relationship(problem: RelationshipProblem, *, tolerance: float = 1e-5) -> None:

@@ -124,11 +124,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks language_head", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("--tokens", type=int, default=SIZES[0], help="of a batch, all words together")
+    parser.add_argument("--tokens", type=int, default=SIZES[0], help="tokens of a batch")
     parser.add_argument("--hidden", type=int, default=SIZES[1])
     parser.add_argument("--vocabulary", type=int, default=SIZES[2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--way", choices=list(WAYS), help="measure this one, print JSON")
+    parser.add_argument("--way", choices=list(WAYS), help="measure only this way and print JSON")
     options = parser.parse_args(arguments)
     sizes = (options.tokens, options.hidden, options.vocabulary, options.rounds)
     if options.way is not None:

@@ -240,7 +240,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--shapes", nargs="+", type=parse_shape, default=SHAPES, metavar="BxN_txN_s")
     parser.add_argument("--in-place-shape", type=parse_shape, default=SHAPES[3], metavar="BxN_txN_s")
     parser.add_argument("--seconds", type=float, default=4.0, help="timed seconds a shape; default %(default)s")
-    parser.add_argument("--processor-time", action="store_true", help="of this process, not the time that passes")
+    parser.add_argument("--processor-time", action="store_true", help="measure processor time, not elapsed time")
     parser.add_argument("--system-malloc", action="store_true", help="do not set MALLOC_MMAP_MAX_=0")
     parsed = parser.parse_args(arguments)
     reason = compiler_missing()

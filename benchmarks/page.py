@@ -223,7 +223,7 @@ def _threads_table(points: Sequence[Point]) -> str:
         for (shape, dtype, threads), seconds in by_key.items()
         if threads == 1 and (shape, dtype, 2) in by_key
     )
-    return _markdown(["B x N_t x N_s", "dtype", "two threads are faster by"], rows)
+    return _markdown(["B x N_t x N_s", "dtype", "speed-up by two threads"], rows)
 
 
 def _memory_table(memories: Sequence[Memory]) -> str:
@@ -245,7 +245,7 @@ def _plot_growth(axes: Axes, points: Sequence[Point], index: int, label: str) ->
             [1e9 * point.seconds[name] / point.elements for point in points],
             style, marker="o", markersize=3, linewidth=2 if name == OURS else 1, label=name,
         )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ns for a logit (forward and backward)")
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ns a logit (forward and backward)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -317,9 +317,9 @@ _PAGE = """\
 
 {machine}
 
-Forward and backward of the whole loss through the public API; medians of turns in one process. `{ours}` in time, the
-others as multiples of it. The *share of a copy* is the time in which the logits are copied once, over ours: what reads
-the logits and writes a gradient cannot do better when nothing stays in the caches (in the caches, it can).{clock}
+Forward and backward of the whole loss through the public API; medians of turns in one process. The table has the time
+of `{ours}`, and the others as multiples of it. The *share of a copy* is the time of one copy of the logits over ours.
+It is at most 100 % when nothing stays in the caches: the loss reads the logits and writes as many gradients.{clock}
 
 {shapes}
 
@@ -332,8 +332,8 @@ the logits and writes a gradient cannot do better when nothing stays in the cach
 {beside}
 ## Memory
 
-The peak of one forward and backward pass beyond the logits, each measured in a process of its own; the gradients are
-part of it. Others as multiples of ours.
+The peak of one forward and backward pass beyond the logits, gradients included, each measured in a separate process.
+The others are multiples of ours.
 
 {memory}
 """
@@ -341,14 +341,14 @@ part of it. Others as multiples of ours.
 _DEVICE_CLOCK = """
 
 Times are the device's own, from a call's first operation to its last. Before each call the caches are emptied, by work
-that keeps the device busy until the host has handed the call over. The labels are on the device already, but for tllib,
-whose relationship stays on the host: its copies make the host wait, and the device for the host."""
+that keeps the device busy until the host has queued the call. The labels are on the device, except for tllib, whose
+relationship is on the host: its copies make the host wait for the device, and then the device for the host."""
 
 _HOST = """\
 ## The host
 
-Until a call is handed over, the device having been idle. Where that is longer than the device takes, Python and PyTorch
-are what a loop of nothing but the loss would wait for.
+The time until the host has queued a call to an idle device. Where it is longer than the device's time, a loop of the
+loss alone waits for Python and PyTorch.
 
 {host}
 """

@@ -292,7 +292,7 @@ class Bench:
         objectives = reverse_relationship.check_objectives(found, probabilities, labels)
         for way in FLOORS_REVERSE:
             excess = max(value / objectives[OURS][c] - 1 for c, value in objectives[way].items())
-            self.notes.append(f"scikit-learn, {way}: objectives up to {excess:.1e} above ours.")
+            self.notes.append(f"scikit-learn, {way}: objectives are up to {excess:.1e} above ours.")
         name = f"reverse relationship {rows}x{source_classes} into {target_classes}"
         self._single(name, seconds, self._promised(FLOORS_REVERSE, 1))
 
@@ -332,7 +332,7 @@ class Bench:
         peaks = {name: memory.measure_loss(name, MEMORY_SHAPE, dtype, device=self.device) for name in names}
         self._memory_rows(f"loss {MEMORY_SHAPE}", dtype, 1, peaks)
         gradients = MEMORY_SHAPE.logits * DTYPES[dtype].itemsize
-        self.notes.append(f"The gradients of the loss {MEMORY_SHAPE} in {dtype}, alone: {gradients / 1e6:.1f} MB.")
+        self.notes.append(f"The gradients of the loss {MEMORY_SHAPE} alone, in {dtype}: {gradients / 1e6:.1f} MB.")
 
     def relationship_memory(self, threads: int) -> None:
         """Measure the peak of learning a relationship beyond the logits."""
@@ -344,7 +344,7 @@ class Bench:
         }
         self._memory_rows(f"relationship {RELATIONSHIP_SHAPE}", "float32", threads, peaks)
         matrix = RELATIONSHIP_SHAPE.target_classes * RELATIONSHIP_SHAPE.source_classes * 4
-        self.notes.append(f"The relationship {RELATIONSHIP_SHAPE} in float32, alone: {matrix / 1e6:.1f} MB.")
+        self.notes.append(f"The relationship {RELATIONSHIP_SHAPE} alone, in float32: {matrix / 1e6:.1f} MB.")
 
     def _memory_rows(self, name: str, dtype: str, threads: int, peaks: dict[str, memory.Peak]) -> None:
         resident = {contestant: peak.resident for contestant, peak in peaks.items() if peak.resident is not None}
@@ -393,30 +393,30 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--turn",
         type=float,
         default=0.005,
-        help="seconds that a loss contestant calls in a row before the next one does; 0: one call (default 0.005)",
+        help="seconds of consecutive calls before the next loss contestant's turn; 0: one call (default 0.005)",
     )
     parser.add_argument("--full", action="store_true", help="both dtypes, one and two threads, longer")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="count this process's processor time instead of the time that passes: for a busy machine and one thread",
+        help="measure processor time, not elapsed time: for a busy machine and one thread",
     )
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes longest")
     parser.add_argument("--system-malloc", action="store_true", help="do not set MALLOC_MMAP_MAX_=0")
-    parser.add_argument("--allow-reference", action="store_true", help="measure even where no kernel was built")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a promised ratio is missed")
-    parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
+    parser.add_argument("--allow-reference", action="store_true", help="measure plain PyTorch if no kernel was built")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a promised ratio is missed")
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parsed = parser.parse_args(arguments)
     if parsed.processor_time and (parsed.device != "cpu" or (parsed.threads or [1]) != [1] or parsed.full):
         parser.error(
-            "--processor-time adds up the threads and does not see a GPU: use one thread on the cpu, not --full"
+            "--processor-time adds up the threads and does not count a GPU: use one thread on the CPU, without --full"
         )
     parsed.dtype = parsed.dtype or (list(DTYPES) if parsed.full else ["float32"])
     parsed.threads = parsed.threads or ([1, 2] if parsed.full else [1])
     parsed.seconds = parsed.seconds if parsed.seconds is not None else (8.0 if parsed.full else 2.0)
     if parsed.json and not parsed.json.absolute().parent.is_dir():
-        parser.error(f"--json {parsed.json}: there is no folder {parsed.json.absolute().parent}")
+        parser.error(f"--json {parsed.json}: there is no folder {parsed.json.absolute().parent}; create it")
     reason = unavailable(next(c for c in LOSS_CONTESTANTS if c.name == OURS), parsed.device)
     if reason and not parsed.allow_reference:
         parser.exit(2, f"Nothing to measure: {reason}. --allow-reference measures plain PyTorch instead.\n")
@@ -436,7 +436,7 @@ def main(arguments: Sequence[str]) -> int:
     print(render_table(bench.rows))
     print()
     print(f"{OURS} in seconds or MB; the others as multiples of it (more than 1 is slower or larger).")
-    print("± is half the distance between the quartiles of the ratio, round by round.")
+    print("± is half the distance between the quartiles of the round-by-round ratio.")
     for note in bench.notes:
         print(note)
     for sentence in missed:
