@@ -33,7 +33,8 @@ from benchmarks import baselines, ratios
 from benchmarks.contestants import LOSS_CONTESTANTS, OURS, ExpectedLoss, our_backend
 from benchmarks.problems import SHAPES, LossProblem, Shape, parse_shape
 from benchmarks.timing import Timing, host_stopwatch, interleave
-from cotuning_kernels.backends.operations import REDUCTIONS, operation
+from cotuning_kernels.backends.operations import operation
+from cotuning_kernels.options import REDUCTIONS
 
 __all__ = ["Limits", "bounds", "compiler_missing", "main", "measure", "measure_in_place", "render"]
 

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from cotuning_kernels import validation
 from cotuning_kernels.backends.operations import operation
-from cotuning_kernels.options import LossOptions, check_trade_off
+from cotuning_kernels.options import LossOptions
 from cotuning_kernels.targets import Target, dense_columns, operand_target
 
 __all__ = ["co_tuning_loss", "normalized_class_weights", "translate_labels"]
@@ -43,7 +43,6 @@ def co_tuning_loss(
 
     Checks only what the operation would wrongly accept.
     """
-    weight, trade_off = options.weight, options.trade_off
     relationship = dense_columns(relationship)
     operand: tuple[Tensor, Tensor | None, Tensor | None, Tensor]
     if isinstance(target, Tensor) and not target.is_floating_point():
@@ -53,25 +52,13 @@ def co_tuning_loss(
             target, source_logits.shape[0], relationship.shape[0], source_logits.device, options.ignore_index
         )
         operand = operand_target(target, relationship, _compute_dtype(source_logits))
-    if isinstance(options.label_smoothing, Tensor) or isinstance(options.ignore_index, Tensor):
-        raise TypeError("label_smoothing and ignore_index must be numbers")  # the dispatcher would take a tensor
-    if relationship.requires_grad or (weight is not None and weight.requires_grad):
-        raise ValueError("relationship and weight must not require grad")
-    if isinstance(options.label_smoothing, Tensor) or isinstance(options.ignore_index, Tensor):
-        raise TypeError("label_smoothing and ignore_index must be numbers")  # operations take a tensor's value
-    if not isinstance(trade_off, Tensor):
-        check_trade_off(trade_off, source_logits.device)
-        trade_off = torch.full((), trade_off * 1.0, dtype=torch.float64, device=source_logits.device)
-    elif trade_off.requires_grad:
-        raise ValueError("trade_off must not require grad")
-    elif trade_off.dtype is not torch.float64:
-        check_trade_off(trade_off, source_logits.device)
-        trade_off = trade_off.to(torch.float64)
-    if weight is not None and options.reduction == "mean" and backend != "cpp":
+    if relationship.requires_grad:
+        raise ValueError("relationship must not require grad")
+    if options.weight is not None and options.reduction == "mean" and backend != "cpp":
         half = target_logits is not None and target_logits.dtype is torch.float16
         if half and not operand[0].is_floating_point():
-            weight = normalized_class_weights(weight)
-    arguments: tuple[Any, ...] = (*operand, *options.in_operations(weight, trade_off))
+            options = options._replace(weight=normalized_class_weights(options.weight))
+    arguments: tuple[Any, ...] = (*operand, *options.in_operations(source_logits.device))
     source_gradient = source_logits.requires_grad
     target_gradient = target_logits is not None and target_logits.requires_grad
     wants_gradient = torch.is_grad_enabled() and (source_gradient or target_gradient)

@@ -1,4 +1,8 @@
-"""The options of the loss: made once, checked once, and passed on whole."""
+"""The options of the loss: made once, checked once, and passed on whole.
+
+Users write words and numbers (:class:`LossOptions`); the operations take numbers and tensors
+(:class:`OperationOptions`). Everything between a public signature and a kernel passes either tuple on whole.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cotuning_kernels.backends.operations import KL_DIVERGENCE, REDUCTIONS
+from cotuning_kernels.dtypes import FLOATING
 from cotuning_kernels.validation import check_device, check_ignore_index
 
-__all__ = ["LossOptions", "check_options", "check_trade_off"]
+__all__ = [
+    "KL_DIVERGENCE",
+    "REDUCTIONS",
+    "SCHEMA",
+    "LossOptions",
+    "OperationOptions",
+    "check_options",
+    "check_trade_off",
+]
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+KL_DIVERGENCE = {"cross_entropy": False, "kl": True}
+
+# The fields of OperationOptions in the operations' schema. LossInputs::visit_options (csrc/kernels/loss_problem.h) has
+# the same order. The trade-off is a float64 tensor of shape (), so that it can change between steps without a new trace
+# of torch.compile and without a new capture of a graph.
+SCHEMA = "Tensor? weight, Tensor trade_off, float label_smoothing, int ignore_index, int reduction, bool kl_divergence"
 
 
 class LossOptions(NamedTuple):
     """What :func:`cotuning_kernels.functional.co_tuning_loss` computes; see there.
 
-    The order is that of the operations' schema (:mod:`cotuning_kernels.backends.operations`).
+    The order is that of :class:`OperationOptions`.
     """
 
     weight: Tensor | None = None
@@ -29,10 +49,55 @@ class LossOptions(NamedTuple):
     reduction: str = "mean"
     source_loss: str = "cross_entropy"
 
-    def in_operations(self, weight: Tensor | None, trade_off: Tensor) -> tuple[Any, ...]:
-        """The options in the operations' form, with this call's weight and trade-off."""
-        reduction, kl_divergence = REDUCTIONS[self.reduction], KL_DIVERGENCE[self.source_loss]
-        return weight, trade_off, self.label_smoothing, self.ignore_index, reduction, kl_divergence
+    def in_operations(self, device: torch.device) -> tuple[Any, ...]:
+        """The fields of :class:`OperationOptions`, for logits on ``device``.
+
+        Checks only what an operation would wrongly accept.
+        """
+        weight, trade_off, label_smoothing, ignore_index, reduction, source_loss = self
+        if isinstance(label_smoothing, Tensor) or isinstance(ignore_index, Tensor):
+            raise TypeError("label_smoothing and ignore_index must be numbers")  # operations take a tensor's value
+        if weight is not None and weight.requires_grad:
+            raise ValueError("weight must not require grad")
+        if not isinstance(trade_off, Tensor):
+            check_trade_off(trade_off, device)
+            trade_off = torch.full((), trade_off * 1.0, dtype=torch.float64, device=device)
+        elif trade_off.requires_grad:
+            raise ValueError("trade_off must not require grad")
+        elif trade_off.dtype is not torch.float64:
+            check_trade_off(trade_off, device)
+            trade_off = trade_off.to(torch.float64)
+        return weight, trade_off, label_smoothing, ignore_index, REDUCTIONS[reduction], KL_DIVERGENCE[source_loss]
+
+
+class OperationOptions(NamedTuple):
+    """The options as the operations take them, in the order of :data:`SCHEMA`."""
+
+    weight: Tensor | None
+    trade_off: Tensor
+    label_smoothing: float
+    ignore_index: int
+    reduction: int
+    kl_divergence: bool
+
+    def check(self, num_target_classes: int, device: torch.device) -> None:
+        """Check what would make a kernel read outside a tensor or compute something else, for a direct caller.
+
+        Raises:
+            RuntimeError: an option has a wrong dtype, shape, device or value.
+        """
+        weight, trade_off, label_smoothing, _, reduction, _ = self
+        if not 0 <= reduction <= 2:
+            raise RuntimeError("reduction must be 0, 1 or 2")
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError("label_smoothing must be in [0, 1]")
+        fits = weight is None or (
+            weight.dtype in FLOATING and weight.shape == (num_target_classes,) and weight.device == device
+        )
+        if not fits:
+            raise RuntimeError(f"weight must be floating of shape ({num_target_classes},) on {device}")
+        if trade_off.dtype != torch.float64 or trade_off.dim() != 0 or trade_off.device != device:
+            raise RuntimeError(f"trade_off must be a float64 number on {device}")
 
 
 def check_options(options: LossOptions, num_target_classes: int, device: torch.device) -> None:

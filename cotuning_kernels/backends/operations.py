@@ -13,30 +13,27 @@ Conventions that all operations share:
   ``relationship`` is then the ``(B, N_s)`` product ``target @ R``, row ``i`` belonging to row ``i``, and ``mix`` the
   share of each row's target that has source supervision, float64 ``(B,)``.
 * Losses and terms are float64 when any logits are float64, else float32. Gradients have their logits' dtype.
-* ``trade_off`` is a float64 tensor of shape ``()``, so that it can change between steps without a new trace of
-  ``torch.compile`` and without a new capture of a graph.
-* ``reduction``: 0 none, 1 mean, 2 sum (:data:`REDUCTIONS`).
+* The options of the loss have the form of :class:`cotuning_kernels.options.OperationOptions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["KL_DIVERGENCE", "NAMESPACE", "OPERATIONS", "REDUCTIONS", "SCHEMAS", "operation"]
+from cotuning_kernels import options
+from cotuning_kernels.options import REDUCTIONS, OperationOptions
+from cotuning_kernels.targets import OperandTarget
+
+__all__ = ["NAMESPACE", "OPERATIONS", "SCHEMAS", "operation", "split_loss_arguments"]
 
 NAMESPACE = "cotuning_kernels"
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-KL_DIVERGENCE = {"cross_entropy": False, "kl": True}
 
-_LOSS_ARGUMENTS = (
-    "Tensor target, Tensor? target_b, Tensor? mix, Tensor relationship, Tensor? weight, Tensor trade_off, "
-    "float label_smoothing, int ignore_index, int reduction, bool kl_divergence"
-)
+_LOSS_ARGUMENTS = f"Tensor target, Tensor? target_b, Tensor? mix, Tensor relationship, {options.SCHEMA}"
 
 SCHEMAS = {
     # Loss, terms [target, source] and both gradients in one pass. Without target_logits the loss is the source term,
@@ -81,6 +78,12 @@ def operation(name: str, backend: str) -> torch._ops.OpOverload:
     return _overloads[name, backend == "triton"]
 
 
+def split_loss_arguments(arguments: Sequence[Any]) -> tuple[OperandTarget, OperationOptions]:
+    """Split the arguments that ``co_tuning_loss`` and ``co_tuning_loss_`` share after the logits."""
+    count = len(OperandTarget._fields)
+    return OperandTarget(*arguments[:count]), OperationOptions(*arguments[count:])
+
+
 def _fake(name: str) -> Callable[[_Function], _Function]:
     def register(function: _Function) -> _Function:
         for overload in (name, f"{name}.triton"):
@@ -94,67 +97,39 @@ def _fake(name: str) -> Callable[[_Function], _Function]:
 # tensors on different devices are refused here, as the kernels refuse them.
 
 
-def _reduced(source_logits: Tensor, target_logits: Tensor | None, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``(loss, terms, factors)``."""
-    double = source_logits.dtype == torch.float64
-    double |= target_logits is not None and target_logits.dtype == torch.float64
-    dtype = torch.float64 if double else torch.float32
-    rows = (source_logits.shape[0],) if reduction == REDUCTIONS["none"] else ()
-    empty = source_logits.new_empty
-    return empty(rows, dtype=dtype), empty((2, *rows), dtype=dtype), empty((2,), dtype=dtype)
-
-
 def _check_one_device(*tensors: Tensor | None) -> None:
     devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) > 1:
         raise RuntimeError(f"expected tensors on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
+@_fake("co_tuning_loss_")
+def _co_tuning_loss_inplace(
+    source_logits: Tensor, target_logits: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    operand, chosen = split_loss_arguments(arguments)
+    _check_one_device(source_logits, target_logits, *operand, chosen.weight, chosen.trade_off)
+    double = source_logits.dtype == torch.float64
+    double |= target_logits is not None and target_logits.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    rows = (source_logits.shape[0],) if chosen.reduction == REDUCTIONS["none"] else ()
+    empty = source_logits.new_empty
+    return empty(rows, dtype=dtype), empty((2, *rows), dtype=dtype), empty((2,), dtype=dtype)
+
+
 @_fake("co_tuning_loss")
 def _co_tuning_loss(
-    source_logits: Tensor,
-    target_logits: Tensor | None,
-    target: Tensor,
-    target_b: Tensor | None,
-    mix: Tensor | None,
-    relationship: Tensor,
-    weight: Tensor | None,
-    trade_off: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    kl_divergence: bool,
-    source_gradient: bool,
-    target_gradient: bool,
+    source_logits: Tensor, target_logits: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_one_device(source_logits, target_logits, target, target_b, mix, relationship, weight, trade_off)
+    *shared, source_gradient, target_gradient = arguments
 
     def gradient(logits: Tensor | None, wanted: bool) -> Tensor:
         if logits is None or not wanted:
             return source_logits.new_empty((0, 0), dtype=torch.float32)
         return logits.new_empty(logits.shape)
 
-    reduced = _reduced(source_logits, target_logits, reduction)
+    reduced = _co_tuning_loss_inplace(source_logits, target_logits, *shared)
     return (*reduced, gradient(source_logits, source_gradient), gradient(target_logits, target_gradient))
-
-
-@_fake("co_tuning_loss_")
-def _co_tuning_loss_inplace(
-    source_logits: Tensor,
-    target_logits: Tensor | None,
-    target: Tensor,
-    target_b: Tensor | None,
-    mix: Tensor | None,
-    relationship: Tensor,
-    weight: Tensor | None,
-    trade_off: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    kl_divergence: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_one_device(source_logits, target_logits, target, target_b, mix, relationship, weight, trade_off)
-    return _reduced(source_logits, target_logits, reduction)
 
 
 @_fake("scale_gradients_")

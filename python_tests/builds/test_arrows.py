@@ -35,12 +35,12 @@ MODULE_FLOORS = (
     ("functional",),
     ("sharded_loss",),
     ("autograd",),
-    ("options",),
     ("backends",),
     ("backends.triton_version",),
     ("backends.cuda", "backends.triton"),
     ("backends.cpp",),
     ("backends.operations", "backends.registry", "backends.torch_version"),
+    ("options",),
     ("labelled_logits", "plots", "tensor_file", "validation"),
     (
         "atomic_file",
@@ -153,7 +153,7 @@ def test_planted_imports_are_noticed(tmp_path: Path) -> None:
     add("targets.py", "def late():\n    from cotuning_kernels.loss import FusedCoTuningLoss")
     add("backends/operations.py", "from .. import autograd")
     add("backends/triton/scale_gradients.py", "import cotuning_kernels.functional")
-    add("backends/triton/checks.py", "if TYPE_CHECKING:\n    from cotuning_kernels import loss")
+    add("backends/triton/labels.py", "if TYPE_CHECKING:\n    from cotuning_kernels import loss")
     add("backends/triton/launch.py", "from cotuning_kernels.backends.triton import rows")  # which imports launch
     add("reference.py", "from cotuning_kernels import backends")
     add("plots.py", "from cotuning_kernels.calibration import Reliability")
@@ -172,7 +172,7 @@ def test_planted_imports_are_noticed(tmp_path: Path) -> None:
     found = circles(imports)
     assert "backends.triton.launch -> backends.triton.rows" in found
     assert "relationship.file -> relationship.matrix" in found
-    assert not [line for line in found if line.startswith(("backends.triton.checks", "plots", "stray"))]
+    assert not [line for line in found if line.startswith(("backends.triton.labels", "plots", "stray"))]
 
 
 # ------------------------------------------------------------------------------------------------------------- csrc

@@ -27,7 +27,8 @@ from cotuning_kernels import backends, environment, functional
 from cotuning_kernels.backends import operations, triton_version
 from cotuning_kernels.backends.operations import operation
 from cotuning_kernels.backends.registry import REGISTRY
-from cotuning_kernels.targets import operand_target
+from cotuning_kernels.options import KL_DIVERGENCE, REDUCTIONS, OperationOptions
+from cotuning_kernels.targets import OperandTarget, operand_target
 from support.backends import BACKENDS, run_public
 from support.cases import Case
 from support.checks import check_class_sums, check_temperature_terms
@@ -58,8 +59,8 @@ def _op_arguments(problem: Problem) -> tuple[Any, ...]:
     operand = operand_target(problem.target, problem.relationship)
     return (
         problem.source_logits, problem.target_logits, *operand, problem.weight, torch.tensor(2.3, dtype=torch.float64),
-        problem.label_smoothing, problem.ignore_index, operations.REDUCTIONS[problem.reduction],
-        operations.KL_DIVERGENCE[problem.source_loss], True, True,
+        problem.label_smoothing, problem.ignore_index, REDUCTIONS[problem.reduction],
+        KL_DIVERGENCE[problem.source_loss], True, True,
     )  # fmt: skip
 
 
@@ -245,7 +246,8 @@ def test_what_rows_are_kept(
     most = launches.max_kept_row_bytes(options.get("triton", "3.7.0"))
     with mock.patch.object(loss, "counters"), mock.patch.object(launches, "MAX_KEPT_ROW_BYTES", most):
         launch, _ = loss.plan(
-            *logits, *logits, labels, None, None, new(n_t, n_s), None, new(), 0.0, -100, 0, kl_divergence
+            *logits, *logits, OperandTarget(labels, None, None, new(n_t, n_s)),
+            OperationOptions(None, new(), 0.0, -100, 0, kl_divergence),
         )  # fmt: skip
     assert (launch.arguments["SOURCE"].kept, launch.threads) == (kept, threads)
 
@@ -556,8 +558,8 @@ def test_warmup_compiles_what_a_step_launches(target: str, seed: int) -> None:
     ("wrong", "expected"),
     [
         ({"target": "x"}, "target is 'x', expected one of 'labels', 'pair', 'probabilities'"),
-        ({"reduction": "avg"}, "reduction is 'avg', expected one of 'none', 'mean', 'sum'"),
-        ({"source_loss": ["kl"]}, r"source_loss is \['kl'\], expected one of 'cross_entropy', 'kl'"),
+        ({"reduction": "avg"}, "reduction is 'avg', expected 'mean', 'sum' or 'none'"),
+        ({"source_loss": ["kl"]}, r"source_loss is \['kl'\], expected 'cross_entropy' or 'kl'"),
     ],
 )
 def test_warmup_says_what_is_wrong(wrong: dict[str, Any], expected: str) -> None:

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from cotuning_kernels import backends
-from cotuning_kernels.backends import operations
+from cotuning_kernels.options import REDUCTIONS
 from support.backends import Backend
 from support.cases import Case, rows_that_cancel, source, supervised_late
 from support.layouts import CONTIGUOUS, LAYOUTS
@@ -228,7 +228,7 @@ def test_the_last_program_sees_what_all_have_stored(name: str, target: str) -> N
 
 def test_without_a_reduction_programs_are_counted_once() -> None:
     with static.compiled_for(static.TARGETS["sm_90"]) as launches:
-        static._loss(torch.bfloat16, 200, 1000, reduction=operations.REDUCTIONS["none"])()
+        static._loss(torch.bfloat16, 200, 1000, reduction=REDUCTIONS["none"])()
     (compiled,) = launches
     assert static.measure(compiled)["atomics"] == 1
     assert [*objections(compiled.kernel.asm["ttir"]), *disorder(compiled)] == []
@@ -320,7 +320,7 @@ def _found_by_another_order(planted: tuple[ModuleType, ModuleType], seed: int) -
         ):
             loss_of_rows, *_ = planted[0].co_tuning_loss(
                 logits, None, torch.arange(29), None, None, relationship, None, trade_off, 0.0, -100,
-                operations.REDUCTIONS["sum"], False, False, False,
+                REDUCTIONS["sum"], False, False, False,
             )  # fmt: skip
             results.append(loss_of_rows.item())
     return [f"{results[0]} is {other} in another order" for other in results[1:] if other != results[0]]

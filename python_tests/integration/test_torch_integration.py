@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 
 import cotuning_kernels as ck
 from cotuning_kernels import backends, functional
-from cotuning_kernels.backends import operations
+from cotuning_kernels.options import KL_DIVERGENCE, REDUCTIONS
 from cotuning_kernels.targets import operand_target
 from support.backends import BACKENDS, Backend
 from support.cases import Case
@@ -66,7 +66,7 @@ def _op_arguments(problem: Problem) -> tuple[Any, ...]:
     trade_off = torch.tensor(problem.trade_off, dtype=torch.float64)
     return (
         problem.source_logits, problem.target_logits, *operand, problem.weight, trade_off, problem.label_smoothing,
-        problem.ignore_index, operations.REDUCTIONS[problem.reduction], operations.KL_DIVERGENCE[problem.source_loss],
+        problem.ignore_index, REDUCTIONS[problem.reduction], KL_DIVERGENCE[problem.source_loss],
     )  # fmt: skip
 
 

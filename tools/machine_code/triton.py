@@ -265,7 +265,7 @@ def _loss(
         }
         source = torch.empty(_ROWS, stride or source_classes, dtype=dtype)[:, :source_classes]
         head = torch.empty(_ROWS, target_classes, dtype=dtype) if heads == 2 else None
-        return co_tuning_loss(source, head, **arguments | options)
+        return co_tuning_loss(source, head, *(arguments | options).values())
 
     return call
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from cotuning_kernels.dtypes import FLOATING
+from cotuning_kernels.options import OperationOptions
+from cotuning_kernels.targets import OperandTarget
 
 __all__ = [
     "check_labels",
@@ -88,20 +90,10 @@ def check_target(target: Tensor, target_b: Tensor | None, mix: Tensor | None, ba
 
 
 def check_loss(
-    source_logits: Tensor,
-    target_logits: Tensor | None,
-    target: Tensor,
-    target_b: Tensor | None,
-    mix: Tensor | None,
-    relationship: Tensor,
-    weight: Tensor | None,
-    trade_off: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    kl_divergence: bool,
+    source_logits: Tensor, target_logits: Tensor | None, operand: OperandTarget, options: OperationOptions
 ) -> None:
     """Require arguments of ``co_tuning_loss`` that fit together."""
+    target, target_b, mix, relationship = operand
     device = source_logits.device
     check_matrix("source_logits", source_logits, device)
     batch = source_logits.shape[0]
@@ -118,13 +110,4 @@ def check_loss(
     if target_logits is not None:
         check_matrix("target_logits", target_logits, device)
         require(target_logits.shape == (batch, classes), f"target_logits must have shape ({batch}, {classes})")
-    require(0 <= reduction <= 2, "reduction must be 0, 1 or 2")
-    require(0 <= label_smoothing <= 1, "label_smoothing must be in [0, 1]")
-    require(
-        weight is None or (weight.dtype in FLOATING and weight.shape == (classes,) and weight.device == device),
-        f"weight must be floating of shape ({classes},) on {device}",
-    )
-    require(
-        trade_off.dtype == torch.float64 and trade_off.dim() == 0 and trade_off.device == device,
-        f"trade_off must be a float64 number on {device}",
-    )
+    options.check(classes, device)

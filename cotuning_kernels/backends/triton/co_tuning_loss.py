@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cotuning_kernels.backends.operations import REDUCTIONS
+from cotuning_kernels.backends.operations import split_loss_arguments
 from cotuning_kernels.backends.triton.checks import check_loss, check_writable
 from cotuning_kernels.backends.triton.counters import MOST, counters
 from cotuning_kernels.backends.triton.labels import PAIR, PROBABILITIES, form_of, read_target
@@ -52,6 +52,8 @@ from cotuning_kernels.backends.triton.launch import (
     vector,
 )
 from cotuning_kernels.backends.triton.rows import has_share, kept_row, long_row, packed_row, whole_rows
+from cotuning_kernels.options import REDUCTIONS, OperationOptions
+from cotuning_kernels.targets import OperandTarget
 
 __all__ = ["co_tuning_loss", "co_tuning_loss_", "plan"]
 
@@ -356,41 +358,29 @@ def co_tuning_loss_kernel(
 
 
 def co_tuning_loss(
-    source_logits: Tensor,
-    target_logits: Tensor | None,
-    target: Tensor,
-    target_b: Tensor | None,
-    mix: Tensor | None,
-    relationship: Tensor,
-    weight: Tensor | None,
-    trade_off: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    kl_divergence: bool,
-    source_gradient: bool,
-    target_gradient: bool,
+    source_logits: Tensor, target_logits: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``cotuning_kernels::co_tuning_loss``; see :mod:`cotuning_kernels.backends.operations`."""
-    arguments = (target, target_b, mix, relationship, weight, trade_off, label_smoothing, ignore_index, reduction,
-                 kl_divergence)  # fmt: skip
-    check_loss(source_logits, target_logits, *arguments)
+    *shared, source_gradient, target_gradient = arguments
+    operand, options = split_loss_arguments(shared)
+    check_loss(source_logits, target_logits, operand, options)
     source_grad = _new_gradient(source_logits, source_gradient)
     target_grad = _new_gradient(target_logits, target_gradient)
-    reduced = _solve(source_logits, target_logits, source_grad, target_grad, *arguments)
+    reduced = _solve(source_logits, target_logits, source_grad, target_grad, operand, options)
     empty = source_logits.new_empty((0, 0), dtype=torch.float32)
     return (*reduced, empty if source_grad is None else source_grad, empty if target_grad is None else target_grad)
 
 
 def co_tuning_loss_(
-    source_logits: Tensor, target_logits: Tensor | None, *arguments: Any, **options: Any
+    source_logits: Tensor, target_logits: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``cotuning_kernels::co_tuning_loss_``, which writes the gradients over the logits."""
-    check_loss(source_logits, target_logits, *arguments, **options)
+    operand, options = split_loss_arguments(arguments)
+    check_loss(source_logits, target_logits, operand, options)
     check_writable("source_logits", source_logits)
     if target_logits is not None:
         check_writable("target_logits", target_logits)
-    return _solve(source_logits, target_logits, source_logits, target_logits, *arguments, **options)
+    return _solve(source_logits, target_logits, source_logits, target_logits, operand, options)
 
 
 def _new_gradient(logits: Tensor | None, wanted: bool) -> Tensor | None:
@@ -401,40 +391,28 @@ def _new_gradient(logits: Tensor | None, wanted: bool) -> Tensor | None:
 
 def _solve(
     source_logits: Tensor, target_logits: Tensor | None, source_grad: Tensor | None, target_grad: Tensor | None,
-    *arguments: Any, **options: Any,
+    operand: OperandTarget, options: OperationOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``(loss, terms, factors)``."""
     with torch.cuda.device_of(source_logits):
-        launch, reduced = plan(source_logits, target_logits, source_grad, target_grad, *arguments, **options)
+        launch, reduced = plan(source_logits, target_logits, source_grad, target_grad, operand, options)
         launch.run()
     return reduced
 
 
 def plan(
-    source_logits: Tensor,
-    target_logits: Tensor | None,
-    source_grad: Tensor | None,
-    target_grad: Tensor | None,
-    target: Tensor,
-    target_b: Tensor | None,
-    mix: Tensor | None,
-    relationship: Tensor,
-    weight: Tensor | None,
-    trade_off: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    kl_divergence: bool,
-) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
+    source_logits: Tensor, target_logits: Tensor | None, source_grad: Tensor | None, target_grad: Tensor | None,
+    operand: OperandTarget, options: OperationOptions,
+) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Return the launch of one call, and the ``(loss, terms, factors)`` that it writes."""
-    batch = source_logits.shape[0]
+    target, target_b, mix, relationship = operand
+    reduction, batch = options.reduction, source_logits.shape[0]
     loss, terms, factors = outputs = _new_outputs(source_logits, target_logits, reduction)
     form = form_of(target, target_b)
     labels, probabilities = (None, target) if target.is_floating_point() else (target, None)
     source, target_head, threads = _plan_heads(
-        source_logits, target_logits, source_grad, target_grad, relationship, probabilities, form, weight is not None,
-        label_smoothing > 0, kl_divergence,
-    )  # fmt: skip
+        source_logits, target_logits, source_grad, target_grad, relationship, probabilities, form, options
+    )
     source_vec, target_vec = source.vec, 1 if target_head is None else target_head.vec
     source_programs = blocks(max(1, batch), source.rows)
     target_programs = 0 if target_head is None else blocks(max(1, batch), target_head.rows)
@@ -459,15 +437,15 @@ def plan(
             "target_grad_stride": _stride(target_grad, target_vec),
             "probabilities": probabilities,
             "probabilities_stride": _stride(probabilities, target_vec),
-            "weight": None if weight is None else weight.contiguous(),
-            "label_smoothing": label_smoothing,
+            "weight": None if options.weight is None else options.weight.contiguous(),
+            "label_smoothing": options.label_smoothing,
             "labels": labels,
             "labels_stride": _stride(labels),
             "labels_b": target_b,
             "labels_b_stride": _stride(target_b),
             "mix": mix,
             "mix_stride": _stride(mix),
-            "ignore_index": ignore_index,
+            "ignore_index": options.ignore_index,
             "by_row": by_row,
             "batch": batch,
             "classes": relationship.shape[0] if probabilities is None else probabilities.shape[1],
@@ -478,7 +456,7 @@ def plan(
             "pitch": by_row.stride(0),
             "counters": counters(source_logits.device),
             "group_bits": rows_of_group.bit_length() - 1,
-            "trade_off": trade_off,
+            "trade_off": options.trade_off,
             "per_row": 1.0 / batch if reduction == REDUCTIONS["mean"] and batch else 1.0,
             "loss": loss,
             "terms": terms,
@@ -503,14 +481,14 @@ def _new_outputs(source_logits: Tensor, target_logits: Tensor | None, reduction:
 
 def _plan_heads(
     source_logits: Tensor, target_logits: Tensor | None, source_grad: Tensor | None, target_grad: Tensor | None,
-    relationship: Tensor, probabilities: Tensor | None, form: int, has_weight: bool, smooths: bool, kl: bool,
+    relationship: Tensor, probabilities: Tensor | None, form: int, options: OperationOptions,
 ) -> tuple[Head, Head | None, int]:  # fmt: skip
     """``(source head, target head, threads of a program)``. The programs of both heads have as many threads."""
     width, dtype = source_logits.shape[1], source_logits.dtype
     is_pair = form == PAIR.value
     threads = threads_for(width, dtype, pair=is_pair)
     # A pair has two rows of R in registers, and KL its logarithms: kept rows would spill.
-    keeps = not is_pair and not kl and is_kept(width, dtype)
+    keeps = not is_pair and not options.kl_divergence and is_kept(width, dtype)
     target_head = None
     if target_logits is not None:
         target_width, target_dtype = target_logits.shape[1], target_logits.dtype
@@ -522,7 +500,8 @@ def _plan_heads(
         rows = plan_rows(target_width, target_dtype, threads)
         vec = vector(target_logits, target_grad, probabilities)
         target_head = Head(
-            is_source=False, form=form, has_weight=has_weight, smooths=smooths, kl=False,
+            is_source=False, form=form, has_weight=options.weight is not None, smooths=options.label_smoothing > 0,
+            kl=False,
             **_of_head(target_logits, target_grad, rows, vec),
         )  # fmt: skip
     elif keeps:
@@ -530,7 +509,7 @@ def _plan_heads(
     vec = vector(source_logits, source_grad, relationship)
     rows = plan_kept_row(width, dtype, vec) if keeps else plan_rows(width, dtype, threads, pair=is_pair)
     source = Head(
-        is_source=True, form=form, has_weight=False, smooths=False, kl=kl,
+        is_source=True, form=form, has_weight=False, smooths=False, kl=options.kl_divergence,
         **_of_head(source_logits, source_grad, rows, vec),
     )  # fmt: skip
     return source, target_head, threads

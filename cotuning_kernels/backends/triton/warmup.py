@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from cotuning_kernels.backends.operations import KL_DIVERGENCE, REDUCTIONS
 from cotuning_kernels.backends.triton import co_tuning_loss, scale_gradients
+from cotuning_kernels.options import LossOptions, OperationOptions, check_options
+from cotuning_kernels.targets import OperandTarget
 
 __all__ = ["warmup"]
 
@@ -23,10 +23,8 @@ def warmup(
     relationship_dtype: torch.dtype = torch.float32,
     target: str = "labels",
     weight: bool = False,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    source_loss: str = "cross_entropy",
     device: torch.device | str = "cuda",
+    **options: Any,
 ) -> int:
     """Compile the kernels of a training step and an evaluation with these shapes and options; run nothing.
 
@@ -39,41 +37,35 @@ def warmup(
         relationship_dtype: the dtype of the relationship.
         target: the form of the targets: ``"labels"``, ``"pair"`` or ``"probabilities"``.
         weight: whether the classes have weights (float32).
-        label_smoothing: as for the loss.
-        reduction: as for the loss.
-        source_loss: as for the loss.
         device: the GPU to compile for.
+        **options: the other options of :func:`cotuning_kernels.functional.co_tuning_loss`, such as ``reduction``.
 
     Returns:
         The number of kernels.
 
     Raises:
-        ValueError: an unknown ``target``, ``reduction`` or ``source_loss``.
+        TypeError, ValueError: an unknown ``target``, or an option has a wrong name, type or value.
     """
-    _one_of("target", target, _TARGETS)
-    _one_of("reduction", reduction, REDUCTIONS)
-    _one_of("source_loss", source_loss, KL_DIVERGENCE)
+    if target not in _TARGETS:
+        raise ValueError(f"target is {target!r}, expected one of {', '.join(map(repr, _TARGETS))}")
     batch = 2
 
     def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     labels = new(batch, dtype=torch.int64)
+    class_weights = new(target_classes, dtype=torch.float32) if weight else None
+    chosen = LossOptions(class_weights, new(dtype=torch.float64), **options)
+    check_options(chosen, target_classes, labels.device)
     forms = {
         "labels": (labels, None, None),
         "pair": (labels, labels, new(batch, dtype=torch.float64)),
         "probabilities": (new(batch, target_classes, dtype=torch.float32), None, new(batch, dtype=torch.float64)),
     }
     rows = batch if target == "probabilities" else target_classes
-    arguments: Any = (
-        *forms[target],
-        new(rows, source_classes, dtype=relationship_dtype),
-        new(target_classes, dtype=torch.float32) if weight else None,
-        new(dtype=torch.float64),
-        label_smoothing,
-        -100,
-        REDUCTIONS[reduction],
-        KL_DIVERGENCE[source_loss],
+    arguments = (
+        OperandTarget(*forms[target], new(rows, source_classes, dtype=relationship_dtype)),
+        OperationOptions(*chosen.in_operations(labels.device)),
     )
     logits = new(batch, source_classes, dtype=dtype), new(batch, target_classes, dtype=dtype)
     gradients = torch.empty_like(logits[0]), torch.empty_like(logits[1])
@@ -84,8 +76,3 @@ def warmup(
         for launch in launches:
             launch.compile()
     return len(launches)
-
-
-def _one_of(name: str, given: object, expected: Iterable[str]) -> None:
-    if given not in tuple(expected):
-        raise ValueError(f"{name} is {given!r}, expected one of {', '.join(map(repr, expected))}")
