@@ -64,7 +64,8 @@ def co_tuning_loss(
         relationship: ``R[t, s] = p(y_source = s | y_target = t)``, ``(N_t, N_s)`` in any floating dtype, or a
             :class:`cotuning_kernels.Relationship`.
         trade_off: the factor lambda of the source term; 2.3 in the paper's code. A floating tensor of shape ``()`` on
-            the logits' device changes under ``torch.compile`` without a recompilation; a float does not.
+            the logits' device changes under ``torch.compile`` without a recompilation; a float does not. With 0 no row
+            has source supervision: the source logits may be infinite or NaN, their gradient is exactly 0.
         weight, label_smoothing, ignore_index: for the target term, as in :func:`torch.nn.functional.cross_entropy`. A
             row with label ``ignore_index`` counts in neither term, and its gradient is exactly 0.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean of the target term is that of ``F.cross_entropy``. The

@@ -34,12 +34,20 @@ def co_tuning_loss(
     reduction: str = "mean",
     source_loss: str = "cross_entropy",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(loss, target_term, source_term)``, from the arguments of ``cotuning_kernels.functional.co_tuning_loss``."""
+    """``(loss, target_term, source_term)``, from the arguments of ``cotuning_kernels.functional.co_tuning_loss``.
+
+    A ``trade_off`` of 0 takes the source supervision from every row, so the source logits do not matter: a source term
+    that is infinite or NaN times 0 would be NaN.
+    """
     dtype = _compute_dtype(source_logits, target_logits)
     target_term = _target_term(target_logits.to(dtype), target, weight, label_smoothing, ignore_index, reduction)
+    if isinstance(trade_off, Tensor):
+        relationship = relationship.masked_fill(trade_off == 0, 0)
+        trade_off = trade_off.to(dtype, copy=True)  # it may change before the backward pass
+    else:
+        relationship = torch.zeros_like(relationship) if trade_off == 0 else relationship
+        trade_off = float(trade_off)
     source_term = _source_term(source_logits.to(dtype), target, relationship, ignore_index, reduction, source_loss)
-    # Copy: the trade-off may change before the backward pass.
-    trade_off = trade_off.to(source_term.dtype, copy=True) if isinstance(trade_off, Tensor) else float(trade_off)
     return target_term + trade_off * source_term, target_term, source_term
 
 

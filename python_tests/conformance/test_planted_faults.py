@@ -54,6 +54,7 @@ _TABLE_FAULTS = {
     "the entropy missing in KL": "cross entropy instead of KL",
     "KL's 0 log 0": "NaN where R has a zero",
     "trade_off missing in the gradient": "only the loss is weighted",
+    "a source term with factor 0 computed": "0 times an infinite or NaN loss is NaN",
     "upstream gradient ignored": "right for loss.backward() only",
     "one upstream gradient for all rows": "right for a scalar loss only",
     "terms swapped": "a log that shows the wrong head",

@@ -437,8 +437,6 @@ def _numbers() -> list[Case]:
              options={"label_smoothing": 0.1, "reduction": "none"}, edits=(target(1, 5, -_INF),)),
         Case("all the mass at -inf", "loss +inf, gradient of the formula", relationship="one-hot",
              options={"reduction": "none"}, edits=(source(1, slice(0, 39), -_INF), target(2, slice(0, 6), -_INF))),
-        Case("trade_off=0 meets an infinite loss", "0 * inf is NaN, as the formula says", relationship="dense",
-             options={"trade_off": 0.0}, edits=(source(1, 3, -_INF),)),
         Case("NaN in an ignored row", "no kernel reads it", (7, 5, 70), "ignoring",
              edits=(garbage_where_ignored(_NAN),)),
         Case("-inf row, ignored", "no kernel reads it", (7, 5, 70), "ignoring", edits=(garbage_where_ignored(-_INF),)),
@@ -483,6 +481,26 @@ def _numbers() -> list[Case]:
                 Case(f"NaN in column {column}, {kind}", "start, body, tail: none may swallow it", (4, 9, 70), kind,
                      options={"reduction": "none"}, edits=(source(1, column, _NAN), target(2, column % 9, _NAN)))
             )  # fmt: skip
+    # A term with factor 0 does not count: its logits are not read, and 0 * inf and 0 * NaN do not arise.
+    for value in (-_INF, _INF, _NAN):
+        for where, edit in {"a logit": source(1, 3, value), "all": source(slice(None), slice(None), value)}.items():
+            cases += [
+                Case(f"trade_off=0 meets {value} in {where}, {kind}", "a source term with factor 0 does not count",
+                     (4, 9, 70), kind, "dense", edits=(edit,),
+                     options={"trade_off": 0.0, "reduction": reduction, "source_loss": loss})
+                for kind, reduction, loss in (
+                    ("labels", "mean", "cross_entropy"), ("int32", "none", "kl"), ("ignoring", "mean", "kl"),
+                    ("pair", "sum", "cross_entropy"), ("pair ignoring", "mean", "kl"), ("probabilities", "mean", "kl"),
+                    ("probabilities, zero rows", "none", "cross_entropy"),
+                )
+            ]  # fmt: skip
+    cases += [
+        Case(f"trade_off=0, {kind}, {reduction}", "the source term and its gradient are 0, the target term is as ever",
+             (6, 9, 21), kind, "unsupervised", weight="random",
+             options={"trade_off": 0.0, "reduction": reduction, "label_smoothing": 0.1})
+        for kind in ("ignoring", "all ignored", "pair ignoring", "one-hot probabilities", "no probabilities")
+        for reduction in ("mean", "sum", "none")
+    ]  # fmt: skip
     # A row is swept once with the maximum of its start, and again where the true maximum lies far above.
     for column in (0, 15, 16, 63, 64, 65, 127, 299):
         cases.append(

@@ -76,10 +76,12 @@ class Expectation:
         source_factor = (1.0 if alone else exact.trade_off) / torch.where(source_count > 0, source_count, 1.0)
         target_factor = 1.0 / torch.where(target_count > 0, target_count, 1.0)
 
+        by_row = exact.options | {"reduction": "none", "source_loss": "cross_entropy"}
+        if alone:
+            by_row["trade_off"] = 1.0
         _, target_rows, source_rows = reference.co_tuning_loss(
-            exact.source_logits, exact.target_logits, exact.target, exact.relationship.abs(),
-            **exact.options | {"reduction": "none", "source_loss": "cross_entropy"},
-        )  # fmt: skip
+            exact.source_logits, exact.target_logits, exact.target, exact.relationship.abs(), **by_row
+        )
 
         def loss_size(rows: Tensor, part: Tensor, factor: Tensor) -> Tensor:
             rows = (rows.abs() + part.sum(1)) * factor.abs()

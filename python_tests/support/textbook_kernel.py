@@ -129,6 +129,8 @@ def textbook_kernel(problem: Problem, form: str, _: str, fault: str = "none") ->
         mass = q if k == 0 else part
         if mass.shape[1] < z[k].shape[1]:  # read past its end
             mass = torch.cat([mass, torch.zeros(len(mass), 1, dtype=dtype)], 1)
+        if k == 0 and not alone and problem.trade_off == 0 and fault != "a source term with factor 0 computed":
+            mass, counts[0] = torch.zeros_like(mass), torch.zeros_like(counts[0])
         rows, gradient = _head(z[k], mass, k == 0 and problem.source_loss == "kl", fault)
         gradient = gradient[:, : x.shape[1]]
         if fault == "a NaN that spreads to other rows":

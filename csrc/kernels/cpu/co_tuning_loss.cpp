@@ -77,7 +77,8 @@ class Loss {
         rows_(row_kernels()),
         batch_(problem.source_logits.rows),
         source_classes_(problem.source_logits.columns),
-        target_classes_(problem.probabilities ? problem.probabilities.columns : problem.relationship.rows) {}
+        target_classes_(problem.probabilities ? problem.probabilities.columns : problem.relationship.rows),
+        counts_source_(!problem.target_logits || problem.trade_off != 0) {}
 
   BadLabel read_targets() {
     if (has_probabilities()) return {};
@@ -97,7 +98,7 @@ class Loss {
     if (p_.reduction != Reduction::kMean) return;
     double source_rows = 0, target_weight = 0;
     if (has_probabilities()) {
-      for (int64_t i = 0; i < batch_; ++i) source_rows += p_.mix[i * p_.mix_stride];
+      for (int64_t i = 0; i < batch_ && counts_source_; ++i) source_rows += p_.mix[i * p_.mix_stride];
       target_weight = static_cast<double>(batch_);
       const int type = static_cast<int>(p_.probabilities.type);
       for (int64_t i = 0; i < batch_ && source_rows == 0 && !any_valid_; ++i) {
@@ -158,6 +159,10 @@ class Loss {
   void look_up_class(int64_t class_index) {
     ClassFacts& facts = facts_[class_index];
     if (facts.supervision != ClassFacts::kUnknown) return;
+    if (!counts_source_) {
+      facts.supervision = ClassFacts::kUnsupervised;
+      return;
+    }
     const int type = static_cast<int>(p_.relationship.type);
     const void* row = p_.relationship.row(class_index);
     facts.supervision =
@@ -226,6 +231,7 @@ class Loss {
   // The translated label of a row, or null where it has no source supervision.
   const void* translated(int64_t row, double* q_log_q) const {
     const void* q = nullptr;
+    if (!counts_source_) return nullptr;
     if (has_probabilities()) {
       const int type = static_cast<int>(p_.relationship.type);
       const void* relationship_row = p_.relationship.row(row);
@@ -436,6 +442,8 @@ class Loss {
   const LossProblem& p_;
   const RowKernels& rows_;
   int64_t batch_, source_classes_, target_classes_;
+  // A trade-off of 0 takes the source supervision from every row. An infinite or NaN source term times 0 would be NaN.
+  const bool counts_source_;
   std::vector<RowTarget> targets_;
   std::vector<ClassFacts> facts_;
   bool any_valid_ = false;
