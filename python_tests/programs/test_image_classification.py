@@ -75,6 +75,7 @@ def test_all_methods_side_by_side(runner: ModuleType, data: Path, tmp_path: Path
         "relationship-co-tuning.safetensors": ("direct", 1.2),
         "relationship-co-tuning-reverse.safetensors": ("reverse", 1.2),
         "relationship-co-tuning-uncalibrated.safetensors": ("direct", 1.0),
+        "relationship-lp-co-tuning.safetensors": ("direct", 1.2),
     }
     before = (tmp_path / "plain.json").stat().st_mtime_ns
     assert runner.main(arguments(data, tmp_path, "--iterations=60", "--methods", "plain")) == 0
@@ -103,6 +104,28 @@ def test_methods_change_what_they_should(runner: ModuleType, data: Path, tmp_pat
     assert distance["linear-probe"] == 0
     assert 0 < distance["l2-sp"] < distance["plain"] / 2
     assert torch.equal(weights["linear-probe"]["1.running_mean"], pretrained["1.running_mean"])
+
+
+@pytest.mark.parametrize("method", ["lp-ft", "lp-co-tuning"])
+def test_fine_tuning_begins_with_the_best_head_on_the_pretrained_features(
+    runner: ModuleType, data: Path, tmp_path: Path, method: str
+) -> None:
+    """With a rate of 0 the head stays the probe's, where the gradient of the probe's own loss vanishes."""
+    more = ("--lr=0", "--iterations=1", "--probe-decay=0.3", "--freeze-batchnorm", "--methods", method)
+    assert runner.main(arguments(data, tmp_path, *more)) == 0
+    network = small_classifier()
+    network[-1] = head = torch.nn.Linear(72, len(CLASSES))
+    network.load_state_dict(torch.load(tmp_path / f"{method}.weights.pt"))
+    for name, tensor in small_classifier()[:-1].state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor)
+    pixels = runner.Pixels(20, 16, *runner.IMAGENET)
+    images, labels = zip(*runner.StillImages(runner.read_folder(data).train, pixels), strict=True)
+    loss = torch.nn.functional.cross_entropy(network.eval()(torch.stack(images)), torch.tensor(labels))
+    gradients = torch.autograd.grad(loss + 0.15 * head.weight.square().sum(), [head.weight, head.bias])
+    assert head.weight.norm() > 0.01
+    assert all(gradient.abs().max() < 1e-5 for gradient in gradients)
+    model = ck.CoTuningModel.from_classifier(small_classifier(), len(CLASSES))
+    assert {group["lr"] for group in runner.optimizer_of(method, model, 0.01).param_groups} == {0.01}
 
 
 def test_rates_and_schedule_are_those_of_the_paper(
