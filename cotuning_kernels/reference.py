@@ -168,10 +168,25 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _soft_cross_entropy(logits: Tensor, distribution: Tensor) -> Tensor:
     """``-sum_j distribution[i, j] * log_softmax(logits)[i, j]`` for each row ``i``; exactly 0, with gradient 0, if the
     row of ``distribution`` is all zeros, for any logits."""
-    takes_part = (distribution != 0).any(1, keepdim=True)
-    log_p = torch.log_softmax(torch.where(takes_part, logits, torch.zeros_like(logits)), dim=1)
     # 0 * -inf is NaN, but a class with no target mass contributes nothing.
+    log_p = _log_softmax_where_supervised(logits, distribution)
     return -torch.where(distribution != 0, distribution * log_p, torch.zeros_like(log_p)).sum(1)
+
+
+def _divergence(logits: Tensor, distribution: Tensor) -> Tensor:
+    """``sum_j q_j (log q_j - log_softmax(logits)_j)`` for each row ``q`` of ``distribution``; 0 as above.
+
+    The difference is taken before the sum: after it, near its minimum 0, two sums of the size of the entropy would
+    cancel.
+    """
+    log_p = _log_softmax_where_supervised(logits, distribution)
+    terms = torch.xlogy(distribution, distribution) - distribution * log_p
+    return torch.where(distribution != 0, terms, torch.zeros_like(log_p)).sum(1)
+
+
+def _log_softmax_where_supervised(logits: Tensor, distribution: Tensor) -> Tensor:
+    takes_part = (distribution != 0).any(1, keepdim=True)
+    return torch.log_softmax(torch.where(takes_part, logits, torch.zeros_like(logits)), dim=1)
 
 
 def _target_term(
@@ -211,9 +226,7 @@ def _source_term(
     relationship = relationship.to(logits.dtype)
     distribution = _target_distribution(target, relationship.shape[0], ignore_index, logits.dtype)
     translated = _product(distribution, relationship)
-    rows = _soft_cross_entropy(logits, translated)
-    if source_loss == "kl":
-        rows = rows + torch.xlogy(translated, translated).sum(1)
+    rows = _divergence(logits, translated) if source_loss == "kl" else _soft_cross_entropy(logits, translated)
     if reduction == "none":
         return rows
     if reduction == "sum":

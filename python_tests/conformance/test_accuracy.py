@@ -1,4 +1,4 @@
-"""Inputs whose rounding errors add up: the CPU kernels' float32 against torch's, both against float64.
+"""Inputs whose rounding errors add up or cancel: the kernels' float32 against torch's, both against float64.
 
 The conformance table draws rows in which errors mostly cancel. Here they do not: thousands of equal terms, each of
 which a sum rounds in the same direction, and rows whose largest logits come last."""
@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cotuning_kernels import backends, functional
+from support.backends import TABLE_BACKENDS, Backend
+from support.problems import Target
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
 
@@ -100,3 +103,69 @@ def test_float16_keeps_the_digits_of_rows_with_little_mass(share: float, draw: t
     exact = gradient(torch.float64, "reference")
     error = (gradient(torch.float16, "cpp") - exact).abs().max() / exact.abs().max()
     assert error < 4e-3
+
+
+# ------------------------------------------------------------------------------------------------- KL near its minimum
+
+
+_CANCELS = {"cuda", "triton"}
+"""Backends (their ``argument``) that subtract the entropy from a float32 cross entropy, and lose KL's digits."""
+
+
+def _divergences(logits: Tensor, target: Target, relationship: Tensor, dtype: torch.dtype) -> Tensor:
+    """KL of the rows as ``F.kl_div`` computes it in ``dtype``, in float64."""
+    translated = functional.translate_labels(target, relationship.to(dtype), backend="reference")
+    return F.kl_div(F.log_softmax(logits.to(dtype), 1), translated, reduction="none").sum(1).double()
+
+
+def _map(target: Target, change: Callable[[Tensor], Tensor]) -> Target:
+    return tuple(change(x) for x in target) if isinstance(target, tuple) else change(target)  # type: ignore[return-value]
+
+
+def _kl_target(kind: str, rows: int, draw: torch.Generator) -> Target:
+    if kind == "pair":
+        return torch.arange(rows), torch.arange(rows).flip(0), torch.rand(rows, generator=draw)
+    return torch.softmax(_normal(draw, rows, rows), 1) if kind == "probabilities" else torch.arange(rows)
+
+
+@pytest.mark.parametrize("backend", TABLE_BACKENDS, ids=lambda backend: backend.name, indirect=True)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])
+@pytest.mark.parametrize(
+    ("classes", "kind"),
+    [(1000, "labels"), (1000, "pair"), (1000, "probabilities"), (9001, "labels"), (32_000, "labels")],
+)
+def test_kl_is_no_less_exact_than_torch(
+    backend: Backend, classes: int, kind: str, scale: float, draw: torch.Generator
+) -> None:
+    """From logits that say nothing of R to those whose softmax is R itself, where KL is 0.
+
+    The reference takes torch's own steps, and like torch goes as far below 0 as a logarithm's rounding.
+    """
+    if backend.argument in _CANCELS:
+        pytest.skip(f"{backend.name} loses KL's digits")
+    rows = 12
+    relationship = torch.softmax(scale * _normal(draw, rows, classes), 1)
+    target = _kl_target(kind, rows, draw)
+    translated = functional.translate_labels(target, relationship, backend="reference")
+    epsilon = torch.finfo(torch.float32).eps
+    for noise in (None, 1.0, 0.01, 0.0):
+        logits = scale * _normal(draw, rows, classes)
+        if noise is not None:
+            logits = translated.log() + 2.0 + noise * logits
+        exact = _divergences(
+            logits.double(),
+            _map(target, lambda x: x.double() if x.is_floating_point() else x),
+            relationship,
+            torch.float64,
+        )
+        theirs = (_divergences(logits, target, relationship, torch.float32) - exact).abs().max()
+        with backend.using():
+            operands = (_map(x, lambda each: each.to(backend.device)) for x in (logits, target, relationship))
+            ours = functional.source_label_loss(
+                *operands, source_loss="kl", reduction="none", backend=backend.argument
+            ).cpu().double()  # fmt: skip
+        error = (ours - exact).abs()
+        # An epsilon beyond torch's error: the rounding of the result, and torch's luck on few rows.
+        assert (error <= theirs + epsilon * (1 + exact.abs())).all(), (noise, float(error.max()), float(theirs))
+        if backend.argument != "reference":
+            assert (ours >= exact.clamp(max=0) - 2 * epsilon).all(), (noise, float(ours.min()), float(exact.min()))

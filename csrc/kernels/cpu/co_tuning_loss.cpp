@@ -88,6 +88,7 @@ class Loss {
   void look_up_classes() {
     if (has_probabilities()) return;
     facts_.resize(target_classes_);
+    if (!counts_source_) return;
     for (const RowTarget& target : targets_) {
       for (int k = 0; k < target.count; ++k) look_up_class(target.index[k]);
     }
@@ -159,10 +160,6 @@ class Loss {
   void look_up_class(int64_t class_index) {
     ClassFacts& facts = facts_[class_index];
     if (facts.supervision != ClassFacts::kUnknown) return;
-    if (!counts_source_) {
-      facts.supervision = ClassFacts::kUnsupervised;
-      return;
-    }
     const int type = static_cast<int>(p_.relationship.type);
     const void* row = p_.relationship.row(class_index);
     facts.supervision =
@@ -231,7 +228,6 @@ class Loss {
   // The translated label of a row, or null where it has no source supervision.
   const void* translated(int64_t row, double* q_log_q) const {
     const void* q = nullptr;
-    if (!counts_source_) return nullptr;
     if (has_probabilities()) {
       const int type = static_cast<int>(p_.relationship.type);
       const void* relationship_row = p_.relationship.row(row);
@@ -256,8 +252,11 @@ class Loss {
     // Look up thread-local scratch once per chunk: each access is a function call in a shared library.
     void* const scratch =
         Scratch::get(0, std::max(exponentials_bytes(p_.source_logits), exponentials_bytes(p_.target_logits)));
+    const auto row = !counts_source_    ? &Loss::no_source_row
+                     : p_.kl_divergence ? &Loss::source_row<true>
+                                        : &Loss::source_row<false>;
     for (int64_t i = begin; i < end; ++i) {
-      source_row(i, scratch, fetch_next_source_row_ && i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
+      (this->*row)(i, scratch, fetch_next_source_row_ && i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
     }
     if (p_.target_logits) {
       for (int64_t i = begin; i < end; ++i) {
@@ -272,13 +271,16 @@ class Loss {
     return static_cast<size_t>(logits.columns) * (is_double(logits) ? sizeof(double) : sizeof(float));
   }
 
+  template <bool kKl>
   void source_row(int64_t row, void* scratch, const void* next) {
     double q_log_q = 0;
     const void* q = translated(row, &q_log_q);
-    source_rows_[row] = dense_row(p_.source_logits, row, q, scratch, next, source_scale_, p_.source_gradient,
-                                  streams_source_gradient_) +
+    source_rows_[row] = dense_row<kKl>(p_.source_logits, row, q, scratch, next, source_scale_, p_.source_gradient,
+                                       streams_source_gradient_) +
                         q_log_q;
   }
+
+  void no_source_row(int64_t row, void*, const void*) { zero_gradient(p_.source_logits, row, p_.source_gradient); }
 
   // Sweeps again with the first sweep's log of the sum of all exp(z) as the least shift.
   SweepResult sweep_again(const SweepResult& s, const ConstMatrix& logits, int64_t row, const void* q,
@@ -290,6 +292,10 @@ class Loss {
 
   // Cross entropy of a row against the distribution q, and its gradient. Without q the loss and the gradient are 0.
   // `mass`: the mass of q, if known more exactly than its sum in the compute type.
+  //
+  // kKl: the sum of q log q will be added. Of a good prediction little is left then, so the sums are in double, and the
+  // shift is the true maximum: the largest exponential is 1 without a rounding error.
+  template <bool kKl>
   double dense_row(const ConstMatrix& logits, int64_t row, const void* q, void* scratch, const void* next, double scale,
                    const Matrix& gradient, bool stream, const double* mass = nullptr) {
     const int type = static_cast<int>(logits.type);
@@ -299,11 +305,16 @@ class Loss {
     }
     void* gradient_row = gradient.data != nullptr ? gradient.row(row) : nullptr;
     const bool kept = keeps_exponentials(gradient, logits);
-    void* exponentials = kept || gradient_row == nullptr ? gradient_row : scratch;
+    void* exponentials = kept || (gradient_row == nullptr && !kKl) ? gradient_row : scratch;
     if (stream) look_up_pages(gradient_row, logits.columns * size_of(logits.type));
     SweepResult s = rows_.sweep[type](logits.row(row), q, logits.columns, exponentials, next,
-                                      kept || stream ? nullptr : gradient_row, kUnknown);
-    if (is_coarse(s)) s = sweep_again(s, logits, row, q, exponentials);
+                                      kept || stream ? nullptr : gradient_row,
+                                      kKl ? rows_.largest[type](logits.row(row), logits.columns) : kUnknown);
+    if (kKl) {
+      s = rows_.sums_in_double[type](logits.row(row), q, exponentials, logits.columns, s.shift);
+    } else if (is_coarse(s)) {
+      s = sweep_again(s, logits, row, q, exponentials);
+    }
     if (mass != nullptr) s.mass = *mass;
     if (gradient_row != nullptr) {
       rows_.gradient[type](exponentials, q, logits.columns, scale * s.mass / s.sum, scale, stream, gradient_row);
@@ -317,7 +328,7 @@ class Loss {
       const void* q = is_double(p_.target_logits) ? target_distribution<double>(row, &mass)
                                                   : target_distribution<float>(row, &mass);
       target_rows_[row] =
-          dense_row(p_.target_logits, row, q, scratch, next, target_scale_, p_.target_gradient, false, &mass);
+          dense_row<false>(p_.target_logits, row, q, scratch, next, target_scale_, p_.target_gradient, false, &mass);
     } else {
       target_rows_[row] = sparse_target_row(row, scratch, next);
     }

@@ -35,6 +35,11 @@ struct RowKernels {
   // nothing is known.
   SweepResult (*sweep[kScalarTypes])(const void* z, const void* q, int64_t n, void* exponentials, const void* next,
                                      const void* written, double least_shift);
+  // The largest logit of a row, if all are numbers.
+  double (*largest[kScalarTypes])(const void* z, int64_t n);
+  // The sums of a sweep with this shift, in double, from the exponentials that it stored.
+  SweepResult (*sums_in_double[kScalarTypes])(const void* z, const void* q, const void* exponentials, int64_t n,
+                                              double shift);
   // gradient = softmax_factor * exponentials - target_factor * q; `q` may be null. `stream` (only with q): the stores
   // bypass the cache, and the thread calls finish_streaming before another thread reads.
   void (*gradient[kScalarTypes])(const void* exponentials, const void* q, int64_t n, double softmax_factor,

@@ -192,6 +192,42 @@ SweepResult sweep(const void* z, const void* q, int64_t n, void* exponentials, c
   return row(logits, distribution, n, e, next_logits, next_written, least_shift);
 }
 
+template <class T>
+double largest(const void* z, int64_t n) {
+  return static_cast<double>(reduce_max(max_over(static_cast<const T*>(z), n)));
+}
+
+// The sums of a sweep with the shift `shift` again, from the exponentials that it stored, in double: each number is one
+// of float, so that only its own rounding counts.
+template <class T>
+SweepResult sums_in_double(const void* z, const void* q, const void* exponentials, int64_t n, double shift) {
+  using C = ComputeType<T>;
+  const auto* logits = static_cast<const T*>(z);
+  const auto* distribution = static_cast<const C*>(q);
+  const auto* e = static_cast<const C*>(exponentials);
+  constexpr int kSums = 16;
+  double sum[kSums] = {}, dot[kSums] = {}, mass[kSums] = {};
+  const auto add = [&](int64_t i, int k) {
+    const auto p = static_cast<double>(distribution[i]);
+    const double product = p * (static_cast<double>(widen(logits[i])) - shift);
+    sum[k] += static_cast<double>(e[i]);
+    dot[k] += p == 0 ? 0 : product;
+    mass[k] += p;
+  };
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
+    for (int k = 0; k < kSums; ++k) add(i + k, k);
+  }
+  for (; i < n; ++i) add(i, 0);
+  SweepResult result{shift, 0, 0, 0};
+  for (int k = 0; k < kSums; ++k) {
+    result.sum += sum[k];
+    result.dot += dot[k];
+    result.mass += mass[k];
+  }
+  return result;
+}
+
 template <bool kTarget, bool kStream, class T>
 static inline void gradient_row(const ComputeType<T>* e, const ComputeType<T>* q, int64_t n,
                                 ComputeType<T> softmax_factor, ComputeType<T> target_factor, T* gradient) {
@@ -399,12 +435,12 @@ static inline double sum_q_log_q(const float* q, int64_t n) {
   // Below the smallest normal float q log q is less than 1e-36; log_of_normal needs a normal number.
   constexpr float kSmallest = 0x1p-126f;
   constexpr int kSums = 16;
-  float sums[kSums] = {};
+  double sums[kSums] = {};
   int64_t i = 0;
   for (; i + kSums <= n; i += kSums) {
     for (int k = 0; k < kSums; ++k) {
       const float x = q[i + k] < kSmallest ? kSmallest : q[i + k];
-      sums[k] += q[i + k] < 0 ? NAN : q[i + k] * log_of_normal(x);
+      sums[k] += q[i + k] < 0 ? static_cast<double>(NAN) : q[i + k] * log_of_normal(x);
     }
   }
   double total = 0;
@@ -428,6 +464,8 @@ static inline double sum_q_log_q(const double* q, int64_t n) {
 static constexpr RowKernels table(const char* name) {
   return {name,
           COTUNING_EACH_TYPE(sweep),
+          COTUNING_EACH_TYPE(largest),
+          COTUNING_EACH_TYPE(sums_in_double),
           COTUNING_EACH_TYPE(gradient),
           finish_streaming,
           COTUNING_EACH_TYPE(scale),
