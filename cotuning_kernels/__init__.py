@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from cotuning_kernels import functional
-from cotuning_kernels.functional import CoTuningTerms
-from cotuning_kernels.loss import FusedCoTuningLoss
+from cotuning_kernels.functional import CoTuningMetrics, CoTuningTerms
+from cotuning_kernels.loss import FusedCoTuningLoss, FusedLinearCoTuningLoss
 from cotuning_kernels.targets import MixedTarget
 
 if TYPE_CHECKING:
@@ -41,9 +41,11 @@ _LAZY = {
 
 __all__ = [
     "CoTuningLogits",
+    "CoTuningMetrics",
     "CoTuningModel",
     "CoTuningTerms",
     "FusedCoTuningLoss",
+    "FusedLinearCoTuningLoss",
     "MixedTarget",
     "Relationship",
     "RelationshipEstimator",

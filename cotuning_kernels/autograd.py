@@ -25,7 +25,13 @@ from cotuning_kernels.backends.operations import operation
 from cotuning_kernels.options import LossOptions
 from cotuning_kernels.targets import Target, dense_columns, operand_target
 
-__all__ = ["co_tuning_loss", "normalized_class_weights", "translate_labels"]
+__all__ = [
+    "co_tuning_loss",
+    "is_known_to_be_one",
+    "normalized_class_weights",
+    "refuse_second_derivatives",
+    "translate_labels",
+]
 
 
 def co_tuning_loss(
@@ -138,7 +144,8 @@ def _compute_dtype(source_logits: Tensor) -> torch.dtype:
     return torch.float64 if source_logits.dtype == torch.float64 else torch.float32
 
 
-def _refuse_second_derivatives() -> None:
+def refuse_second_derivatives() -> None:
+    """Raise where the gradient shall be differentiated (``create_graph=True``)."""
     # A node on the gradient could not raise this: autograd skips nodes that lead to no wanted tensor, and a penalty on
     # the gradient would silently contribute nothing. (A compiler raises for its own graphs.)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -149,7 +156,7 @@ def _refuse_second_derivatives() -> None:
 
 
 def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivatives()
+    refuse_second_derivatives()
     return _scaled_gradients(ctx, upstream)
 
 
@@ -164,13 +171,13 @@ def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None,
         # retain_graph=True: another backward pass may read the saved gradients, so scale copies. (In a compiled graph
         # the compiler does that.)
         source_grad, target_grad = source_grad.clone(), target_grad.clone()
-    if tracing or not (_is_known_to_be_one(upstream) and factors.tolist() == [1.0, 1.0]):
+    if tracing or not (is_known_to_be_one(upstream) and factors.tolist() == [1.0, 1.0]):
         operation("scale_gradients_", ctx.backend)(source_grad, target_grad, factors, upstream)
     wanted = ctx.needs_input_grad
     return source_grad if wanted[0] else None, target_grad if wanted[1] else None, None, None, None
 
 
-def _is_known_to_be_one(upstream: Tensor) -> bool:
+def is_known_to_be_one(upstream: Tensor) -> bool:
     """Whether the upstream gradient is 1, as in ``loss.backward()``. False on an accelerator: reading it would wait."""
     return upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1.0
 
@@ -213,7 +220,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _operation_backward(backend: str, ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivatives()
+    refuse_second_derivatives()
     gradients = tuple(each.clone() for each in ctx.saved_tensors[:2])  # copies: other code may hold the results
     wanted = ctx.needs_input_grad[:2]
     for name, stored, needed in zip(("source_gradient", "target_gradient"), ctx.stored, wanted, strict=True):

@@ -9,12 +9,22 @@ from torch import Tensor
 
 from cotuning_kernels import autograd, backends, reference, validation
 from cotuning_kernels.backends.registry import REGISTRY
+from cotuning_kernels.linear_head import MEMORY_BUDGET
+from cotuning_kernels.linear_loss import CoTuningMetrics, Head, linear_loss
 from cotuning_kernels.options import LossOptions, check_options
 from cotuning_kernels.shapes import logits_as_rows, shape_of_labels, target_as_rows
 from cotuning_kernels.sharded_loss import is_dtensor, loss_of_dtensors
 from cotuning_kernels.targets import RelationshipLike, Target, as_collated
 
-__all__ = ["CoTuningTerms", "co_tuning_loss", "source_label_loss", "translate_labels"]
+__all__ = [
+    "CoTuningMetrics",
+    "CoTuningTerms",
+    "co_tuning_loss",
+    "linear_co_tuning_loss",
+    "linear_source_label_loss",
+    "source_label_loss",
+    "translate_labels",
+]
 
 
 class CoTuningTerms(NamedTuple):
@@ -113,6 +123,114 @@ def source_label_loss(
     options = LossOptions(None, 1.0, 0.0, ignore_index, reduction, source_loss)  # the source term only
     loss = compute_loss(source_logits, None, target, matrix_of(relationship), options, inplace, backend, False)
     return cast(Tensor, loss)
+
+
+def linear_co_tuning_loss(
+    features: Tensor | tuple[Tensor, Tensor],
+    source_weight: Tensor,
+    source_bias: Tensor | None,
+    target_weight: Tensor,
+    target_bias: Tensor | None,
+    target: Target,
+    relationship: Tensor | RelationshipLike,
+    *,
+    trade_off: float | Tensor = 2.3,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    source_loss: str = "cross_entropy",
+    return_terms: bool = False,
+    return_metrics: bool = False,
+    memory_budget: int = MEMORY_BUDGET,
+    backend: str = "auto",
+) -> Tensor | CoTuningTerms | CoTuningMetrics:
+    r"""The Co-Tuning loss of two linear heads, whose logits exist only for a chunk of rows at a time.
+
+    .. math:: L = \mathrm{CE}(W^t f + b^t, y) + \lambda \, \mathrm{CE}(W^s f + b^s, R_y)
+
+    The result is that of :func:`co_tuning_loss` on ``F.linear(features, source_weight, source_bias)`` and
+    ``F.linear(features, target_weight, target_bias)``, up to rounding. The gradients of the features, the weights and
+    the biases come from the same pass, so memory holds them and one chunk of logits. Rows without source supervision
+    never reach the source head's product, rows with label ``ignore_index`` neither head's; on a GPU, counting them
+    waits for the device once a head. A head that does not require grad costs no gradient. Gradients of weights and
+    biases are summed in float32 (float64 for float64) and rounded once to the dtype of the parameter.
+
+    Args:
+        features: ``(rows, D)``, or ``(..., D)`` as for ``nn.Linear``, float32, bfloat16, float16 or float64; or a pair:
+            the features that the source head reads, and those that the target head reads.
+        source_weight, source_bias: the source head, ``(N_s, D)`` and ``(N_s,)`` or None, in the dtype of the features.
+            Under autocast dtypes may differ: the products have the dtype of autocast, as in ``F.linear``.
+        target_weight, target_bias: the target head, ``(N_t, D)`` and ``(N_t,)`` or None.
+        target: class indices of the features' shape without ``D``; class probabilities ``(..., N_t)``; or a mixup pair.
+        relationship, trade_off, weight, label_smoothing, ignore_index, source_loss: as for :func:`co_tuning_loss`. With
+            a ``trade_off`` of 0 the source head is not computed.
+        reduction: ``"mean"`` or ``"sum"``. The weights' gradients are sums over rows, so a loss a row, whose upstream
+            gradient comes later, has none.
+        return_terms: return :class:`CoTuningTerms` instead of the loss.
+        return_metrics: return :class:`CoTuningMetrics`: also the accuracy of both heads and the log-sum-exp of each
+            row, for logging. They cost a pass over each chunk, and a second chunk of memory.
+        memory_budget: bytes of logits that exist at a time. Half-precision gradients of a weight, which are added in
+            float32, take a quarter of it in addition.
+        backend: as for :func:`co_tuning_loss`. The reference, which serves where no kernel does, computes all logits.
+
+    Returns:
+        The loss, shape ``()``: float64 where any features are float64, else float32. It can be differentiated once.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+        IndexError: a label is out of range (CPU); on an accelerator an assertion of the device, as ``F.cross_entropy``.
+        RuntimeError: the requested backend does not serve the features' device; the message says how to install it.
+    """
+    options = LossOptions(weight, trade_off, label_smoothing, ignore_index, reduction, source_loss)
+    heads = source_weight, source_bias, target_weight, target_bias
+    return compute_linear_loss(
+        features, heads, target, matrix_of(relationship), options, memory_budget, backend, return_terms, return_metrics
+    )
+
+
+def linear_source_label_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Target,
+    relationship: Tensor | RelationshipLike,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    source_loss: str = "cross_entropy",
+    memory_budget: int = MEMORY_BUDGET,
+    backend: str = "auto",
+) -> Tensor:
+    """The source term of :func:`linear_co_tuning_loss` alone, for use with another loss on the target head.
+
+    Args, Returns, Raises: as for :func:`linear_co_tuning_loss`; ``weight`` and ``bias`` are the source head's.
+    """
+    options = LossOptions(None, 1.0, 0.0, ignore_index, reduction, source_loss)
+    head = Head(features, weight, bias)
+    return linear_loss(head, None, target, matrix_of(relationship), options, memory_budget, backend, False).loss
+
+
+def compute_linear_loss(
+    features: Tensor | tuple[Tensor, Tensor],
+    heads: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    target: Target,
+    relationship: Tensor,
+    options: LossOptions,
+    memory_budget: int,
+    backend: str,
+    return_terms: bool,
+    return_metrics: bool,
+) -> Tensor | CoTuningTerms | CoTuningMetrics:
+    """The loss of two linear heads in the form that was asked for. The public function and the module end here."""
+    for_source, for_target = features if isinstance(features, tuple | list) else (features, features)
+    source, target_head = Head(for_source, *heads[:2]), Head(for_target, *heads[2:])
+    found = linear_loss(
+        source, target_head, target, relationship, options, memory_budget, backend, return_metrics
+    )  # fmt: skip
+    if return_metrics:
+        return found
+    return CoTuningTerms(*found[:3]) if return_terms else found.loss
 
 
 def translate_labels(

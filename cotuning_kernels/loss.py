@@ -3,56 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cotuning_kernels import backends, functional, validation
-from cotuning_kernels.functional import CoTuningTerms
+from cotuning_kernels.functional import CoTuningMetrics, CoTuningTerms
+from cotuning_kernels.linear_head import MEMORY_BUDGET
+from cotuning_kernels.linear_loss import check_linear_options
 from cotuning_kernels.options import LossOptions, check_options, check_trade_off
 from cotuning_kernels.targets import RelationshipLike, Target
 
-__all__ = ["FusedCoTuningLoss"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["FusedCoTuningLoss", "FusedLinearCoTuningLoss"]
 
 
 def _option(name: str) -> Any:
     """A property for one field of the module's :class:`LossOptions`, checked when it is set."""
 
-    def get(module: FusedCoTuningLoss) -> Any:
+    def get(module: _CoTuningCriterion) -> Any:
         return getattr(module.options, name)
 
-    def set_(module: FusedCoTuningLoss, value: Any) -> None:
+    def set_(module: _CoTuningCriterion, value: Any) -> None:
         module._set_options(**{name: value})
 
     return property(get, set_, doc=f"``{name}`` of :func:`cotuning_kernels.functional.co_tuning_loss`; may be set.")
 
 
-class FusedCoTuningLoss(nn.Module):
-    r"""Co-Tuning's loss: cross entropy of the target head plus ``trade_off`` times that of the kept source head.
-
-    .. math:: L = \mathrm{CE}(z^t, y) + \lambda \, \mathrm{CE}(z^s, R_y)
-
-    Example::
-
-        criterion = FusedCoTuningLoss(relationship, trade_off=2.3)
-        source_logits, target_logits = model(images)
-        loss = criterion(source_logits, target_logits, labels)
-        loss.backward()
-
-    Args:
-        relationship: ``R[t, s] = p(y_source = s | y_target = t)``, a floating tensor ``(N_t, N_s)`` or a
-            :class:`cotuning_kernels.Relationship`. It becomes a buffer: it moves with ``.to()`` and is part of the
-            ``state_dict``, as is the trade-off. A row of zeros is a target class without source supervision.
-        trade_off: the factor of the source term. The attribute may be set between steps, for instance in a warm-up.
-        weight, label_smoothing, ignore_index, reduction, source_loss, inplace, backend: see
-            :func:`cotuning_kernels.functional.co_tuning_loss`. They are attributes too, and may be set.
-
-    Raises:
-        TypeError, ValueError: an argument has a wrong type, shape or value; a relationship that is negative or not
-            finite.
-        RuntimeError: the requested backend is unavailable; the message says how to install it.
-    """
+class _CoTuningCriterion(nn.Module):
+    """What the losses have in common: the relationship as a buffer, the options, and the state."""
 
     relationship: Tensor
     weight: Tensor | None
@@ -71,7 +53,6 @@ class FusedCoTuningLoss(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         source_loss: str = "cross_entropy",
-        inplace: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -82,7 +63,7 @@ class FusedCoTuningLoss(nn.Module):
         if not matrix.is_meta:  # deferred initialisation: there are no values yet
             _check_probabilities(matrix)
         options = LossOptions(weight, trade_off, label_smoothing, ignore_index, reduction, source_loss)
-        check_options(options, matrix.shape[0], matrix.device)
+        self._check_options(options, matrix.shape[0], matrix.device)
         if weight is not None and not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(f"weight is {weight!r:.120}, expected finite numbers")
         backends.select(matrix.device.type, backend, matrix.device.index)
@@ -92,7 +73,6 @@ class FusedCoTuningLoss(nn.Module):
         # The trade-off is a tensor, so that a compiled or captured training step sees a new value. It is not a buffer,
         # because .half() would round it.
         self._options = options._replace(weight=self.weight, trade_off=self._trade_off_on(matrix.device))
-        self.inplace = inplace
         self.backend = backend
 
     @property
@@ -116,37 +96,11 @@ class FusedCoTuningLoss(nn.Module):
 
     def _set_options(self, **changes: Any) -> None:
         options = self.options._replace(**changes)
-        check_options(options, self.relationship.shape[0], self.relationship.device)
+        self._check_options(options, self.relationship.shape[0], self.relationship.device)
         self._options = options
 
-    def forward(
-        self, source_logits: Tensor, target_logits: Tensor, target: Target, *, return_terms: bool = False
-    ) -> Tensor | CoTuningTerms:
-        """The loss of a batch; with ``return_terms``, also its two parts for logging.
-
-        Args:
-            source_logits: ``(B, N_s)``, or ``(N_s,)``, or ``(B, N_s, d1, ...)``.
-            target_logits: ``(B, N_t)``, or ``(N_t,)``, or ``(B, N_t, d1, ...)``.
-            target: class indices ``(B,)``, class probabilities ``(B, N_t)`` or a mixup pair
-                ``(labels_a, labels_b, share of labels_a)``; with the logits' further dimensions.
-            return_terms: return :class:`cotuning_kernels.CoTuningTerms`.
-
-        Returns:
-            The loss, shape ``()``, or that of the class indices with ``reduction="none"``: float64 where any logits
-            are float64, else float32 whatever the logits. It can be differentiated once. With ``return_terms`` the
-            loss and its two parts, detached.
-
-        Raises:
-            TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
-            IndexError: a label is out of range (CPU); on an accelerator an assertion of the device.
-            RuntimeError: the requested backend does not serve the logits' device; the message says how to install it.
-        """
-        functional.require_target_logits(target_logits)
-        # Attribute access would take 0.5 us more: nn.Module looks for a buffer elsewhere first.
-        relationship: Any = self._buffers["relationship"]
-        return functional.compute_loss(
-            source_logits, target_logits, target, relationship, self.options, self.inplace, self.backend, return_terms
-        )
+    def _check_options(self, options: LossOptions, num_target_classes: int, device: torch.device) -> None:
+        check_options(options, num_target_classes, device)
 
     def get_extra_state(self) -> Tensor:
         """The trade-off as part of the ``state_dict``, so that a resumed warm-up continues with it."""
@@ -164,20 +118,20 @@ class FusedCoTuningLoss(nn.Module):
         if with_trade_off in missing_keys:  # a state_dict of buffers alone leaves the trade-off unchanged
             missing_keys.remove(with_trade_off)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedCoTuningLoss:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``.to()``, ``.cuda()`` and ``.half()`` call this: the trade-off changes device, not dtype."""
         super()._apply(fn, recurse)
         trade_off = self._trade_off_on(self.relationship.device)
         self._options = self._options._replace(weight=self.weight, trade_off=trade_off)
         return self
 
-    def _replicate_for_data_parallel(self) -> FusedCoTuningLoss:
+    def _replicate_for_data_parallel(self) -> Self:
         """nn.DataParallel moves only a replica's buffers to its device, so the replica's trade-off is a number."""
-        replica: FusedCoTuningLoss = super()._replicate_for_data_parallel()
+        replica: Self = super()._replicate_for_data_parallel()
         replica.__dict__["_options"] = self._options._replace(trade_off=self._trade_off)
         return replica
 
-    def __copy__(self) -> FusedCoTuningLoss:
+    def __copy__(self) -> Self:
         """A shallow copy shares the relationship, but not the trade-off."""
         copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
@@ -209,3 +163,164 @@ def _check_probabilities(matrix: Tensor) -> None:
                 f"instance. relationship[{row}] = 0 leaves the class without source supervision"
             )
         raise ValueError(f"relationship[{row}, {column}] is {float(matrix[row, column])}, expected a probability{mend}")
+
+
+class FusedCoTuningLoss(_CoTuningCriterion):
+    r"""Co-Tuning's loss: cross entropy of the target head plus ``trade_off`` times that of the kept source head.
+
+    .. math:: L = \mathrm{CE}(z^t, y) + \lambda \, \mathrm{CE}(z^s, R_y)
+
+    Example::
+
+        criterion = FusedCoTuningLoss(relationship, trade_off=2.3)
+        source_logits, target_logits = model(images)
+        loss = criterion(source_logits, target_logits, labels)
+        loss.backward()
+
+    Args:
+        relationship: ``R[t, s] = p(y_source = s | y_target = t)``, a floating tensor ``(N_t, N_s)`` or a
+            :class:`cotuning_kernels.Relationship`. It becomes a buffer: it moves with ``.to()`` and is part of the
+            ``state_dict``, as is the trade-off. A row of zeros is a target class without source supervision.
+        trade_off: the factor of the source term. The attribute may be set between steps, for instance in a warm-up.
+        weight, label_smoothing, ignore_index, reduction, source_loss, inplace, backend: see
+            :func:`cotuning_kernels.functional.co_tuning_loss`. They are attributes too, and may be set.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or value; a relationship that is negative or not
+            finite.
+        RuntimeError: the requested backend is unavailable; the message says how to install it.
+    """
+
+    def __init__(
+        self,
+        relationship: Tensor | RelationshipLike,
+        trade_off: float = 2.3,
+        *,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        source_loss: str = "cross_entropy",
+        inplace: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            relationship, trade_off, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index,
+            reduction=reduction, source_loss=source_loss, backend=backend,
+        )  # fmt: skip
+        self.inplace = inplace
+
+    def forward(
+        self, source_logits: Tensor, target_logits: Tensor, target: Target, *, return_terms: bool = False
+    ) -> Tensor | CoTuningTerms:
+        """The loss of a batch; with ``return_terms``, also its two parts for logging.
+
+        Args:
+            source_logits: ``(B, N_s)``, or ``(N_s,)``, or ``(B, N_s, d1, ...)``.
+            target_logits: ``(B, N_t)``, or ``(N_t,)``, or ``(B, N_t, d1, ...)``.
+            target: class indices ``(B,)``, class probabilities ``(B, N_t)`` or a mixup pair
+                ``(labels_a, labels_b, share of labels_a)``; with the logits' further dimensions.
+            return_terms: return :class:`cotuning_kernels.CoTuningTerms`.
+
+        Returns:
+            The loss, shape ``()``, or that of the class indices with ``reduction="none"``: float64 where any logits
+            are float64, else float32 whatever the logits. It can be differentiated once. With ``return_terms`` the
+            loss and its two parts, detached.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+            IndexError: a label is out of range (CPU); on an accelerator an assertion of the device.
+            RuntimeError: the requested backend does not serve the logits' device; the message says how to install it.
+        """
+        functional.require_target_logits(target_logits)
+        # Attribute access would take 0.5 us more: nn.Module looks for a buffer elsewhere first.
+        relationship: Any = self._buffers["relationship"]
+        return functional.compute_loss(
+            source_logits, target_logits, target, relationship, self.options, self.inplace, self.backend, return_terms
+        )
+
+
+class FusedLinearCoTuningLoss(_CoTuningCriterion):
+    r"""Co-Tuning's loss of two linear heads, whose logits exist only for a chunk of rows at a time.
+
+    .. math:: L = \mathrm{CE}(W^t f + b^t, y) + \lambda \, \mathrm{CE}(W^s f + b^s, R_y)
+
+    For heads of many classes, whose logits need more memory than the rest of the step. It is :class:`FusedCoTuningLoss`
+    on the logits of the two heads, up to rounding. Rows without source supervision never reach the source head.
+
+    Example::
+
+        criterion = FusedLinearCoTuningLoss(relationship, trade_off=2.3)
+        features = backbone(images)
+        loss = criterion(features, old.weight, old.bias, new.weight, new.bias, labels)
+        loss.backward()
+
+    Args:
+        relationship, trade_off: as for :class:`FusedCoTuningLoss`.
+        weight, label_smoothing, ignore_index, reduction, source_loss, memory_budget, backend: see
+            :func:`cotuning_kernels.functional.linear_co_tuning_loss`. They are attributes too, and may be set.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or value; a relationship that is negative or not
+            finite.
+        RuntimeError: the requested backend is unavailable; the message says how to install it.
+    """
+
+    def __init__(
+        self,
+        relationship: Tensor | RelationshipLike,
+        trade_off: float = 2.3,
+        *,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        source_loss: str = "cross_entropy",
+        memory_budget: int = MEMORY_BUDGET,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            relationship, trade_off, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index,
+            reduction=reduction, source_loss=source_loss, backend=backend,
+        )  # fmt: skip
+        check_linear_options(self.options, memory_budget)
+        self.memory_budget = memory_budget
+
+    def forward(
+        self,
+        features: Tensor | tuple[Tensor, Tensor],
+        source_weight: Tensor,
+        source_bias: Tensor | None,
+        target_weight: Tensor,
+        target_bias: Tensor | None,
+        target: Target,
+        *,
+        return_terms: bool = False,
+        return_metrics: bool = False,
+    ) -> Tensor | CoTuningTerms | CoTuningMetrics:
+        """The loss of a batch; on request its two parts, or these with accuracies and log-sum-exps, for logging.
+
+        Args:
+            features: ``(..., D)``, or a pair: those of the source head and those of the target head.
+            source_weight, source_bias: ``(N_s, D)`` and ``(N_s,)`` or None.
+            target_weight, target_bias: ``(N_t, D)`` and ``(N_t,)`` or None.
+            target: class indices ``(...)``, class probabilities ``(..., N_t)`` or a mixup pair.
+            return_terms: return :class:`cotuning_kernels.CoTuningTerms`.
+            return_metrics: return :class:`cotuning_kernels.CoTuningMetrics`.
+
+        Returns:
+            The loss, shape ``()``: float64 where any features are float64, else float32. It can be differentiated once.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+            IndexError: a label is out of range (CPU); on an accelerator an assertion of the device.
+            RuntimeError: the requested backend does not serve the features' device.
+        """
+        return functional.compute_linear_loss(
+            features, (source_weight, source_bias, target_weight, target_bias), target, self.relationship,
+            self.options, self.memory_budget, self.backend, return_terms, return_metrics,
+        )  # fmt: skip
+
+    def _check_options(self, options: LossOptions, num_target_classes: int, device: torch.device) -> None:
+        super()._check_options(options, num_target_classes, device)
+        check_linear_options(options, MEMORY_BUDGET)

@@ -23,6 +23,8 @@ __all__ = [
     "check_inplace_memory",
     "check_inputs",
     "check_is_tensor",
+    "check_labels_of_features",
+    "check_linear_head",
     "check_relationship",
     "check_shapes",
     "check_target",
@@ -80,6 +82,49 @@ def check_shapes(source_logits: Tensor, target_logits: Tensor | None, target: Ta
                 f"target has shape {tuple(labels.shape)}, expected class indices {shape} (or class probabilities with "
                 f"the classes as in the logits) for source_logits of shape {tuple(source_logits.shape)}: "
                 f"{classes}{last}"
+            )
+
+
+def check_linear_head(name: str, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check a linear head, "source" or "target", and the features that it reads, as ``F.linear`` takes them.
+
+    Raises:
+        TypeError, ValueError: one of them has a wrong type, dtype, shape or device.
+    """
+    tensors = {"features": features, f"{name}_weight": weight}
+    for what, tensor in (tensors if bias is None else tensors | {f"{name}_bias": bias}).items():
+        check_is_tensor(what, tensor)
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{what} has dtype {tensor.dtype}, expected one of {named(FLOATING)}")
+        check_device(what, tensor, features.device)
+    if features.dim() < 2 or weight.dim() != 2 or features.shape[-1] != weight.shape[1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"features has shape {tuple(features.shape)} and {name}_weight {tuple(weight.shape)}, expected (rows, D) "
+            "and (classes, D), as nn.Linear has them"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}_bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},) or None")
+    dtypes = {tensor.dtype for tensor in (features, weight, bias) if tensor is not None}
+    if len(dtypes) > 1 and (features.device.type == "meta" or not torch.is_autocast_enabled(features.device.type)):
+        raise TypeError(
+            f"features are {features.dtype} and the {name} head is {weight.dtype}"
+            f"{'' if bias is None else f' with a bias in {bias.dtype}'}, expected one dtype, or torch.autocast"
+        )
+
+
+def check_labels_of_features(shape: tuple[int, ...], target: Target) -> None:
+    """Check a target for features ``(*shape, D)``, before both are flattened to rows.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    for labels in target[:2] if isinstance(target, tuple) else (target,):
+        if not isinstance(labels, Tensor):
+            continue  # the checks of the rows reject it
+        if (labels.shape[:-1] if labels.is_floating_point() else labels.shape) != shape:
+            raise ValueError(
+                f"target has shape {tuple(labels.shape)}, expected class indices {tuple(shape)} or class probabilities "
+                f"{(*shape, 'N_t')} for features {(*shape, 'D')}"
             )
 
 

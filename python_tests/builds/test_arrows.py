@@ -33,6 +33,8 @@ MODULE_FLOORS = (
     ("relationship.file",),
     ("calibration", "distributed", "loss"),
     ("functional",),
+    ("linear_loss",),
+    ("linear_head",),
     ("sharded_loss",),
     ("autograd",),
     ("backends",),

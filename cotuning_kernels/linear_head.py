@@ -1,0 +1,250 @@
+"""One linear head and its loss as an operation of torch; the logits exist only for a chunk of rows at a time.
+
+For each chunk of rows: the logits are a matrix product, the loss writes their gradient over them, and two more products
+give the gradients of the features and of the head's weight. The peak of memory is that of the gradients plus one chunk,
+not that of all logits and what a loss makes of them. Rows that take no part never reach a product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cotuning_kernels.autograd import is_known_to_be_one, refuse_second_derivatives
+from cotuning_kernels.backends.operations import operation
+from cotuning_kernels.options import LossOptions
+from cotuning_kernels.targets import OperandTarget, operand_target, without_autocast
+
+__all__ = ["MEMORY_BUDGET", "linear_head_loss", "rows_of_chunk"]
+
+MEMORY_BUDGET = 128 * 2**20
+"""Bytes of logits that exist at a time, unless the caller says otherwise."""
+
+
+def rows_of_chunk(row_bytes: int, memory_budget: int) -> int:
+    """How many rows of ``row_bytes`` each exist at a time: as many as the budget has room for, at least one."""
+    return max(1, memory_budget // max(1, row_bytes))
+
+
+@torch.library.custom_op(
+    "cotuning_kernels::linear_head_loss",
+    mutates_args=(),
+    schema="(Tensor features, Tensor weight, Tensor? bias, Tensor takes_part, Tensor factor, Tensor target, "
+    "Tensor? target_b, Tensor? mix, Tensor? relationship, Tensor? class_weight, float label_smoothing, "
+    "int ignore_index, bool kl_divergence, ScalarType dtype, int memory_budget, str backend, bool features_gradient, "
+    "bool weight_gradient, bool bias_gradient, bool metrics) "
+    "-> (Tensor loss, Tensor total, Tensor features_grad, Tensor weight_grad, Tensor bias_grad, Tensor logsumexp, "
+    "Tensor correct)",
+)
+def linear_head_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    takes_part: Tensor,
+    factor: Tensor,
+    target: Tensor,
+    target_b: Tensor | None,
+    mix: Tensor | None,
+    relationship: Tensor | None,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    kl_divergence: bool,
+    dtype: torch.dtype,
+    memory_budget: int,
+    backend: str,
+    features_gradient: bool,
+    weight_gradient: bool,
+    bias_gradient: bool,
+    metrics: bool,
+) -> tuple[Tensor, ...]:
+    """``loss = factor * total``, where ``total`` sums one head's loss over the rows that take part, and its gradients.
+
+    With ``relationship`` it is the source term, without it the target term. Everything is summed over the chunks in
+    float32 (float64 for float64 logits; ``total`` always), whatever the dtype of the tensors. What was not asked for is
+    empty.
+    """
+    gradients = features_gradient, weight_gradient, bias_gradient
+    results = _results(features, weight, bias, dtype, gradients, metrics)
+    loss, total, features_grad, weight_grad, bias_grad, logsumexp, correct = results
+    for each in (total, features_grad, weight_grad, bias_grad, correct):
+        each.zero_()
+    logsumexp.fill_(torch.nan)
+    options = LossOptions(
+        class_weight, 1.0, label_smoothing, ignore_index, "sum", "kl" if kl_divergence else "cross_entropy"
+    )
+    rows = _rows(takes_part)
+    count = features.shape[0] if rows is None else rows.shape[0]
+    with torch.no_grad(), without_autocast(features.device):
+        features, weight = features.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        size = min(rows_of_chunk(weight.shape[0] * dtype.itemsize, memory_budget), max(count, 1))
+        buffer = weight.new_empty((size, weight.shape[0]))
+        for start in range(0, count, size):
+            here: Any = slice(start, min(start + size, count))
+            here = here if rows is None else rows[here]
+            x = features[here]
+            logits = buffer[: x.shape[0]]
+            torch.mm(x, weight.t(), out=logits)
+            if bias is not None:
+                logits += bias
+            operand = _operand(target, target_b, mix, relationship, here, logits)
+            if metrics:
+                wide = logits.to(logsumexp.dtype)
+                logsumexp[here] = torch.logsumexp(wide, dim=1)
+                correct[here] = wide.argmax(dim=1) == _likeliest(operand, relationship is not None, options, backend)
+            chunk_sum, chunk_factor = _chunk(logits, operand, relationship is not None, options, backend, gradients)
+            total += chunk_sum
+            chunk_factor = chunk_factor * factor
+            if features_gradient:
+                features_grad[here] = (logits @ weight).to(features_grad.dtype) * chunk_factor
+            if weight_gradient:
+                _add_product(weight_grad, logits, x, chunk_factor, memory_budget)
+            if bias_gradient:
+                bias_grad += logits.sum(dim=0, dtype=bias_grad.dtype) * chunk_factor
+    loss.copy_(total * factor)
+    return results
+
+
+@linear_head_loss.register_fake
+def _(features: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    *_, dtype, _, _, of_features, of_weight, of_bias, metrics = others
+    return _results(features, weight, bias, dtype, (of_features, of_weight, of_bias), metrics)
+
+
+def _results(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    gradients: tuple[bool, bool, bool],
+    metrics: bool,
+) -> tuple[Tensor, ...]:
+    arithmetic = torch.promote_types(dtype, torch.float32)
+    rows = features.shape[0] if metrics else 0
+    return (
+        features.new_empty((), dtype=arithmetic),
+        features.new_empty((), dtype=torch.float64),
+        *(
+            features.new_empty(0 if x is None or not wanted else x.shape, dtype=arithmetic)
+            for x, wanted in zip((features, weight, bias), gradients, strict=True)
+        ),
+        features.new_empty(rows, dtype=arithmetic),
+        features.new_empty(rows, dtype=torch.bool),
+    )
+
+
+def _rows(takes_part: Tensor) -> Tensor | None:
+    """The indices of the rows that take part, None if all do. The host waits for the device here, once a head.
+
+    In the capture of a CUDA graph, where it cannot wait, all rows go through the products: the loss gives those that
+    take no part a gradient of 0.
+    """
+    if takes_part.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    rows = takes_part.nonzero()[:, 0]
+    return None if rows.shape[0] == takes_part.shape[0] else rows
+
+
+def _operand(
+    target: Tensor, target_b: Tensor | None, mix: Tensor | None, relationship: Tensor | None, here: Any, logits: Tensor
+) -> OperandTarget:
+    """The target of a chunk's rows as the operations take it; without a relationship, one of a single source class."""
+    of_rows = None if mix is None else mix if mix.shape[0] == 1 else mix[here]
+    labels, labels_b = target[here], None if target_b is None else target_b[here]
+    probabilities = labels.is_floating_point()
+    if relationship is None:
+        # The operations have a source head in any case. Here it has one class, without supervision.
+        relationship = logits.new_zeros((labels.shape[0] if probabilities else logits.shape[1], 1))
+        of_rows = logits.new_zeros(labels.shape[0], dtype=torch.float64) if probabilities else of_rows
+    elif probabilities:
+        return operand_target(labels, relationship, torch.promote_types(logits.dtype, torch.float32))
+    return OperandTarget(labels, labels_b, of_rows, relationship)
+
+
+def _chunk(
+    logits: Tensor,
+    operand: OperandTarget,
+    of_source: bool,
+    options: LossOptions,
+    backend: str,
+    gradients: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """The loss of a chunk. Its gradient, but for the factor that is returned, is written over the logits."""
+    heads = (logits, None) if of_source else (logits.new_zeros((logits.shape[0], 1)), logits)
+    one = torch.ones((), dtype=torch.float64, device=logits.device)
+    arguments = *heads, *operand, *options.in_operations(options.weight, one)
+    if not any(gradients):
+        loss, *_ = operation("co_tuning_loss", backend)(*arguments, False, False)
+        return loss, one
+    loss, _, factors = operation("co_tuning_loss_", backend)(*arguments)
+    factor = factors[0 if of_source else 1]
+    if logits.dtype == torch.float16:
+        # The stored gradient is the true one times a power of two, with which its products could overflow.
+        logits *= factor
+        return loss, one
+    return loss, factor
+
+
+def _likeliest(operand: OperandTarget, of_source: bool, options: LossOptions, backend: str) -> Tensor:
+    """The likeliest class of each row of a chunk's target."""
+    labels, labels_b, mix, relationship = operand
+    if labels.is_floating_point():
+        return (relationship if of_source else labels).argmax(dim=1)
+    if of_source:
+        translate = operation("translate_labels", backend)
+        return translate(labels, labels_b, mix, relationship, options.ignore_index).argmax(dim=1)
+    if labels_b is None or mix is None:
+        return labels
+    take_b = ((mix < 0.5) & (labels_b != options.ignore_index)) | (labels == options.ignore_index)
+    return torch.where(take_b, labels_b, labels)
+
+
+def _add_product(
+    weight_grad: Tensor, logits_grad: Tensor, features: Tensor, factor: Tensor, memory_budget: int
+) -> None:
+    """``weight_grad += factor * logits_grad.T @ features``, added in the dtype of ``weight_grad``."""
+    if weight_grad.dtype == logits_grad.dtype:
+        weight_grad.addmm_(logits_grad.t(), features * factor)
+        return
+    # A product of half-precision matrices has their dtype. It takes a quarter of the budget at a time.
+    size = rows_of_chunk(features.shape[1] * features.dtype.itemsize, memory_budget // 4)
+    for part in range(0, weight_grad.shape[0], size):
+        classes = slice(part, part + size)
+        weight_grad[classes].addcmul_(logits_grad[:, classes].t() @ features, factor)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.save_for_backward(*output[2:5])
+    ctx.stored = inputs[-4:-1]
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    refuse_second_derivatives()
+    found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if upstream is None:
+        return tuple(found)
+    tracing = torch.compiler.is_compiling()
+    # retain_graph=True: another backward pass may read the sums again. In a compiled graph the compiler decides.
+    keep = tracing or torch._C._autograd._get_current_graph_task_keep_graph()
+    is_one = not tracing and is_known_to_be_one(upstream)
+    for i, (gradient, stored, dtype) in enumerate(zip(ctx.saved_tensors, ctx.stored, ctx.dtypes, strict=True)):
+        if not ctx.needs_input_grad[i]:
+            continue
+        if not stored:
+            raise RuntimeError(f"linear_head_loss was called without the gradient of its tensor {i}")
+        if not is_one:
+            gradient = gradient * upstream if keep else gradient.mul_(upstream)
+        elif keep:
+            gradient = gradient.clone()
+        found[i] = gradient.to(dtype)
+    return tuple(found)
+
+
+linear_head_loss.register_autograd(_backward, setup_context=_setup_context)
