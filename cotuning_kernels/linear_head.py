@@ -17,7 +17,7 @@ from cotuning_kernels.backends.operations import operation
 from cotuning_kernels.options import LossOptions
 from cotuning_kernels.targets import OperandTarget, operand_target, without_autocast
 
-__all__ = ["MEMORY_BUDGET", "linear_head_loss", "rows_of_chunk"]
+__all__ = ["MEMORY_BUDGET", "compute_linear_head", "linear_head_loss", "rows_of_chunk"]
 
 MEMORY_BUDGET = 128 * 2**20
 """Bytes of logits that exist at a time, unless the caller says otherwise."""
@@ -28,17 +28,7 @@ def rows_of_chunk(row_bytes: int, memory_budget: int) -> int:
     return max(1, memory_budget // max(1, row_bytes))
 
 
-@torch.library.custom_op(
-    "cotuning_kernels::linear_head_loss",
-    mutates_args=(),
-    schema="(Tensor features, Tensor weight, Tensor? bias, Tensor takes_part, Tensor factor, Tensor target, "
-    "Tensor? target_b, Tensor? mix, Tensor? relationship, Tensor? class_weight, float label_smoothing, "
-    "int ignore_index, bool kl_divergence, ScalarType dtype, int memory_budget, str backend, bool features_gradient, "
-    "bool weight_gradient, bool bias_gradient, bool metrics) "
-    "-> (Tensor loss, Tensor total, Tensor features_grad, Tensor weight_grad, Tensor bias_grad, Tensor logsumexp, "
-    "Tensor correct)",
-)
-def linear_head_loss(
+def compute_linear_head(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -108,6 +98,19 @@ def linear_head_loss(
     return results
 
 
+linear_head_loss = torch.library.custom_op(
+    "cotuning_kernels::linear_head_loss",
+    compute_linear_head,
+    mutates_args=(),
+    schema="(Tensor features, Tensor weight, Tensor? bias, Tensor takes_part, Tensor factor, Tensor target, "
+    "Tensor? target_b, Tensor? mix, Tensor? relationship, Tensor? class_weight, float label_smoothing, "
+    "int ignore_index, bool kl_divergence, ScalarType dtype, int memory_budget, str backend, bool features_gradient, "
+    "bool weight_gradient, bool bias_gradient, bool metrics) "
+    "-> (Tensor loss, Tensor total, Tensor features_grad, Tensor weight_grad, Tensor bias_grad, Tensor logsumexp, "
+    "Tensor correct)",
+)
+
+
 @linear_head_loss.register_fake
 def _(features: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
     *_, dtype, _, _, of_features, of_weight, of_bias, metrics = others
@@ -175,7 +178,7 @@ def _chunk(
     """The loss of a chunk. Its gradient, but for the factor that is returned, is written over the logits."""
     heads = (logits, None) if of_source else (logits.new_zeros((logits.shape[0], 1)), logits)
     one = torch.ones((), dtype=torch.float64, device=logits.device)
-    arguments = *heads, *operand, *options.in_operations(options.weight, one)
+    arguments = *heads, *operand, *options.in_operations(logits.device)
     if not any(gradients):
         loss, *_ = operation("co_tuning_loss", backend)(*arguments, False, False)
         return loss, one
@@ -230,7 +233,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if upstream is None:
         return tuple(found)
-    tracing = torch.compiler.is_compiling()
+    tracing = torch.compiler.is_compiling() or type(upstream) is not Tensor
     # retain_graph=True: another backward pass may read the sums again. In a compiled graph the compiler decides.
     keep = tracing or torch._C._autograd._get_current_graph_task_keep_graph()
     is_one = not tracing and is_known_to_be_one(upstream)
