@@ -12,9 +12,6 @@
 #include "../kernels/cuda/plan.h"
 #include "../ops/kernel_table.h"
 
-#define COTUNING_TEXT_(x) #x
-#define COTUNING_TEXT(x) COTUNING_TEXT_(x)
-
 namespace {
 
 std::vector<std::string> cpu_isas() {

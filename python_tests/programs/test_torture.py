@@ -26,14 +26,6 @@ def by_name(attack: Attack) -> str:
     return attack.__name__
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked child has only its own thread
-    yield
-    torch.set_num_threads(before)
-
-
 def test_every_attack_has_a_short_form() -> None:
     assert TRIES.keys() == torture.ATTACKS.keys()
 
