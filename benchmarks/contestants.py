@@ -46,7 +46,7 @@ class LossContestant:
         name: its name in the tables.
         prepare: does what a training script does once before its loop, and returns the loss of one step.
         source_loss: which loss it computes, ``"cross_entropy"`` or ``"kl"``. The gradients are the same.
-        compiles: whether it needs ``torch.compile``.
+        compiles: whether it compiles for each shape (``torch.compile``, Triton).
     """
 
     name: str
@@ -87,7 +87,7 @@ LOSS_CONTESTANTS = (
     LossContestant("compiled log_softmax", partial(_compiled, baselines.log_softmax_loss), compiles=True),
 )
 # Timed on a GPU that the CUDA kernels serve.
-TRITON = LossContestant("our Triton kernels", partial(_ours, backend="triton"))
+TRITON = LossContestant("our Triton kernels", partial(_ours, backend="triton"), compiles=True)
 
 
 def _our_relationship(problem: RelationshipProblem) -> Tensor:

@@ -19,7 +19,7 @@ from benchmarks.contestants import LOSS_CONTESTANTS, RELATIONSHIP_CONTESTANTS, p
 from benchmarks.problems import DTYPES, LossProblem, RelationshipProblem, Shape, parse_shape
 from benchmarks.processes import run_apart
 
-__all__ = ["Peak", "main", "measure_here", "measure_loss", "measure_relationship"]
+__all__ = ["Peak", "main", "measure_here", "measure_loss", "measure_loss_here", "measure_relationship"]
 
 # glibc maps every block of 64 KiB or more separately and unmaps it when it is freed: the peak then counts the memory
 # in use, not the memory that the allocator keeps.
@@ -52,6 +52,11 @@ def measure_here(call: Callable[[], object], device: str = "cpu") -> Peak:
 def measure_loss(name: str, shape: Shape, dtype: str, *, threads: int = 1, device: str = "cpu") -> Peak:
     """Peak of one forward and backward pass of a loss contestant in a new process, gradients included."""
     return _in_child(["loss", name, str(shape), "--dtype", dtype, "--device", device, "--threads", str(threads)])
+
+
+def measure_loss_here(name: str, shape: Shape, dtype: str, *, device: str) -> Peak:
+    """:func:`measure_loss` in this process, for a device whose memory torch counts."""
+    return measure_here(_loss_call(name, LossProblem.make(shape, DTYPES[dtype], device=device)), device)
 
 
 def measure_relationship(name: str, shape: Shape, batch: int, *, threads: int = 1, device: str = "cpu") -> Peak:

@@ -2,6 +2,7 @@
 
     python -m benchmarks page --output benchmark_page     about ten minutes; writes page.md, pictures and page.json
     python -m benchmarks page --device cuda               the same on a GPU, in the device's time
+    python -m benchmarks page --limit 100                 as much of it as fits into 100 s, the shapes first
 
 A *copy* reads the logits of both heads and writes as many bytes. A forward and backward pass needs at least this time
 when nothing stays in the caches. The *share of the copy* is its time over ours. On a GPU, times are the device's, with
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -35,12 +38,16 @@ from benchmarks.contestants import (
     unavailable,
 )
 from benchmarks.problems import DTYPES, SHAPES, LossProblem, Shape
-from benchmarks.timing import DeviceStopwatch, host_stopwatch, interleave, synchronizer
+from benchmarks.timing import DeviceStopwatch, Timing, capture, host_stopwatch, interleave, synchronizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Memory", "Point", "measure", "measure_memory", "sweeps", "write_page"]
+
+Case = tuple[Shape, str, int]
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 COPY = "copy of the logits"
 # Compared at every shape: the formulation that people move from, and PyTorch's best single call ...
@@ -64,6 +71,10 @@ class Point:
         host_seconds: on a GPU, medians by name of the time until the host has queued a call; else empty.
         relationship_bytes: on a GPU, bytes of the distinct rows of the relationship that the labels name; else 0, since
             a processor's caches keep these rows from call to call.
+        warm_seconds: on a GPU, the median of ours from the caches that the same call left.
+        graph_seconds: on a GPU, the median of a captured graph of ours, from empty caches.
+        behind: on a GPU, by name the share of the samples in which the host was not ahead of the device. Medians leave
+            them out, unless that is all of them.
     """
 
     sweep: str
@@ -74,6 +85,9 @@ class Point:
     loss_bytes: int
     host_seconds: dict[str, float] = field(default_factory=dict)
     relationship_bytes: int = 0
+    warm_seconds: float = 0.0
+    graph_seconds: float = 0.0
+    behind: dict[str, float] = field(default_factory=dict)
 
     @property
     def elements(self) -> int:
@@ -105,21 +119,34 @@ class Memory:
 
 
 def sweeps(
-    largest_batch: int = 131_072, largest_head: int = 262_144, threads: Sequence[int] = (1, 2)
-) -> dict[str, list[tuple[Shape, str, int]]]:
-    """The cases of each sweep: shape, dtype, threads of the host."""
+    largest_batch: int = 131_072, largest_head: int = 262_144, threads: Sequence[int] = (1, 2), most_rows: int = 2**31
+) -> dict[str, list[Case]]:
+    """The cases of each sweep: shape, dtype, threads of the host. Every batch is cut to ``most_rows``."""
     batches = [4**k for k in range(9) if 4**k < largest_batch] + [largest_batch]
     heads = [columns for columns in (10, 32, 100, 320, 1000, 3200, 10_000, 32_000, 100_000) if columns < largest_head]
     heads.append(largest_head)
-    return {
+    cases = {
         "shapes": [(shape, dtype, number) for dtype in DTYPES for number in threads for shape in SHAPES],
         "batch": [(Shape(batch, 200, 1000), "float32", 1) for batch in batches],
         "source classes": [(Shape(max(1, SWEEP_ELEMENTS // n), 100, n), "float32", 1) for n in heads],
     }
+    return {
+        sweep: list(dict.fromkeys((_cut(shape, most_rows), dtype, number) for shape, dtype, number in each))
+        for sweep, each in cases.items()
+    }
 
 
-def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, seconds: float) -> Point:
-    """Compare all contestants with the reference, then time them and the copy in turns."""
+def _cut(shape: Shape, most_rows: int) -> Shape:
+    return shape._replace(batch=min(shape.batch, most_rows))
+
+
+def measure(
+    sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, seconds: float, compiled: bool = True
+) -> Point:
+    """Compare all contestants with the reference, then time them and the copy in turns.
+
+    ``compiled`` is false to leave out the contestants that compile first, which takes seconds for each shape.
+    """
     torch.set_num_threads(threads)
     problem = LossProblem.make(shape, DTYPES[dtype], device=device)
     on_a_gpu = torch.device(device).type == "cuda"
@@ -127,8 +154,11 @@ def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, 
         problem = problem.with_labels_on_the_device()
     names = (OURS, *(EVERYBODY if sweep == "shapes" else BESIDE))
     contestants = [
-        each for each in CONTESTANTS if each.name == OURS or (each.name in names and unavailable(each, device) is None)
-    ]
+        each
+        for each in CONTESTANTS
+        if each.name in names and (compiled or not each.compiles)
+        and (each.name == OURS or unavailable(each, device) is None)
+    ]  # fmt: skip
     steps = prepare(contestants, problem)
     _check(contestants, steps, problem)
     logits = (problem.source_logits.detach(), problem.target_logits.detach())
@@ -140,11 +170,15 @@ def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, 
 
     calls = {name: forward_and_backward(step) for name, step in steps.items()}
     run = partial(interleave, seconds=seconds, before_each=problem.clear_gradients)
-    host = {}
+    host: dict[str, Timing] = {}
+    warm = graph = 0.0
+    behind: dict[str, float] = {}
     if on_a_gpu:
         # A turn is one call, since the caches are emptied before each; max_rounds keeps this to a few seconds.
         times = run({**calls, COPY: copy}, stopwatch=DeviceStopwatch(device), max_rounds=200)
         host = run(calls, stopwatch=host_stopwatch(before=synchronizer(device)), max_rounds=200)
+        warm, graph = _warm_and_graph(steps[OURS], problem, device, seconds)
+        behind = {name: each.behind for name, each in times.items()}
     else:
         times = run({**calls, COPY: copy}, turn=0.002)
     medians, host_medians = ({name: each.median for name, each in found.items()} for found in (times, host))
@@ -153,14 +187,33 @@ def measure(sweep: str, shape: Shape, dtype: str, threads: int, *, device: str, 
     if on_a_gpu:
         row = problem.relationship[0]
         relationship = problem.labels.unique().numel() * row.numel() * row.element_size()
-    return Point(sweep, list(shape), dtype, threads, medians, size, host_medians, relationship)
+    return Point(
+        sweep, list(shape), dtype, threads, medians, size, host_medians, relationship, warm, graph, behind
+    )  # fmt: skip
+
+
+def _warm_and_graph(
+    step: Callable[[], torch.Tensor], problem: LossProblem, device: str, seconds: float
+) -> tuple[float, float]:
+    """Medians of a step from warm caches, and of its captured graph from empty ones."""
+
+    def call() -> tuple[torch.Tensor, ...]:  # adds to no gradient of an earlier call
+        return torch.autograd.grad(step(), (problem.source_logits, problem.target_logits))
+
+    def median(timed: Callable[[], object], *, warm: bool) -> float:
+        stopwatch = DeviceStopwatch(device, warm=warm)
+        return interleave({OURS: timed}, seconds=seconds, stopwatch=stopwatch, max_rounds=200)[OURS].median
+
+    _, graph = capture(call)
+    return median(call, warm=True), median(graph.replay, warm=False)
 
 
 def measure_memory(shape: Shape, dtype: str, *, device: str) -> Memory:
-    """Resident bytes on Linux with a CPU, else the bytes that torch allocates."""
+    """Resident bytes on Linux with a CPU, in a process for each, else the bytes that torch allocates, in this one."""
+    here = torch.device(device).type == "cuda"  # a process would take seconds to start, and torch counts exactly
     peaks = {}
     for name in (OURS, *BESIDE):
-        peak = memory.measure_loss(name, shape, dtype, device=device)
+        peak = (memory.measure_loss_here if here else memory.measure_loss)(name, shape, dtype, device=device)
         peaks[name] = peak.torch if peak.resident is None else peak.resident
     return Memory(list(shape), dtype, peaks, shape.logits * DTYPES[dtype].itemsize)
 
@@ -186,11 +239,11 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _multiples(values: Mapping[str, float], names: Sequence[str]) -> list[str]:
-    return [f"{values[name] / values[OURS]:.2f}x" for name in names]
+    return [f"{values[name] / values[OURS]:.2f}x" if name in values else "" for name in names]
 
 
 def _everybody_in(measured: Sequence[Mapping[str, float]]) -> list[str]:
-    return [name for name in EVERYBODY if all(name in each for each in measured)]
+    return [name for name in EVERYBODY if any(name in each for each in measured)]
 
 
 def _table(points: Sequence[Point]) -> str:
@@ -214,6 +267,19 @@ def _host_table(points: Sequence[Point]) -> str:
         for each in points
     )
     return _markdown(["B x N_t x N_s", "dtype", "ours", *names], rows)
+
+
+def _caches_table(points: Sequence[Point]) -> str:
+    rows = (
+        [
+            str(Shape(*each.shape)), each.dtype, _time(each.seconds[OURS]), _time(each.warm_seconds),
+            _time(each.graph_seconds), f"{100 * each.behind.get(OURS, 0):.0f} %",
+            ", ".join(name for name, share in each.behind.items() if share == 1) or "none",
+        ]
+        for each in points
+    )  # fmt: skip
+    columns = ["empty caches", "warm caches", "graph, empty caches", "left out", "always waits"]
+    return _markdown(["B x N_t x N_s", "dtype", *columns], rows)
 
 
 def _threads_table(points: Sequence[Point]) -> str:
@@ -276,19 +342,21 @@ def write_page(points: Sequence[Point], memories: Sequence[Memory], environment:
     of = {sweep: [point for point in points if point.sweep == sweep] for sweep in ("shapes", "batch", "source classes")}
     plain = [point for point in of["shapes"] if point.dtype == "float32" and point.threads == 1]
     others = [name for name in EVERYBODY if all(name in point.seconds for point in plain)]
-    pictures: dict[str, Callable[[Axes], None]] = {
-        "batch": lambda axes: _plot_growth(axes, of["batch"], 0, "rows of a batch (200 target, 1000 source classes)"),
-        "source_classes": lambda axes: _plot_growth(
+    ratios_to_ours: dict[str, Callable[[Point], float]] = {name: partial(_ratio_to_ours, name) for name in others}
+    share_of_copy: dict[str, Callable[[Point], float]] = {COPY: lambda point: 100 * point.share_of_copy()}
+    pictures: dict[str, tuple[Sequence[Point], Callable[[Axes], None]]] = {
+        "batch": (of["batch"], lambda axes: _plot_growth(
+            axes, of["batch"], 0, "rows of a batch (200 target, 1000 source classes)"
+        )),
+        "source_classes": (of["source classes"], lambda axes: _plot_growth(
             axes, of["source classes"], 2, f"source classes (about {SWEEP_ELEMENTS} logits a step)"
-        ),
-        "ratios": lambda axes: _plot_bars(
-            axes, plain, {name: partial(_ratio_to_ours, name) for name in others}, "times ours (float32, one thread)"
-        ),
-        "copy": lambda axes: _plot_bars(
-            axes, plain, {COPY: lambda point: 100 * point.share_of_copy()}, "% of a copy (float32, one thread)"
-        ),
-    }
-    for name, draw in pictures.items():
+        )),
+        "ratios": (plain, lambda axes: _plot_bars(axes, plain, ratios_to_ours, "times ours (float32, one thread)")),
+        "copy": (plain, lambda axes: _plot_bars(axes, plain, share_of_copy, "% of a copy (float32, one thread)")),
+    }  # fmt: skip
+    for name, (shown, draw) in pictures.items():
+        if not shown:  # left out after the limit
+            continue
         figure = Figure(figsize=(6.5, 3.6), layout="constrained")
         draw(figure.subplots())
         figure.savefig(output / f"{name}.png", dpi=120)
@@ -304,10 +372,11 @@ def write_page(points: Sequence[Point], memories: Sequence[Memory], environment:
         machine=", ".join(f"{name}: {value}" for name, value in environment.items()), ours=OURS,
         clock=_DEVICE_CLOCK if on_a_gpu else "", shapes=_table(of["shapes"]),
         beside=(
-            _HOST.format(host=_host_table(of["shapes"])) if on_a_gpu
+            _GPU.format(caches=_caches_table(of["shapes"]), host=_host_table(of["shapes"])) if on_a_gpu
             else _THREADS.format(threads=_threads_table(of["shapes"]))
         ),
         memory=_memory_table(memories),
+        apart="as torch counts it" if on_a_gpu else "each measured in a separate process",
     ))  # fmt: skip
     return page
 
@@ -332,8 +401,8 @@ It is at most 100 % when nothing stays in the caches: the loss reads the logits 
 {beside}
 ## Memory
 
-The peak of one forward and backward pass beyond the logits, gradients included, each measured in a separate process.
-The others are multiples of ours.
+The peak of one forward and backward pass beyond the logits, gradients included, {apart}. The others are multiples of
+ours.
 
 {memory}
 """
@@ -344,7 +413,14 @@ Times are the device's own, from a call's first operation to its last. Before ea
 that keeps the device busy until the host has queued the call. The labels are on the device, except for tllib, whose
 relationship is on the host: its copies make the host wait for the device, and then the device for the host."""
 
-_HOST = """\
+_GPU = """\
+## Caches and graphs
+
+Times of `cotuning_kernels`. *Warm* caches hold what the same call left there. Samples in which the host was not ahead
+of the device are left out of every median, except for contestants that always make the host wait.
+
+{caches}
+
 ## The host
 
 The time until the host has queued a call to an idle device. Where it is longer than the device's time, a loop of the
@@ -369,22 +445,51 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--largest-batch", type=int, default=131_072, help="rows; 131072 needs about 8 GB")
     parser.add_argument("--largest-head", type=int, default=262_144, help="source classes")
+    parser.add_argument("--rows", type=int, default=2**31, help="cut every batch to this many rows, for a slow device")
+    parser.add_argument("--eager", action="store_true", help="without the contestants that compile")
+    parser.add_argument("--limit", type=float, help="seconds after which the rest is left out; compilers come last")
     parsed = parser.parse_args(arguments)
     ours = next(contestant for contestant in LOSS_CONTESTANTS if contestant.name == OURS)
     if reason := unavailable(ours, parsed.device):
         parser.exit(2, f"Nothing to measure: {reason}.\n")
     threads = (1,) if torch.device(parsed.device).type == "cuda" else (1, 2)
-    work = [
-        partial(measure, sweep, *case, device=parsed.device, seconds=parsed.seconds)
-        for sweep, cases in sweeps(parsed.largest_batch, parsed.largest_head, threads).items()
-        for case in cases
+    run = partial(measure, device=parsed.device, seconds=parsed.seconds)
+    cases = sweeps(parsed.largest_batch, parsed.largest_head, threads, parsed.rows)
+    points: dict[tuple[str, Case], Point] = {}
+    memories: dict[tuple[Shape, str], Memory] = {}
+    compiled = parsed.limit is None and not parsed.eager
+    work: list[Callable[[], object]] = [
+        partial(_keep, points, (sweep, case), partial(run, sweep, *case, compiled=compiled))
+        for sweep, each in cases.items()
+        for case in each
     ]
-    points = [each() for each in tqdm(work, unit="measurement")]
-    memories = [
-        measure_memory(shape, dtype, device=parsed.device)
-        for shape, dtype in tqdm([(shape, dtype) for dtype in DTYPES for shape in SHAPES], unit="memory")
+    work += [
+        partial(_keep, memories, (shape, dtype), partial(measure_memory, shape, dtype, device=parsed.device))
+        for shape, dtype in dict.fromkeys((shape, dtype) for shape, dtype, _ in cases["shapes"])
     ]
-    clock = "time passed" if len(threads) > 1 else "the device's"
-    page = write_page(points, memories, ratios.environment(parsed.device, clock), parsed.output)
+    if parsed.limit is not None and not parsed.eager:
+        work += [partial(_keep, points, ("shapes", case), partial(run, "shapes", *case)) for case in cases["shapes"]]
+    left_out = _work_through(work, parsed.limit)
+    environment = ratios.environment(parsed.device, "time passed" if len(threads) > 1 else "the device's")
+    if len(threads) == 1:
+        nothing = interleave({"": lambda: None}, seconds=0, stopwatch=DeviceStopwatch(parsed.device))[""].median
+        environment["two events with nothing between them"] = _time(nothing)
+    if left_out:
+        environment["left out after the limit"] = f"{left_out} of {len(work)} measurements"
+    page = write_page(list(points.values()), list(memories.values()), environment, parsed.output)
     print(f"Written to {page}.")
+    return 0
+
+
+def _keep(found: dict[Key, Value], key: Key, measured: Callable[[], Value]) -> None:
+    found[key] = measured()
+
+
+def _work_through(work: Sequence[Callable[[], object]], limit: float | None) -> int:
+    """Measure in this order until ``limit`` seconds have passed, and return how many measurements are left."""
+    end = math.inf if limit is None else time.monotonic() + limit
+    for done, each in enumerate(tqdm(work, unit="measurement")):
+        if time.monotonic() > end:
+            return len(work) - done
+        each()
     return 0

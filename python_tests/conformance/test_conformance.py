@@ -13,13 +13,14 @@ from torch import Tensor
 from cotuning_kernels import autograd, functional, reference
 from cotuning_kernels.targets import OperandTarget, operand_target
 from support.backends import READS_AT_ZERO, TABLE_BACKENDS, Backend
-from support.cases import CASES, Case
+from support.cases import CASES, Case, covering
 from support.checks import check_class_sums, check_temperature_terms
 from support.layouts import LAYOUTS, Layout, Placed, bits
 from support.problems import DTYPES, FORMS, Outcome, Problem
 from support.rule import Expectation, assert_same_bits, verify
 
 _CASE = {case.name: case for case in CASES}
+_COVERING = {case.name for case in covering(CASES)}
 
 
 @lru_cache(maxsize=len(FORMS) * len(DTYPES))
@@ -33,7 +34,12 @@ def _drawn(name: str, dtype: torch.dtype, form: str, seed: int) -> tuple[Problem
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        pytest.param(case.name, backend, id=f"{case.name}-{backend.name}")
+        pytest.param(
+            case.name,
+            backend,
+            id=f"{case.name}-{backend.name}",
+            marks=[pytest.mark.covering] if case.name in _COVERING else [],
+        )
         for case in CASES
         for backend in TABLE_BACKENDS
         if backend.runs(case)

@@ -28,10 +28,10 @@ from torch.utils.data import TensorDataset
 
 import cotuning_kernels as ck
 from benchmarks import page
-from benchmarks.contestants import OURS, TRITON, check_relationship, our_backend
+from benchmarks.contestants import OURS, check_relationship, our_backend
 from benchmarks.memory import measure_here
 from benchmarks.problems import RelationshipProblem, Shape
-from benchmarks.timing import DeviceStopwatch, synchronizer
+from benchmarks.timing import DeviceStopwatch, capture, synchronizer
 from cotuning_kernels import backends
 from cotuning_kernels.distributed import global_mean_loss
 from support import emulated_cuda
@@ -41,7 +41,6 @@ from support.layouts import bits
 from support.paths import ROOT
 from support.problems import Outcome, Problem
 from support.rule import Expectation
-from tools.gpu.checks import capture
 
 REASON = missing_cuda()
 SIMULATED = "COTUNING_SIMULATED_GPU" in os.environ  # set by simulated_gpu.py: nothing that needs a driver works
@@ -612,8 +611,9 @@ def test_recipes_take_a_classifier_where_its_trainer_left_it(monkeypatch: pytest
 
 
 @on_a_gpu
-def test_the_device_stopwatch_counts_what_the_device_does_in_a_call_and_nothing_else() -> None:
-    stopwatch = DeviceStopwatch("cuda")
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_device_stopwatch_counts_what_the_device_does_in_a_call_and_nothing_else(warm: bool) -> None:
+    stopwatch = DeviceStopwatch("cuda", warm=warm)
     small, large = torch.rand(8, device="cuda"), torch.rand(1024, 1024, device="cuda")
     pause = 0.02 if SIMULATED else 0.0003  # less than the stopwatch can keep a real device busy
 
@@ -628,22 +628,32 @@ def test_the_device_stopwatch_counts_what_the_device_does_in_a_call_and_nothing_
     assert 0 < least(on_the_host) < pause / 2
     once, three_times = least(lambda: large @ large), least(lambda: large @ large @ large @ large)
     assert 2 < three_times / once < 4.5
+    assert stopwatch.ahead
     # A call that waits for the device cannot be queued ahead of it.
     assert stopwatch(lambda: float(small[0])) > 0
+    assert not stopwatch.ahead
 
 
 @on_a_gpu
-def test_the_page_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_cold_call_finds_the_caches_emptied_and_a_warm_one_comes_after_itself(warm: bool) -> None:
+    stopwatch, order = DeviceStopwatch("cuda", warm=warm), []
+    emptied = type("Emptied", (), {"zero_": lambda _: order.append("emptied"), "sum": lambda _: None})()
+    stopwatch._zeroed = stopwatch._read = emptied
+    stopwatch(lambda: order.append("called"))
+    assert order == (["called", "called"] if warm else ["emptied", "called"])
+
+
+@on_a_gpu
+def test_the_page_of_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    if SIMULATED:  # compilers need a driver, and emptying a cache is slow on a CPU
-        eager = tuple(each for each in page.CONTESTANTS if not each.compiles and each is not TRITON)
-        monkeypatch.setattr(page, "CONTESTANTS", eager)
-        monkeypatch.setattr(DeviceStopwatch, "_MOST_ZEROINGS", 1)
     shape = Shape(13, 7, 93)
-    point = page.measure("shapes", shape, "float32", 1, device="cuda", seconds=0.0)
+    point = page.measure("shapes", shape, "float32", 1, device="cuda", seconds=0.0, compiled=not SIMULATED)
     assert point.host_seconds.keys() == point.seconds.keys() - {page.COPY}
     assert {OURS, "tllib", "F.cross_entropy", "F.kl_div"} <= point.host_seconds.keys()
-    assert min(*point.seconds.values(), *point.host_seconds.values()) > 0
+    assert min(*point.seconds.values(), *point.host_seconds.values(), point.warm_seconds, point.graph_seconds) > 0
+    assert point.behind["tllib"] == 1  # its copies from the host make the host wait
+    assert point.behind[OURS] < 1
     remembered = page.measure_memory(shape, "float32", device="cuda")
     assert remembered.peaks[OURS] >= remembered.gradient_bytes
     points = [replace(point, sweep=sweep) for sweep in page.sweeps()]

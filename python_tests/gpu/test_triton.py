@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.timing import capture
 from cotuning_kernels import backends, environment, functional
 from cotuning_kernels.backends import operations, triton_version
 from cotuning_kernels.backends.operations import operation
@@ -35,7 +36,6 @@ from support.checks import check_class_sums, check_temperature_terms
 from support.layouts import Placed
 from support.problems import DTYPES, Problem
 from support.rule import assert_same_bits, verify
-from tools.gpu.checks import capture
 
 _MISSING = backends.missing_reason("triton")
 pytestmark = pytest.mark.skipif(_MISSING is not None, reason=f"triton: {_MISSING}")

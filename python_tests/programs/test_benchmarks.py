@@ -331,6 +331,23 @@ def test_interleave_runs_as_many_rounds_as_it_was_given_time_for(seconds: float,
     assert len(times["a"].seconds) == len(times["b"].seconds) == rounds
 
 
+def test_interleave_leaves_out_rounds_in_which_the_host_was_behind() -> None:
+    """A call that always makes the host wait keeps all of its rounds."""
+
+    class Watch:
+        ahead = True
+        calls = 0
+
+        def __call__(self, call: Callable[[], object]) -> float:
+            self.calls += 1
+            self.ahead = bool(call()) and self.calls % 4 != 0  # every second round of the first call
+            return 1.0 if self.ahead else 100.0
+
+    calls = {"waits": lambda: False, "runs ahead": lambda: True}
+    times = interleave(calls, seconds=0.0, warmup=0, min_rounds=4, stopwatch=Watch())
+    assert times == {"waits": Timing((100.0,) * 4, behind=1.0), "runs ahead": Timing((1.0,) * 2, behind=0.5)}
+
+
 def test_ratio_does_not_move_with_the_machine() -> None:
     clock = _Clock()
     speed = iter([1.0] * 2 + [1.0, 1.0, 9.0, 9.0, 4.0, 4.0, 1.0, 1.0, 7.0, 7.0])
@@ -618,14 +635,36 @@ def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mo
     assert "## Two threads" in text
     assert "## The host" not in text
     # The page of a GPU has no threads, but the host's time per call.
-    of_a_gpu = [replace(point, host_seconds={OURS: 5e-6, "tllib": 2e-5}) for point in fixed[:1] + fixed[2:]]
+    of_a_gpu = [
+        replace(
+            point, host_seconds={OURS: 5e-6, "tllib": 2e-5}, warm_seconds=1e-5, graph_seconds=1.2e-5,
+            behind={OURS: 0.25, "tllib": 1.0},
+        )
+        for point in fixed[:1] + fixed[2:]
+    ]  # fmt: skip
     text = page.write_page(of_a_gpu, [remembered], {"clock": "the device's"}, tmp_path / "gpu").read_text()
     assert "| B x N_t x N_s | dtype | ours | tllib |" in text
     assert "| 13x7x93 | float32 | 5.0 µs | 4.00x |" in text
+    assert "| 13x7x93 | float32 | 2.00 ms | 10 µs | 12 µs | 25 % | tllib |" in text
     assert "## Two threads" not in text
     assert "device's own" in text
     written = json.loads((tmp_path / "gpu" / "page.json").read_text())
     assert [page.Point(**point) for point in written["points"]] == of_a_gpu
+    # Where the limit left the rest out, the page has the shapes, and a cell for a contestant that has a time.
+    text = page.write_page(of_a_gpu[:1], [], {}, tmp_path / "cut").read_text()
+    assert {path.name for path in (tmp_path / "cut").glob("*.png")} == {"ratios.png", "copy.png"}
+    assert "| 13x7x93 | float32 | 2.00 ms |" in text
+
+
+def test_the_page_ends_at_its_limit() -> None:
+    done: list[int] = []
+
+    def measured(number: int) -> Callable[[], object]:
+        return lambda: (time.sleep(0.2), done.append(number))
+
+    assert page._work_through([measured(number) for number in range(5)], 0.3) == 3
+    assert done == [0, 1]
+    assert page._work_through([measured(5)], None) == 0
 
 
 def test_the_page_covers_what_it_promises() -> None:
@@ -635,6 +674,9 @@ def test_the_page_covers_what_it_promises() -> None:
     assert {(dtype, threads) for _, dtype, threads in sweeps["shapes"]} == {(d, t) for d in DTYPES for t in (1, 2)}
     assert max(shape.batch for shape, _, _ in page.sweeps(largest_batch=100)["batch"]) == 100
     assert {threads for cases in page.sweeps(threads=(1,)).values() for _, _, threads in cases} == {1}
+    cut = page.sweeps(threads=(1,), most_rows=2)
+    assert {shape.batch for cases in cut.values() for shape, _, _ in cases} == {1, 2}
+    assert all(len(set(cases)) == len(cases) for cases in cut.values())
 
 
 # The bounds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.cases import CASES, Case, covering
 from support.paths import ROOT
 from tools.gpu import __main__ as command
 from tools.gpu import checks
@@ -92,12 +94,36 @@ def test_the_summary_begins_with_what_failed() -> None:
 def test_every_step_names_what_is_there(tmp_path: Path) -> None:
     chosen = steps(tmp_path)
     assert len({step.name for step in chosen}) == len(chosen)
-    for step in chosen:
+    for step in (*chosen, *map(command.rehearsed, chosen)):
         for word in map(str, step.command):
             assert not word.startswith(str(ROOT)) or Path(word).exists(), word
         if "tools.gpu.checks" in step.command:
-            named = step.command[step.command.index("tools.gpu.checks") + 1 :]
+            given = [str(word) for word in step.command[step.command.index("tools.gpu.checks") + 1 :]]
+            named = given[: next((k for k, word in enumerate(given) if word.startswith("--")), None)]
             assert set(named) <= {*checks.CHECKS, "main shapes"}
+
+
+def test_a_rehearsal_says_what_it_leaves_out(tmp_path: Path) -> None:
+    chosen = [command.rehearsed(step) for step in steps(tmp_path) if step.name == "triton tests"]
+    (outcome,) = run_all(chosen, tmp_path).values()
+    assert outcome.state == "skipped"
+    assert "a simulated device has none" in outcome.words
+
+
+def test_covering_rows_have_every_pair_of_values() -> None:
+    rows = [
+        Case(f"{shape}, {target}, {weight}", "", shape, target, weight=weight)
+        for shape in ((1, 2, 3), (4, 5, 6))
+        for target in ("labels", "pair")
+        for weight in ("none", "random")
+    ]
+    assert len(covering(rows)) == 4  # half of the rows: each pair is in two
+    chosen = covering(CASES)
+    assert len(chosen) < len(CASES) / 2
+    for name in ("shape", "target", "relationship", "weight", "upstream", "relationship_dtype", "target_logits_dtype"):
+        assert {getattr(case, name) for case in chosen} == {getattr(case, name) for case in CASES}
+    pairs = [{(case.target, *option) for case in rows for option in case.options.items()} for rows in (chosen, CASES)]
+    assert pairs[0] == pairs[1]
 
 
 def test_without_a_gpu_the_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +152,7 @@ def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: p
 
 def test_the_checks_pass_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert checks.main(["values", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out == "values: OK\nevery check is OK\n"
+    assert re.fullmatch(r"values: OK \(\d+\.\d s\)\nevery check is OK\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2])

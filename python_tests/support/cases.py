@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -542,3 +542,28 @@ def _numbers() -> list[Case]:
 
 CASES = (*_sizes(), *_options(), *_numbers())
 assert len({case.name for case in CASES}) == len(CASES), "two cases have one name"
+
+
+def covering(cases: Sequence[Case]) -> list[Case]:
+    """Choose few cases in which every two values that meet in a case meet again.
+
+    A value is a shape, a kind of target, an edit, an option and so on. Bugs mostly need one or two of them. Each turn
+    takes the case with the most new pairs.
+    """
+    left = {case.name: _pairs(case) for case in cases}
+    missing = set().union(*left.values())
+    chosen = []
+    while missing:
+        case = max(cases, key=lambda case: len(left[case.name] & missing))
+        chosen.append(case)
+        missing -= left[case.name]
+    return chosen
+
+
+def _pairs(case: Case) -> set[tuple[Any, ...]]:
+    values: list[tuple[str, Any]] = [
+        (name, x) for name, x in vars(case).items() if name not in ("name", "why", "options", "edits")
+    ]
+    values += [("option", item) for item in case.options.items()]
+    values += [("edit", edit.__qualname__) for edit in case.edits]
+    return set(itertools.combinations(values, 2))

@@ -1,30 +1,28 @@
 """The first checks on a card, in the order in which their failure explains the next one's.
 
-    python -m tools.gpu.checks [CHECK ...] [--device cuda] [--repeat 1000]
+    python -m tools.gpu.checks [CHECK ...] [--device cuda] [--repeat 1000] [--rows ROWS] [--backends cuda triton]
 
-Each prints OK or an error; the exit status is 1 if one failed. ``values`` and ``limits`` run on a CPU as well.
+Each prints OK or an error, and its seconds; the exit status is 1 if one failed. ``values`` and ``limits`` run on a CPU
+as well. On simulated devices, ``--rows 8 --repeat 2 --backends cuda`` keeps the checks short.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import DeviceStopwatch
+from benchmarks.timing import DeviceStopwatch, capture, interleave
 from cotuning_kernels import backends, functional
 
-__all__ = ["CHECKS", "capture", "main"]
-
-Result = TypeVar("Result")
+__all__ = ["CHECKS", "Setting", "main"]
 
 # The norm of a step's error may be this many times the spacing of its dtype: a wrong kernel is orders of magnitude off.
 _SPACINGS = 64
@@ -33,6 +31,32 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 class WrongError(Exception):
     """The card gives a wrong result."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how much to check.
+
+    Attributes:
+        device: of all tensors.
+        repeat: how often to repeat what fails only now and then, and the most samples of a time.
+        rows: the most rows of a batch.
+        backends: the kernels to check.
+    """
+
+    device: str = "cuda"
+    repeat: int = 1000
+    rows: float = math.inf
+    backends: tuple[str, ...] = ("cuda", "triton")
+
+    def batch(
+        self, rows: int, target_classes: int, source_classes: int, dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> Batch:
+        return Batch.make(int(min(rows, self.rows)), target_classes, source_classes, dtype, self.device, seed)
+
+    def served(self) -> list[str]:
+        """The kernels to check that serve the device."""
+        return [name for name in backends.available("cuda") if name in self.backends]
 
 
 @dataclass(frozen=True)
@@ -98,7 +122,7 @@ def compare(batch: Batch, backend: str = "auto") -> None:
             )
 
 
-def report(device: str, repeat: int) -> None:
+def report(setting: Setting) -> None:
     """Check that the CUDA kernels serve and no backend is missing."""
     print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_capability(), backends.cuda_build())
     print("triton:", backends.missing_reason("triton") or "there")
@@ -106,28 +130,28 @@ def report(device: str, repeat: int) -> None:
         raise WrongError(f"{backends.select('cuda')} serves, since cuda is missing: {backends.missing_reason('cuda')}")
 
 
-def values(device: str, repeat: int) -> None:
+def values(setting: Setting) -> None:
     """Small batches in every dtype."""
     for dtype in _DTYPES:
         for rows, target_classes, source_classes in ((1, 5, 37), (48, 200, 1000), (257, 9, 1001)):
-            compare(Batch.make(rows, target_classes, source_classes, dtype, device))
+            compare(setting.batch(rows, target_classes, source_classes, dtype))
 
 
-def limits(device: str, repeat: int) -> None:
+def limits(setting: Setting) -> None:
     """Rows that need about 48 KB of shared memory, the driver's default limit, and rows that need all of it."""
     wrong = []
     near_48_kb = ((5960, 5961, 6140, 6141), (7944, 7945, 8142, 8185), (8142,), (2981, 3070))
     for dtype, around in zip(_DTYPES, near_48_kb, strict=True):
         for source_classes in (*around, 10_000, 21_841, 30_522, 40_000):
             try:
-                compare(Batch.make(8, 375, source_classes, dtype, device))
+                compare(setting.batch(8, 375, source_classes, dtype))
             except (RuntimeError, WrongError) as error:
                 wrong.append(f"{dtype}, {source_classes} classes: {error}")
     if wrong:
         raise WrongError("\n".join(wrong))
 
 
-def streams(device: str, repeat: int) -> None:
+def streams(setting: Setting) -> None:
     """Four streams at once give the same bits as one."""
     shapes = (
         (48, 1000, torch.float32),
@@ -135,31 +159,29 @@ def streams(device: str, repeat: int) -> None:
         (4096, 1000, torch.float32),
         (64, 21_841, torch.float32),
     )
-    batches = [
-        Batch.make(rows, 200, columns, dtype, device, seed) for seed, (rows, columns, dtype) in enumerate(shapes)
-    ]
+    batches = [setting.batch(rows, 200, columns, dtype, seed) for seed, (rows, columns, dtype) in enumerate(shapes)]
     alone = [batch.step() for batch in batches]
-    different = [torch.zeros((), dtype=torch.int64, device=device) for _ in batches]
+    different = [torch.zeros((), dtype=torch.int64, device=setting.device) for _ in batches]
     at_once = [torch.cuda.Stream() for _ in batches]
     torch.cuda.synchronize()
-    for _ in range(repeat):
+    for _ in range(setting.repeat):
         for batch, stream, right, count in zip(batches, at_once, alone, different, strict=True):
             with torch.cuda.stream(stream):
                 for x, y in zip(batch.step(), right, strict=True):
                     count += (x != y).any()
     torch.cuda.synchronize()
     if any(int(count) for count in different):
-        raise WrongError(f"steps with other bits, by stream: {[int(count) for count in different]} of {repeat}")
+        raise WrongError(f"steps with other bits, by stream: {[int(count) for count in different]} of {setting.repeat}")
 
 
-def threads(device: str, repeat: int) -> None:
+def threads(setting: Setting) -> None:
     """Two host threads whose kernels need different amounts of shared memory."""
     errors = []
 
     def work(batch: Batch) -> None:
         try:
             with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-                for _ in range(repeat):
+                for _ in range(setting.repeat):
                     functional.co_tuning_loss(
                         batch.source_logits, batch.target_logits, batch.labels, batch.relationship,
                         trade_off=batch.trade_off,
@@ -167,7 +189,7 @@ def threads(device: str, repeat: int) -> None:
         except RuntimeError as error:
             errors.append(error)
 
-    both = [Batch.make(4, 9, columns, torch.float32, device) for columns in (6200, 30_522)]
+    both = [setting.batch(4, 9, columns) for columns in (6200, 30_522)]
     torch.cuda.synchronize()
     running = [threading.Thread(target=work, args=(batch,)) for batch in both]
     for thread in running:
@@ -179,21 +201,24 @@ def threads(device: str, repeat: int) -> None:
         raise WrongError(str(errors[0]))
 
 
-def graphs(device: str, repeat: int) -> None:
+def graphs(setting: Setting) -> None:
     """A captured graph of two shapes gives the same bits as single steps, even after other launches."""
-    big, small = (Batch.make(64, 9, columns, torch.float32, device) for columns in (30_522, 6200))
+    big, small = (setting.batch(64, 9, columns) for columns in (30_522, 6200))
     right = (*big.step(), *small.step())
     result, graph = capture(lambda: (*big.step(), *small.step()))
     small.step()
-    for _ in range(min(repeat, 100)):
+    for _ in range(min(setting.repeat, 100)):
         graph.replay()
     torch.cuda.synchronize()
     if not all(torch.equal(x, y) for x, y in zip(result, right, strict=True)):
         raise WrongError("a replayed graph gives other bits than the step")
 
 
-def triton(device: str, repeat: int) -> None:
+def triton(setting: Setting) -> None:
     """The Triton kernels: another batch size must not compile them again."""
+    if "triton" not in setting.served():
+        print("triton: left out")
+        return
     from cotuning_kernels.backends.triton.co_tuning_loss import co_tuning_loss_kernel
 
     def compiled() -> int:
@@ -201,76 +226,57 @@ def triton(device: str, repeat: int) -> None:
 
     for dtype in _DTYPES[:3]:
         for columns in (1000, 21_841, 32_000, 40_000):
-            compare(Batch.make(48, 200, columns, dtype, device), "triton")
+            compare(setting.batch(48, 200, columns, dtype), "triton")
     before = compiled()
     for rows in (1, 17, 47, 4000):
-        Batch.make(rows, 200, 1000, torch.float32, device).step("triton")
+        setting.batch(rows, 200, 1000).step("triton")
     if compiled() != before:
         raise WrongError(f"{compiled() - before} more kernels were compiled for other batch sizes, expected none")
 
 
-def host(device: str, repeat: int) -> None:
+def host(setting: Setting) -> None:
     """The time of 48 rows: on the host, on the device from empty caches, and in a graph."""
-    stopwatch = DeviceStopwatch(device)
+    stopwatch, calls = DeviceStopwatch(setting.device), min(setting.repeat, 300)
     for dtype in _DTYPES[:2]:
-        batch = Batch.make(48, 200, 1000, dtype, device)
-        for backend in ("cuda", "triton"):
-            if backend not in backends.available("cuda"):
-                continue
+        batch = setting.batch(48, 200, 1000, dtype)
+        for backend in setting.served():
             step = partial(batch.step, backend)
             step()
             _, graph = capture(step)
-            device_time = statistics.median(stopwatch(step) for _ in range(60))
+            timing = interleave({backend: step}, seconds=0, stopwatch=stopwatch, min_rounds=min(calls, 60))[backend]
             print(
-                f"{dtype} {backend}: host {_microseconds(step, 300):.0f} us, device {device_time * 1e6:.1f} us, "
-                f"graph {_microseconds(graph.replay, 300):.1f} us"
+                f"{dtype} {backend}: host {_microseconds(step, calls):.0f} us, device {timing.median * 1e6:.1f} us, "
+                f"graph {_microseconds(graph.replay, calls):.1f} us, host behind in {timing.behind:.0%}"
             )
 
 
-def shares(device: str, repeat: int) -> None:
+def shares(setting: Setting) -> None:
     """The time of a copy of the logits as a share of a step's, by shape."""
-    stopwatch = DeviceStopwatch(device)
-
-    def median(call: Callable[[], object]) -> float:
-        return statistics.median(stopwatch(call) for _ in range(30))
-
+    stopwatch = DeviceStopwatch(setting.device)
     shapes = ((32_768, 200, 1000), (4096, 200, 6200), (2048, 200, 10_000), *_MAIN_SHAPES[1:], (8, 9, 262_144))
     for dtype in _DTYPES[:2]:
         for shape in shapes:
-            batch = Batch.make(*shape, dtype, device)
+            batch = setting.batch(*shape, dtype)
             heads = [x.detach() for x in (batch.source_logits, batch.target_logits)]
-            copy = median(partial(torch._foreach_copy_, [torch.empty_like(x) for x in heads], heads))
-            served = [name for name in backends.available("cuda") if name != "reference"]
-            times = {name: median(partial(batch.step, name)) for name in served}
+            calls: dict[str, Callable[[], object]] = {name: partial(batch.step, name) for name in setting.served()}
+            calls["copy"] = partial(torch._foreach_copy_, [torch.empty_like(x) for x in heads], heads)
+            timings = interleave(calls, seconds=0, stopwatch=stopwatch, min_rounds=min(setting.repeat, 30))
+            times = {name: timing.median for name, timing in timings.items()}
+            copy = times.pop("copy")
             words = ", ".join(f"{name} {x * 1e6:.0f} us = {copy / x:.0%}" for name, x in times.items())
-            print(f"{dtype} {'x'.join(map(str, shape))}: copy {copy * 1e6:.0f} us, {words}", flush=True)
+            rows = len(batch.labels)
+            print(f"{dtype} {rows}x{shape[1]}x{shape[2]}: copy {copy * 1e6:.0f} us, {words}", flush=True)
 
 
 _MAIN_SHAPES = ((4096, 200, 1000), (512, 9, 30_522), (256, 1000, 21_841))
 
 
-def main_shapes(device: str, repeat: int) -> None:
+def main_shapes(setting: Setting) -> None:
     """One step of each main shape, for a profiler."""
     for dtype in _DTYPES[:2]:
         for shape in ((48, 200, 1000), *_MAIN_SHAPES):
-            Batch.make(*shape, dtype, device).step()
+            setting.batch(*shape, dtype).step()
     torch.cuda.synchronize()
-
-
-def capture(step: Callable[[], Result]) -> tuple[Result, torch.cuda.CUDAGraph]:
-    """Return the step's result, and the graph that computes it again into the same memory.
-
-    The step first runs once on a side stream, as PyTorch requires, so that the capture contains no setup.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-    return result, graph
 
 
 def _microseconds(call: Callable[[], object], calls: int) -> float:
@@ -283,7 +289,7 @@ def _microseconds(call: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - started) / calls * 1e6
 
 
-CHECKS: dict[str, Callable[[str, int], None]] = {
+CHECKS: dict[str, Callable[[Setting], None]] = {
     "report": report,
     "values": values,
     "limits": limits,
@@ -294,7 +300,7 @@ CHECKS: dict[str, Callable[[str, int], None]] = {
     "host": host,
     "shares": shares,
 }
-"""The checks by name. Each takes the device and how often to repeat what fails only now and then."""
+"""The checks by name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -307,7 +313,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeat", type=int, default=1000, help="default %(default)s")
+    parser.add_argument("--rows", type=float, default=math.inf, help="the most rows of a batch; default: no limit")
+    parser.add_argument("--backends", nargs="+", default=["cuda", "triton"], choices=["cuda", "triton"])
     parsed = parser.parse_args(arguments)
+    setting = Setting(parsed.device, parsed.repeat, parsed.rows, tuple(parsed.backends))
     if unknown := set(parsed.checks) - set(known):
         parser.error(f"CHECK is {sorted(unknown)[0]!r}, expected some of {', '.join(known)}")
     if torch.device(parsed.device).type == "cuda" and not torch.cuda.is_available():
@@ -315,13 +324,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     wrong = []
     for name in parsed.checks or CHECKS:
+        started = time.monotonic()
         try:
-            known[name](parsed.device, parsed.repeat)
+            known[name](setting)
         except Exception as error:  # the next check runs after any error
             wrong.append(name)
             print(f"{name}: WRONG: {type(error).__name__}: {error}", flush=True)
         else:
-            print(f"{name}: OK", flush=True)
+            print(f"{name}: OK ({time.monotonic() - started:.1f} s)", flush=True)
     print(f"wrong: {', '.join(wrong)}" if wrong else "every check is OK")
     return int(bool(wrong))
 
