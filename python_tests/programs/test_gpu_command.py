@@ -117,7 +117,7 @@ def test_covering_rows_have_every_pair_of_values() -> None:
         for target in ("labels", "pair")
         for weight in ("none", "random")
     ]
-    assert len(covering(rows)) == 4  # half of the rows: each pair is in two
+    assert 4 <= len(covering(rows)) <= 5  # of 8: each pair is in two of them
     chosen = covering(CASES)
     assert len(chosen) < len(CASES) / 2
     for name in ("shape", "target", "relationship", "weight", "upstream", "relationship_dtype", "target_logits_dtype"):
