@@ -217,7 +217,7 @@ def check_relationship(
         raise ValueError(
             f"relationship has {relationship.shape[1]} columns, but source_logits has {num_source_classes} classes; "
             + (
-                "it has as many rows: is it transposed?"
+                "it has as many rows: is it transposed, or are source_logits and target_logits swapped?"
                 if relationship.shape[0] == num_source_classes
                 else "was the relationship learnt with another source head?"
             )

@@ -218,6 +218,11 @@ def target_classes_of(
                 "num_target_classes or target_classes"
             )
         num_target_classes = len(names)
+    if isinstance(num_target_classes, (list, tuple)):
+        raise ValueError(
+            f"num_target_classes is a {type(num_target_classes).__name__}, expected a positive int; pass names as "
+            "target_classes"
+        )
     num_target_classes = positive_integer("num_target_classes", num_target_classes)
     return num_target_classes, class_names("target_classes", names, num_target_classes)
 

@@ -142,7 +142,11 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         ValueError,
         ["relationship", r"\(20,\)", r"\(N_t, N_s\)"],
     ),
-    "transposed relationship": ({"relationship": _R.T}, ValueError, ["relationship", "3", "20", "transposed"]),
+    "transposed relationship": (
+        {"relationship": _R.T},
+        ValueError,
+        ["relationship", "3", "20", "transposed", "swapped"],
+    ),
     "floating labels": ({"target": torch.zeros(_B)}, ValueError, ["class probabilities", r"target\.long\(\)"]),
     "relationship of another source head": (
         {"relationship": _R[:, :19]},

@@ -806,6 +806,8 @@ def test_the_number_of_classes_and_their_names(draw: torch.Generator) -> None:
         learn_relationship(model, unnamed, progress=False)
     with pytest.raises(ValueError, match="target_classes has 2 names, expected 3"):
         learn_relationship(model, loader, 3, target_classes=["a", "b"], progress=False)
+    with pytest.raises(ValueError, match=r"num_target_classes is a list, .*; pass names as target_classes"):
+        learn_relationship(model, loader, ["a", "b", "c"], progress=False)  # type: ignore[arg-type]
     before = data.fetched
     with pytest.raises(ValueError, match="source_classes has 3 names, expected 11"):
         learn_relationship(model, DataLoader(data, batch_size=5), source_classes=list("abc"), progress=False)
