@@ -37,7 +37,6 @@ namespace {
 namespace autograd = torch::autograd;
 namespace dynamo = torch::dynamo::autograd;
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 const ops::KernelTable* kernels = nullptr;
 
@@ -189,35 +188,25 @@ auto new_node() {
 
 // --------------------------------------------------------------------------------------------------- forward pass
 
-struct Options {
-  double trade_off, label_smoothing;
-  int64_t ignore_index;
-  int64_t reduction;
-  bool kl_divergence;
-  bool return_terms;
-};
-
 struct Losses {
   Tensor loss, terms;
 };
 
-// The loss of a batch, with its node in the graph if a gradient is wanted; nullopt if a label is bad.
-std::optional<Losses> co_tuning_loss(const Tensor& source_logits, const OptionalTensor& target_logits,
-                                     const Tensor& target, const Tensor& relationship, const OptionalTensor& weight,
-                                     const Options& options) {
+// The loss of a batch, with its node in the graph if a gradient is wanted; nullopt if a label is bad. The problem has
+// the options already.
+std::optional<Losses> co_tuning_loss(const ops::LossTensors<Tensor>& tensors, cpu::LossProblem& problem,
+                                     bool return_terms) {
   RECORD_FUNCTION("cotuning_kernels::co_tuning_loss", c10::ArrayRef<const c10::IValue>{});
   const bool graph = at::GradMode::is_enabled();
-  const auto new_gradient = [graph](const Tensor& logits, Matrix* view) {
-    if (!graph || !logits.requires_grad()) return Tensor();
-    Tensor gradient = at::detail::empty_cpu({logits.size(0), logits.size(1)}, logits.scalar_type());
+  const auto new_gradient = [graph](const Tensor* logits, Matrix* view) {
+    if (!graph || logits == nullptr || !logits->requires_grad()) return Tensor();
+    Tensor gradient = at::detail::empty_cpu({logits->size(0), logits->size(1)}, logits->scalar_type());
     *view = ops::matrix(ops::OnTheCpu{}, gradient, "gradient");
     return gradient;
   };
-  cpu::LossProblem problem = ops::read_problem<Tensor>(source_logits, target_logits, target, {}, {}, relationship,
-                                                       weight, options.trade_off, options.label_smoothing,
-                                                       options.ignore_index, options.reduction, options.kl_divergence);
-  Tensor source_gradient = new_gradient(source_logits, &problem.source_gradient);
-  Tensor target_gradient = target_logits ? new_gradient(*target_logits, &problem.target_gradient) : Tensor();
+  ops::read_tensors(tensors, &problem);
+  const Tensor source_gradient = new_gradient(tensors.source_logits, &problem.source_gradient);
+  const Tensor target_gradient = new_gradient(tensors.target_logits, &problem.target_gradient);
   cpu::LossResult result;
   {
     const pybind11::gil_scoped_release no_gil;
@@ -228,13 +217,14 @@ std::optional<Losses> co_tuning_loss(const Tensor& source_logits, const Optional
   const int64_t rows = problem.source_logits.rows;
   Losses losses;
   losses.loss = by_row ? at::detail::empty_cpu({rows}, type) : at::detail::empty_cpu({}, type);
-  if (options.return_terms) {
+  if (return_terms) {
     losses.terms = by_row ? at::detail::empty_cpu({2, rows}, type) : at::detail::empty_cpu({2}, type);
   }
-  ops::store_losses(problem, result, losses.loss, options.return_terms ? &losses.terms : nullptr);
+  ops::store_losses(problem, result, losses.loss, return_terms ? &losses.terms : nullptr);
   if (source_gradient.defined() || target_gradient.defined()) {
     const auto node = new_node();
-    node->set_next_edges(autograd::collect_next_edges(source_logits, target_logits ? *target_logits : Tensor()));
+    node->set_next_edges(autograd::collect_next_edges(
+        *tensors.source_logits, tensors.target_logits != nullptr ? *tensors.target_logits : Tensor()));
     node->source_gradient = autograd::SavedVariable(source_gradient, false);
     node->target_gradient = autograd::SavedVariable(target_gradient, false);
     node->source_factor = result.source_factor;
@@ -259,34 +249,56 @@ std::optional<double> read_trade_off(PyObject* object) {
   return *ops::read_trade_off(ops::OnTheCpu{}, *tensor);
 }
 
-std::optional<Options> read_options(PyObject* trade_off, PyObject* label_smoothing, PyObject* ignore_index,
-                                    PyObject* reduction, PyObject* source_loss, PyObject* return_terms) {
-  const std::optional<double> factor = read_trade_off(trade_off);
-  if (!factor || !PyFloat_CheckExact(label_smoothing) || !PyLong_CheckExact(ignore_index) ||
-      !PyUnicode_CheckExact(reduction) || !PyUnicode_CheckExact(source_loss) || !PyBool_Check(return_terms)) {
-    return std::nullopt;
+// Reads the fields of a Python LossOptions; visits LossInputs::visit_options.
+struct OptionReader {
+  PyObject* options;
+  Py_ssize_t next;
+  bool is_served = true;  // every option so far has the usual type and a valid value
+
+  PyObject* take() { return next < PyTuple_GET_SIZE(options) ? PyTuple_GET_ITEM(options, next++) : Py_None; }
+
+  void operator()(const char*, double& value, const Range& range) {
+    PyObject* option = take();
+    if (!PyFloat_CheckExact(option)) return decline();
+    value = PyFloat_AS_DOUBLE(option);
+    if (!range.holds(value)) decline();
   }
-  Options options;
-  options.trade_off = *factor;
-  options.label_smoothing = PyFloat_AS_DOUBLE(label_smoothing);
-  int overflow = 0;
-  options.ignore_index = PyLong_AsLongLongAndOverflow(ignore_index, &overflow);
-  const auto is = [](PyObject* text, const char* word) { return PyUnicode_CompareWithASCIIString(text, word) == 0; };
-  options.reduction = is(reduction, "mean") ? 1 : is(reduction, "none") ? 0 : is(reduction, "sum") ? 2 : -1;
-  options.kl_divergence = is(source_loss, "kl");
-  options.return_terms = return_terms == Py_True;
-  const bool known = options.reduction >= 0 && (options.kl_divergence || is(source_loss, "cross_entropy"));
-  return known && overflow == 0 ? std::optional<Options>(options) : std::nullopt;
-}
+  void operator()(const char*, int64_t& value) {
+    PyObject* option = take();
+    if (!PyLong_CheckExact(option)) return decline();
+    int overflow = 0;
+    value = PyLong_AsLongLongAndOverflow(option, &overflow);
+    if (overflow != 0) decline();
+  }
+  template <class Value>
+  void operator()(const char*, Value& value, const Words& words) {
+    PyObject* option = take();
+    if (!PyUnicode_CheckExact(option)) return decline();
+    int index = 0;
+    for (const char* word : words) {
+      if (PyUnicode_CompareWithASCIIString(option, word) == 0) {
+        value = static_cast<Value>(index);
+        return;
+      }
+      ++index;
+    }
+    decline();
+  }
+
+ private:
+  void decline() { is_served = false; }
+};
 
 // co_tuning_loss(source_logits, target_logits or None, target, relationship, LossOptions, return_terms)
-// -> loss, or (loss, terms), or NotImplemented. The order of LossOptions is that of options.py.
+// -> loss, or (loss, terms), or NotImplemented. A LossOptions begins with the weight and the trade-off.
 PyObject* python_co_tuning_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 6 || !PyTuple_Check(arguments[4]) || PyTuple_GET_SIZE(arguments[4]) != 6 || !is_ordinary_moment()) {
+  if (count != 6 || !PyTuple_Check(arguments[4]) || PyTuple_GET_SIZE(arguments[4]) < 2 || !PyBool_Check(arguments[5]) ||
+      !is_ordinary_moment()) {
     return decline();
   }
-  const auto option = [&](Py_ssize_t k) { return PyTuple_GET_ITEM(arguments[4], k); };
-  PyObject* const objects[] = {arguments[0], arguments[1], arguments[2], arguments[3], option(0)};
+  PyObject* const options = arguments[4];
+  const bool return_terms = arguments[5] == Py_True;
+  PyObject* const objects[] = {arguments[0], arguments[1], arguments[2], arguments[3], PyTuple_GET_ITEM(options, 0)};
   const Tensor* tensors[5];
   for (int k = 0; k < 5; ++k) {
     const bool is_none = (k == 1 || k == 4) && objects[k] == Py_None;
@@ -299,15 +311,17 @@ PyObject* python_co_tuning_loss(PyObject*, PyObject* const* arguments, Py_ssize_
     return decline();
   }
   try {
-    const std::optional<Options> options =
-        read_options(option(1), option(2), option(3), option(4), option(5), arguments[5]);
-    if (!options) return decline();
-    const auto optional = [](const Tensor* tensor) { return tensor ? OptionalTensor(*tensor) : std::nullopt; };
-    std::optional<Losses> losses =
-        co_tuning_loss(*source_logits, optional(target_logits), *target, *relationship, optional(weight), *options);
+    const std::optional<double> trade_off = read_trade_off(PyTuple_GET_ITEM(options, 1));
+    OptionReader reader{options, 2};
+    cpu::LossProblem problem;
+    problem.visit_options(reader);
+    if (!trade_off || !reader.is_served || reader.next != PyTuple_GET_SIZE(options)) return decline();
+    problem.trade_off = *trade_off;
+    std::optional<Losses> losses = co_tuning_loss(
+        {source_logits, target_logits, target, nullptr, nullptr, relationship, weight}, problem, return_terms);
     if (!losses) return decline();
     PyObject* loss = THPVariable_Wrap(std::move(losses->loss));
-    if (!options->return_terms) return loss;
+    if (!return_terms) return loss;
     return Py_BuildValue("(NN)", loss, THPVariable_Wrap(std::move(losses->terms)));
   } catch (python_error& error) {
     // A saved-tensor hook raised, as a checkpoint's does to stop early. Pass the error on: declining would call the

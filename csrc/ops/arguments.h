@@ -58,23 +58,41 @@ Labels labels(const Place& place, const Tensor& tensor, int64_t rows, const char
   return {tensor.const_data_ptr(), is_int32, tensor.stride(0)};
 }
 
+// The tensors of the loss, but for the trade-off. A null pointer stands for one that is left out.
+template <class Tensor>
+struct LossTensors {
+  const Tensor* source_logits;
+  const Tensor* target_logits;  // may be left out
+  const Tensor* target;
+  const Tensor* target_b;  // may be left out
+  const Tensor* mix;       // may be left out
+  const Tensor* relationship;
+  const Tensor* weight;  // may be left out
+};
+
+template <class Tensor>
+const Tensor* pointer_to(const std::optional<Tensor>& tensor) {
+  return tensor ? &*tensor : nullptr;
+}
+
 // Reads each row's target; shared by the loss and by translate_labels.
 template <class Place, class Tensor>
-void read_target(const Place& place, const Tensor& target, const std::optional<Tensor>& target_b,
-                 const std::optional<Tensor>& mix, int64_t ignore_index, int64_t batch, TargetInputs* inputs) {
+void read_target(const Place& place, const Tensor& target, const Tensor* target_b, const Tensor* mix, int64_t batch,
+                 TargetInputs* inputs) {
   const bool probabilities = is_floating(target);
-  STD_TORCH_CHECK(mix.has_value() == (probabilities || target_b.has_value()) && !(probabilities && target_b),
+  STD_TORCH_CHECK((mix != nullptr) == (probabilities || target_b != nullptr) && !(probabilities && target_b != nullptr),
                   "mix goes with target_b, or with probabilities");
-  inputs->ignore_index = ignore_index;
   if (probabilities) {
     inputs->probabilities = const_matrix(place, target, "target");
     STD_TORCH_CHECK(target.size(0) == batch, "target must have ", batch, " rows");
   } else {
     inputs->labels = labels(place, target, batch, "target");
-    if (target_b) inputs->labels_b = labels(place, *target_b, batch, "target_b");
-    STD_TORCH_CHECK(!target_b || target_b->scalar_type() == target.scalar_type(), "target_b must have target's dtype");
+    if (target_b != nullptr) {
+      inputs->labels_b = labels(place, *target_b, batch, "target_b");
+      STD_TORCH_CHECK(target_b->scalar_type() == target.scalar_type(), "target_b must have target's dtype");
+    }
   }
-  if (!mix) return;
+  if (mix == nullptr) return;
   place.check(*mix, "mix");
   const bool one = mix->dim() == 1 && mix->size(0) == 1;
   STD_TORCH_CHECK(
@@ -84,33 +102,25 @@ void read_target(const Place& place, const Tensor& target, const std::optional<T
   inputs->mix_stride = one ? 0 : mix->stride(0);
 }
 
-// Reads the loss's arguments except weight and trade_off, which CPU and CUDA kernels take differently. Returns the
-// number of target classes.
+// Reads the loss's tensors except weight and trade_off, which CPU and CUDA kernels take differently. Returns the number
+// of target classes.
 template <class Place, class Tensor>
-int64_t read_loss(const Place& place, const Tensor& source_logits, const std::optional<Tensor>& target_logits,
-                  const Tensor& target, const std::optional<Tensor>& target_b, const std::optional<Tensor>& mix,
-                  const Tensor& relationship, double label_smoothing, int64_t ignore_index, int64_t reduction,
-                  bool kl_divergence, LossInputs* inputs) {
-  inputs->source_logits = const_matrix(place, source_logits, "source_logits");
+int64_t read_loss(const Place& place, const LossTensors<Tensor>& tensors, LossInputs* inputs) {
+  inputs->source_logits = const_matrix(place, *tensors.source_logits, "source_logits");
   const int64_t batch = inputs->source_logits.rows;
-  read_target(place, target, target_b, mix, ignore_index, batch, inputs);
-  inputs->relationship = const_matrix(place, relationship, "relationship");
+  read_target(place, *tensors.target, tensors.target_b, tensors.mix, batch, inputs);
+  inputs->relationship = const_matrix(place, *tensors.relationship, "relationship");
   STD_TORCH_CHECK(inputs->relationship.columns == inputs->source_logits.columns,
                   "relationship must have one column a source class");
   const bool probabilities = static_cast<bool>(inputs->probabilities);
   STD_TORCH_CHECK(!probabilities || inputs->relationship.rows == batch,
                   "with probabilities, relationship must have one row a row of the batch");
   const int64_t classes = probabilities ? inputs->probabilities.columns : inputs->relationship.rows;
-  if (target_logits) {
-    inputs->target_logits = const_matrix(place, *target_logits, "target_logits");
+  if (tensors.target_logits != nullptr) {
+    inputs->target_logits = const_matrix(place, *tensors.target_logits, "target_logits");
     STD_TORCH_CHECK(inputs->target_logits.rows == batch && inputs->target_logits.columns == classes,
                     "target_logits must have shape (", batch, ", ", classes, ")");
   }
-  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction must be 0, 1 or 2");
-  STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1]");
-  inputs->label_smoothing = label_smoothing;
-  inputs->reduction = static_cast<Reduction>(reduction);
-  inputs->kl_divergence = kl_divergence;
   return classes;
 }
 

@@ -16,6 +16,7 @@
 #include "arguments.h"
 #include "cpu_loss.h"
 #include "kernel_table.h"
+#include "stable_arguments.h"
 #include "stable_empty.h"
 
 namespace cotuning::ops {
@@ -74,33 +75,38 @@ Tensor new_gradient(const Tensor* logits, bool wanted, Matrix* view) {
   return gradient;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_tuning_loss(
-    const Tensor& source_logits, const OptionalTensor& target_logits, const Tensor& target,
-    const OptionalTensor& target_b, const OptionalTensor& mix, const Tensor& relationship, const OptionalTensor& weight,
-    const Tensor& trade_off, double label_smoothing, int64_t ignore_index, int64_t reduction, bool kl_divergence,
-    bool source_gradient, bool target_gradient) {
-  cpu::LossProblem problem =
-      read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight,
-                   *read_trade_off(kCpu, trade_off), label_smoothing, ignore_index, reduction, kl_divergence);
-  Tensor source_grad = new_gradient(&source_logits, source_gradient, &problem.source_gradient);
+// The arguments of a call of the loss. The problem's views are of the tensors' memory.
+struct LossCall {
+  explicit LossCall(Arguments& arguments) : tensors(take_loss_tensors(arguments)) {
+    problem.visit_options(arguments);
+    read_tensors(tensors.pointers(), &problem);
+    problem.trade_off = *read_trade_off(kCpu, tensors.trade_off);
+  }
+  StableLossTensors tensors;
+  cpu::LossProblem problem;
+};
+
+void co_tuning_loss(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments arguments(stack, count);
+  LossCall call(arguments);
+  const bool source_gradient = arguments.take<bool>(), target_gradient = arguments.take<bool>();
+  arguments.check_all_taken();
+  Tensor source_grad = new_gradient(&call.tensors.source_logits, source_gradient, &call.problem.source_gradient);
   Tensor target_grad =
-      new_gradient(target_logits ? &*target_logits : nullptr, target_gradient, &problem.target_gradient);
-  auto [loss, terms, factors] = solve(problem);
-  return {loss, terms, factors, source_grad, target_grad};
+      new_gradient(pointer_to(call.tensors.target_logits), target_gradient, &call.problem.target_gradient);
+  const auto [loss, terms, factors] = solve(call.problem);
+  put_results(stack, loss, terms, factors, source_grad, target_grad);
 }
 
-std::tuple<Tensor, Tensor, Tensor> co_tuning_loss_inplace(Tensor source_logits, OptionalTensor target_logits,
-                                                          const Tensor& target, const OptionalTensor& target_b,
-                                                          const OptionalTensor& mix, const Tensor& relationship,
-                                                          const OptionalTensor& weight, const Tensor& trade_off,
-                                                          double label_smoothing, int64_t ignore_index,
-                                                          int64_t reduction, bool kl_divergence) {
-  cpu::LossProblem problem =
-      read_problem(source_logits, target_logits, target, target_b, mix, relationship, weight,
-                   *read_trade_off(kCpu, trade_off), label_smoothing, ignore_index, reduction, kl_divergence);
-  problem.source_gradient = matrix(kCpu, source_logits, "source_logits");
-  if (target_logits) problem.target_gradient = matrix(kCpu, *target_logits, "target_logits");
-  return solve(problem);
+void co_tuning_loss_inplace(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments arguments(stack, count);
+  LossCall call(arguments);
+  arguments.check_all_taken();
+  auto& [tensors, problem] = call;
+  problem.source_gradient = matrix(kCpu, tensors.source_logits, "source_logits");
+  if (tensors.target_logits) problem.target_gradient = matrix(kCpu, *tensors.target_logits, "target_logits");
+  const auto [loss, terms, factors] = solve(problem);
+  put_results(stack, loss, terms, factors);
 }
 
 void scale_gradients(const Tensor& source_grad, const Tensor& target_grad, const Tensor& factors,
@@ -123,7 +129,8 @@ Tensor translate_labels(const Tensor& target, const OptionalTensor& target_b, co
   STD_TORCH_CHECK(!is_floating(target), "target must be class indices");
   cpu::TranslateProblem problem;
   const int64_t batch = target.dim() == 1 ? target.size(0) : -1;
-  read_target(kCpu, target, target_b, mix, ignore_index, batch, &problem);
+  problem.ignore_index = ignore_index;
+  read_target(kCpu, target, pointer_to(target_b), pointer_to(mix), batch, &problem);
   problem.relationship = const_matrix(kCpu, relationship, "relationship");
   Tensor out = empty({batch, relationship.size(1)}, relationship.scalar_type());
   problem.out = matrix(kCpu, out, "out");
@@ -153,8 +160,8 @@ Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inve
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cotuning_kernels, CPU, library) {
-  library.impl("co_tuning_loss", TORCH_BOX(&co_tuning_loss));
-  library.impl("co_tuning_loss_", TORCH_BOX(&co_tuning_loss_inplace));
+  library.impl("co_tuning_loss", &co_tuning_loss);
+  library.impl("co_tuning_loss_", &co_tuning_loss_inplace);
   library.impl("scale_gradients_", TORCH_BOX(&scale_gradients));
   library.impl("translate_labels", TORCH_BOX(&translate_labels));
   library.impl("add_class_sums_", TORCH_BOX(&add_class_sums));

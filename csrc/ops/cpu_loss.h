@@ -5,7 +5,6 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <optional>
 #include <vector>
 
 #include "../kernels/cpu/co_tuning_loss.h"
@@ -33,20 +32,13 @@ std::vector<double> read_numbers(const Tensor& tensor, const char* name) {
   return values;
 }
 
+// Reads the tensors of the loss, but for the trade-off.
 template <class Tensor>
-cpu::LossProblem read_problem(const Tensor& source_logits, const std::optional<Tensor>& target_logits,
-                              const Tensor& target, const std::optional<Tensor>& target_b,
-                              const std::optional<Tensor>& mix, const Tensor& relationship,
-                              const std::optional<Tensor>& weight, double trade_off, double label_smoothing,
-                              int64_t ignore_index, int64_t reduction, bool kl_divergence) {
-  cpu::LossProblem problem;
-  const int64_t classes = read_loss(OnTheCpu{}, source_logits, target_logits, target, target_b, mix, relationship,
-                                    label_smoothing, ignore_index, reduction, kl_divergence, &problem);
-  if (weight) problem.weight = read_numbers(*weight, "weight");
-  STD_TORCH_CHECK(!weight || static_cast<int64_t>(problem.weight.size()) == classes, "weight must have shape (",
-                  classes, ",)");
-  problem.trade_off = trade_off;
-  return problem;
+void read_tensors(const LossTensors<Tensor>& tensors, cpu::LossProblem* problem) {
+  const int64_t classes = read_loss(OnTheCpu{}, tensors, problem);
+  if (tensors.weight == nullptr) return;
+  problem->weight = read_numbers(*tensors.weight, "weight");
+  STD_TORCH_CHECK(static_cast<int64_t>(problem->weight.size()) == classes, "weight must have shape (", classes, ",)");
 }
 
 // The dtype of the loss and its terms.

@@ -21,6 +21,7 @@
 
 #include "../kernels/cuda/launch.h"
 #include "arguments.h"
+#include "stable_arguments.h"
 #include "stable_empty.h"
 
 #ifdef COTUNING_EMULATE
@@ -97,20 +98,20 @@ ConstVector vector(const DeviceContext& device, const Tensor& tensor, int64_t si
   return {tensor.const_data_ptr(), kernel_type(tensor, name), tensor.stride(0)};
 }
 
-cuda::LossProblem read_problem(const DeviceContext& device, const Tensor& source_logits,
-                               const OptionalTensor& target_logits, const Tensor& target,
-                               const OptionalTensor& target_b, const OptionalTensor& mix, const Tensor& relationship,
-                               const OptionalTensor& weight, const Tensor& trade_off, double label_smoothing,
-                               int64_t ignore_index, int64_t reduction, bool kl_divergence) {
+// The arguments of a call of the loss. The problem's views are of the tensors' memory.
+struct LossCall {
+  explicit LossCall(Arguments& arguments) : tensors(take_loss_tensors(arguments)), device(tensors.source_logits) {
+    problem.visit_options(arguments);
+    problem.target_classes = read_loss(device, tensors.pointers(), &problem);
+    if (tensors.weight) problem.weight = vector(device, *tensors.weight, problem.target_classes, "weight");
+    problem.trade_off = read_trade_off(device, tensors.trade_off);
+    const int64_t batch = problem.source_logits.rows;
+    if (problem.reduction == Reduction::kMean && batch > 0) problem.per_row = 1.0 / static_cast<double>(batch);
+  }
+  StableLossTensors tensors;
+  DeviceContext device;
   cuda::LossProblem problem;
-  problem.target_classes = read_loss(device, source_logits, target_logits, target, target_b, mix, relationship,
-                                     label_smoothing, ignore_index, reduction, kl_divergence, &problem);
-  if (weight) problem.weight = vector(device, *weight, problem.target_classes, "weight");
-  problem.trade_off = read_trade_off(device, trade_off);
-  const int64_t batch = problem.source_logits.rows;
-  if (problem.reduction == Reduction::kMean && batch > 0) problem.per_row = 1.0 / static_cast<double>(batch);
-  return problem;
-}
+};
 
 // Memory for sums over blocks. It is freed with this object, in stream order, like any temporary tensor.
 class SumsMemory {
@@ -152,39 +153,35 @@ std::tuple<Tensor, Tensor, Tensor> solve(const DeviceContext& device, cuda::Loss
 }
 
 // Uninitialised memory for a gradient, or an empty tensor if none is wanted.
-Tensor new_gradient(const DeviceContext& device, const OptionalTensor& logits, bool wanted, Matrix* view) {
-  if (!logits || !wanted) return device.empty({0, 0}, ScalarType::Float);
+Tensor new_gradient(const DeviceContext& device, const Tensor* logits, bool wanted, Matrix* view) {
+  if (logits == nullptr || !wanted) return device.empty({0, 0}, ScalarType::Float);
   Tensor gradient = device.empty({logits->size(0), logits->size(1)}, logits->scalar_type());
   *view = matrix(device, gradient, "gradient");
   return gradient;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_tuning_loss(
-    const Tensor& source_logits, const OptionalTensor& target_logits, const Tensor& target,
-    const OptionalTensor& target_b, const OptionalTensor& mix, const Tensor& relationship, const OptionalTensor& weight,
-    const Tensor& trade_off, double label_smoothing, int64_t ignore_index, int64_t reduction, bool kl_divergence,
-    bool source_gradient, bool target_gradient) {
-  const DeviceContext device(source_logits);
-  cuda::LossProblem problem = read_problem(device, source_logits, target_logits, target, target_b, mix, relationship,
-                                           weight, trade_off, label_smoothing, ignore_index, reduction, kl_divergence);
-  Tensor source_grad = new_gradient(device, source_logits, source_gradient, &problem.source_gradient);
-  Tensor target_grad = new_gradient(device, target_logits, target_gradient, &problem.target_gradient);
-  auto [loss, terms, factors] = solve(device, problem);
-  return {loss, terms, factors, source_grad, target_grad};
+void co_tuning_loss(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments arguments(stack, count);
+  LossCall call(arguments);
+  const bool source_gradient = arguments.take<bool>(), target_gradient = arguments.take<bool>();
+  arguments.check_all_taken();
+  auto& [tensors, device, problem] = call;
+  Tensor source_grad = new_gradient(device, &tensors.source_logits, source_gradient, &problem.source_gradient);
+  Tensor target_grad =
+      new_gradient(device, pointer_to(tensors.target_logits), target_gradient, &problem.target_gradient);
+  const auto [loss, terms, factors] = solve(device, problem);
+  put_results(stack, loss, terms, factors, source_grad, target_grad);
 }
 
-std::tuple<Tensor, Tensor, Tensor> co_tuning_loss_inplace(Tensor source_logits, OptionalTensor target_logits,
-                                                          const Tensor& target, const OptionalTensor& target_b,
-                                                          const OptionalTensor& mix, const Tensor& relationship,
-                                                          const OptionalTensor& weight, const Tensor& trade_off,
-                                                          double label_smoothing, int64_t ignore_index,
-                                                          int64_t reduction, bool kl_divergence) {
-  const DeviceContext device(source_logits);
-  cuda::LossProblem problem = read_problem(device, source_logits, target_logits, target, target_b, mix, relationship,
-                                           weight, trade_off, label_smoothing, ignore_index, reduction, kl_divergence);
-  problem.source_gradient = matrix(device, source_logits, "source_logits");
-  if (target_logits) problem.target_gradient = matrix(device, *target_logits, "target_logits");
-  return solve(device, problem);
+void co_tuning_loss_inplace(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments arguments(stack, count);
+  LossCall call(arguments);
+  arguments.check_all_taken();
+  auto& [tensors, device, problem] = call;
+  problem.source_gradient = matrix(device, tensors.source_logits, "source_logits");
+  if (tensors.target_logits) problem.target_gradient = matrix(device, *tensors.target_logits, "target_logits");
+  const auto [loss, terms, factors] = solve(device, problem);
+  put_results(stack, loss, terms, factors);
 }
 
 void scale_gradients(const Tensor& source_grad, const Tensor& target_grad, const Tensor& factors,
@@ -212,7 +209,8 @@ Tensor translate_labels(const Tensor& target, const OptionalTensor& target_b, co
   const DeviceContext device(relationship);
   cuda::TranslateProblem problem;
   const int64_t batch = target.dim() == 1 ? target.size(0) : -1;
-  read_target(device, target, target_b, mix, ignore_index, batch, &problem);
+  problem.ignore_index = ignore_index;
+  read_target(device, target, pointer_to(target_b), pointer_to(mix), batch, &problem);
   problem.relationship = const_matrix(device, relationship, "relationship");
   Tensor out = device.empty({batch, relationship.size(1)}, relationship.scalar_type());
   problem.out = matrix(device, out, "out");
@@ -251,8 +249,8 @@ Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inve
 }
 
 COTUNING_LIBRARY_IMPL(library) {
-  library.impl("co_tuning_loss", TORCH_BOX(&co_tuning_loss));
-  library.impl("co_tuning_loss_", TORCH_BOX(&co_tuning_loss_inplace));
+  library.impl("co_tuning_loss", &co_tuning_loss);
+  library.impl("co_tuning_loss_", &co_tuning_loss_inplace);
   library.impl("scale_gradients_", TORCH_BOX(&scale_gradients));
   library.impl("translate_labels", TORCH_BOX(&translate_labels));
   library.impl("add_class_sums_", TORCH_BOX(&add_class_sums));

@@ -75,9 +75,9 @@ BUGS = (
     ),
     Bug(
         "the host reads a number of the device", "ops/cuda.cpp",
-        "  problem.trade_off = read_trade_off(device, trade_off);\n",
-        "  problem.trade_off = read_trade_off(device, trade_off);\n"
-        "  problem.label_smoothing = *problem.trade_off > 0 ? label_smoothing : 0;\n",
+        "    problem.trade_off = read_trade_off(device, tensors.trade_off);\n",
+        "    problem.trade_off = read_trade_off(device, tensors.trade_off);\n"
+        "    problem.kl_divergence = *problem.trade_off > 0;\n",
         {"nothing_waits": "Segmentation fault"},
     ),
     Bug(
