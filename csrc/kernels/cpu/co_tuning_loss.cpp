@@ -225,8 +225,9 @@ class Loss {
     return target;
   }
 
-  // The translated label of a row, or null where it has no source supervision.
-  const void* translated(int64_t row, double* q_log_q) const {
+  // The translated label of a row, or null where it has no source supervision. Inlined in both of its callers: a call
+  // costs cross entropy 20 instructions a row.
+  [[gnu::always_inline]] const void* translated(int64_t row, double* q_log_q) const {
     const void* q = nullptr;
     if (has_probabilities()) {
       const int type = static_cast<int>(p_.relationship.type);
@@ -252,11 +253,12 @@ class Loss {
     // Look up thread-local scratch once per chunk: each access is a function call in a shared library.
     void* const scratch =
         Scratch::get(0, std::max(exponentials_bytes(p_.source_logits), exponentials_bytes(p_.target_logits)));
-    const auto row = !counts_source_    ? &Loss::no_source_row
-                     : p_.kl_divergence ? &Loss::source_row<true>
-                                        : &Loss::source_row<false>;
-    for (int64_t i = begin; i < end; ++i) {
-      (this->*row)(i, scratch, fetch_next_source_row_ && i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
+    if (!counts_source_) {
+      for (int64_t i = begin; i < end; ++i) zero_gradient(p_.source_logits, i, p_.source_gradient);
+    } else if (p_.kl_divergence) {
+      run_source_rows<true>(begin, end, scratch);
+    } else {
+      run_source_rows<false>(begin, end, scratch);
     }
     if (p_.target_logits) {
       for (int64_t i = begin; i < end; ++i) {
@@ -272,6 +274,13 @@ class Loss {
   }
 
   template <bool kKl>
+  void run_source_rows(int64_t begin, int64_t end, void* scratch) {
+    for (int64_t i = begin; i < end; ++i) {
+      source_row<kKl>(i, scratch, fetch_next_source_row_ && i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
+    }
+  }
+
+  template <bool kKl>
   void source_row(int64_t row, void* scratch, const void* next) {
     double q_log_q = 0;
     const void* q = translated(row, &q_log_q);
@@ -279,8 +288,6 @@ class Loss {
                                        streams_source_gradient_) +
                         q_log_q;
   }
-
-  void no_source_row(int64_t row, void*, const void*) { zero_gradient(p_.source_logits, row, p_.source_gradient); }
 
   // Sweeps again with the first sweep's log of the sum of all exp(z) as the least shift.
   SweepResult sweep_again(const SweepResult& s, const ConstMatrix& logits, int64_t row, const void* q,
