@@ -84,12 +84,15 @@ def child(work: Callable[[], None]) -> Iterator[int]:
     """A fork that runs ``work``, and is killed at the end if it is still running."""
     pid = os.fork()
     if pid == 0:
+        status = 1
         try:
+            signal.alarm(300)  # ends a child that hangs
             work()
+            status = 0
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
-            os._exit(1)
-        os._exit(0)
+        finally:  # also after a failed write: standard error may be a file beyond the child's limit
+            os._exit(status)
     try:
         yield pid
     finally:

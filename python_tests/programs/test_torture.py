@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -33,6 +34,18 @@ def test_every_attack_has_a_short_form() -> None:
 @pytest.mark.parametrize("attack", TRIES, ids=by_name)
 def test_nothing_is_found(attack: Attack, seed: int, tmp_path: Path) -> None:
     assert attack(random.Random(seed), TRIES[attack], tmp_path).total() > TRIES[attack] / 2
+
+
+def test_a_child_ends_if_its_error_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(torture.os, "write", fail)
+    try:
+        status = torture.status_of(fail)
+    except OSError:
+        os._exit(7)  # the child has come here
+    assert status == 1
 
 
 def write_in_place(path: Any, *pieces: bytes | memoryview) -> None:
