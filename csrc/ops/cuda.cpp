@@ -113,20 +113,24 @@ struct LossCall {
   cuda::LossProblem problem;
 };
 
-// Memory for sums over blocks. It is freed with this object, in stream order, like any temporary tensor.
-class SumsMemory {
+// A result of the last block and, behind it in the same allocation, the sums over blocks that it is computed from. The
+// allocator hands out memory in stream order: freed by the host, it is not written before the launch is done with it.
+class ResultWithSums {
  public:
-  SumsMemory(const DeviceContext& device, int64_t blocks, int64_t sums)
-      : memory_(device.empty({blocks * sums + 1}, ScalarType::Double)) {
-    auto* parts = static_cast<double*>(memory_.mutable_data_ptr());
-    void* own = cuda::is_capturing(device.stream()) ? parts + blocks * sums : nullptr;
-    sums_.parts = parts;
+  ResultWithSums(const DeviceContext& device, int64_t results, ScalarType type, int64_t sums) {
+    const int64_t element = type == ScalarType::Double ? 8 : 4;
+    const int64_t first = (results * element + 7) / 8 * 8;  // bytes; sums are in double
+    const Tensor memory = device.empty({(first + 8 * (sums + 1)) / element}, type);
+    result_ = first_elements(memory, results);
+    sums_.parts = reinterpret_cast<double*>(static_cast<char*>(memory.mutable_data_ptr()) + first);
+    void* own = cuda::is_capturing(device.stream()) ? sums_.parts + sums : nullptr;
     sums_.finished = cuda::finished_counter(device.state(), static_cast<unsigned*>(own), device.stream());
   }
+  const Tensor& result() const { return result_; }
   const cuda::BlockSums& sums() const { return sums_; }
 
  private:
-  Tensor memory_;
+  Tensor result_;
   cuda::BlockSums sums_;
 };
 
@@ -138,18 +142,19 @@ std::tuple<Tensor, Tensor, Tensor> solve(const DeviceContext& device, cuda::Loss
   const int64_t rows = problem.source_logits.rows;
   Tensor loss = by_row ? device.empty({rows}, type) : device.empty({}, type);
   Tensor terms = by_row ? device.empty({2, rows}, type) : device.empty({2}, type);
-  Tensor factors = device.empty({2}, type);
   problem.loss = loss.mutable_data_ptr();
   problem.terms = terms.mutable_data_ptr();
-  problem.factors = factors.mutable_data_ptr();
   const cuda::LossPlan plan =
       cuda::plan_loss(rows, problem.source_logits.columns, problem.source_logits.type, problem.target_logits.columns,
                       problem.target_logits.type, device.state().rules);
-  const SumsMemory memory(device, plan.blocks + 1, cuda::kLossSums);
-  problem.sums = memory.sums();
+  // A caller may keep the loss, but only the backward pass needs the factors, so the sums share the factors' memory.
+  // Results of an operation may not share memory with each other.
+  const ResultWithSums factors(device, 2, type, (plan.blocks + 1) * cuda::kLossSums);
+  problem.factors = factors.result().mutable_data_ptr();
+  problem.sums = factors.sums();
   problem.first_sums = problem.sums.parts + plan.blocks * cuda::kLossSums;
   cuda::launch_co_tuning_loss(problem, plan, device.state(), device.stream());
-  return {loss, terms, factors};
+  return {loss, terms, factors.result()};
 }
 
 // Uninitialised memory for a gradient, or an empty tensor if none is wanted.
@@ -238,14 +243,13 @@ Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inve
   problem.labels = labels(device, target, problem.logits.rows, "labels");
   problem.ignore_index = ignore_index;
   problem.inverse_temperature = inverse_temperature;
-  Tensor terms = device.empty({cuda::kTemperatureSums}, ScalarType::Double);
-  problem.terms = static_cast<double*>(terms.mutable_data_ptr());
   const cuda::PassPlan plan =
       cuda::plan_pass(problem.logits.rows, problem.logits.columns, problem.logits.type, device.state().rules);
-  const SumsMemory memory(device, plan.blocks, cuda::kTemperatureSums);
-  problem.sums = memory.sums();
+  const ResultWithSums terms(device, cuda::kTemperatureSums, ScalarType::Double, plan.blocks * cuda::kTemperatureSums);
+  problem.terms = static_cast<double*>(terms.result().mutable_data_ptr());
+  problem.sums = terms.sums();
   cuda::launch_temperature_terms(problem, plan, device.stream());
-  return terms;
+  return terms.result();
 }
 
 COTUNING_LIBRARY_IMPL(library) {

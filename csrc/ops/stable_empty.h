@@ -41,4 +41,14 @@ inline torch::stable::Tensor stable_empty(std::initializer_list<int64_t> sizes, 
   return torch::stable::Tensor(handle);
 }
 
+// The first `size` elements of a vector, as a tensor that keeps the whole vector's memory.
+inline torch::stable::Tensor first_elements(const torch::stable::Tensor& vector, int64_t size) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  if (aoti_torch__reinterpret_tensor(vector.get(), 1, &size, &stride, 0, &handle)) {
+    throw std::runtime_error("cotuning_kernels: torch makes no view of a vector");
+  }
+  return torch::stable::Tensor(handle);
+}
+
 }  // namespace cotuning::ops

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,43 @@ def test_a_step_is_a_launch_forward_and_one_backward(reduction: str) -> None:
     with torch.no_grad():
         ck.functional.co_tuning_loss(*leaves, problem.target, problem.relationship, **problem.options)
     assert _counted() == (1, 0)
+
+
+@on_a_gpu
+def test_a_step_of_48_rows_costs_the_host_little() -> None:
+    """Each result of the operation is an allocation, since results may not share memory; sums over blocks are none.
+    The counts are those of docs/cuda.md."""
+    problem = _problem("cuda", shape=(48, 200, 1000))
+    criterion = ck.FusedCoTuningLoss(problem.relationship).to("cuda")
+    leaves = [x.requires_grad_() for x in (problem.source_logits, problem.target_logits)]
+    upstream = torch.ones((), device="cuda")
+
+    def counted(call: Callable[[], Any]) -> tuple[Any, int, int]:
+        """The call's result, its allocations, and its Python frames in this package."""
+        torch.cuda.synchronize()
+        before, frames = torch.cuda.memory_stats()["allocation.all.allocated"], [0]
+
+        def count(frame: Any, event: str, _: object) -> None:
+            frames[0] += event == "call" and Path(frame.f_code.co_filename).parent.name in (
+                "cotuning_kernels",
+                "backends",
+            )
+
+        sys.setprofile(count)
+        try:
+            result = call()
+        finally:
+            sys.setprofile(None)
+        return result, torch.cuda.memory_stats()["allocation.all.allocated"] - before, frames[0]
+
+    criterion.trade_off = torch.tensor(2.3, dtype=torch.float64, device="cuda")  # a number would be filled in: one more
+    for _ in range(2):  # the first step loads and asks
+        loss, *forward = counted(lambda: criterion(*leaves, problem.target))
+        _, *backward = counted(partial(torch.autograd.grad, loss, leaves, upstream))
+        with torch.no_grad():
+            _, *without_gradient = counted(lambda: criterion(*leaves, problem.target))
+    assert [forward[0], backward[0], without_gradient[0]] == [5, 0, 3]
+    assert forward[1] <= 21  # autograd runs the backward pass in a thread that has no profile
 
 
 @on_simulated_devices
