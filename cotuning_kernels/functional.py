@@ -120,7 +120,7 @@ def source_label_loss(
 
     Args, Returns, Raises: as for :func:`co_tuning_loss`.
     """
-    options = LossOptions(None, 1.0, 0.0, ignore_index, reduction, source_loss)  # the source term only
+    options = LossOptions(trade_off=1.0, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss)
     loss = compute_loss(source_logits, None, target, matrix_of(relationship), options, inplace, backend, False)
     return cast(Tensor, loss)
 
@@ -206,7 +206,7 @@ def linear_source_label_loss(
 
     Args, Returns, Raises: as for :func:`linear_co_tuning_loss`; ``weight`` and ``bias`` are the source head's.
     """
-    options = LossOptions(None, 1.0, 0.0, ignore_index, reduction, source_loss)
+    options = LossOptions(trade_off=1.0, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss)
     head = Head(features, weight, bias)
     return linear_loss(head, None, target, matrix_of(relationship), options, memory_budget, backend, False).loss
 
@@ -308,8 +308,11 @@ def compute_loss(
     inputs = source_logits, target_logits, target, relationship
     if served_by == "reference":
         _check_call(*inputs, options)
-        terms = _reference(*inputs, options, inplace)
-        return terms if return_terms else terms.loss
+        wants_gradient = source_logits.requires_grad or (target_logits is not None and target_logits.requires_grad)
+        if inplace and wants_gradient and torch.is_grad_enabled():
+            raise ValueError("inplace=True needs a kernel, but the reference serves this call; leave inplace out")
+        loss, target_term, source_term = reference.co_tuning_loss(*inputs, **options._asdict())
+        return CoTuningTerms(loss, target_term.detach(), source_term.detach()) if return_terms else loss
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(
             "torch.jit.trace cannot record the fused Co-Tuning loss: trace the model without the loss, use "
@@ -356,29 +359,6 @@ def _check_call(
 ) -> None:
     validation.check_inputs(source_logits, target_logits, target, relationship, options.ignore_index)
     check_options(options, relationship.shape[0], source_logits.device)
-
-
-def _reference(
-    source_logits: Tensor,
-    target_logits: Tensor | None,
-    target: Target,
-    relationship: Tensor,
-    options: LossOptions,
-    inplace: bool,
-) -> CoTuningTerms:
-    wants_gradient = source_logits.requires_grad or (target_logits is not None and target_logits.requires_grad)
-    if inplace and wants_gradient and torch.is_grad_enabled():
-        raise ValueError("inplace=True needs a kernel, but the reference serves this call; leave inplace out")
-    if target_logits is None:
-        loss = reference.source_label_loss(
-            source_logits, target, relationship, ignore_index=options.ignore_index, reduction=options.reduction,
-            source_loss=options.source_loss,
-        )  # fmt: skip
-        return CoTuningTerms(loss, torch.zeros_like(loss).detach(), loss.detach())
-    loss, target_term, source_term = reference.co_tuning_loss(
-        source_logits, target_logits, target, relationship, **options._asdict()
-    )
-    return CoTuningTerms(loss, target_term.detach(), source_term.detach())
 
 
 def matrix_of(relationship: Tensor | RelationshipLike) -> Tensor:

@@ -14,13 +14,19 @@ from torch import Tensor
 
 from cotuning_kernels.autograd import is_known_to_be_one, refuse_second_derivatives
 from cotuning_kernels.backends.operations import operation
-from cotuning_kernels.options import LossOptions
+from cotuning_kernels.options import SCHEMA, OperationOptions
 from cotuning_kernels.targets import OperandTarget, operand_target, without_autocast
 
 __all__ = ["MEMORY_BUDGET", "compute_linear_head", "linear_head_loss", "rows_of_chunk"]
 
 MEMORY_BUDGET = 128 * 2**20
 """Bytes of logits that exist at a time, unless the caller says otherwise."""
+
+
+_SETTINGS = (
+    "ScalarType dtype, int memory_budget, str backend, bool features_gradient, bool weight_gradient, "
+    "bool bias_gradient, bool metrics"
+)
 
 
 def rows_of_chunk(row_bytes: int, memory_budget: int) -> int:
@@ -38,33 +44,24 @@ def compute_linear_head(
     target_b: Tensor | None,
     mix: Tensor | None,
     relationship: Tensor | None,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    kl_divergence: bool,
-    dtype: torch.dtype,
-    memory_budget: int,
-    backend: str,
-    features_gradient: bool,
-    weight_gradient: bool,
-    bias_gradient: bool,
-    metrics: bool,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
     """``loss = factor * total``, where ``total`` sums one head's loss over the rows that take part, and its gradients.
 
-    With ``relationship`` it is the source term, without it the target term. Everything is summed over the chunks in
+    The other arguments are the options, for a sum with a trade-off of 1, and those of ``_SETTINGS``. With
+    ``relationship`` it is the source term, without it the target term. Everything is summed over the chunks in
     float32 (float64 for float64 logits; ``total`` always), whatever the dtype of the tensors. What was not asked for is
     empty.
     """
-    gradients = features_gradient, weight_gradient, bias_gradient
+    count = len(OperationOptions._fields)
+    options = OperationOptions(*others[:count])
+    dtype, memory_budget, backend, *wanted, metrics = others[count:]
+    gradients = features_gradient, weight_gradient, bias_gradient = tuple(wanted)
     results = _results(features, weight, bias, dtype, gradients, metrics)
     loss, total, features_grad, weight_grad, bias_grad, logsumexp, correct = results
     for each in (total, features_grad, weight_grad, bias_grad, correct):
         each.zero_()
     logsumexp.fill_(torch.nan)
-    options = LossOptions(
-        class_weight, 1.0, label_smoothing, ignore_index, "sum", "kl" if kl_divergence else "cross_entropy"
-    )
     rows = _rows(takes_part)
     count = features.shape[0] if rows is None else rows.shape[0]
     with torch.no_grad(), without_autocast(features.device):
@@ -102,10 +99,8 @@ linear_head_loss = torch.library.custom_op(
     "cotuning_kernels::linear_head_loss",
     compute_linear_head,
     mutates_args=(),
-    schema="(Tensor features, Tensor weight, Tensor? bias, Tensor takes_part, Tensor factor, Tensor target, "
-    "Tensor? target_b, Tensor? mix, Tensor? relationship, Tensor? class_weight, float label_smoothing, "
-    "int ignore_index, bool kl_divergence, ScalarType dtype, int memory_budget, str backend, bool features_gradient, "
-    "bool weight_gradient, bool bias_gradient, bool metrics) "
+    schema="(Tensor features, Tensor head_weight, Tensor? bias, Tensor takes_part, Tensor factor, Tensor target, "
+    f"Tensor? target_b, Tensor? mix, Tensor? relationship, {SCHEMA}, {_SETTINGS}) "
     "-> (Tensor loss, Tensor total, Tensor features_grad, Tensor weight_grad, Tensor bias_grad, Tensor logsumexp, "
     "Tensor correct)",
 )
@@ -171,14 +166,14 @@ def _chunk(
     logits: Tensor,
     operand: OperandTarget,
     of_source: bool,
-    options: LossOptions,
+    options: OperationOptions,
     backend: str,
     gradients: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor]:
     """The loss of a chunk. Its gradient, but for the factor that is returned, is written over the logits."""
     heads = (logits, None) if of_source else (logits.new_zeros((logits.shape[0], 1)), logits)
     one = torch.ones((), dtype=torch.float64, device=logits.device)
-    arguments = *heads, *operand, *options.in_operations(logits.device)
+    arguments = *heads, *operand, *options
     if not any(gradients):
         loss, *_ = operation("co_tuning_loss", backend)(*arguments, False, False)
         return loss, one
@@ -191,7 +186,7 @@ def _chunk(
     return loss, factor
 
 
-def _likeliest(operand: OperandTarget, of_source: bool, options: LossOptions, backend: str) -> Tensor:
+def _likeliest(operand: OperandTarget, of_source: bool, options: OperationOptions, backend: str) -> Tensor:
     """The likeliest class of each row of a chunk's target."""
     labels, labels_b, mix, relationship = operand
     if labels.is_floating_point():

@@ -144,14 +144,7 @@ def _by_reference(
     """The definition of correct: all logits by ``F.linear``, then the reference's loss."""
     source_logits = F.linear(*source)
     target_logits = None if target_head is None else F.linear(*target_head)
-    if target_logits is None:
-        loss = reference.source_label_loss(
-            source_logits, target, relationship, ignore_index=options.ignore_index, reduction=options.reduction,
-            source_loss=options.source_loss,
-        )  # fmt: skip
-        terms = loss, torch.zeros_like(loss), loss
-    else:
-        terms = reference.co_tuning_loss(source_logits, target_logits, target, relationship, **options._asdict())
+    terms = reference.co_tuning_loss(source_logits, target_logits, target, relationship, **options._asdict())
     empty = source_logits.new_empty(0)
     found = CoTuningMetrics(terms[0], terms[1].detach(), terms[2].detach(), empty, empty, empty, empty)
     if not metrics:
@@ -200,6 +193,8 @@ def _by_chunks(
     with torch.no_grad():
         counted = _Counted.of(target, relationship, weight, options, backend, alone=target_head is None)
 
+    of_sum = options._replace(trade_off=1.0, reduction="sum")
+
     def term(head: Head, in_source: bool) -> tuple[Tensor, ...]:
         wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head]
         result: tuple[Tensor, ...] = linear_head_loss(
@@ -208,10 +203,7 @@ def _by_chunks(
             counted.source_factor if in_source else counted.target_factor,
             *counted.labels,
             relationship if in_source else None,
-            None if in_source else weight,
-            0.0 if in_source else options.label_smoothing,
-            options.ignore_index,
-            options.source_loss == "kl",
+            *of_sum._replace(weight=None if in_source else weight).in_operations(relationship.device),
             head.compute_dtype,
             memory_budget,
             backend,

@@ -23,7 +23,7 @@ __all__ = ["co_tuning_loss", "softmax_class_sums", "source_label_loss", "tempera
 
 def co_tuning_loss(
     source_logits: Tensor,
-    target_logits: Tensor,
+    target_logits: Tensor | None,
     target: Tensor | tuple[Tensor, Tensor, Tensor | float],
     relationship: Tensor,
     *,
@@ -37,8 +37,14 @@ def co_tuning_loss(
     """``(loss, target_term, source_term)``, from the arguments of ``cotuning_kernels.functional.co_tuning_loss``.
 
     A ``trade_off`` of 0 takes the source supervision from every row, so the source logits do not matter: a source term
-    that is infinite or NaN times 0 would be NaN.
+    that is infinite or NaN times 0 would be NaN. Without ``target_logits`` the loss is the source term alone, without
+    the trade-off.
     """
+    if target_logits is None:
+        source_term = source_label_loss(
+            source_logits, target, relationship, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss
+        )
+        return source_term, torch.zeros_like(source_term), source_term
     dtype = _compute_dtype(source_logits, target_logits)
     target_term = _target_term(target_logits.to(dtype), target, weight, label_smoothing, ignore_index, reduction)
     if isinstance(trade_off, Tensor):

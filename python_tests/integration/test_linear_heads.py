@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cotuning_kernels as ck
 from cotuning_kernels import backends, functional, linear_head, linear_loss, reference
 from cotuning_kernels.linear_head import MEMORY_BUDGET
+from cotuning_kernels.options import REDUCTIONS, OperationOptions
 
 ROWS, WIDTH, N_S, N_T = 40, 12, 90, 6
 
@@ -157,11 +158,13 @@ def test_the_operation_obeys_torchs_rules(kind: str, draw: torch.Generator) -> N
             target_b, mix = step.labels.flip(0), torch.rand(ROWS, generator=draw, dtype=torch.float64)
         elif kind == "probabilities":
             target = torch.softmax(torch.randn(ROWS, N_T, generator=draw), 1)
+        one = torch.ones((), dtype=torch.float64)
+        options = OperationOptions(None, one, 0.0, -100, REDUCTIONS["sum"], False)
         for relationship, head in ((step.relationship, step.source), (None, step.target)):
             torch.library.opcheck(
                 torch.ops.cotuning_kernels.linear_head_loss.default,
-                (step.features, head.weight, head.bias, takes_part, factor, target, target_b, mix, relationship, None,
-                 0.0, -100, False, torch.float32, 999, served_by, True, True, True, metrics),
+                (step.features, head.weight, head.bias, takes_part, factor, target, target_b, mix, relationship,
+                 *options, torch.float32, 999, served_by, True, True, True, metrics),
             )  # fmt: skip
 
 
