@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from cotuning_kernels import functional, reference
 from cotuning_kernels.backends.operations import operation
 from cotuning_kernels.options import LossOptions
 from support.backends import Backend
+from support.paths import ROOT
 
 CHANGES = {
     "label_smoothing": 0.3,
@@ -44,6 +47,31 @@ def test_every_layer_names_the_same_options() -> None:
         defaults = {name: parameters[name].default for name in LossOptions._fields}
         assert defaults == LossOptions()._asdict()
     assert set(CHANGES) == set(LossOptions._fields)
+
+
+def files_that_name(option: str, root: Path) -> set[str]:
+    """The files of the product under ``root`` with this word, except for tests."""
+    suffixes = {".py", ".h", ".cpp", ".cu", ".cuh"}
+    found = set()
+    for folder in ("cotuning_kernels", "csrc", "build_support"):
+        for path in (root / folder).rglob("*"):
+            name = path.relative_to(root).as_posix()
+            if path.suffix in suffixes and not name.startswith("csrc/tests/"):
+                found |= {name} if re.search(rf"\b{option}\b", path.read_text()) else set()
+    return found
+
+
+def test_an_option_is_named_where_it_is_defined_and_where_it_is_computed(tmp_path: Path) -> None:
+    """What lies between passes the options on whole. A new option then touches the files that CONTRIBUTING.md lists."""
+    section = (
+        (ROOT / "CONTRIBUTING.md").read_text().partition("## Adding an option of the loss")[2].partition("\n## ")[0]
+    )
+    listed = re.findall(r"^\| `(\S+)` \|", section, flags=re.MULTILINE)
+    assert len(listed) == 8
+    assert files_that_name("label_smoothing", ROOT) == set(listed)
+    (tmp_path / "csrc" / "ops").mkdir(parents=True)
+    (tmp_path / "csrc" / "ops" / "planted.h").write_text("double label_smoothing;")
+    assert files_that_name("label_smoothing", tmp_path) == {"csrc/ops/planted.h"}
 
 
 @pytest.mark.parametrize("name", CHANGES)
