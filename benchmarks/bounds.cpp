@@ -1,5 +1,5 @@
-// What no kernel of the loss can do without, in the vocabulary of the CPU kernels: one exponential a logit, and the
-// logits read and as much written around the cache. benchmarks/limits.py compiles this for its machine and loads it.
+// Two bounds of the loss's kernel, with the CPU kernels' vector functions: one exponential a logit, and a copy that
+// reads the logits and writes as many bytes around the cache. benchmarks/limits.py compiles and loads this file.
 #include <cstring>
 
 #define COTUNING_ISA bounds
@@ -7,7 +7,8 @@
 
 using namespace cotuning::cpu::bounds;
 
-// The sum of exp(z), so that no exponential is computed in vain. Four sums: none waits for the one before.
+// Returns the sum of exp(z), so that the compiler keeps every exponential. There are four sums, so that none waits for
+// the last addition.
 extern "C" double sum_of_exponentials(const float* z, int64_t n) {
   constexpr int kSums = 4;
   Float sums[kSums] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
