@@ -249,6 +249,7 @@ def reliability(
     temperature = positive_number("temperature", temperature)
     if probabilities and temperature != 1:
         raise ValueError(f"temperature is {temperature}, but it divides logits, not probabilities; pass the logits")
+    check_ignore_index(ignore_index)
     logits, labels = check_labelled_logits("logits", logits, labels, None, ignore_index)
     if not probabilities:
         warn_of_probabilities("logits", logits, stacklevel=3)

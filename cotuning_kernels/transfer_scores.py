@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from cotuning_kernels.heads import find_head
-from cotuning_kernels.labelled_logits import positive_number
+from cotuning_kernels.labelled_logits import positive_integer, positive_number
 from cotuning_kernels.relationship import passes
 from cotuning_kernels.relationship.learn import device_of, target_classes_of
+from cotuning_kernels.validation import check_ignore_index
 
 __all__ = ["Transferability", "h_score", "label_mapping_accuracy", "leep", "log_me", "nce", "transferability"]
 
@@ -95,8 +96,10 @@ def transferability(
     """
     number, _ = target_classes_of(loader, num_target_classes, target_classes)
     temperature = positive_number("temperature", temperature)
-    if top < 1:
-        raise ValueError(f"top is {top}, expected at least 1")
+    top = positive_integer("top", top)
+    if max_batches is not None:
+        max_batches = positive_integer("max_batches", max_batches)
+    check_ignore_index(ignore_index)
     place = device_of(source_model) if device is None else torch.device(device)
     layer = _head_of(source_model, head)
     collector = _FeatureCollector(number, ignore_index)

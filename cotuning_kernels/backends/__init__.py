@@ -17,6 +17,7 @@ from cotuning_kernels.backends.torch_version import require_torch
 
 __all__ = [
     "available",
+    "check_name",
     "cpu_isa",
     "cpu_isas",
     "cuda_build",
@@ -31,5 +32,6 @@ __all__ = [
 require_torch()
 
 available = REGISTRY.available
+check_name = REGISTRY.check_name
 missing_reason = REGISTRY.missing_reason
 select = REGISTRY.select

@@ -68,11 +68,15 @@ class Registry:
             return kernels[0] if kernels else "reference"
         if backend == "reference" or backend in kernels:
             return backend
-        if backend not in _NAMES:
-            raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, _NAMES))}")
+        self.check_name(backend)
         reason = self._unfit.get((backend, index)) if device_type == "cuda" else None
         reason = reason or self._missing.get(backend, f"it does not serve tensors on {device_type!r}")
         raise RuntimeError(f"backend {backend!r} cannot be used: {reason}")
+
+    def check_name(self, backend: str) -> None:
+        """Require the name of a backend, or ``"auto"``: all that can be said before the device is known."""
+        if backend not in _NAMES:
+            raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, _NAMES))}")
 
     def available(self, device_type: str) -> list[str]:
         """Return every backend that serves ``device_type``, fastest first; the last one is always the reference."""

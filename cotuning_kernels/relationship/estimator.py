@@ -35,7 +35,7 @@ from cotuning_kernels.validation import check_ignore_index
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["RelationshipEstimator"]
+__all__ = ["RelationshipEstimator", "check_sums_dtype"]
 
 
 class _Counted(NamedTuple):
@@ -52,6 +52,12 @@ class _Undo(NamedTuple):
     rows: Tensor
     sums: Tensor
     counts: Tensor
+
+
+def check_sums_dtype(dtype: torch.dtype) -> None:
+    """Require a dtype in which the sums of a relationship keep their digits."""
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64: the sums need the precision")
 
 
 class RelationshipEstimator:
@@ -97,8 +103,7 @@ class RelationshipEstimator:
         num_target_classes = positive_integer("num_target_classes", num_target_classes)
         if num_source_classes is not None:
             num_source_classes = positive_integer("num_source_classes", num_source_classes)
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64: the sums need the precision")
+        check_sums_dtype(dtype)
         self.num_target_classes = num_target_classes
         self.temperature = positive_number("temperature", temperature)
         # The kernels multiply z - max(z), which is 0 at the maximum, by the inverse: infinity times 0 is NaN.
@@ -119,6 +124,7 @@ class RelationshipEstimator:
         self._follows_batches = device is None
         self._looked_for_probabilities = False
         self._backend = backend
+        backends.check_name(backend)
         if not self._follows_batches:
             backends.select(self.device.type, backend, self.device.index)  # raises now, not with the first batch
 

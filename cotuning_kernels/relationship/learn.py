@@ -24,7 +24,7 @@ from cotuning_kernels.atomic_file import check_writable, remove
 from cotuning_kernels.labelled_logits import positive_integer, positive_number
 from cotuning_kernels.processes import rank_and_size, several_processes
 from cotuning_kernels.relationship import passes
-from cotuning_kernels.relationship.estimator import RelationshipEstimator
+from cotuning_kernels.relationship.estimator import RelationshipEstimator, check_sums_dtype
 from cotuning_kernels.relationship.matrix import Relationship, check_empty_policy, class_names
 from cotuning_kernels.relationship.passes import CheckpointError
 from cotuning_kernels.relationship.reverse import INVERSE_PENALTIES, checked_penalties, learn_reverse_relationship
@@ -126,7 +126,9 @@ def learn_relationship(
     check_ignore_index(ignore_index)
     temperature, ignore_index = positive_number("temperature", temperature), operator.index(ignore_index)
     check_empty_policy(empty)
+    check_sums_dtype(dtype)
     checked_penalties(inverse_penalties)
+    backends.check_name(backend)
     if place is not None:
         backends.select(place.type, backend, place.index)
     # A checkpoint's statistics depend on these settings.

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -247,8 +247,10 @@ def checked_penalties(inverse_penalties: Sequence[float]) -> list[float]:
     """The values of ``C`` without repetition, in ascending order.
 
     Raises:
-        ValueError: no value, or one that is not a number between 1e-30 and 1e30.
+        TypeError, ValueError: no values, or one that is not a number between 1e-30 and 1e30.
     """
+    if not isinstance(inverse_penalties, Iterable):
+        raise TypeError(f"inverse_penalties is {inverse_penalties!r:.80}, expected a sequence of positive numbers")
     values = sorted({positive_number("inverse_penalties", value) for value in inverse_penalties})
     if not values:
         raise ValueError("inverse_penalties is empty, expected at least one positive number")
