@@ -602,8 +602,8 @@ TEST(log_over_its_range) {
       // x log x is 0 at 1. There the logarithm's error is that of 1 + f.
       const long double unit = std::max(ulp(ScalarType::kFloat32, expected), ulp(ScalarType::kFloat32, x) * 0x1p-3L);
       worst = std::max(worst, std::fabs(value - expected) / unit);
-      CHECK(close(value, expected, 1e-3L * unit), "%s: x log x at %.9Lg is %.9Lg, expected %.9Lg", kernels.name, x, value,
-            expected);
+      CHECK(close(value, expected, 1e-3L * unit), "%s: x log x at %.9Lg is %.9Lg, expected %.9Lg", kernels.name, x,
+            value, expected);
     }
     std::printf("  x log x, %s: at most %.3Lf ulp\n", kernels.name, worst);
   }
