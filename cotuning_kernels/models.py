@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cotuning_kernels.calling import call, evaluating, inputs_in, logits_in
 from cotuning_kernels.heads import TwoHeads, auxiliary_heads, find_head, is_head_layer, new_head, replace
+from cotuning_kernels.labelled_logits import positive_integer
 from cotuning_kernels.module_copies import copy_of, record_classes
 from cotuning_kernels.relationship.matrix import class_names
 
@@ -119,8 +120,7 @@ class CoTuningModel(nn.Module):
         """
         if not isinstance(classifier, nn.Module):
             raise TypeError(f"classifier is {type(classifier).__name__}, expected a torch.nn.Module")
-        if isinstance(num_target_classes, bool) or not isinstance(num_target_classes, int) or num_target_classes < 1:
-            raise ValueError(f"num_target_classes is {num_target_classes!r}, expected an integer of at least 1")
+        num_target_classes = positive_integer("num_target_classes", num_target_classes)
         head_name = find_head(classifier, head, checked_later=example_input is not None)
         network = copying.deepcopy(classifier) if copy else classifier
         source_head = network.get_submodule(head_name)

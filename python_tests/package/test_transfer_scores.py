@@ -184,7 +184,7 @@ def test_a_source_head_that_says_nothing_is_named(seed: int) -> None:
 
 def test_what_is_wrong_is_said(seed: int) -> None:
     model, x, _, loader = batches(seed)
-    with pytest.raises(ValueError, match="top is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="top is 0, expected a positive int"):
         ck.transferability(model, loader, N_T, top=0)
     with pytest.raises(ValueError, match="temperature is 0"):
         ck.transferability(model, loader, N_T, temperature=0)
