@@ -67,7 +67,20 @@ BUGS = (
     Bug(
         "launched on the default stream", "ops/cuda.cpp",
         "void* stream() const { return stream_; }", "void* stream() const { return nullptr; }",
-        {"current_stream": "AssertionError"},
+        {"current_stream": "AssertionError", "stream_of_the_forward": "AssertionError"},
+    ),
+    Bug(
+        "memory of a launch is kept for the next one", "ops/cuda.cpp",
+        "const Tensor memory = device.empty({(first + 8 * (sums + 1)) / element}, type);",
+        "static const Tensor memory = device.empty({1 << 20}, type);",
+        {"graph_has_memory": "AssertionError"},
+    ),
+    Bug(
+        "a gradient is written behind its memory", "ops/cuda.cpp",
+        '  *view = matrix(device, gradient, "gradient");\n  return gradient;',
+        '  *view = matrix(device, gradient, "gradient");\n'
+        "  view->data = static_cast<char*>(view->data) + 4096 * 512;\n  return gradient;",
+        {"own_memory": "ended with -11"},
     ),
     Bug(
         "on the device that is current", "ops/cuda.cpp", "guard_(tensor.get_device_index())", "guard_(0)",

@@ -78,6 +78,52 @@ def test_a_program_that_is_not_there_or_is_refused_is_said(tmp_path: Path) -> No
     assert ended["wrong"].state == "failed"
 
 
+_NO_ERROR = "========= COMPUTE-SANITIZER\nvalues: OK\n========= ERROR SUMMARY: 0 errors\n"
+_OVERREAD = """\
+========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 16 bytes
+=========     at void cotuning::cuda::loss_kernel<float>(cotuning::cuda::LossProblem, LossPlan)+0x12e0
+=========     by thread (9,0,0) in block (4,0,0)
+=========     Address 0x7f2a6be00e80 is out of bounds
+=========     and is 1 bytes after the nearest allocation at 0x7f2a6be00000 of size 3712 bytes
+========= ERROR SUMMARY: 2 errors
+"""
+_RACE = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at reduce(float)+0x1d0 in team.cuh:41
+=========     and Read access at reduce(float)+0x2a0 in team.cuh:44 [96 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+_WITHOUT_A_CARD = """\
+========= COMPUTE-SANITIZER
+========= Error: Device not supported. Please refer to the "Supported Devices" section of the sanitizer documentation
+========= ERROR SUMMARY: 1 error
+"""
+
+
+@pytest.mark.parametrize(("output", "status", "state", "words"), [
+    (_NO_ERROR, 0, "passed", "========= ERROR SUMMARY: 0 errors"),
+    (_NO_ERROR, 1, "failed", "1: ========= ERROR SUMMARY: 0 errors"),  # the program itself failed
+    (_OVERREAD, 9, "failed", "9: Invalid __global__ read of size 16 bytes at void cotuning::cuda::loss_kernel<float>"),
+    (_OVERREAD, 0, "failed", "0: Invalid __global__ read"),  # errors count whatever the status says
+    (_RACE, 9, "failed", "9: Race reported between Write access at reduce(float)+0x1d0 in team.cuh:41 (1 hazard"),
+    ("values: OK\n", 0, "failed", "0: it printed no summary, so it looked at nothing"),
+    (_WITHOUT_A_CARD, 9, "skipped", "compute-sanitizer is refused here: Device not supported"),
+])  # fmt: skip
+def test_the_reports_of_compute_sanitizer_are_read(
+    output: str, status: int, state: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs in the format of NVIDIA's documentation, printed by a program of the tool's name."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\ncat <<'EOF'\n{output}EOF\nexit {status}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    outcome = run_all([Step("memcheck", ("compute-sanitizer",), 30, "compute-sanitizer")], tmp_path)["memcheck"]
+    assert outcome.state == state
+    assert outcome.words.startswith(words)
+
+
 def test_the_summary_begins_with_what_failed() -> None:
     outcomes = [Outcome(f"step {i}", "passed", 1.0, "fine") for i in range(12)]
     outcomes[4] = replace(outcomes[4], state="too slow", words="ended after 9 s; last: x")

@@ -28,12 +28,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from tools.gpu import sanitizer
+
 __all__ = ["Outcome", "Step", "run_steps", "steps", "summary"]
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "python_tests"
 # The messages of compute-sanitizer and ncu if a virtual machine does not give access to the card's counters.
-_REFUSALS = ("Device not supported", "ERR_NVGPUCTRPERM", "LibraryNotLoaded")
+_REFUSALS = (*sanitizer.REFUSALS, "ERR_NVGPUCTRPERM")
 _METRICS = (
     "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "smsp__issue_active.avg.pct_of_peak_sustained_active,sm__warps_active.avg.pct_of_peak_sustained_active"
@@ -66,7 +68,7 @@ def steps(out: Path, python: str = sys.executable) -> list[Step]:
     """The steps, most important first, in case the machine is taken away.
 
     The limits are upper bounds. Estimated for 16 cores and one card: 60 s for the installation, then 10, 60, 70, 105,
-    60, 45, 45 and 20 s. Triton compiles 640 kernels in its tests, 1.1 s each with the launcher; every worker compiles.
+    60, 45, 45 and 20 s. Triton compiles 783 kernels in its tests, 570 s of a core; every worker compiles.
     """
     checks = [python, "-m", "tools.gpu.checks"]
     workers = str(min(14, max(1, (os.cpu_count() or 2) - 2)))
@@ -77,7 +79,7 @@ def steps(out: Path, python: str = sys.executable) -> list[Step]:
     table = str(TESTS / "conformance" / "test_conformance.py")
     one_thread = (("OMP_NUM_THREADS", "1"),)
     no_cache = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-    sanitizer = ["compute-sanitizer", "--report-api-errors", "no", "--error-exitcode", "9"]
+    sanitized = ["compute-sanitizer", "--report-api-errors", "no", "--error-exitcode", "9"]
     counters = ["ncu", "--metrics", _METRICS, "--kernel-name", "regex:loss", "--launch-count", "40", "--csv"]
     return [
         Step("report", [python, "-m", "cotuning_kernels"], 30),
@@ -93,8 +95,8 @@ def steps(out: Path, python: str = sys.executable) -> list[Step]:
         Step("triton tests", [
             *pytest, table, "-m", "covering", "-k", "triton and not triton-rows and not triton-loops",
         ], 100, environment=one_thread),
-        Step("memcheck", [*sanitizer, *checks, "values", "limits"], 60, "compute-sanitizer", no_cache),
-        Step("racecheck", [*sanitizer, "--tool", "racecheck", *checks, "values"], 60, "compute-sanitizer", no_cache),
+        Step("memcheck", [*sanitized, *checks, "values", "limits"], 60, "compute-sanitizer", no_cache),
+        Step("racecheck", [*sanitized, "--tool", "racecheck", *checks, "values"], 60, "compute-sanitizer", no_cache),
         Step("counters", [*counters, *checks, "main shapes"], 60, "ncu"),
     ]  # fmt: skip
 
@@ -162,6 +164,9 @@ def _run(step: Step, log: Path, limit: float, environment: dict[str, str]) -> Ou
     refusal = next((refusal for refusal in _REFUSALS if refusal in words), None)
     if step.needs is not None and refusal is not None:
         return Outcome(step.name, "skipped", seconds, f"{step.needs} is refused here: {refusal}")
+    error = sanitizer.first_error(words) if step.needs == "compute-sanitizer" else None
+    if error is not None:
+        return Outcome(step.name, "failed", seconds, f"{status}: {error}"[:200])
     return Outcome(
         step.name, "passed" if status == 0 else "failed", seconds, last if status == 0 else f"{status}: {last}"
     )

@@ -8,7 +8,8 @@
 //     and of other streams only those that an event says must come before. So work on the wrong stream always meets
 //     memory that is not ready yet.
 //   - Only an operation on a device can touch its memory, and only while it runs. A host that reads or writes it, or a
-//     kernel on the other device, dies by SIGSEGV. Fresh memory is NaN.
+//     kernel on the other device, dies by SIGSEGV. So does whoever reaches 256 bytes or a page beyond an allocation's
+//     end, or a page before its start. Fresh memory is NaN.
 //   - Host memory that is not page-locked is copied when the copy is requested. A copy into it waits.
 //   - A call that waits is refused during a capture, and ends the capture.
 //   - An error in a kernel stays with the device: every later call returns it. A bad launch is refused at once.
@@ -144,13 +145,21 @@ double now() {
 
 // ------------------------------------------------------------------------------------------------------------- memory
 
+constexpr size_t kAlignment = 256;  // of cudaMalloc
+
 size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
+void* first_page(uintptr_t memory) { return reinterpret_cast<void*>(memory / kPage * kPage); }
+
+// The memory ends where its last page does, as far as its alignment allows. The page after that stays closed.
 void* allocate(size_t bytes, int device, int filling = 0xff) {
-  void* memory = mmap(nullptr, whole_pages(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) return nullptr;
+  const size_t pages = whole_pages(bytes);
+  void* first = mmap(nullptr, pages + kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (first == MAP_FAILED) return nullptr;
+  mprotect(first, pages, PROT_READ | PROT_WRITE);
+  void* memory = static_cast<char*>(first) + (pages - bytes) / kAlignment * kAlignment;
   std::memset(memory, filling, bytes);
-  if (device >= 0) mprotect(memory, whole_pages(bytes), PROT_NONE);
+  if (device >= 0) mprotect(first, pages, PROT_NONE);
   const Lock lock(state);
   allocations[reinterpret_cast<uintptr_t>(memory)] = {bytes, device};
   return memory;
@@ -161,7 +170,7 @@ cudaError_t release(void* memory) {
   const Lock lock(state);
   const auto found = allocations.find(reinterpret_cast<uintptr_t>(memory));
   if (found == allocations.end()) return cudaErrorInvalidValue;
-  munmap(memory, whole_pages(found->second.bytes));
+  munmap(first_page(found->first), whole_pages(found->second.bytes) + kPage);
   allocations.erase(found);
   return cudaSuccess;
 }
@@ -200,7 +209,7 @@ void protect(const std::set<int>& devices, int rights) {
   const Lock lock(state);
   for (const auto& [at, allocation] : allocations) {
     if (devices.count(allocation.device) == 0) continue;
-    mprotect(reinterpret_cast<void*>(at), whole_pages(allocation.bytes), rights);
+    mprotect(first_page(at), whole_pages(allocation.bytes), rights);
   }
 }
 
