@@ -136,10 +136,6 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
-    def quartiles(self) -> tuple[float, float]:
-        """The first and third quartile of the seconds."""
-        return _quartiles(self.seconds)
-
     def ratio_to(self, other: Timing) -> float:
         """The ratio of this median to that of ``other``."""
         return self.median / other.median
@@ -241,7 +237,7 @@ def finished(call: Call, device: str) -> Call:
     return call_and_wait
 
 
-def _quartiles(values: tuple[float, ...] | list[float]) -> tuple[float, float]:
+def _quartiles(values: list[float]) -> tuple[float, float]:
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
