@@ -17,6 +17,7 @@ COMMANDS = {
     "page": "a page with pictures: growth, threads, memory, share of a copy; --device cuda for a GPU",
     "memory": "the peak memory of one contestant, as JSON",
     "language_head": "a step of the head of a language model, fused and unfused",
+    "linear": "two linear heads whose logits exist by chunks, beside logits that all exist at once",
     "reverse_relationship": "the regression of the reverse relationship against scikit-learn's",
 }
 """Each command is a module of this package with a ``main``."""

@@ -19,7 +19,7 @@ from benchmarks.contestants import LOSS_CONTESTANTS, RELATIONSHIP_CONTESTANTS, p
 from benchmarks.problems import DTYPES, LossProblem, RelationshipProblem, Shape, parse_shape
 from benchmarks.processes import run_apart
 
-__all__ = ["Peak", "main", "measure_here", "measure_loss", "measure_loss_here", "measure_relationship"]
+__all__ = ["Peak", "main", "measure_here", "measure_loss", "measure_loss_here", "measure_relationship", "resident_rise"]
 
 # glibc maps every block of 64 KiB or more separately and unmaps it when it is freed: the peak then counts the memory
 # in use, not the memory that the allocator keeps.
@@ -45,7 +45,7 @@ def measure_here(call: Callable[[], object], device: str = "cpu") -> Peak:
     The result of ``call`` is part of its peak. ``call`` must leave nothing else allocated.
     """
     call()
-    resident = None if device != "cpu" else _resident_rise(call)
+    resident = None if device != "cpu" else resident_rise(call)
     return Peak(resident, _torch_rise(call, device))
 
 
@@ -69,7 +69,8 @@ def _in_child(arguments: list[str]) -> Peak:
     return Peak(**json.loads(run_apart("memory", *arguments, malloc=_MALLOC).splitlines()[-1]))
 
 
-def _resident_rise(call: Callable[[], object]) -> int | None:
+def resident_rise(call: Callable[[], object]) -> int | None:
+    """Bytes by which the peak resident memory rises in ``call``; ``None`` where ``/proc`` is not Linux's."""
     gc.collect()
     try:
         libc = ctypes.CDLL(None)

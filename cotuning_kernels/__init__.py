@@ -16,7 +16,7 @@ from cotuning_kernels.targets import MixedTarget
 
 if TYPE_CHECKING:
     from cotuning_kernels.calibration import TemperatureFit, expected_calibration_error, fit_temperature
-    from cotuning_kernels.models import CoTuningLogits, CoTuningModel
+    from cotuning_kernels.models import CoTuningFeatures, CoTuningLogits, CoTuningModel
     from cotuning_kernels.relationship import Relationship, RelationshipEstimator
     from cotuning_kernels.relationship.learn import learn_relationship
     from cotuning_kernels.relationship.reverse import learn_reverse_relationship
@@ -26,6 +26,7 @@ __version__ = "0.2.0"
 
 # Imported when first used: a training loop that only needs the loss does not load them.
 _LAZY = {
+    "CoTuningFeatures": "models",
     "CoTuningLogits": "models",
     "CoTuningModel": "models",
     "Relationship": "relationship",
@@ -40,6 +41,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "CoTuningFeatures",
     "CoTuningLogits",
     "CoTuningMetrics",
     "CoTuningModel",

@@ -170,8 +170,7 @@ def linear_co_tuning_loss(
         return_terms: return :class:`CoTuningTerms` instead of the loss.
         return_metrics: return :class:`CoTuningMetrics`: also the accuracy of both heads and the log-sum-exp of each
             row, for logging. They cost a pass over each chunk, and a second chunk of memory.
-        memory_budget: bytes of logits that exist at a time. Half-precision gradients of a weight, which are added in
-            float32, take a quarter of it in addition.
+        memory_budget: bytes of logits that exist at a time.
         backend: as for :func:`co_tuning_loss`. The reference, which serves where no kernel does, computes all logits.
 
     Returns:

@@ -19,8 +19,11 @@ class TwoHeads(nn.Module):
     """Both heads over the same features: ``(..., N_s + N_t, ...)`` along the class dimension.
 
     With ``bounds_source``, in training, the source head's gradient at the features is at most as large as the target
-    head's (:class:`_BoundSource`).
+    head's (:class:`_BoundSource`). With ``gives_features``, in training, the result is not logits, but the features
+    twice, side by side: those that the source head would read, then those for the target head.
     """
+
+    gives_features = False
 
     def __init__(self, source_head: nn.Module, target_head: nn.Module, bounds_source: bool = False) -> None:
         super().__init__()
@@ -36,6 +39,20 @@ class TwoHeads(nn.Module):
         self.num_source_classes = _num_classes(source_layer)
         self.num_target_classes = _num_classes(target_layer)
         self.class_dim = -1 if isinstance(source_layer, nn.Linear) else 1
+
+    def require_linear(self) -> tuple[nn.Linear, nn.Linear]:
+        """Both heads, if each is a single linear layer on features of the same width.
+
+        Raises:
+            TypeError: a head is something else.
+        """
+        heads = self.source_head, self.target_head
+        if not all(isinstance(head, nn.Linear) for head in heads) or len({head.in_features for head in heads}) > 1:
+            raise TypeError(
+                f"linear=True needs two nn.Linear heads on the same features, got {_describe(heads[0])} and "
+                f"{_describe(heads[1])}"
+            )
+        return heads  # type: ignore[return-value]
 
     # Some classifiers read their head's weight, for its dtype or for a product: they get that of both heads.
     @property
@@ -59,6 +76,8 @@ class TwoHeads(nn.Module):
         for_source, for_target = features, features
         if self.bounds_source and self.training and features.requires_grad and torch.is_grad_enabled():
             for_source, for_target = _BoundSource.apply(features, _processes())
+        if self.gives_features and self.training:
+            return torch.cat([for_source, for_target], dim=-1)
         source_logits, target_logits = self.source_head(for_source), self.target_head(for_target)
         for name, logits, classes in (
             ("source_head", source_logits, self.num_source_classes),

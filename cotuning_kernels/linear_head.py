@@ -19,7 +19,7 @@ from cotuning_kernels.targets import OperandTarget, operand_target, without_auto
 
 __all__ = ["MEMORY_BUDGET", "compute_linear_head", "linear_head_loss", "rows_of_chunk"]
 
-MEMORY_BUDGET = 128 * 2**20
+MEMORY_BUDGET = 64 * 2**20
 """Bytes of logits that exist at a time, unless the caller says otherwise."""
 
 
@@ -74,9 +74,10 @@ def compute_linear_head(
             here = here if rows is None else rows[here]
             x = features[here]
             logits = buffer[: x.shape[0]]
-            torch.mm(x, weight.t(), out=logits)
-            if bias is not None:
-                logits += bias
+            if bias is None:
+                torch.mm(x, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, x, weight.t(), out=logits)
             operand = _operand(target, target_b, mix, relationship, here, logits)
             if metrics:
                 wide = logits.to(logsumexp.dtype)
@@ -90,7 +91,7 @@ def compute_linear_head(
             if weight_gradient:
                 _add_product(weight_grad, logits, x, chunk_factor, memory_budget)
             if bias_gradient:
-                bias_grad += logits.sum(dim=0, dtype=bias_grad.dtype) * chunk_factor
+                bias_grad += logits.sum(dim=0).to(bias_grad.dtype) * chunk_factor
     loss.copy_(total * factor)
     return results
 
@@ -207,8 +208,8 @@ def _add_product(
     if weight_grad.dtype == logits_grad.dtype:
         weight_grad.addmm_(logits_grad.t(), features * factor)
         return
-    # A product of half-precision matrices has their dtype. It takes a quarter of the budget at a time.
-    size = rows_of_chunk(features.shape[1] * features.dtype.itemsize, memory_budget // 4)
+    # A product of half-precision matrices has their dtype. It is added a few classes at a time, while in a cache.
+    size = rows_of_chunk(features.shape[1] * features.dtype.itemsize, memory_budget // 32)
     for part in range(0, weight_grad.shape[0], size):
         classes = slice(part, part + size)
         weight_grad[classes].addcmul_(logits_grad[:, classes].t() @ features, factor)

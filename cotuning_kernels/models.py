@@ -31,7 +31,7 @@ from cotuning_kernels.labelled_logits import positive_integer
 from cotuning_kernels.module_copies import copy_of, record_classes
 from cotuning_kernels.relationship.matrix import class_names
 
-__all__ = ["CoTuningLogits", "CoTuningModel"]
+__all__ = ["CoTuningFeatures", "CoTuningLogits", "CoTuningModel"]
 
 
 class CoTuningLogits(NamedTuple):
@@ -41,6 +41,24 @@ class CoTuningLogits(NamedTuple):
     """``(B, N_s)``, over the classes that the classifier was pretrained on."""
     target_logits: Tensor
     """``(B, N_t)``, over the classes of the new task."""
+
+
+class CoTuningFeatures(NamedTuple):
+    """The result of a :class:`CoTuningModel` with ``linear=True`` in training.
+
+    Unpacks as what :class:`cotuning_kernels.FusedLinearCoTuningLoss` takes: ``criterion(*model(images), labels)``.
+    """
+
+    features: tuple[Tensor, Tensor]
+    """``(..., D)``: the features that the source head reads, and those that the target head reads."""
+    source_weight: Tensor
+    """``(N_s, D)``"""
+    source_bias: Tensor | None
+    """``(N_s,)``"""
+    target_weight: Tensor
+    """``(N_t, D)``"""
+    target_bias: Tensor | None
+    """``(N_t,)``"""
 
 
 class CoTuningModel(nn.Module):
@@ -53,6 +71,7 @@ class CoTuningModel(nn.Module):
         target_head: the new head, ``N_t`` classes, of the same kind.
         bound_source: whether the source head's gradient into the backbone is bounded in training; see
             :attr:`bound_source`.
+        linear: whether the model gives :class:`CoTuningFeatures` instead of logits in training; see :attr:`linear`.
 
     Use :meth:`from_classifier` if the pretrained model is one module, as in timm, torchvision and transformers.
 
@@ -62,7 +81,13 @@ class CoTuningModel(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, source_head: nn.Module, target_head: nn.Module, *, bound_source: bool = True
+        self,
+        backbone: nn.Module,
+        source_head: nn.Module,
+        target_head: nn.Module,
+        *,
+        bound_source: bool = True,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         for name, module in (("backbone", backbone), ("source_head", source_head), ("target_head", target_head)):
@@ -75,6 +100,7 @@ class CoTuningModel(nn.Module):
         self._class_dim = heads.class_dim
         self._has_auxiliary_heads = False
         self._freezes_batchnorm = False
+        self.linear = linear
 
     @classmethod
     def from_classifier(
@@ -86,6 +112,7 @@ class CoTuningModel(nn.Module):
         example_input: Tensor | Mapping[str, Any] | None = None,
         copy: bool = True,
         bound_source: bool = True,
+        linear: bool = False,
     ) -> CoTuningModel:
         """Wrap a pretrained classifier: its head becomes the source head, and a new target head is added.
 
@@ -102,6 +129,8 @@ class CoTuningModel(nn.Module):
                 becomes part of this model and must not be used on its own any more.
             bound_source: whether the source head's gradient into the backbone is bounded in training; see
                 :attr:`bound_source`.
+            linear: whether the model gives :class:`CoTuningFeatures` instead of logits in training; see :attr:`linear`.
+                With ``example_input`` the logits of these features are compared as well.
 
         The target head is initialised as PyTorch does (``torch.manual_seed`` repeats it), in the dtype and on the
         device of the source head. New modules are in training mode if ``classifier`` is; every module of the classifier
@@ -132,7 +161,8 @@ class CoTuningModel(nn.Module):
                 "of at least one sample"
             )
         own_modules = {id(module) for module in network.modules()}
-        model = cls(nn.Identity(), source_head, new_head(source_head, num_target_classes), bound_source=bound_source)
+        target_head = new_head(source_head, num_target_classes)
+        model = cls(nn.Identity(), source_head, target_head, bound_source=bound_source, linear=linear)
         replaced: list[tuple[nn.Module, nn.Module]] = [(source_head, model.heads)]
         replaced += [(layer, new_head(layer, num_target_classes)) for layer in auxiliary_heads(network, source_head)]
         for old, new in replaced:
@@ -145,14 +175,18 @@ class CoTuningModel(nn.Module):
         if example_input is not None and expected is not None:
             try:
                 _check_source_logits(_evaluate(model, example_input), expected, head_name)
+                if linear:
+                    _check_source_logits(_source_logits_of_features(model, example_input), expected, head_name)
             except Exception:
                 for old, new in replaced:  # matters if the classifier was not copied
                     replace(network, new, old)
                 raise
         return model
 
-    def forward(self, *args: Any, **kwargs: Any) -> CoTuningLogits:
+    def forward(self, *args: Any, **kwargs: Any) -> CoTuningLogits | CoTuningFeatures:
         """``(source_logits (B, N_s), target_logits (B, N_t))``; the arguments are the classifier's own.
+
+        With :attr:`linear`, in training, :class:`CoTuningFeatures`.
 
         ``labels=`` is dropped: classifiers of transformers would compute their own loss from it.
 
@@ -167,6 +201,9 @@ class CoTuningModel(nn.Module):
         logits = _logits(output)
         if self._has_auxiliary_heads and self.training and torch.is_grad_enabled():
             logits = _Reach.apply(logits, *_tensors_beside(logits, output))
+        heads = self.heads
+        if heads.gives_features and heads.training:
+            return _features_of_heads(logits, *heads.require_linear())
         dim = self._class_dim
         if logits.shape[dim] != self.num_source_classes + self.num_target_classes:
             raise ValueError(
@@ -225,6 +262,23 @@ class CoTuningModel(nn.Module):
     @bound_source.setter
     def bound_source(self, value: bool) -> None:
         self.heads.bounds_source = value
+
+    @property
+    def linear(self) -> bool:
+        """Whether ``forward`` gives :class:`CoTuningFeatures` instead of logits in training. May be set at any time.
+
+        The logits of a head of many classes then never exist all at once:
+        ``FusedLinearCoTuningLoss(relationship)(*model(images), labels)`` is the loss of the logits, up to rounding. In
+        evaluation mode the model gives logits. Both heads must be ``nn.Linear``. What the classifier does after its
+        head is done to the features: it may pick a token or wrap its result, but must not compute with the logits.
+        """
+        return self.heads.gives_features
+
+    @linear.setter
+    def linear(self, value: bool) -> None:
+        if value:
+            self.heads.require_linear()
+        self.heads.gives_features = value
 
     @property
     def source_head(self) -> nn.Module:
@@ -508,6 +562,30 @@ def _evaluate(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
     """The model's (source) logits in evaluation mode."""
     with evaluating(model):
         return _logits(call(model, inputs_in(inputs), next(model.parameters()).device))
+
+
+def _features_of_heads(both: Tensor, source_head: nn.Linear, target_head: nn.Linear) -> CoTuningFeatures:
+    """Split the features that the two heads would read. The parameters are views: DDP then sees that they are used."""
+    if both.shape[-1] != 2 * source_head.in_features:
+        raise ValueError(
+            f"the classifier turned {source_head.in_features} features for each of its two heads into an output of "
+            f"shape {tuple(both.shape)}: it does something to its head's output that linear=True does not allow"
+        )
+    for_source, for_target = both.chunk(2, dim=-1)
+    parameters = (source_head.weight, source_head.bias, target_head.weight, target_head.bias)
+    source_weight, source_bias, target_weight, target_bias = (None if x is None else x.view_as(x) for x in parameters)
+    assert source_weight is not None
+    assert target_weight is not None
+    return CoTuningFeatures((for_source, for_target), source_weight, source_bias, target_weight, target_bias)
+
+
+@torch.no_grad()
+def _source_logits_of_features(model: CoTuningModel, inputs: Tensor | Mapping[str, Any]) -> Tensor:
+    """The source logits from what the model gives in training, with all else in evaluation mode."""
+    with evaluating(model):
+        model.heads.training = True
+        found = call(model, inputs_in(inputs), next(model.parameters()).device)
+    return nn.functional.linear(found.features[0], found.source_weight, found.source_bias)
 
 
 def _logits(output: Any) -> Tensor:

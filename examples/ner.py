@@ -145,7 +145,14 @@ class Tagger(nn.Module):
         return features
 
 
-def loss_of(model: Tagger, inputs: dict[str, Tensor], labels: Tensor, relationship: Tensor, trade_off: float) -> Tensor:
+def loss_of(
+    model: Tagger,
+    inputs: dict[str, Tensor],
+    labels: Tensor,
+    relationship: Tensor,
+    trade_off: float,
+    by_chunks: bool = False,
+) -> Tensor:
     """Both terms, each the mean over the tokens that count in it.
 
     The source head, by far the largest layer, only sees the tokens of entities: other tokens have no supervision, so
@@ -157,6 +164,13 @@ def loss_of(model: Tagger, inputs: dict[str, Tensor], labels: Tensor, relationsh
     supervised = (relationship != 0).any(dim=1)[labels]
     if trade_off == 0 or not supervised.any():
         return loss
+    if by_chunks:  # the logits of all wordpieces exist for a chunk of tokens at a time
+        head = model.source_head.predictions
+        source_term = ck.functional.linear_source_label_loss(
+            head.transform(features[supervised]), head.decoder.weight, head.decoder.bias, labels[supervised],
+            relationship,
+        )  # fmt: skip
+        return loss + trade_off * source_term
     source_logits = model.source_head(features[supervised])
     # The logits are not read again, so their gradient may overwrite them, which halves the memory of the 30k head.
     # (Without a compiled kernel the reference serves, which cannot.)
@@ -238,7 +252,7 @@ def ner(options: argparse.Namespace) -> dict[str, Any]:
         model.train()
         for inputs, labels in tqdm(steps, desc=f"epoch {epoch + 1}", ncols=80, leave=False):
             inputs, labels = moved(inputs, options.device), labels.to(options.device)
-            loss = loss_of(model, inputs, labels, matrix, options.trade_off)
+            loss = loss_of(model, inputs, labels, matrix, options.trade_off, options.by_chunks)
             optimizer.zero_grad()
             loss.backward()
             if options.clip > 0:
@@ -281,6 +295,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--clip", type=number(float, 0), default=1.0, metavar="X", help="largest norm of all gradients; 0: any"
+    )
+    parser.add_argument(
+        "--by-chunks", action="store_true", help="never hold the logits of all tokens: less memory for large batches"
     )
     parser.add_argument(
         "--max-length", type=number(int, 3), default=128, metavar="N", help="wordpieces of a sentence at most"

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ import cotuning_kernels as ck
 from cotuning_kernels import backends, functional, linear_head, linear_loss, reference
 from cotuning_kernels.linear_head import MEMORY_BUDGET
 from cotuning_kernels.options import REDUCTIONS, OperationOptions
+from support import linear_heads_worker as worker
 
 ROWS, WIDTH, N_S, N_T = 40, 12, 90, 6
 
@@ -80,7 +85,7 @@ def test_upstream_and_repeated_backward(draw: torch.Generator) -> None:
     loss = step.fused()
     step.zero_grad()
     inputs = [step.features, *step.parameters()]
-    for factor in (1.0, 3.0):
+    for factor in (3.0, 1.0, 3.0):
         found = torch.autograd.grad(loss, inputs, torch.tensor(factor), retain_graph=True)
         names = ["features", *(name for name, _ in step.named_parameters())]
         assert_alike(dict(zip(names, found, strict=True)), {name: factor * x for name, x in once.items()})
@@ -410,3 +415,102 @@ def test_nothing_counts(draw: torch.Generator) -> None:
         step.source(step.features), step.target(step.features), step.labels, step.relationship
     )
     torch.testing.assert_close(terms.loss, expected[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+@pytest.mark.parametrize("bound_source", [True, False])
+def test_a_model_trains_to_the_same_weights(bound_source: bool) -> None:
+    whole = slice(None)
+    ours, theirs = (worker.train(worker.two_heads(linear, bound_source), whole) for linear in (True, False))
+    assert_alike(ours, theirs, tolerance=1e-5)
+    before = dict(worker.two_heads(True).named_parameters())
+    assert all((x - before[name]).abs().max() > 1e-2 * x.abs().max() for name, x in ours.items())
+    other = worker.train(worker.two_heads(True, not bound_source), whole)
+    assert (other["network.0.weight"] - ours["network.0.weight"]).abs().max() > 1e-3  # the bound reaches the backbone
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_two_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
+    path = os.pathsep.join(filter(None, [str(Path(ck.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]))
+    environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, worker.__file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    alone = worker.train(worker.two_heads(linear=False), slice(None))
+    for rank in range(2):
+        for found in torch.load(tmp_path / f"{rank}.pt"):
+            assert_alike(found, alone, tolerance=1e-5)
+
+
+def test_a_model_gives_logits_in_evaluation_mode() -> None:
+    model = worker.two_heads(linear=True)
+    _, _, inputs, _ = worker.problem()
+    features = model(inputs[0])
+    assert isinstance(features, ck.CoTuningFeatures)
+    logits = model.eval()(inputs[0])
+    assert isinstance(logits, ck.CoTuningLogits)
+    (for_source, for_target), source_weight, source_bias, target_weight, target_bias = features
+    torch.testing.assert_close(F.linear(for_source, source_weight, source_bias), logits.source_logits)
+    torch.testing.assert_close(F.linear(for_target, target_weight, target_bias), logits.target_logits)
+    model.train().linear = False
+    assert isinstance(model(inputs[0]), ck.CoTuningLogits)
+
+
+class Tagger(nn.Module):
+    """Logits for each token, in a dictionary; ``softcap`` computes with the logits, as Gemma does."""
+
+    def __init__(self, softcap: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, WIDTH)
+        self.head = nn.Linear(WIDTH, 30)
+        self.head.weight = self.embedding.weight
+        self.softcap = softcap
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.embedding(input_ids))
+        return {"logits": 3 * torch.tanh(logits / 3) if self.softcap else logits}
+
+
+def test_a_model_of_tokens_with_a_tied_head(draw: torch.Generator) -> None:
+    words = {"input_ids": torch.randint(30, (4, 9), generator=draw)}
+    labels = torch.randint(N_T, (4, 9), generator=draw)
+    relationship = torch.softmax(torch.randn(N_T, 30, generator=draw), 1)
+    relationship[0] = 0
+    model = ck.CoTuningModel.from_classifier(Tagger(), N_T, example_input=words, linear=True).train()
+    loss = ck.FusedLinearCoTuningLoss(relationship)(*model(**words), labels)
+    loss.backward()
+    ours = {name: x.grad.clone() for name, x in model.named_parameters()}
+    model.zero_grad()
+    model.linear = False
+    source_logits, target_logits = (x.flatten(0, 1) for x in model(**words))
+    expected = ck.FusedCoTuningLoss(relationship)(source_logits, target_logits, labels.flatten())
+    torch.testing.assert_close(loss, expected)
+    expected.backward()
+    assert_alike(ours, {name: x.grad for name, x in model.named_parameters()})
+
+
+def test_a_classifier_that_computes_with_its_logits_is_refused(draw: torch.Generator) -> None:
+    words = {"input_ids": torch.randint(30, (4, 9), generator=draw)}
+    ck.CoTuningModel.from_classifier(Tagger(softcap=True), N_T, example_input=words)
+    with pytest.raises(ValueError, match="the source logits"):
+        ck.CoTuningModel.from_classifier(Tagger(softcap=True), N_T, example_input=words, linear=True)
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(TypeError, match="linear=True needs two"):
+        ck.CoTuningModel.from_classifier(convolution, N_T, linear=True)
+
+
+def test_a_compiled_step_with_a_model() -> None:
+    _, relationship, inputs, labels = worker.problem()
+    model = worker.two_heads(linear=True)
+    criterion = ck.FusedLinearCoTuningLoss(relationship)
+    compiled = torch.compile(lambda x, y: criterion(*model(x), y), fullgraph=True, backend="aot_eager")
+    found = []
+    for step in (compiled, lambda x, y: criterion(*model(x), y)):
+        model.zero_grad()
+        step(inputs[0], labels[0]).backward()
+        found.append({name: x.grad for name, x in model.named_parameters()})
+    assert_alike(*found)

@@ -25,6 +25,7 @@ from benchmarks import (
     contestants,
     language_head,
     limits,
+    linear,
     memory,
     page,
     ratios,
@@ -758,6 +759,32 @@ def test_ways_of_the_language_head_compute_the_same() -> None:
         torch.testing.assert_close(loss, losses["unfused, entities only"], rtol=1e-4, atol=0, msg=name)
     for gradient in gradients.values():
         torch.testing.assert_close(gradient, gradients["unfused, entities only"], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_ways_of_linear_heads_compute_the_same(share: float) -> None:
+    step = linear.Step(40, 16, 101, share, torch.float32)
+    found = {}
+    for name, way in linear.WAYS.items():
+        step.clear()
+        loss = way(step)
+        loss.backward()
+        found[name] = loss.detach(), step.features.grad, step.source.weight.grad, step.target.bias.grad
+    for name, each in found.items():
+        for ours, theirs in zip(each, found["unfused"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_table_of_linear_heads(capsys: pytest.CaptureFixture[str]) -> None:
+    ways = ("linear heads", "unfused")
+    size = ("--sizes", "3000", "32", "2000")
+    assert linear.main([*size, "--rounds", "1", "--dtypes", "float32", "--ways", *ways]) == 0
+    header, shape, *rows = capsys.readouterr().out.splitlines()
+    assert "100% of the rows supervised" in header
+    assert shape == "3000 x 32 x 2000, float32"
+    peaks = [int(row.split()[-2]) for row in rows]
+    assert [row[2:28].strip() for row in rows] == list(ways)
+    assert 0 < peaks[0] < peaks[1]
 
 
 def test_single_runs_are_rows_with_their_floors(

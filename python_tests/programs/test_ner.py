@@ -150,12 +150,18 @@ def arguments(tiny_bert: Path, corpus: Path, *more: str) -> list[str]:
     return [f"--model={tiny_bert}", *files, "--batch-size=8", "--epochs=8", "--lr=2e-3", *more]
 
 
-@pytest.mark.parametrize("trade_off", ["0", "0.7"])
+@pytest.mark.parametrize(("trade_off", "flags"), [("0", []), ("0.7", []), ("0.7", ["--by-chunks"])])
 def test_it_finds_entities(
-    ner: ModuleType, tiny_bert: Path, corpus: Path, tmp_path: Path, trade_off: str, capsys: pytest.CaptureFixture[str]
+    ner: ModuleType,
+    tiny_bert: Path,
+    corpus: Path,
+    tmp_path: Path,
+    trade_off: str,
+    flags: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "result.json"
-    more = (f"--trade-off={trade_off}", f"--output={output}")
+    more = (f"--trade-off={trade_off}", f"--output={output}", *flags)
     assert ner.main(arguments(tiny_bert, corpus, *more)) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^ +LOC  .*%", shown, re.MULTILINE)
@@ -209,8 +215,11 @@ def test_labels_stand_at_the_first_piece_of_a_word(ner: ModuleType, tiny_bert: P
     assert labels.tolist() == [-100, 1, -100, 0, -100]
 
 
+@pytest.mark.parametrize("by_chunks", [True, False])
 @pytest.mark.parametrize("kernels", [True, False])
-def test_the_loss_is_the_unfused_one(kernels: bool, ner: ModuleType, tiny_bert: Path, draw: torch.Generator) -> None:
+def test_the_loss_is_the_unfused_one(
+    by_chunks: bool, kernels: bool, ner: ModuleType, tiny_bert: Path, draw: torch.Generator
+) -> None:
     """Loss and gradients against PyTorch's own operations on all tokens, with and without kernels."""
     from transformers import BertForMaskedLM
 
@@ -224,7 +233,7 @@ def test_the_loss_is_the_unfused_one(kernels: bool, ner: ModuleType, tiny_bert: 
     model: nn.Module = ner.Tagger(language_model, 5).eval()
     with nullcontext() if kernels else REGISTRY.override(missing={"cpp": "it was not built"}):
         assert kernels or backends.select("cpu") == "reference"
-        ours = ner.loss_of(model, inputs, labels, relationship, 0.7)
+        ours = ner.loss_of(model, inputs, labels, relationship, 0.7, by_chunks)
     features = model.features(inputs)
     counted = labels > 0
     unfused = F.cross_entropy(model.target_head(features).flatten(0, 1), labels.flatten())
