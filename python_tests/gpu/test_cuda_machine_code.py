@@ -215,3 +215,12 @@ def test_rows_that_start_elsewhere() -> None:
     """The share of rows of R aligned unlike the logits: 3/4 at 21841 columns (odd), 1/2 at 30522, none at 1000."""
     for dtype in machine.DTYPES:
         assert [machine.share_elsewhere(classes, dtype) for classes in machine.SHAPES] == [0, 0.75, 0.5]
+
+
+def test_turns_of_a_row() -> None:
+    """A warp with 125 vectors; four warps with 250, of which the last has 58; 16 warps, and R does not fit."""
+    assert machine.turns_of_a_row(125, 125, 32) == (0, 1, 0, 1, 2, 0)
+    assert machine.turns_of_a_row(250, 250, 128) == (0, 0, 4, 3, 2, 0)
+    fours, masked_fours, masked_pairs, pairs, singles, rest = machine.turns_of_a_row(7630, 6768, 512)
+    assert 4 * fours + 4 * masked_fours + 2 * masked_pairs >= 7630 / 32 > 4 * fours
+    assert (2 * pairs + singles, rest) == (212, 29)

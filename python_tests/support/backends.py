@@ -83,7 +83,7 @@ class Backend:
         return self.takes(case) and not (case.options.get("trade_off") == 0 and self.argument in READS_AT_ZERO)
 
 
-READS_AT_ZERO = {"cuda", "triton"}
+READS_AT_ZERO = {"triton"}
 """Backends (their ``argument``) that still compute a source term whose ``trade_off`` is 0."""
 
 

@@ -42,6 +42,8 @@ __all__ = [
     "measure",
     "parse",
     "resources",
+    "sweeps",
+    "turns_of_a_row",
 ]
 
 TABLE = Path(__file__).resolve().parents[2] / "python_tests" / "recorded" / "cuda_machine_code.json"
@@ -237,73 +239,137 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Loop(NamedTuple):
-    """A vector of 16 bytes of logits in one of the three sweeps, and the accesses that it takes."""
+    """One turn of a loop in one of the three sweeps: its instructions and accesses by vector of 16 bytes of logits."""
 
     instructions: float
     accesses: dict[str, int]
 
 
-AT_ONCE = 4
-"""Vectors that a thread loads at once in the first sweep, as in csrc/kernels/cuda/row.cuh."""
+class Turns(NamedTuple):
+    """How often the warps of a row take a turn of each kind, and how many vectors of a lane one turn has. The sums and
+    the gradient take ``pairs`` and ``singles`` whose part of R is in shared memory, then ``rest``."""
+
+    fours: int = 0
+    masked_fours: int = 0
+    masked_pairs: int = 0
+    pairs: int = 0
+    singles: int = 0
+    rest: int = 0
 
 
 KEPT = {"staged_target": "shared memory", "kept_target": "registers"}
 """Where R is kept between sweeps, by the name of its size in the plan; else ``"nowhere"``."""
 
+_LANES = 32
 
-def sweeps(code: Code, dtype: torch.dtype, alike: bool, where: str, at_once: int = AT_ONCE) -> dict[str, Loop]:
-    """The three loops of the source head over a row of staged logits, with R in float32. (The target head's loops with
-    as many accesses are longer.) ``alike``: the row of R has the same offset in 16 bytes as the logits. ``where`` R is
-    kept. ``at_once``: the vectors of the row that a thread has, at most AT_ONCE."""
+
+def turns_of_a_row(count: int, staged: int, threads: int) -> Turns:
+    """The turns of all warps over ``count`` whole vectors, ``staged`` of them with R in shared memory: the loops of
+    csrc/kernels/cuda/ordinary_row.cuh."""
+    step, taken = 2 * threads, Turns()
+    for warp in range(threads // _LANES):
+        first = k = 2 * _LANES * warp
+        fours = masked_fours = masked_pairs = pairs = singles = rest = 0
+        while k + step < count - 2 * _LANES + 1:
+            fours, k = fours + 1, k + 2 * step
+        while k + step < count:
+            masked_fours, k = masked_fours + 1, k + 2 * step
+        while k < count:
+            masked_pairs, k = masked_pairs + 1, k + step
+        k = first
+        while k < staged - 2 * _LANES + 1:
+            pairs, k = pairs + 1, k + step
+        for start in range(k, count, step):
+            for begin in (start, start + _LANES):
+                singles += begin < staged
+                rest += staged < min(begin + _LANES, count)
+        one = (fours, masked_fours, masked_pairs, pairs, singles, rest)
+        taken = Turns(*(a + b for a, b in zip(taken, one, strict=True)))
+    return taken
+
+
+def turn(
+    code: Code, dtype: torch.dtype, sweep: str, vectors: int, *, alike: bool = True, where: str = "shared memory",
+    masked: bool = False,
+) -> Loop:  # fmt: skip
+    """A turn over ``vectors`` vectors of staged logits of the source head, with R in float32. (Other loops with as many
+    accesses are longer.) ``alike``: the row of R has the same offset in 16 bytes as the logits. ``where`` R is kept.
+    ``masked``: only accesses under a predicate count."""
     count = 16 // dtype.itemsize
     # A row of R with another offset needs one more aligned vector than its elements fill.
     of_r = count // 4 + (0 if alike else 1)
-    kept = {"STS 16": count // 4} if where == "shared memory" else {}
-    again = {"shared memory": {"LDS 16": 1 + count // 4}, "registers": {"LDS 16": 1}}
-    read = again.get(where, {"LDS 16": 1, "LDG 16": of_r})
-    # float32 exponentials take the place of the logits.
-    if dtype == torch.float32:
-        kept["STS 16"] = kept.get("STS 16", 0) + 1
-    exponentials = {} if dtype == torch.float32 else {"EX2": count}
-    wanted = {
-        "maximum": {"LDG 16": 1, "STS 16": 1},
-        "sums": {"LDG 16": of_r, "LDS 16": 1, "EX2": count} | kept,
-        "gradient": {"STG 16": 1} | read | exponentials,
+    accesses = {"LDG 16": 1, "STS 16": 1}
+    if sweep == "sums":
+        accesses = {"LDG 16": of_r, "LDS 16": 1, "EX2": count}
+        stores = (count // 4 if where == "shared memory" else 0) + (dtype == torch.float32)
+        if stores:  # float32 exponentials take the place of the logits
+            accesses["STS 16"] = stores
+    elif sweep == "gradient":
+        read = {"shared memory": {"LDS 16": 1 + count // 4}, "registers": {"LDS 16": 1}}
+        accesses = {"STG 16": 1} | read.get(where, {"LDS 16": 1, "LDG 16": of_r})
+        if dtype != torch.float32:
+            accesses["EX2"] = count
+    if masked:
+        code = {
+            address: x if x.predicated or access(x.operation) is None else x._replace(operation="NOP")
+            for address, x in code.items()
+        }
+    instructions = around_a_loop(code, {what: vectors * number for what, number in accesses.items()})
+    if instructions is None:
+        raise LookupError(f"{dtype}: there is no way around a loop with {vectors} times {accesses} ({sweep})")
+    return Loop(instructions / vectors, accesses)
+
+
+def sweeps(code: Code, dtype: torch.dtype, alike: bool, where: str) -> dict[str, Loop]:
+    """The loops of long rows, by sweep."""
+    pairs = 2 if where == "shared memory" else 1
+    return {
+        "maximum": turn(code, dtype, "maximum", 4),
+        "sums": turn(code, dtype, "sums", pairs, alike=alike, where=where),
+        "gradient": turn(code, dtype, "gradient", pairs, alike=alike, where=where),
     }
-    found = {}
-    for sweep, accesses in wanted.items():
-        vectors = at_once if sweep == "maximum" else 1
-        instructions = around_a_loop(code, {what: vectors * count for what, count in accesses.items()})
-        if instructions is None:
-            raise LookupError(f"{dtype}: there is no way around a loop with {vectors} times {accesses} ({sweep})")
-        found[sweep] = Loop(instructions / vectors, accesses)
-    return found
+
+
+def _code_of(file: Path, architecture: str, dtype: torch.dtype) -> Code:
+    name = f"loss, {str(dtype).removeprefix('torch.')}"
+    (code,) = (code for kernel, code in disassemble(file, architecture).items() if readable(kernel) == name)
+    return code
 
 
 @functools.cache
-def _sweeps(
-    file: Path, architecture: str, dtype: torch.dtype, alike: bool, where: str, at_once: int = AT_ONCE
-) -> dict[str, Loop]:
-    name = f"loss, {str(dtype).removeprefix('torch.')}"
-    (code,) = (code for kernel, code in disassemble(file, architecture).items() if readable(kernel) == name)
-    return sweeps(code, dtype, alike, where, at_once)
+def _turn(
+    file: Path, architecture: str, dtype: torch.dtype, sweep: str, vectors: int, alike: bool, where: str, masked: bool
+) -> float:
+    code = _code_of(file, architecture, dtype)
+    return vectors * turn(code, dtype, sweep, vectors, alike=alike, where=where, masked=masked).instructions
 
 
 def instructions_of_a_row(file: Path, architecture: str, classes: int, dtype: torch.dtype, alike: bool) -> float:
-    """Instructions per element: the source head with its gradient, staged as the plan for the shape says. Code
-    that runs once per row, or at the ends of rows, is left out."""
+    """Instructions per element and lane: the source head with its gradient, staged as the plan for the shape says. A
+    warp's instruction counts for all its lanes, idle ones too. Code that runs once per row, or at the ends of rows, is
+    left out."""
     plan = backends.cuda_loss_plan(256, classes, source_dtype=dtype)["source"]
     if plan["staged_logits"] == 0:
         raise ValueError(f"classes is {classes}, whose {dtype} logits no block can keep: expected fewer")
-    vectors = {where: plan[name] for name, where in KEPT.items()}
-    vectors["nowhere"] = plan["vectors"] - sum(vectors.values())
-    at_once = min(AT_ONCE, plan["vectors"] // plan["threads_per_row"] + 1)
+    count = classes * dtype.itemsize // 16 - (0 if alike else 1)
+    turns = turns_of_a_row(count, min(plan["staged_target"], count), plan["threads_per_row"])
+    of_rest = "registers" if plan["kept_target"] else "nowhere"
     total = 0.0
-    for where, count in vectors.items():
-        if count > 0:
-            loops = _sweeps(file, architecture, dtype, alike, where, at_once)
-            total += count / plan["vectors"] * sum(loop.instructions for loop in loops.values())
-    return total * dtype.itemsize / 16
+    for taken, vectors, masked in (
+        (turns.fours, 4, False),
+        (turns.masked_fours, 4, True),
+        (turns.masked_pairs, 2, True),
+    ):
+        if taken:
+            total += taken * _turn(file, architecture, dtype, "maximum", vectors, True, "", masked)
+    for taken, vectors, where in (
+        (turns.pairs, 2, "shared memory"), (turns.singles, 1, "shared memory"), (turns.rest, 1, of_rest),
+    ):  # fmt: skip
+        if taken:
+            total += taken * sum(
+                _turn(file, architecture, dtype, sweep, vectors, alike, where, False) for sweep in ("sums", "gradient")
+            )
+    return total * _LANES / classes
 
 
 def share_elsewhere(classes: int, dtype: torch.dtype) -> float:
@@ -428,7 +494,7 @@ def sweeps_table(file: Path, architecture: str) -> str:
                 if where == "registers" and dtype != torch.float32:
                     continue
                 row: list[object] = [str(dtype).removeprefix("torch."), "alike" if alike else "elsewhere", where]
-                for loop in _sweeps(file, architecture, dtype, alike, where).values():
+                for loop in sweeps(_code_of(file, architecture, dtype), dtype, alike, where).values():
                     accesses = ", ".join(f"{count} {what}" for what, count in loop.accesses.items())
                     row.append(f"{loop.instructions:.3g}: {accesses}")
                 rows.append(row)

@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "ordinary_row.cuh"
 #include "row.cuh"
 #include "row_target.cuh"
 
@@ -42,6 +43,11 @@ __device__ __forceinline__ ComputeType<T> stored_factor(const LossProblem& p, bo
   return static_cast<ComputeType<T>>(of_source && p.target_logits.columns > 0 ? *p.trade_off * p.per_row : p.per_row);
 }
 
+// A trade-off of 0 takes the source supervision from every row: an infinite or NaN source term times 0 would be NaN.
+__device__ __forceinline__ bool counts_source(const LossProblem& p) {
+  return p.target_logits.columns == 0 || *p.trade_off != 0;
+}
+
 // Whether any probability of a row is nonzero.
 __device__ __forceinline__ bool any_probability(const Team& team, const ConstMatrix& probabilities, int64_t row) {
   float any[1] = {0};
@@ -52,22 +58,53 @@ __device__ __forceinline__ bool any_probability(const Team& team, const ConstMat
   return any[0] != 0;
 }
 
+// Does a row of the source head if it is ordinary (ordinary_row.cuh); else returns false.
+template <class T>
+__device__ __forceinline__ bool ordinary_source_row(const LossProblem& p, const Team& team, int64_t row,
+                                                    const Stage<T>& stage, double* totals) {
+  if (p.probabilities.columns > 0 || p.labels_b.data != nullptr || p.kl_divergence ||
+      p.relationship.type != ScalarType::kFloat32 || !stage.has_logits() || !counts_source(p)) {
+    return false;
+  }
+  const int64_t label = p.labels[row];
+  if (label < 0 || label >= p.target_classes || label == p.ignore_index) return false;
+  T* gradient = row_of<T>(p.source_gradient, row);
+  const T* logits = static_cast<const T*>(p.source_logits.row(row));
+  if (gradient != nullptr && !same_cut(gradient, logits)) return false;
+  float loss;
+  if (!ordinary_row(
+          team, logits, static_cast<const float*>(p.relationship.row(label)), static_cast<int>(p.source_logits.columns),
+          [&] { return stored_factor<T>(p, true); }, gradient, stage, &loss)) {
+    return false;
+  }
+  if (team.rank() != 0) return true;
+  totals[kSourceLoss] += loss;
+  totals[kValid] += 1;
+  totals[kSupervised] += 1;
+  if (p.reduction == Reduction::kNone) store_result(p.terms, p.results_in_double, p.source_logits.rows + row, loss);
+  return true;
+}
+
 template <class T>
 __device__ void source_row(const LossProblem& p, const Team& team, int64_t row, const Stage<T>& stage, double* totals) {
   using C = ComputeType<T>;
+  if constexpr (!std::is_same_v<C, double>) {
+    if (ordinary_source_row(p, team, row, stage, totals)) return;
+  }
   const int columns = static_cast<int>(p.source_logits.columns);
   TranslatedTarget<C> target{{nullptr, nullptr}, {1, 0}, p.relationship.type, p.kl_divergence};
   RowTarget labels{{0, 0}, {1.0, 0.0}};
+  const bool counts = counts_source(p);
   bool valid;
   if (p.probabilities.columns > 0) {
-    target.rows[0] = p.relationship.row(row);
+    if (counts) target.rows[0] = p.relationship.row(row);
     valid = any_probability(team, p.probabilities, row);
   } else {
     labels = read_row_target(p, p.target_classes, row);
     valid = labels.any();
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      if (labels.share[k] != 0) target.rows[k] = p.relationship.row(labels.index[k]);
+      if (counts && labels.share[k] != 0) target.rows[k] = p.relationship.row(labels.index[k]);
       target.shares[k] = static_cast<C>(labels.share[k]);
     }
   }
@@ -85,7 +122,7 @@ __device__ void source_row(const LossProblem& p, const Team& team, int64_t row, 
   totals[kSourceLoss] += result.loss;
   totals[kValid] += valid ? 1 : 0;
   if (p.probabilities.columns > 0) {
-    totals[kSupervised] += p.mix[row * p.mix_stride];
+    totals[kSupervised] += counts ? p.mix[row * p.mix_stride] : 0;
   } else {
     totals[kSupervised] += (result.supervised[0] ? labels.share[0] : 0) + (result.supervised[1] ? labels.share[1] : 0);
   }
@@ -189,9 +226,14 @@ __device__ __forceinline__ Stage<T> stage_of(const RowPlan& plan, char* memory, 
   return {memory + index * plan.staged_bytes, plan};
 }
 
+// The most registers of a thread, by way of the largest block that a multiprocessor of 65536 must hold. 512 threads
+// leave 128. 640 leave 96, with which five blocks of 128 threads fit; float32 rows of 1000 classes have such blocks.
+template <class T>
+inline constexpr int kBoundedThreads = std::is_same_v<T, float> ? 640 : kLargestBlock;
+
 // Handles the rows whose logits have type T. The 1 keeps nvcc from spilling to save registers for a second block.
 template <class T>
-__global__ void __launch_bounds__(kLargestBlock, 1) loss_kernel(LossProblem p, LossPlan plan) {
+__global__ void __launch_bounds__(kBoundedThreads<T>, 1) loss_kernel(LossProblem p, LossPlan plan) {
   COTUNING_DYNAMIC_SHARED(staged);
   COTUNING_SHARED(double, scratch, kMostWarps* kMostSums);
   COTUNING_SHARED(double, all_totals, kMostWarps* kLossSums);

@@ -6,6 +6,8 @@
 // once. A thread takes the same vectors in every sweep, so it alone uses what it keeps, and no barrier is needed.
 #pragma once
 
+#include <type_traits>
+
 #include "team.cuh"
 #include "vectors.cuh"
 
@@ -190,6 +192,8 @@ class Stage {
     memcpy(&pack, &bytes, sizeof pack);
     return pack;
   }
+  __device__ __forceinline__ void put_words(int vector, const Bytes16& bytes) const { *logits_at(vector) = bytes; }
+  __device__ __forceinline__ Bytes16 words(int vector) const { return *logits_at(vector); }
   // Replaces the logits, which are as wide.
   __device__ __forceinline__ void put_exponentials(int vector, const C (&e)[kLanes<T>]) const {
     Bytes16 bytes;
@@ -307,6 +311,11 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
   // sums: exponentials, q (z - max), q, and the target's own sums. Logits that are not finite spoil them as they
   // should: if all are -inf, or one is +inf or NaN, then z - max is NaN.
   C sums[Target::kSums] = {};
+  // The divergence of a good prediction is far smaller than its parts. So q log q - q (z - max) and q leave `sums` for
+  // these after every vector.
+  double divergence = 0, mass = 0;
+  bool exact = false;
+  if constexpr (Target::kSums > 4 && !std::is_same_v<C, double>) exact = target.kl_divergence;
   const Columns cut = columns_of(logits, columns);
   const auto add = [&](int k, C(&q)[kCount]) {
     const int first = cut.first + k * kCount;
@@ -320,6 +329,13 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
       sums[0] += e[i];
       if (q[i] != 0) sums[1] += q[i] * below;  // 0 * -inf would be NaN
       sums[2] += q[i];
+    }
+    if constexpr (Target::kSums > 4) {
+      if (exact) {
+        divergence += sums[5] - sums[1];
+        mass += sums[2];
+        sums[1] = sums[2] = sums[5] = 0;
+      }
     }
     if (kAsWide && stage.has_logits()) stage.put_exponentials(k, e);
   };
@@ -337,7 +353,10 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
     add(k, q);
     if (kAsWide) rest.put(q);
   }
+  double parts[3] = {mass, static_cast<double>(sums[0]), divergence};
+  if (exact) team.reduce<Sum>(parts);
   team.reduce<Sum>(sums);
+  if (exact) sums[2] = static_cast<C>(parts[0]);
 
   RowResult<C> result{};
   result.supervised[0] = sums[3] != 0;
@@ -345,7 +364,10 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
   const bool takes_part = result.supervised[0] || result.supervised[1];
   if (takes_part) {
     result.loss = sums[2] * logarithm(sums[0]) - sums[1];
-    if constexpr (Target::kSums > 4) result.loss += sums[5];
+    if constexpr (Target::kSums > 4) {
+      result.loss += sums[5];
+      if (exact) result.loss = static_cast<C>(parts[0] * log(parts[1]) + parts[2]);
+    }
   }
   if (gradient == nullptr) return result;
   if (!takes_part) {

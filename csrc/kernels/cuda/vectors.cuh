@@ -115,6 +115,19 @@ __device__ __forceinline__ void load_aligned(const char* from, uint32_t (&out)[k
   }
 }
 
+// Numbers that start `offset` bytes past `from`, a multiple of 16; kAlike: no bytes past it.
+template <bool kAlike, int kCount>
+__device__ __forceinline__ void load_numbers(const Bytes16* from, int offset, float (&out)[kCount]) {
+  const auto* bytes = reinterpret_cast<const char*>(from);
+  uint32_t words[kCount];
+  if constexpr (kAlike) {
+    load_aligned(bytes, words);
+  } else {
+    load_shifted<false>(bytes + offset, static_cast<unsigned>(offset), words);
+  }
+  memcpy(out, words, sizeof out);
+}
+
 // Columns [first, first + kCount), at most 16 bytes, of a row that may start anywhere; `elsewhere` for missing columns.
 template <class T, int kCount>
 __device__ __forceinline__ Pack<T, kCount> load_columns(const T* row, int columns, int first, T elsewhere = T{}) {
@@ -174,6 +187,21 @@ template <class T>
 __device__ __forceinline__ void widen_all(const Pack<T, kLanes<T>>& pack, ComputeType<T> (&z)[kLanes<T>]) {
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) z[i] = widen(pack.at[i]);
+}
+
+// The same of a whole vector of a type that computes in float, a word at a time.
+template <class T>
+__device__ __forceinline__ void widen_words(const Bytes16& vector, float (&z)[kLanes<T>]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) widen_word<T>(vector.words[i], z + i * kWordNumbers<T>);
+}
+
+template <class T>
+__device__ __forceinline__ Bytes16 narrow_words(const float (&x)[kLanes<T>]) {
+  Bytes16 vector;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) vector.words[i] = narrow_word<T>(x + i * kWordNumbers<T>);
+  return vector;
 }
 
 }  // namespace cotuning::cuda

@@ -1,4 +1,4 @@
-// The conversions of CUDA's header that the kernels use.
+// What the kernels use of CUDA's header.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,3 +31,14 @@ inline __half __float2half_rn(float x) {
   const unsigned rounded = __float_as_uint(size) + 0xfffu + (__float_as_uint(size) >> 13 & 1);
   return {static_cast<unsigned short>(sign | ((rounded >> 13) - (112u << 10)))};
 }
+
+// A pair of numbers in a word; the first one in its low half.
+struct __half2 {
+  __half x, y;
+};
+inline float __low2float(__half2 pair) { return __half2float(pair.x); }
+inline float __high2float(__half2 pair) { return __half2float(pair.y); }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+// If one number is NaN, the other one.
+inline __half __hmax(__half a, __half b) { return __float2half_rn(fmaxf(__half2float(a), __half2float(b))); }
+inline __half2 __hmax2(__half2 a, __half2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }
