@@ -11,28 +11,50 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from command_line import UserError, exit_code
-from experiments import PROJECT, RESULTS, Setting, read_results
+from experiments import FIRST_TUNING_SEED, PROJECT, RESULTS, Setting, read_results
 from scipy import stats
 
 PAGE = PROJECT / "docs" / "results.md"
 BEGIN, END = "<!-- tables: written by examples/experiment_tables.py -->\n", "<!-- end of the tables -->\n"
 NAMES = {
     "plain": "plain",
-    "linear-probe": "linear probe",
+    "linear-probe": "linear probe, SGD",
+    "linear-probe-lbfgs": "linear probe, L-BFGS",
+    "lp-ft": "LP-FT",
     "l2-sp": "L2-SP",
     "co-tuning": "Co-Tuning",
     "co-tuning-reverse": "Co-Tuning, reverse",
+    "co-tuning-uncalibrated": "Co-Tuning, uncalibrated",
+    "lp-co-tuning": "Co-Tuning after a probe",
 }
-CHOSEN = "Co-Tuning, chosen on validation"
+SCORES = ("leep", "nce", "log_me", "h_score", "label_mapping_accuracy", "relationship_entropy", "top_mass")
 
 Results = dict[int, dict[str, Any]]  # by seed
+
+
+class Task(NamedTuple):
+    """What all methods of a table share."""
+
+    data: str
+    network: str
+    images_per_class: int
+    iterations: int
+    crop: int
+
+    def __str__(self) -> str:
+        images = f"{self.images_per_class} image{'s' if self.images_per_class > 1 else ''} a class"
+        return f"{self.data}, {self.network}, {images}"
+
+
+def task_of(setting: Setting, iterations: int = 0) -> Task:
+    return Task(setting.data, setting.network, setting.images_per_class, setting.iterations or iterations, setting.crop)
 
 
 @dataclass(frozen=True)
@@ -59,74 +81,99 @@ def paired(arm: Results, plain: Results, measure: str) -> Paired:
     return Paired(np.array([arm[seed][measure] - plain[seed][measure] for seed in seeds]))
 
 
-def collect(results: dict[Setting, dict[str, Any]]) -> dict[Setting, dict[str, Results]]:
-    """Per task (a setting without its method and seed) the results of each arm by seed, plain first."""
-    tasks: dict[Setting, dict[str, Results]] = defaultdict(lambda: defaultdict(dict))
-    for setting, result in sorted(results.items(), key=lambda item: order_of(item[0])):
-        task = replace(setting, method="", trade_off=0.0, warm_up=0.0, temperature=1.0, seed=0)
-        tasks[task][arm_name(setting)][setting.seed] = result
-    for arms in tasks.values():
-        tuned = [name for name in arms if name == NAMES["plain"] or name.startswith(NAMES["co-tuning"] + ", trade-off")]
-        if len(tuned) > 2:
-            arms[CHOSEN] = chosen_on_validation([arms[name] for name in tuned])
-    return {task: dict(arms) for task, arms in tasks.items()}
-
-
 def order_of(setting: Setting) -> tuple[Any, ...]:
-    return list(NAMES).index(setting.method), setting.trade_off, setting.warm_up, setting.temperature, setting.seed
+    methods = [*NAMES, "scores"]
+    return methods.index(setting.method), setting.trade_off, setting.lr, setting.batchnorm, setting.clip, setting.seed
 
 
-def arm_name(setting: Setting) -> str:
-    name = NAMES[setting.method]
-    if setting.method.startswith("co-tuning"):
-        name += f", trade-off {setting.trade_off:g}"
-    if setting.warm_up:
-        name += f", warm-up {setting.warm_up:.0%}"
-    if setting.temperature != 1:
-        name += f", temperature {setting.temperature:g}"
-    return name
+def collect(results: dict[Setting, dict[str, Any]]) -> dict[Task, dict[Setting, Results]]:
+    """The tested runs: per task the results of each arm (a setting with seed 0) by seed, plain first.
+
+    Runs without iterations belong to every task of the same images.
+    """
+    tasks: dict[Task, dict[Setting, Results]] = defaultdict(lambda: defaultdict(dict))
+    tested = sorted((s for s in results if s.seed < FIRST_TUNING_SEED and s.method != "scores"), key=order_of)
+    numbers = sorted({setting.iterations for setting in tested if setting.iterations})
+    for setting in tested:
+        for number in [setting.iterations] if setting.iterations else numbers:
+            tasks[task_of(setting, number)][replace(setting, seed=0)][setting.seed] = results[setting]
+    return {task: dict(arms) for task, arms in sorted(tasks.items()) if plain_of(arms) is not None}
 
 
-def chosen_on_validation(arms: list[Results]) -> Results:
-    """For each seed the arm with the best validation accuracy, plain included; a lower NLL breaks ties."""
-    seeds = set.intersection(*(set(arm) for arm in arms))
-    return {
-        seed: max((arm[seed] for arm in arms), key=lambda r: (r["validation_accuracy"], -r["validation_nll"]))
-        for seed in sorted(seeds)
-    }
+def plain_of(arms: dict[Setting, Results]) -> Results | None:
+    """The arm to which the others are compared."""
+    found = [results for setting, results in arms.items() if setting.method == "plain"]
+    if len(found) > 1:
+        raise UserError("plain fine-tuning was tested with several settings of one task: test only the chosen one.")
+    return found[0] if found else None
 
 
-# ------------------------------------------------------------------------------------------------------------- the page
+def point(setting: Setting) -> str:
+    """What was chosen for an arm."""
+    parts = []
+    if setting.trade_off:
+        parts += [f"trade-off {setting.trade_off:g}" + ("" if setting.bound else " unbound")]
+    if setting.probe_decay:
+        parts += [f"decay {setting.probe_decay:g}"]
+    if setting.lr:
+        parts += [f"rate {setting.lr:g}"]
+    if setting.clip:
+        parts += [f"clipped at {setting.clip:g}"]
+    if not setting.method.startswith("linear-probe") and "folded" not in setting.network:
+        parts += [f"BatchNorm {setting.batchnorm}"]
+    return ", ".join(parts)
 
 
-def title_of(task: Setting) -> str:
-    return (
-        f"{task.data}, {task.network}, {task.images_per_class} images a class, {task.iterations} iterations, "
-        f"rate {task.lr:g}"
-    )
+# ----------------------------------------------------------------------------------------------------------- the tables
 
 
-def table(task: Setting, arms: dict[str, Results]) -> list[str]:
-    plain = arms[NAMES["plain"]]
+def comparison(task: Task, arms: dict[Setting, Results]) -> list[str]:
+    plain = plain_of(arms)
+    assert plain is not None
     lines = [
-        f"### {title_of(task)}",
+        f"### {task}",
         "",
-        "| | seeds | test accuracy | to plain, points | seeds better / worse | NLL | to plain |",
-        "|---|---|---|---|---|---|---|",
+        "| | chosen | seeds | test accuracy | to plain, points | seeds better / worse | NLL | to plain |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, arm in arms.items():
+    for setting, arm in arms.items():
         both = [arm[seed] for seed in sorted(arm.keys() & plain.keys())]
         if not both:
             continue
         accuracy, nll = (np.mean([r[measure] for r in both]) for measure in ("test_accuracy", "test_nll"))
-        cells = [name, str(len(both)), f"{accuracy:.1%}", "", "", f"{nll:.3f}", ""]
-        if name != NAMES["plain"]:
+        cells = [NAMES[setting.method], point(setting), str(len(both)), f"{accuracy:.1%}", "", "", f"{nll:.3f}", ""]
+        if arm is not plain:
             points, nlls = (paired(arm, plain, measure) for measure in ("test_accuracy", "test_nll"))
             better, worse = int((points.differences > 0).sum()), int((points.differences < 0).sum())
-            cells[3], cells[4] = interval(points, 100, 1), f"{better} / {worse}"
-            cells[6] = interval(nlls, 1, 3)
-        lines.append("| " + " | ".join(cells) + " |")
+            cells[4], cells[5] = interval(points, 100, 1), f"{better} / {worse}"
+            cells[7] = interval(nlls, 1, 3)
+        lines.append(row(cells))
     return [*lines, ""]
+
+
+def rivals(tasks: dict[Task, dict[Setting, Results]]) -> list[str]:
+    """The settings in which the recommended recipe has not the best mean, over the seeds that all methods have.
+
+    The recipe is Co-Tuning after a probe, or Co-Tuning where that was not run.
+    """
+    lines = ["### Where the recommended recipe is not the best", ""]
+    for task, arms in tasks.items():
+        seeds = sorted(set.intersection(*(set(arm) for arm in arms.values())))
+        methods = {setting.method for setting in arms}
+        recipe = next((method for method in ("lp-co-tuning", "co-tuning") if method in methods), None)
+        if not seeds or recipe is None:
+            continue
+        for what, measure, sign, form in (("accuracy", "test_accuracy", 1, ".1%"), ("NLL", "test_nll", -1, ".3f")):
+            means = {s.method: float(np.mean([arm[seed][measure] for seed in seeds])) for s, arm in arms.items()}
+            best = max(means, key=lambda method: sign * means[method])
+            if means[best] != means[recipe]:
+                own = f"{NAMES[recipe]} {means[recipe]:{form}}"
+                lines.append(f"- {task}, {what}: {NAMES[best]} has {means[best]:{form}}, {own}.")
+    return [*lines, ""]
+
+
+def row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def interval(values: Paired, scale: float, digits: int) -> str:
@@ -135,7 +182,91 @@ def interval(values: Paired, scale: float, digits: int) -> str:
     return f"{values.mean * scale:+.{digits}f} ± {values.half_width * scale:.{digits}f}"
 
 
-def draw(tasks: dict[Setting, dict[str, Results]], path: Path) -> None:
+def validated(result: dict[str, Any]) -> str:
+    nll = result["validation_nll"]
+    return f"{result['validation_accuracy']:.1%}, {'infinite' if nll is None else f'{nll:.2f}'}"
+
+
+def collapse(results: dict[Setting, dict[str, Any]]) -> list[str]:
+    """Plain fine-tuning beside the default trade-off with and without its bound, unclipped, by network and rate."""
+    columns = ("plain", "trade-off 2.3 unbound", "trade-off 2.3 bound")
+    cells: dict[tuple[str, float], dict[str, str]] = defaultdict(dict)
+    for setting, result in results.items():
+        if setting.seed < FIRST_TUNING_SEED or setting.clip or setting.method not in ("plain", "co-tuning"):
+            continue
+        if setting.method == "co-tuning" and setting.trade_off != 2.3:
+            continue
+        kind = "no BatchNorm (folded)" if "folded" in setting.network else f"BatchNorm {setting.batchnorm}"
+        column = "plain" if setting.method == "plain" else f"trade-off 2.3 {'bound' if setting.bound else 'unbound'}"
+        cells[kind, setting.lr][column] = validated(result)
+    whole = {key: value for key, value in sorted(cells.items()) if {columns[0], columns[2]} <= value.keys()}
+    lines = ["### The collapse: validation accuracy and NLL of the default", ""]
+    lines += [row(["network", "rate", *columns]), "|---|---|---|---|---|"]
+    for (kind, lr), value in whole.items():
+        lines.append(row([kind, f"{lr:g}", *(value.get(column, "not run") for column in columns)]))
+    return [*lines, ""] if whole else []
+
+
+def grid(results: dict[Setting, dict[str, Any]]) -> list[str]:
+    """Every point that was tried, by its validation images; the best of each method in bold."""
+    tried: dict[tuple[Task, str], dict[Setting, dict[str, Any]]] = defaultdict(dict)
+    for setting in sorted(results, key=order_of):
+        if setting.seed >= FIRST_TUNING_SEED and setting.method != "scores":
+            tried[task_of(setting)._replace(iterations=0), setting.method][setting] = results[setting]
+    lines = ["### The grid: validation accuracy and NLL of each point", "", row(["", "method", "point", "validation"])]
+    lines += ["|---|---|---|---|"]
+    for (task, method), points in sorted(tried.items(), key=lambda item: (item[0][0], list(NAMES).index(item[0][1]))):
+        best = best_of(points)
+        for setting, result in points.items():
+            strong = "**" if setting == best else ""
+            lines.append(row([str(task), NAMES[method], point(setting), strong + validated(result) + strong]))
+    return [*lines, ""] if tried else []
+
+
+def best_of(points: dict[Setting, dict[str, Any]]) -> Setting:
+    """The highest validation accuracy; the lower NLL breaks ties, and an infinite NLL is the worst."""
+
+    def merit(setting: Setting) -> tuple[float, float]:
+        nll = points[setting]["validation_nll"]
+        return points[setting]["validation_accuracy"], -np.inf if nll is None else -nll
+
+    return max(points, key=merit)
+
+
+def prediction(results: dict[Setting, dict[str, Any]], tasks: dict[Task, dict[Setting, Results]]) -> list[str]:
+    """Each score's mean over the seeds in each task, Co-Tuning's gain there, and their correlation over the tasks."""
+    scores: dict[Task, list[dict[str, Any]]] = defaultdict(list)
+    for setting, result in results.items():
+        if setting.method == "scores":
+            scores[task_of(setting)].append(result)
+    columns: list[tuple[Task, float, float, dict[str, float]]] = []
+    for task, arms in tasks.items():
+        plain = plain_of(arms)
+        assert plain is not None
+        found = [arm for setting, arm in arms.items() if setting.method == "co-tuning" and arm.keys() & plain.keys()]
+        own = scores.get(task._replace(iterations=0))
+        if not found or not own:
+            continue
+        means = {name: float(np.mean([result[name] for result in own])) for name in SCORES}
+        gains = (paired(found[0], plain, measure).mean for measure in ("test_accuracy", "test_nll"))
+        columns.append((task, *gains, means))
+    if len(columns) < 3:
+        return []
+    lines = ["### What the scores say beforehand", "", row(["setting", "gain, points", "NLL to plain", *SCORES])]
+    lines += ["|---" * (len(SCORES) + 3) + "|"]
+    for task, gain, nll, means in columns:
+        lines.append(row([str(task), f"{100 * gain:+.1f}", f"{nll:+.3f}", *(f"{means[name]:.3f}" for name in SCORES)]))
+    for what, place, sign in (("accuracy", 1, 1.0), ("NLL, lower is better", 2, -1.0)):
+        gained = [sign * float(column[place]) for column in columns]  # type: ignore[arg-type]
+        correlations = [stats.spearmanr([column[3][name] for column in columns], gained).statistic for name in SCORES]
+        lines.append(row([f"rank correlation with the gain in {what}", "", "", *(f"{c:+.2f}" for c in correlations)]))
+    return [*lines, ""]
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def draw(tasks: dict[Task, dict[Setting, Results]], path: Path) -> None:
     """Draw a point per seed and a bar for the mean's interval; right of the line is better than plain."""
     import matplotlib
 
@@ -143,21 +274,23 @@ def draw(tasks: dict[Setting, dict[str, Results]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "cotuning_kernels"  # the same bytes from the same results
     from matplotlib import pyplot
 
-    rows = [[name for name in arms if name != NAMES["plain"]] for arms in tasks.values()]
+    rows = [[setting for setting in arms if setting.method != "plain"] for arms in tasks.values()]
     heights = [len(names) + 1.0 for names in rows]
     figure, axes = pyplot.subplots(
-        len(tasks), 1, figsize=(8, 0.5 * sum(heights)), sharex=True, squeeze=False, height_ratios=heights,
+        len(tasks), 1, figsize=(8, 0.4 * sum(heights)), sharex=True, squeeze=False, height_ratios=heights,
         layout="constrained",
     )  # fmt: skip
-    for axis, (task, arms), names in zip(axes[:, 0], tasks.items(), rows, strict=True):
-        for place, name in enumerate(names):
-            points = paired(arms[name], arms[NAMES["plain"]], "test_accuracy")
+    for axis, (task, arms), settings in zip(axes[:, 0], tasks.items(), rows, strict=True):
+        plain = plain_of(arms)
+        assert plain is not None
+        for place, setting in enumerate(settings):
+            points = paired(arms[setting], plain, "test_accuracy")
             axis.scatter(100 * points.differences, [place] * len(points.differences), s=12, color="tab:blue", alpha=0.5)
             axis.errorbar(100 * points.mean, place, xerr=100 * points.half_width, fmt="D", color="black", capsize=4)
         axis.axvline(0, color="grey", linewidth=1)
-        axis.set_yticks(range(len(names)), names)
-        axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.set_title(title_of(task), fontsize=9, loc="left")
+        axis.set_yticks(range(len(settings)), [NAMES[setting.method] for setting in settings])
+        axis.set_ylim(len(settings) - 0.5, -0.5)
+        axis.set_title(str(task), fontsize=9, loc="left")
     axes[-1, 0].set_xlabel("test accuracy minus that of plain fine-tuning with the same seed, points")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
@@ -184,13 +317,14 @@ def write_tables(arguments: list[str] | None) -> None:
     results: dict[Setting, dict[str, Any]] = {}
     for file in sorted(options.results.glob("*.jsonl")):
         results |= read_results(file)
-    tasks = {task: arms for task, arms in collect(results).items() if NAMES["plain"] in arms and len(arms) > 1}
+    tasks = {task: arms for task, arms in collect(results).items() if len(arms) > 1}
     if not tasks:  # stop before the page loses its tables
         raise UserError(
             f"{options.results} has no .jsonl file with runs of {NAMES['plain']} fine-tuning and of another method: "
             "give the folder that examples/experiments.py wrote them to."
         )
-    write_page(options.page, [line for task, arms in tasks.items() for line in table(task, arms)])
+    lines = [line for task, arms in tasks.items() for line in comparison(task, arms)]
+    write_page(options.page, [*lines, *rivals(tasks), *collapse(results), *prediction(results, tasks), *grid(results)])
     draw(tasks, options.results / "differences.svg")
 
 

@@ -424,8 +424,8 @@ def test_the_plain_arm_is_plain_fine_tuning(seed: int, monkeypatch: pytest.Monke
     train = ImageSet(torch.randint(0, 256, (6, 3, FULL, FULL), dtype=torch.uint8), torch.arange(6) % 3)
     options = demo.parse(["--iterations", "6", "--seed", str(seed)])
     start = ck.CoTuningModel.from_classifier(classifier, 3)
-    plain = demo.fine_tune("plain", start, relationship, 0.0, train, options)
-    co_tuned = demo.fine_tune("Co-Tuning", start, relationship, 2.3, train, options)
+    plain = demo.fine_tune("plain", start, relationship, 0.0, 1e-3, train, options)
+    co_tuned = demo.fine_tune("Co-Tuning", start, relationship, 2.3, 1e-3, train, options)
 
     torch.manual_seed(seed)
     model = copy.deepcopy(start).train().network
@@ -527,6 +527,7 @@ def test_end_to_end_in_miniature(tmp_path: Path, seed: int, capsys: pytest.Captu
     assert len(table["test accuracy"]) == len(table["test NLL"]) == 3  # probe, plain, Co-Tuning
     assert all(float(nll) > 0 for nll in table["test NLL"])
     assert table["trade-off"] == ["0", "2.3"]
+    assert table["rate"] == ["0.001", "0.003"]
     assert "dark things   " in printed
     for name in demo.PICTURES:
         picture = np.array(Image.open(output / name).convert("L"))

@@ -44,7 +44,7 @@ def experiments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
         nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
         nn.Dropout(0.2), nn.Linear(16, 7),
     ).eval()  # fmt: skip
-    monkeypatch.setattr(module, "images_of", lambda data, n, seed: demo_data.Images(["a", "b", "c"], *sets))
+    monkeypatch.setattr(module, "images_of", lambda data, n, crop, seed: demo_data.Images(["a", "b", "c"], *sets))
     monkeypatch.setattr(module, "classifier_of", lambda network: classifier)
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     module.relationship_of.cache_clear()
@@ -58,7 +58,8 @@ network = ["tiny"]
 images_per_class = [2]
 iterations = [4]
 lr = [0.01]
-method = ["plain", "linear-probe", "co-tuning", "co-tuning-reverse"]
+method = ["plain", "linear-probe", "linear-probe-lbfgs", "lp-ft", "scores", "co-tuning", "co-tuning-reverse"]
+probe_decay = [0.1]
 trade_off = [0.0, 2.3]
 warm_up = [0.0, 0.5]
 temperature = [1]
@@ -68,8 +69,10 @@ seed = [0, 1]
 
 def test_the_committed_plan_and_results_are_read(tmp_path: Path) -> None:
     module = importlib.import_module("experiments")
-    for name in ("plan.toml", "plan_wider.toml"):
-        plan = module.read_plan(PROJECT / "docs/results" / name)
+    plans = sorted((PROJECT / "docs/results").glob("*.toml"))
+    assert plans
+    for path in plans:
+        plan = module.read_plan(path)
         assert len(set(plan)) == len(plan) > 0
         assert [s.seed for s in plan] == sorted(s.seed for s in plan)
     files = sorted((PROJECT / "docs/results").glob("*.jsonl"))
@@ -79,7 +82,9 @@ def test_the_committed_plan_and_results_are_read(tmp_path: Path) -> None:
         assert len(results) == len(file.read_text().splitlines())  # no setting twice
         for setting, result in results.items():
             assert module.results_file(setting).name == file.name
-            assert 0 <= result["test_accuracy"] <= 1
+            if setting.method != "scores":
+                part = "validation" if setting.seed >= module.FIRST_TUNING_SEED else "test"
+                assert 0 <= result[f"{part}_accuracy"] <= 1
 
 
 def test_a_grid_is_a_product_without_repetition(experiments: ModuleType, tmp_path: Path) -> None:
@@ -87,8 +92,8 @@ def test_a_grid_is_a_product_without_repetition(experiments: ModuleType, tmp_pat
     path.write_text(PLAN)
     plan = experiments.read_plan(path)
     # Per seed, one run of each method without source term, and 2 x 2 runs of both methods with one.
-    assert len(plan) == len(set(plan)) == 2 * (2 + 8)
-    assert [setting.seed for setting in plan] == [0] * 10 + [1] * 10
+    assert len(plan) == len(set(plan)) == 2 * (5 + 8)
+    assert [setting.seed for setting in plan] == [0] * 13 + [1] * 13
     assert {s.trade_off for s in plan if s.method == "plain"} == {0.0}
     path.write_text(PLAN.replace('method = ["plain"', 'method = ["simple"'))
     with pytest.raises(experiments.UserError, match="simple"):
@@ -151,11 +156,13 @@ def test_killed_runs_are_run_again_and_finished_ones_are_not(
 
 def test_methods_differ_in_the_method_alone(experiments: ModuleType) -> None:
     setting = experiments.Setting("made", "tiny", 2, 20, 0.003, "plain", 0.0, 0.0, 1.0, 5)
-    measures = ("validation_accuracy", "validation_nll", "test_accuracy", "test_nll")
 
     def measured(**changes: Any) -> np.ndarray:
-        result = experiments.run(replace(setting, **changes))
-        return np.array([result[name] for name in measures])
+        changed = replace(setting, **changes)
+        part = "validation" if changed.seed >= 100 else "test"
+        result = experiments.run(changed)
+        assert {name for name in result if name.endswith("_nll")} == {f"{part}_nll"}
+        return np.array([result[f"{part}_accuracy"], result[f"{part}_nll"]])
 
     plain = measured()
     np.testing.assert_allclose(measured(method="co-tuning", trade_off=0.0), plain, rtol=1e-4)
@@ -164,13 +171,68 @@ def test_methods_differ_in_the_method_alone(experiments: ModuleType) -> None:
     assert np.abs(measured(method="co-tuning", trade_off=2.3, warm_up=1.0) - co_tuned).max() > 1e-2
     assert np.abs(measured(method="co-tuning", trade_off=2.3, temperature=0.3) - co_tuned).max() > 1e-2
     assert np.abs(measured(seed=6) - plain).max() > 1e-2
+    measured(seed=100)
+
+
+def test_the_probe_on_cached_features_is_the_probe_of_the_runner(experiments: ModuleType) -> None:
+    """Features are computed once and the head's SGD runs on them: the result of training through the network."""
+    setting = experiments.canonical(experiments.Setting("made", "tiny", 2, 20, 0.003, "linear-probe", 0.0, 0.0, 1.0, 5))
+    runner, ck = importlib.import_module("image_classification"), importlib.import_module("cotuning_kernels")
+    images = experiments.images_of("made", 2, 128, 5)
+    torch.manual_seed(5)
+    model = ck.CoTuningModel.from_classifier(experiments.classifier_of("tiny"), 3).eval()
+    loss_of, optimizer = (
+        runner.objective_of("linear-probe", model, None),
+        runner.optimizer_of("linear-probe", model, 0.003),
+    )
+    for iteration, batch in enumerate(images.train.random_batches(experiments.BATCH_SIZE, 20, 5)):
+        if iteration == 13:
+            for group in optimizer.param_groups:
+                group["lr"] /= 10
+        optimizer.zero_grad()
+        loss_of(*batch, iteration).backward()
+        optimizer.step()
+    head = experiments.probe(setting, ("made", "tiny", 2, 128, 5), 3)
+    torch.testing.assert_close(head.weight, model.target_head.weight, rtol=1e-4, atol=1e-5)
+    result = experiments.run(setting)
+    logits = torch.cat([model(batch.images).target_logits for batch in images.test.center_batches(8)])
+    nll = nn.functional.cross_entropy(logits, images.test.labels)
+    assert result["test_nll"] == pytest.approx(nll.item(), rel=1e-4)
+    by_lbfgs = experiments.run(experiments.canonical(replace(setting, method="linear-probe-lbfgs", probe_decay=0.01)))
+    assert by_lbfgs["test_nll"] != result["test_nll"]
+
+
+def test_folding_batchnorm_keeps_the_function(experiments: ModuleType) -> None:
+    torch.manual_seed(3)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)),
+    )  # fmt: skip
+    images = torch.randn(8, 3, 9, 9)
+    network(images)
+    for layer in (network[1], network[3][1]):
+        nn.init.uniform_(layer.weight, 0.5, 2)
+        nn.init.uniform_(layer.bias, -1, 1)
+    expected = network.eval()(images)
+    experiments.fold_batchnorm(network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    torch.testing.assert_close(network(images), expected)
+    assert len(list(network.parameters())) == 4
+
+
+def test_scores_are_runs_too(experiments: ModuleType) -> None:
+    setting = experiments.Setting("made", "tiny", 2, 20, 0.003, "scores", 0.0, 0.0, 1.0, 5)
+    with pytest.warns(UserWarning, match="says nothing"):
+        result = experiments.run(experiments.canonical(setting))
+    assert result["leep"] <= 0
+    assert result["rows"] == 6
 
 
 def test_the_trade_off_warms_up(experiments: ModuleType) -> None:
     runner, ck = importlib.import_module("image_classification"), importlib.import_module("cotuning_kernels")
     model = ck.CoTuningModel.from_classifier(experiments.classifier_of("tiny"), 3)
     images, labels = torch.randn(4, 3, 128, 128), torch.tensor([0, 1, 2, 0])
-    relationship = experiments.relationship_of("made", "tiny", 2, 0, False, 1.0)
+    relationship = experiments.relationship_of("made", "tiny", 2, 128, 0, False, 1.0)
     loss_of = runner.objective_of("co-tuning", model, relationship, trade_off=2.0, warm_up=4)
     plain_loss = runner.objective_of("plain", model, None)(images, labels, 0)
     losses = torch.stack([loss_of(images, labels, iteration) for iteration in range(6)]) - plain_loss
@@ -232,15 +294,19 @@ def made_results(experiments: ModuleType) -> dict[Any, dict[str, float]]:
     random, results = np.random.default_rng(0), {}
     for seed in range(6):
         base = random.normal(0.6, 0.05)
-        for method, trade_off, gain in (("plain", 0.0, 0.0), ("co-tuning", 0.5, 0.01), ("co-tuning", 2.3, 0.04)):
+        for method, trade_off, gain in (("plain", 0.0, 0.0), ("lp-ft", 0.0, 0.01), ("co-tuning", 2.3, 0.04)):
             if (seed, trade_off) == (5, 2.3):
                 continue  # not run yet
             setting = experiments.Setting("made", "tiny", 2, 4, 0.01, method, trade_off, 0.0, 1.0, seed)
             accuracy = base + gain + random.normal(0, 0.02)
-            results[setting] = {
-                "test_accuracy": accuracy, "test_nll": 1 - accuracy, "validation_nll": 1.0,
-                "validation_accuracy": 0.9 if trade_off == (0.5 if seed % 2 else 2.3) else 0.5,
-            }  # fmt: skip
+            results[setting] = {"test_accuracy": accuracy, "test_nll": 1 - accuracy}
+    probe = experiments.Setting("made", "tiny", 2, 0, 0.0, "linear-probe-lbfgs", 0.0, 0.0, 1.0, 2, "frozen")
+    results[probe] = {"test_accuracy": 0.5, "test_nll": 0.3}
+    for trade_off, lr, accuracy, nll in ((0.0, 0.1, 0.5, 1.0), (2.3, 0.1, 0.7, None), (2.3, 0.2, 0.7, 2.0)):
+        for bound in (False, True) if trade_off else (False,):
+            method = "co-tuning" if trade_off else "plain"
+            chosen = experiments.Setting("made", "tiny", 2, 4, lr, method, trade_off, 0.0, 1.0, 100, bound=bound)
+            results[chosen] = {"validation_accuracy": accuracy + (0.1 if bound else 0), "validation_nll": nll}
     return results
 
 
@@ -249,16 +315,59 @@ def test_differences_are_paired_and_intervals_are_those_of_student(experiments: 
     tables = importlib.import_module("experiment_tables")
     results = made_results(experiments)
     ((task, arms),) = tables.collect(results).items()
-    assert list(arms) == ["plain", "Co-Tuning, trade-off 0.5", "Co-Tuning, trade-off 2.3", tables.CHOSEN]
-    strong, plain = arms["Co-Tuning, trade-off 2.3"], arms["plain"]
+    # Nothing of seed 100, which is for choosing. The probe has no iterations, and is in the table all the same.
+    assert [setting.method for setting in arms] == ["plain", "linear-probe-lbfgs", "lp-ft", "co-tuning"]
+    plain, probe, _, strong = arms.values()
     found = tables.paired(strong, plain, "test_accuracy")
     both = [[arm[seed]["test_accuracy"] for seed in range(5)] for arm in (strong, plain)]  # seed 5 is not in both
     low, high = stats.ttest_rel(*both).confidence_interval(0.95)
     np.testing.assert_allclose([found.mean - found.half_width, found.mean + found.half_width], [low, high], rtol=1e-9)
-    weak = arms["Co-Tuning, trade-off 0.5"]
-    assert arms[tables.CHOSEN] == {seed: (weak if seed % 2 else strong)[seed] for seed in range(5)}
-    text = "\n".join(tables.table(task, arms))
-    assert f"| Co-Tuning, trade-off 2.3 | 5 | {np.mean(both[0]):.1%} | {100 * found.mean:+.1f} ± " in text
+    assert list(probe) == [2]
+    text = "\n".join(tables.comparison(task, arms))
+    point = "trade-off 2.3 unbound, rate 0.01, BatchNorm trained"
+    assert f"| Co-Tuning | {point} | 5 | {np.mean(both[0]):.1%} | {100 * found.mean:+.1f} ± " in text
+    assert tables.rivals({task: arms})[2:-1] == [  # only seed 2 has all methods
+        f"- made, tiny, 2 images a class, NLL: linear probe, L-BFGS has 0.300, Co-Tuning {strong[2]['test_nll']:.3f}."
+    ]
+    assert strong[2]["test_accuracy"] > max(plain[2]["test_accuracy"], probe[2]["test_accuracy"])
+    second = experiments.Setting("made", "tiny", 2, 4, 0.5, "plain", 0.0, 0.0, 1.0, 0)
+    with pytest.raises(tables.UserError, match="several settings"):
+        tables.collect({**results, second: {"test_accuracy": 1.0, "test_nll": 0.0}})
+
+
+def test_the_best_point_is_chosen_by_validation(experiments: ModuleType) -> None:
+    pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install scipy")
+    tables = importlib.import_module("experiment_tables")
+    results = made_results(experiments)
+    tried = {s: r for s, r in results.items() if s.seed == 100 and s.method == "co-tuning"}
+    best = tables.best_of(tried)
+    assert (best.bound, best.lr) == (True, 0.2)  # as accurate as at a rate of 0.1, where the NLL is infinite
+    lines = tables.grid(results)
+    assert [line for line in lines if "**" in line] == [
+        "| made, tiny, 2 images a class | plain | rate 0.1, BatchNorm trained | **50.0%, 1.00** |",
+        "| made, tiny, 2 images a class | Co-Tuning | trade-off 2.3, rate 0.2, BatchNorm trained | **80.0%, 2.00** |",
+    ]
+    # At a rate of 0.2 plain fine-tuning was not run, so there is nothing to compare.
+    rows = [line for line in tables.collapse(results) if line.startswith("| BatchNorm")]
+    assert rows == ["| BatchNorm trained | 0.1 | 50.0%, 1.00 | 70.0%, infinite | 80.0%, infinite |"]
+
+
+def test_correlations_of_scores_with_gains(experiments: ModuleType) -> None:
+    pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install scipy")
+    tables = importlib.import_module("experiment_tables")
+    results: dict[Any, dict[str, float]] = {}
+    assert tables.prediction(results, {}) == []
+    for images, gain, nll in ((1, 0.01, -0.3), (2, 0.03, -0.1), (3, 0.02, -0.2)):
+        for method, more in (("plain", 0.0), ("co-tuning", gain)):
+            setting = experiments.Setting("made", "tiny", images, 4, 0.01, method, 1.0 if more else 0.0, 0.0, 1.0, 0)
+            results[setting] = {"test_accuracy": 0.5 + more, "test_nll": 1.0 + (nll if more else 0.0)}
+        scores = experiments.Setting("made", "tiny", images, 0, 0.0, "scores", 0.0, 0.0, 1.0, 0, "frozen")
+        results[scores] = {name: gain if name == "leep" else -gain for name in tables.SCORES}
+    lines = tables.prediction(results, tables.collect(results))
+    accuracy, nlls = (line.split("|")[4:-1] for line in lines if line.startswith("| rank correlation"))
+    assert [float(cell) for cell in accuracy] == [1.0, *[-1.0] * (len(tables.SCORES) - 1)]
+    assert [float(cell) for cell in nlls] == [-1.0, *[1.0] * (len(tables.SCORES) - 1)]
+    assert any(line.startswith("| made, tiny, 2 images a class | +3.0 | -0.100 | 0.030 | -0.030 |") for line in lines)
 
 
 def test_the_page_keeps_what_is_written_by_hand(
@@ -275,7 +384,7 @@ def test_the_page_keeps_what_is_written_by_hand(
         tables.main(["--results", str(tmp_path), "--page", str(page)])
         text = page.read_text()
         assert (text[:7], text[-6:], text.count("old")) == ("before\n", "after\n", 0)
-        assert text.count("### made, tiny, 2 images a class, 4 iterations") == 1
+        assert text.count("### made, tiny, 2 images a class\n") == 1
     figure = (tmp_path / "differences.svg").read_bytes()
     tables.main(["--results", str(tmp_path), "--page", str(page)])
     assert (tmp_path / "differences.svg").read_bytes() == figure
