@@ -178,8 +178,10 @@ def test_every_order_of_the_programs_gives_the_same_statistics(loops: bool, seed
         ("kept", "normalised", 1, 1, 1),
         ("kept", "unnormalised", 1, 2, 2),
         ("kept", "all unsupervised", 0, 1, 1),
-        ("packed", "unnormalised", 1, 1, 1),
-        ("packed", "all unsupervised", 0, 1, 1),
+        ("kept, 16 bits", "unnormalised", 1, 2, 1),
+        ("kept, 16 bits", "all unsupervised", 0, 1, 1),
+        ("ordinary", "unnormalised", 1, 1, 1),
+        ("ordinary", "all unsupervised", 1, 2, 1),
         ("long", "unnormalised", 2, 2, 1),
         ("long", "all unsupervised", 1, 1, 1),
     ],
@@ -188,20 +190,18 @@ def test_bytes_moved(
     dtype: torch.dtype, way: str, relationship: str, reads_z: int, reads_q: int, writes: int, seed: int
 ) -> None:
     """How often each logit of the source head and entry of R is read, each gradient written."""
-    batch, n_t, n_s = 6, 70 if way in ("whole", "long") else 40, 210 if way == "long" else 130
-    if way == "packed" and dtype == torch.float32:
-        dtype = torch.float16
-    q_dtype = dtype if way == "packed" else torch.float32
+    batch, n_t, n_s = 6, 40 if "kept" in way else 70, {"long": 210, "ordinary": 300}.get(way, 130)
+    q_dtype = torch.bfloat16 if "16" in way else torch.float32
     glance = 128 if way == "kept" else 0
     case = Case("traffic", "", (batch, n_t, n_s), relationship=relationship, relationship_dtype=q_dtype)
     problem = case.build(dtype, seed)
-    with triton_interpreted(loops=way != "whole"), traffic() as moved:
+    with triton_interpreted(loops=way not in ("whole", "ordinary")), traffic() as moved:
         IMPLEMENTATIONS["co_tuning_loss"](*_op_arguments(problem))
     size = problem.source_logits.element_size()
     by_row = 5 * 4  # two losses, three counts
-    source_programs, target_programs = 3 if way == "whole" else batch, {"whole": 2, "long": batch}.get(way, 1)
-    # trade_off is read for the loss and its factors, or for the loss and by each program for its gradients.
-    trade_off = 8 * (2 if dtype == torch.float16 else 1 + source_programs)
+    source_programs = 3 if way == "whole" else batch
+    target_programs = {"whole": 2, "ordinary": 2, "long": batch}.get(way, 1)
+    trade_off = 8 * (1 + source_programs)  # for the loss, and by each program of the source head
     # Labels and the numbers per row; scalars and a counter.
     once = {"load": batch * (2 * 8 + by_row) + trade_off, "store": batch * by_row + 5 * 4 + 4}
     expected = {
@@ -221,18 +221,20 @@ def test_bytes_moved(
 @pytest.mark.parametrize(
     ("n_s", "n_t", "dtype", "options", "kept", "threads"),
     [
-        (16384, 9, torch.float32, {}, 0, 1024),  # whole rows
-        (16385, 9, torch.float32, {}, 9, 512),  # 2048 columns a block
-        (32768, 8192, torch.float32, {}, 16, 512),
-        (32768, 9, torch.bfloat16, {}, 8, 512),  # 16 bytes, 8 columns at a time: 4096 a block
+        (1000, 9, torch.float32, {}, 0, 32),  # ordinary rows
+        (16384, 9, torch.float32, {}, 0, 256),
+        (22528, 9, torch.float32, {}, 0, 256),
+        (22530, 9, torch.float32, {}, 23, 256),  # 1024 columns a block
+        (22530, 9, torch.float32, {"triton": "3.6.0"}, 23, 256),
+        (22529, 9, torch.float32, {"triton": "3.6.0"}, 0, 128),  # its compiler would spill
+        (22529, 9, torch.float32, {"triton": "3.10.1+rocm"}, 23, 256),
+        (32768, 8192, torch.float32, {}, 32, 256),
+        (32768, 9, torch.bfloat16, {}, 16, 256),  # 16 bytes, 8 columns at a time: 2048 a block
         (32769, 9, torch.float32, {}, 0, 128),  # a loop from here on
         (32000, 9, torch.float32, {"kl_divergence": True}, 0, 128),
         (32000, 9, torch.float64, {}, 0, 128),
-        (32000, 8193, torch.float32, {}, 0, 1024),  # the target head wants more threads
+        (32000, 8193, torch.float32, {}, 0, 512),  # the target head wants more threads
         (32000, 16385, torch.float32, {}, 0, 128),  # and here fewer
-        (24576, 9, torch.bfloat16, {"triton": "3.6.0"}, 6, 512),
-        (24577, 9, torch.float32, {"triton": "3.6.0"}, 0, 128),  # its compiler would spill
-        (24577, 9, torch.float32, {"triton": "3.10.1+rocm"}, 13, 512),
     ],
 )
 def test_what_rows_are_kept(
@@ -243,8 +245,8 @@ def test_what_rows_are_kept(
 
     logits = new(2, n_s), new(2, n_t)
     labels, kl_divergence = new(2, dtype=torch.int64), options.get("kl_divergence", False)
-    most = launches.max_kept_row_bytes(options.get("triton", "3.7.0"))
-    with mock.patch.object(loss, "counters"), mock.patch.object(launches, "MAX_KEPT_ROW_BYTES", most):
+    keeps_odd_rows = launches.keeps_odd_rows(options.get("triton", "3.7.0"))
+    with mock.patch.object(loss, "counters"), mock.patch.object(launches, "KEEPS_ODD_ROWS", keeps_odd_rows):
         launch, _ = loss.plan(
             *logits, *logits, OperandTarget(labels, None, None, new(n_t, n_s)),
             OperationOptions(None, new(), 0.0, -100, 0, kl_divergence),

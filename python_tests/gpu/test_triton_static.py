@@ -12,7 +12,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,7 @@ import torch
 from cotuning_kernels import backends
 from cotuning_kernels.options import REDUCTIONS
 from support.backends import Backend
-from support.cases import Case, rows_that_cancel, source, supervised_late
+from support.cases import Case, masked_where_not_a_label, rows_that_cancel, source, supervised_late
 from support.layouts import CONTIGUOUS, LAYOUTS
 from support.problems import Problem
 from support.rule import Expectation, verify
@@ -44,7 +44,7 @@ from cotuning_kernels.backends.triton import counters, labels, launch, rows, sca
 from support.planted import plant  # noqa: E402
 from support.stand_in import cpu_served_by  # noqa: E402
 from support.triton_interpreter import AnyOrder, interpreted  # noqa: E402
-from support.triton_stand_in import MODULES, long_rows  # noqa: E402
+from support.triton_stand_in import MODULES, long_rows, ordinary_rows  # noqa: E402
 from tools.machine_code import triton as static  # noqa: E402
 
 _RECORDED = static.recorded()
@@ -120,15 +120,16 @@ def test_rows_of_odd_pairs_are_moved_64_bits_at_a_time() -> None:
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_rows_that_lie_apart_are_moved_as_widely_as_their_stride_allows(target: str) -> None:
-    """A thread has 16 columns. 1004 is a multiple of 4: 8 bytes of bfloat16, 16 of R in float32. 1001 is odd."""
-    once_a_row = {"load 8": 2, "store 4": 3}  # labels; a loss and two counts
-    for name, columns in (
-        ("loss, source head of 1000 in rows of 1004, bfloat16", {"load 16": 4, "load 8": 4, "store 8": 4}),
-        ("loss, source head of 1000 in rows of 1001, float32", {"load 4": 32, "store 4": 16}),
+    """1004 is a multiple of 4: 8 bytes of bfloat16, 16 of R in float32. 1001 is odd."""
+    for name, widths in (
+        ("loss, source head of 1000 in rows of 1004, bfloat16", {"load 16", "load 8", "store 8", "store 4"}),
+        ("loss, source head of 1000 in rows of 1001, float32", {"load 8", "load 4", "store 4"}),
     ):
         accesses = static.measure(_launches(name, target)[0])["accesses"]
-        most = Counter(columns) + Counter(once_a_row)
-        assert all(accesses[width] <= most[width] for width in accesses), f"{name}: {accesses}, expected {dict(most)}"
+        assert accesses.keys() <= widths, f"{name}: {accesses}"
+        # Labels have 8 bytes; a loss and two counts have 4.
+        once = accesses["store 4"] if "store 8" in widths else accesses.get("load 8", 0)
+        assert once <= 3, f"{name}: {accesses}"
 
 
 # ---------------------------------------------------------------------------------------- rules for intermediate code
@@ -254,8 +255,13 @@ _CASES = (
     (Case("planted pair", "", (5, 9, 67), "pair", "unsupervised", options={"source_loss": "kl"}), CONTIGUOUS),
     (Case("planted rows", "", (5, 90, 300), "labels", options={"reduction": "none"}), LAYOUTS[1]),
     (Case("planted cancelling", "", (5, 9, 90), edits=(rows_that_cancel,)), CONTIGUOUS),
-    (Case("planted packed", "", (5, 9, 150), relationship_dtype=torch.float16), LAYOUTS[1]),
-    (Case("planted late supervision", "", (5, 9, 150), edits=(supervised_late,)), CONTIGUOUS),
+    (Case("planted pairs of bfloat16", "", (5, 9, 150), relationship_dtype=torch.bfloat16), CONTIGUOUS),
+    (
+        Case("planted trade-off of 0", "", (5, 9, 70), options={"trade_off": 0.0}, edits=(source(1, 2, np.inf),)),
+        CONTIGUOUS,
+    ),
+    (Case("planted -inf", "", (5, 9, 150), edits=(masked_where_not_a_label,)), CONTIGUOUS),
+    (Case("planted late supervision", "", (5, 9, 150), edits=(supervised_late,)), LAYOUTS[1]),
     (Case("planted late maximum", "", (3, 90, 300), edits=(source(slice(None), 250, 90.0),)), CONTIGUOUS),
 )
 
@@ -279,7 +285,7 @@ def _found_by_the_table(planted: tuple[ModuleType, ModuleType], loops: bool, see
         with (
             cpu_served_by("triton", implementations),
             interpreted(*MODULES, *planted),
-            long_rows(planted[0]) if loops else nullcontext(),
+            long_rows(planted[0]) if loops else ordinary_rows(),
             mock.patch.dict(counters.of_streams, clear=True),
         ):
             yield
@@ -367,11 +373,26 @@ _BUGS: dict[str, tuple[ModuleType, dict[str, str], tuple[str, ...]]] = {
                                            ("loops",)),
     "a kept row that is not looked through": (rows, {"    if row_size == 0:": "    if row_size < 0:"}, ("loops",)),
     "a kept row whose last block has no end": (rows, {"(k + 1 < BLOCKS)": "(k < BLOCKS)"}, ("loops",)),
-    "a kept row's first block taken for all": (rows, {"x = z[k] - row_top": "x = z[0] - row_top"}, ("loops",)),
-    "numbers unpacked in the other order": (rows, {"16 * ODD": "16 * (1 - ODD)"}, ("loops",)),
-    "a packed number with the sign of the other": (
-        rows, {"return even.to(tl.uint16": "return even.to(tl.int16"}, ("loops",),
+    "a kept row's first block taken for all": (rows, {"x = z[k] * _LOG2_E": "x = z[0] * _LOG2_E"}, ("loops",)),
+    "numbers unpacked in the other order": (
+        rows, {"tl.join(pairs << 16, pairs & -65536)": "tl.join(pairs & -65536, pairs << 16)"}, ("rows", "loops"),
     ),
+    "a row that is not finite left on the ordinary way": (rows, {
+        'if ((tl.abs(row_dot) < float("inf")) & (row_mass != 0)) == 0:': "if row_mass == 0:",
+        'if (tl.abs(row_dot) < float("inf")) == 0:': "if row_mass == 0:"}, ("rows", "loops")),
+    "a row that cancels taken for none on the ordinary way": (
+        rows, {'if ((tl.abs(row_dot) < float("inf")) & (row_mass != 0)) == 0:':
+               'if (tl.abs(row_dot) < float("inf")) == 0:'}, ("rows",),
+    ),
+    "a factor that leaves the mass out": (
+        rows, {"scale = stored * row_mass / row_total": "scale = stored / row_total"}, ("rows", "loops"),
+    ),
+    "a factor that is folded into one part alone": (
+        rows, {"e[k] * scale - stored * q[k]": "e[k] * scale - q[k]", "e * scale - stored * q": "e * scale - q"},
+        ("rows", "loops"),
+    ),
+    "a loss left as a power of two": (rows, {"- row_dot) * _LN_2": "- row_dot)"}, ("rows", "loops")),
+    "a source term whose trade-off is 0": (loss, {"is_used = factor != 0": "is_used = factor == factor"}, ("rows",)),
     "entries that cancel taken for none": (rows, {"tl.abs(": "("}, ("rows", "loops")),
     "an unsupervised row that counts": (
         loss, {"supervised = tl.where(size != 0, share, 0.0)": "supervised = share"}, ("rows", "loops"),

@@ -83,7 +83,7 @@ class Backend:
         return self.takes(case) and not (case.options.get("trade_off") == 0 and self.argument in READS_AT_ZERO)
 
 
-READS_AT_ZERO = {"triton"}
+READS_AT_ZERO: frozenset[str] = frozenset()
 """Backends (their ``argument``) that still compute a source term whose ``trade_off`` is 0."""
 
 
@@ -108,7 +108,7 @@ def _triton(name: str, *, loops: bool) -> Backend:
     def using() -> AbstractContextManager[None]:
         from support.triton_stand_in import triton_interpreted  # and triton with it
 
-        return triton_interpreted(loops=loops)
+        return triton_interpreted(loops=loops, ordinary=not loops)
 
     def takes(case: Case) -> bool:
         if case.shape[0] > 100:

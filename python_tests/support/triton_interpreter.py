@@ -59,7 +59,7 @@ _np_dtype_of_scalars = functools.cache(ti._get_np_dtype)
 
 
 def _np_dtype(dtype: tl.dtype) -> Any:
-    return _np_dtype_of_scalars(dtype.scalar)
+    return np.dtype(np.uint64) if dtype.is_ptr() else _np_dtype_of_scalars(dtype.scalar)
 
 
 _make_block_type = tl.block_type.__init__

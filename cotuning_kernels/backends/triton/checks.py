@@ -97,7 +97,7 @@ def check_loss(
     device = source_logits.device
     check_matrix("source_logits", source_logits, device)
     batch = source_logits.shape[0]
-    require(batch < 2**31, "source_logits has too many rows")
+    require(batch < 2**31 - 2**12, "source_logits has too many rows")  # programs count rows in 32 bits
     check_target(target, target_b, mix, batch, device)
     check_matrix("relationship", relationship, device)
     require(relationship.shape[1] == source_logits.shape[1], "relationship must have one column a source class")

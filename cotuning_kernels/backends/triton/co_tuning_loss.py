@@ -46,12 +46,15 @@ from cotuning_kernels.backends.triton.launch import (
     blocks,
     compute_type,
     is_kept,
+    is_ordinary,
+    ordinary_threads,
     plan_kept_row,
+    plan_ordinary_row,
     plan_rows,
     threads_for,
     vector,
 )
-from cotuning_kernels.backends.triton.rows import has_share, kept_row, long_row, packed_row, whole_rows
+from cotuning_kernels.backends.triton.rows import has_share, kept_row, long_row, ordinary_row, whole_rows
 from cotuning_kernels.options import REDUCTIONS, OperationOptions
 from cotuning_kernels.targets import OperandTarget
 
@@ -79,34 +82,45 @@ _NUMBERS_POWER_OF_2 = tl.constexpr(8)
 
 @triton.jit
 def _head(
-    program, matrices, columns_count, table, labels, by_row, pitch, batch, stored, HEAD: tl.constexpr,
+    program, matrices, columns_count, table, labels, by_row, pitch, batch, stored, is_used, HEAD: tl.constexpr,
     COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of one head: their gradients, and their losses and counts to ``by_row``. (Tuples: see ``rows.py``.)"""
+    """Some rows of one head: their gradients, and their losses and counts to ``by_row``. (Tuples: see ``rows.py``.)
+
+    Where ``is_used`` is false, no row of the head takes part.
+    """
     logits, logits_stride, grad, grad_stride = matrices
     q_table, q_stride, weight, _, _ = table
     _, _, _, _, mix, mix_stride, _, _ = labels
-    rows = program.to(tl.int64)
+    rows = program
     if HEAD.access == 0:
         rows = rows * HEAD.rows + tl.arange(0, HEAD.rows)[:, None]
     in_batch = rows < batch
+    rows = rows.to(tl.int64)
     stored = stored.to(HEAD.dtype)
-    target = rows, 0.0, rows, 0.0
-    if HEAD.form != PROBABILITIES:
-        target = read_target(labels, rows, in_batch, HEAD.form == PAIR, HEAD.dtype)
-    label, share, label_b, share_b = target
+    if HEAD.form == PROBABILITIES:
+        label, share, label_b, share_b = rows, 1.0, rows, 0.0
+    else:
+        label, share, label_b, share_b = read_target(labels, rows, in_batch, HEAD.form == PAIR, HEAD.dtype)
+    valid = share
+    if HEAD.form == PAIR:
+        valid += share_b
+    if HEAD.is_source:
+        share = tl.where(is_used, share, 0.0)
+        share_b = tl.where(is_used, share_b, 0.0)
+    target = label, share, label_b, share_b
     supervised = share
     if HEAD.is_source and HEAD.form == PROBABILITIES:
         # The share of the row's classes that have source supervision, from the matrix product.
-        supervised = tl.load(mix + rows * mix_stride, mask=in_batch, other=0.0).to(HEAD.dtype)
+        supervised = tl.load(mix + rows * mix_stride, mask=in_batch & is_used, other=0.0).to(HEAD.dtype)
     if HEAD.access > 0 and HEAD.has_gradient:
         grad += rows * grad_stride
-    if HEAD.kept > 0:
+    if HEAD.whole > 0 or HEAD.kept > 0:
         q_table += (rows if HEAD.form == PROBABILITIES else label) * q_stride
         logits += rows * logits_stride
-        counts = has_share(target, HEAD)
-        if logits.dtype.element_ty.primitive_bitwidth + q_table.dtype.element_ty.primitive_bitwidth == 32:
-            loss, size = packed_row(logits, grad, q_table, columns_count, counts, stored, HEAD)
+        counts = has_share(target)
+        if HEAD.whole > 0:
+            loss, size = ordinary_row(logits, grad, q_table, columns_count, counts, stored, HEAD)
         else:
             loss, size = kept_row(logits, grad, q_table, columns_count, counts, supervised, stored, HEAD)
         size_b = size
@@ -118,17 +132,15 @@ def _head(
         loss, size, size_b = whole_rows(matrices, columns_count, table, target, rows, in_batch, stored, HEAD)
     if HEAD.form != PROBABILITIES:
         # A label that names no class, where the device does not stop there (see labels.py): NaN, not a wrong number.
-        loss = tl.where(share + share_b != share + share_b, float("nan"), loss)
+        loss = tl.where(valid != valid, float("nan"), loss)
     out = by_row + rows
     if HEAD.is_source:
         tl.store(out + _SOURCE_LOSS * pitch, loss, mask=in_batch)
         if COUNTS:
             if HEAD.form != PROBABILITIES:
                 supervised = tl.where(size != 0, share, 0.0)
-                valid = share
                 if HEAD.form == PAIR:
                     supervised += tl.where(size_b != 0, share_b, 0.0)
-                    valid += share_b
                 tl.store(out + _VALID * pitch, valid, mask=in_batch)
             tl.store(out + _SUPERVISED * pitch, supervised, mask=in_batch)
     else:
@@ -269,7 +281,7 @@ def _finish(
     )
     group = row >> group_bits
     first = group << group_bits
-    count = tl.minimum(batch, (group + 1) << group_bits) - first
+    count = tl.minimum(batch - first, 1 << group_bits)
     programs = tl.cdiv(tl.maximum(count, 1), SOURCE.rows)  # an empty batch has one, too
     if BOTH_HEADS:
         programs += tl.cdiv(tl.maximum(count, 1), TARGET.rows)
@@ -311,7 +323,7 @@ def co_tuning_loss_kernel(
     source_logits, source_stride: tl.int64, source_grad, source_grad_stride: tl.int64, relationship,
     relationship_stride: tl.int64, target_logits, target_stride: tl.int64, target_grad, target_grad_stride: tl.int64,
     probabilities, probabilities_stride: tl.int64, weight, label_smoothing: tl.float64, labels, labels_stride: tl.int64,
-    labels_b, labels_b_stride: tl.int64, mix, mix_stride: tl.int64, ignore_index: tl.int64, by_row, batch: tl.int64,
+    labels_b, labels_b_stride: tl.int64, mix, mix_stride: tl.int64, ignore_index: tl.int64, by_row, batch: tl.int32,
     classes: tl.int32, source_width: tl.int32, target_width: tl.int32, source_programs: tl.int32,
     pitch: tl.int64, counters, group_bits: tl.int32, trade_off, per_row: tl.float64, loss, terms, factors,
     SOURCE: tl.constexpr, TARGET: tl.constexpr, REDUCTION: tl.constexpr, FINISH_BLOCK: tl.constexpr,
@@ -324,27 +336,31 @@ def co_tuning_loss_kernel(
     """
     COUNTS: tl.constexpr = REDUCTION == _MEAN
     program = tl.program_id(0)
-    row = program.to(tl.int64) * SOURCE.rows
+    row = program * SOURCE.rows
     targets = labels, labels_stride, labels_b, labels_b_stride, mix, mix_stride, classes, ignore_index
     if program < source_programs:
-        stored = tl.full([], 1.0, tl.float64)
-        if SOURCE.is_scaled and SOURCE.has_gradient:
-            stored = tl.load(trade_off) * per_row if TARGET is not None else per_row
+        stored = per_row if SOURCE.is_scaled else tl.full([], 1.0, tl.float64)
+        is_used = True
+        if TARGET is not None:
+            factor = tl.load(trade_off)
+            is_used = factor != 0
+            if SOURCE.is_scaled:
+                stored *= factor
         _head(
             program, (source_logits, source_stride * SOURCE.vec, source_grad, source_grad_stride * SOURCE.vec),
             source_width * SOURCE.vec,
             (relationship, relationship_stride * SOURCE.vec, weight, label_smoothing, classes),
-            targets, by_row, pitch, batch, stored, SOURCE, COUNTS,
+            targets, by_row, pitch, batch, stored, is_used, SOURCE, COUNTS,
         )  # fmt: skip
     elif TARGET is not None:
-        row = (program - source_programs).to(tl.int64) * TARGET.rows
+        row = (program - source_programs) * TARGET.rows
         stored = per_row if TARGET.is_scaled else tl.full([], 1.0, tl.float64)
         _head(
             program - source_programs,
             (target_logits, target_stride * TARGET.vec, target_grad, target_grad_stride * TARGET.vec),
             target_width * TARGET.vec,
             (probabilities, probabilities_stride * TARGET.vec, weight, label_smoothing, classes),
-            targets, by_row, pitch, batch, stored, TARGET, COUNTS,
+            targets, by_row, pitch, batch, stored, True, TARGET, COUNTS,
         )  # fmt: skip
     probabilities_stride *= 1 if TARGET is None else TARGET.vec
     outputs = loss, terms, factors
@@ -486,28 +502,34 @@ def _plan_heads(
     """``(source head, target head, threads of a program)``. The programs of both heads have as many threads."""
     width, dtype = source_logits.shape[1], source_logits.dtype
     is_pair = form == PAIR.value
-    threads = threads_for(width, dtype, pair=is_pair)
-    # A pair has two rows of R in registers, and KL its logarithms: kept rows would spill.
-    keeps = not is_pair and not options.kl_divergence and is_kept(width, dtype)
+    # A pair has two rows of R in registers, and KL its logarithms: such rows have no ordinary way.
+    ordinary = not is_pair and not options.kl_divergence and dtype != torch.float64
+    vec = vector(source_logits, source_grad, relationship)
+    threads = threads_for(width, dtype, pair=is_pair, ordinary=ordinary)
     target_head = None
+    target_threads, loops = 0, False
     if target_logits is not None:
         target_width, target_dtype = target_logits.shape[1], target_logits.dtype
-        target_threads = threads_for(target_width, target_dtype)
-        # A loop would waste most of a kept row's threads, and wide rows want more.
+        target_threads = threads_for(target_width, target_dtype, ordinary=ordinary)
         loops = plan_rows(target_width, target_dtype, target_threads).loops
-        keeps = keeps and not loops and target_threads <= KEPT_THREADS
-        threads = KEPT_THREADS if keeps else max(threads, target_threads)
+    # A loop would waste most of a kept row's threads, and wide rows want more.
+    keeps = ordinary and is_kept(width, dtype, vec) and not loops and target_threads <= KEPT_THREADS
+    if keeps:
+        threads = KEPT_THREADS
+    elif ordinary and is_ordinary(width, dtype):
+        threads = ordinary_threads(width)
+    threads = max(threads, target_threads)
+    if target_logits is not None:
         rows = plan_rows(target_width, target_dtype, threads)
-        vec = vector(target_logits, target_grad, probabilities)
+        target_vec = vector(target_logits, target_grad, probabilities)
         target_head = Head(
             is_source=False, form=form, has_weight=options.weight is not None, smooths=options.label_smoothing > 0,
             kl=False,
-            **_of_head(target_logits, target_grad, rows, vec),
+            **_of_head(target_logits, target_grad, rows, target_vec),
         )  # fmt: skip
-    elif keeps:
-        threads = KEPT_THREADS
-    vec = vector(source_logits, source_grad, relationship)
     rows = plan_kept_row(width, dtype, vec) if keeps else plan_rows(width, dtype, threads, pair=is_pair)
+    if not keeps and ordinary and is_ordinary(width, dtype) and rows.rows == 1:
+        rows = plan_ordinary_row(width, dtype, threads, vec)
     source = Head(
         is_source=True, form=form, has_weight=False, smooths=False, kl=options.kl_divergence,
         **_of_head(source_logits, source_grad, rows, vec),
@@ -524,6 +546,7 @@ def _of_head(logits: Tensor, grad: Tensor | None, rows: RowPlan, vec: int) -> di
         "rows": rows.rows,
         "block": rows.block,
         "kept": rows.kept,
+        "whole": rows.whole,
         "access": rows.access(vec, logits.dtype),
         "dtype": compute_type(logits.dtype),
     }

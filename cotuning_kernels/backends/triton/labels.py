@@ -32,7 +32,7 @@ def read_label(labels, stride, rows, in_batch, classes, ignore_index):
     """``(label as int64, whether it takes part, whether it is no class)``; the label is 0 where it takes no part."""
     label = tl.load(labels + rows * stride, mask=in_batch, other=0).to(tl.int64)
     counts = in_batch & (label != ignore_index)
-    in_range = (label >= 0) & (label < classes)
+    in_range = label.to(tl.uint64) < classes.to(tl.uint64)
     tl.device_assert(in_range | (counts == 0), "a label is out of range")
     is_bad = counts & (in_range == 0)
     counts = counts & in_range

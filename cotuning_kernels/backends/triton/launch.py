@@ -19,10 +19,13 @@ from torch import Tensor
 
 __all__ = [
     "COLUMNS_A_LANE",
+    "KEEPS_ODD_ROWS",
     "KEPT_COLUMNS_A_LANE",
     "KEPT_THREADS",
+    "LEAST_ORDINARY_THREADS",
     "LOOP_COLUMNS",
     "MAX_KEPT_ROW_BYTES",
+    "MAX_ORDINARY_ROW_BYTES",
     "MAX_WHOLE_ROW_BYTES",
     "Head",
     "Launch",
@@ -31,9 +34,12 @@ __all__ = [
     "compute_type",
     "is_amd",
     "is_kept",
-    "max_kept_row_bytes",
+    "is_ordinary",
+    "keeps_odd_rows",
     "most_programs",
+    "ordinary_threads",
     "plan_kept_row",
+    "plan_ordinary_row",
     "plan_rows",
     "threads_for",
     "tile_of",
@@ -41,23 +47,24 @@ __all__ = [
 ]
 
 # The longest row that lies in registers with its row of R: 16384 in float32, or 8192 with two rows of R (more would
-# spill).
+# spill). An ordinary row (see rows.py) may have 22528 columns, 88 in each of 256 threads.
 MAX_WHOLE_ROW_BYTES = 65536
+MAX_ORDINARY_ROW_BYTES = 90112
+LEAST_ORDINARY_THREADS = 32
+_MOST_ORDINARY_THREADS = 256
+# The longest row whose logits alone lie in registers: 32768 columns in float32, 128 in each of 256 threads.
+MAX_KEPT_ROW_BYTES = 131072
 
 
-def max_kept_row_bytes(triton_version: str) -> int:
-    """Return the bytes of the longest row whose logits alone lie in registers, as the arithmetic has them.
-
-    That is 32768 columns in float32, 64 in each of the 512 threads that then fill a multiprocessor. Before Triton 3.7
-    the compiler would spill up to 39 registers there, so it is 24576 columns.
-    """
+def keeps_odd_rows(triton_version: str) -> bool:
+    """Return whether rows that are read element by element can be kept. Before Triton 3.7 the longest would spill."""
     major, minor = triton_version.split(".")[:2]
-    return 131072 if (int(major), int(minor)) >= (3, 7) else 98304
+    return (int(major), int(minor)) >= (3, 7)
 
 
-MAX_KEPT_ROW_BYTES = max_kept_row_bytes(triton.__version__)
-KEPT_THREADS = 512
-# A lane's columns of a kept row's block, or as many as it reads at a time; 8 that are read one by one would spill.
+KEEPS_ODD_ROWS = keeps_odd_rows(triton.__version__)
+KEPT_THREADS = 256
+# A lane's columns of a kept row's block, or as many as it reads at a time.
 KEPT_COLUMNS_A_LANE = 4
 # A longer row is looped over, so many columns at a time, of which a thread has COLUMNS_A_LANE in its registers.
 LOOP_COLUMNS = 2048
@@ -108,13 +115,15 @@ def is_amd() -> bool:
 class RowPlan:
     """How a program takes ``rows`` rows, ``block`` columns at a time.
 
-    One block holds whole rows; a long row is looped over (``loops``); a kept row has ``kept`` blocks.
+    One block holds whole rows, or ``whole`` blocks hold one; a long row is looped over (``loops``); a kept row has
+    ``kept`` blocks.
     """
 
     rows: int
     block: int
     loops: bool
     kept: int = 0
+    whole: int = 0
 
     def programs(self, batch: int) -> int:
         """Return how many programs take ``batch`` rows."""
@@ -122,7 +131,7 @@ class RowPlan:
 
     def access(self, vec: int, dtype: torch.dtype) -> int:
         """Return how many neighbours a thread reads at a time: 16 bytes at most, or 0 for whole rows."""
-        return _access(vec, dtype) if self.loops or self.kept else 0
+        return _access(vec, dtype) if self.loops or self.kept or self.whole else 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ class Head:
         has_gradient: the gradient is wanted.
         is_scaled: the gradient is stored with the factor of a mean over all rows, see ``co_tuning_loss.py``.
         vec: widths and strides of rows are multiples of it.
-        rows, block, kept, access: see :class:`RowPlan`.
+        rows, block, kept, whole, access: see :class:`RowPlan`.
         dtype: of the arithmetic.
     """
 
@@ -153,20 +162,24 @@ class Head:
     rows: int
     block: int
     kept: int
+    whole: int
     access: int
     dtype: Any
 
 
-def threads_for(columns: int, dtype: torch.dtype, *, pair: bool = False) -> int:
+def threads_for(columns: int, dtype: torch.dtype, *, pair: bool = False, ordinary: bool = False) -> int:
     """Return how many threads a row of ``columns`` logits wants: one for each 64 bytes of arithmetic.
 
     With 32 bytes, the instructions that each thread executes once would add half as many again to every element.
-    ``pair``: two rows of R lie beside the row.
+    ``pair``: two rows of R lie beside the row. ``ordinary``: the kernel has ordinary rows, whose threads have registers
+    for 128 bytes.
     """
     block = _power_of_two(columns)
     if _loops(block, dtype, pair):
         return _LOOP_THREADS
     size = _compute_size(dtype)
+    if ordinary:
+        return max(_least_ordinary_threads(), block * size // 128)
     return min(4096 // size, max(64, block * size // 64))
 
 
@@ -175,19 +188,40 @@ def plan_rows(columns: int, dtype: torch.dtype, threads: int, *, pair: bool = Fa
     block = _power_of_two(columns)
     if _loops(block, dtype, pair):
         return RowPlan(1, LOOP_COLUMNS, True)
-    return RowPlan(max(1, threads * 32 // (block * _compute_size(dtype))), block, False)
+    return RowPlan(max(1, threads * (64 if threads <= 32 else 32) // (block * _compute_size(dtype))), block, False)
 
 
-def is_kept(columns: int, dtype: torch.dtype) -> bool:
-    """Return whether the registers hold a row, but not its row of R beside it. (float64 would spill.)"""
-    is_long = _loops(_power_of_two(columns), dtype, False)
-    return is_long and dtype != torch.float64 and columns * _compute_size(dtype) <= MAX_KEPT_ROW_BYTES
+def is_ordinary(columns: int, dtype: torch.dtype) -> bool:
+    """Return whether the registers hold a row with its row of R."""
+    return columns * _compute_size(dtype) <= MAX_ORDINARY_ROW_BYTES
+
+
+def is_kept(columns: int, dtype: torch.dtype, vec: int) -> bool:
+    """Return whether the registers hold a row, but not its row of R beside it."""
+    fits = not is_ordinary(columns, dtype) and columns * _compute_size(dtype) <= MAX_KEPT_ROW_BYTES
+    return fits and (vec > 1 or KEEPS_ODD_ROWS)
 
 
 def plan_kept_row(columns: int, dtype: torch.dtype, vec: int) -> RowPlan:
     """Return how a program of ``KEPT_THREADS`` threads takes a kept row."""
     block = KEPT_THREADS * max(KEPT_COLUMNS_A_LANE, _access(vec, dtype))
     return RowPlan(1, block, False, blocks(columns, block))
+
+
+def ordinary_threads(columns: int) -> int:
+    """Return how many threads an ordinary row wants: 32 columns each, and up to 88 in the longest rows."""
+    return max(_least_ordinary_threads(), min(_MOST_ORDINARY_THREADS, _power_of_two(columns) // 32))
+
+
+def _least_ordinary_threads() -> int:
+    """Return the threads of a warp: 32, or 64 on AMD's data-centre GPUs."""
+    return LEAST_ORDINARY_THREADS * (2 if is_amd() else 1)
+
+
+def plan_ordinary_row(columns: int, dtype: torch.dtype, threads: int, vec: int) -> RowPlan:
+    """Return how a program of ``threads`` threads takes one row that lies in its registers with its row of R."""
+    block = threads * _access(vec, dtype)
+    return RowPlan(1, block, False, whole=blocks(columns, block))
 
 
 def tile_of(columns: int) -> tuple[int, int]:

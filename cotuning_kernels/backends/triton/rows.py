@@ -13,17 +13,26 @@ Traffic. Each logit is read once, each entry of its row of R once (mostly from L
 written once: ``2 * itemsize`` bytes a logit, and R. The length of the row decides between four ways:
 
 * ``whole_rows``: the registers of a program hold logits and R, of one row or several.
-* ``packed_row``: the registers hold both, two numbers in each, where logits and R have 16 bits.
+* ``ordinary_row``: the same for one row of the source head with one row of R, without KL: most rows of most users.
 * ``kept_row``: the registers hold the logits alone. R is read as the gradient is written, which needs ``Q`` before
   ``q`` has been seen. Rows of R are distributions, so ``Q`` is taken to be 1, or, with probabilities, the share of
   their classes that have supervision. Where the entries sum to something else, the gradient is written a second time.
+  Sums of rows in 16 bits mostly differ from 1 by more than rounding, so such a row of R is summed first, and read
+  twice.
 * ``long_row``: the registers hold neither. Both are read twice, the second time from L2 if they are still there.
 
-A row without a label is not read at all. A packed or kept row without supervision reads no logit, a long one reads
-nothing twice.
+A row without a label is not read at all. A kept row without supervision reads no logit, another one nothing twice but
+its row of R.
+
+The ordinary way. ``ordinary_row`` and ``kept_row`` compute with powers of two: ``x = z log2(e) - max(z) log2(e)`` is
+one multiply-add. The rounding of ``max(z) log2(e)`` does not count, since both terms of the loss and both parts of
+``e / S`` contain the same number. These functions do not look at single elements: where ``q = 0`` meets a logit of
+-inf, ``q x`` is NaN, and so is its sum. If the sum is not finite, or ``Q`` is 0, the sum is taken once more with care;
+the gradient needs no care. Only the last block has a mask.
 
 Shapes. ``rows``, labels and shares are (ROWS, 1), or scalars where a program takes one long row. ``columns`` is
-(1, BLOCK) and ``mask`` (ROWS, BLOCK), or both have the shape of a long row's block.
+(1, BLOCK) and ``mask`` (ROWS, BLOCK), or both have the shape of a long row's block. The blocks of an ordinary or kept
+row have one axis, and its sums are those of the columns at the same place in every block, until the threads meet.
 
 Tuples that the functions share:
 
@@ -42,26 +51,23 @@ import triton.language as tl
 
 from cotuning_kernels.backends.triton.exponential import exp
 from cotuning_kernels.backends.triton.labels import LABELS, PAIR, PROBABILITIES
-from cotuning_kernels.backends.triton.launch import COLUMNS_A_LANE, KEPT_COLUMNS_A_LANE
+from cotuning_kernels.backends.triton.launch import COLUMNS_A_LANE
 
-__all__ = ["has_share", "kept_row", "long_row", "packed_row", "whole_rows"]
+__all__ = ["has_share", "kept_row", "long_row", "ordinary_row", "whole_rows"]
 
 _COLUMNS_A_LANE = tl.constexpr(COLUMNS_A_LANE)
-_KEPT_COLUMNS_A_LANE = tl.constexpr(KEPT_COLUMNS_A_LANE)
 _GLANCE = tl.constexpr(128)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
 _LEAST_FLOAT32 = tl.constexpr(torch.finfo(torch.float32).min)
 _LEAST_FLOAT64 = tl.constexpr(torch.finfo(torch.float64).min)
 
 
 @triton.jit
-def has_share(target, HEAD: tl.constexpr):
+def has_share(target):
     """Whether any label of a row counts: a row whose labels are all ignored is not read."""
     _, share, _, share_b = target
-    if HEAD.form == PROBABILITIES:
-        return True
-    if HEAD.form == PAIR:
-        return (share != 0) | (share_b != 0)
-    return share != 0
+    return (share != 0) | (share_b != 0)
 
 
 @triton.jit
@@ -123,7 +129,7 @@ def whole_rows(matrices, columns_count, table, target, rows, in_batch, stored, H
     logits, logits_stride, grad, grad_stride = matrices
     columns = tl.arange(0, HEAD.block)[None, :]
     mask = in_batch & (columns < columns_count)
-    read = mask & has_share(target, HEAD)
+    read = mask & has_share(target)
     z = tl.load(
         logits + rows * logits_stride + columns, mask=read, other=-float("inf"), eviction_policy="evict_first"
     ).to(HEAD.dtype)  # fmt: skip
@@ -153,6 +159,98 @@ def whole_rows(matrices, columns_count, table, target, rows, in_batch, stored, H
 
 
 @triton.jit
+def _load(row, start, columns_count, other: tl.constexpr, POLICY: tl.constexpr, FULL: tl.constexpr, HEAD: tl.constexpr):
+    """A block of columns of a row. The mask of a FULL block costs nothing.
+
+    bfloat16 is read in pairs where it lies in pairs. A number is the upper half of a float32, which takes one
+    instruction to make; from a single one, the compiler makes it in two.
+    """
+    dtype: tl.constexpr = row.dtype.element_ty
+    if dtype == tl.bfloat16 and HEAD.vec > 1:
+        columns = tl.arange(0, HEAD.block // 2)
+        mask = (start // 2 + columns < columns_count // HEAD.vec * (HEAD.vec // 2)) | FULL
+        PAIR_OF_OTHERS: tl.constexpr = -0x7F0080 if other < 0 else 0  # two of -inf
+        pairs = tl.load(
+            (row + start).to(tl.pointer_type(tl.int32)) + columns, mask=mask, other=PAIR_OF_OTHERS,
+            eviction_policy=POLICY,
+        )  # fmt: skip
+        return tl.join(pairs << 16, pairs & -65536).reshape([HEAD.block]).to(tl.float32, bitcast=True)
+    columns = start + tl.arange(0, HEAD.block)
+    mask = (columns < columns_count) | FULL
+    return tl.load(row + columns, mask=mask, other=other, eviction_policy=POLICY).to(HEAD.dtype)
+
+
+@triton.jit
+def ordinary_row(logits, grad, q_row, columns_count, has_label, stored, HEAD: tl.constexpr):
+    """A source head's row whose logits and ``q`` lie in registers, HEAD.chunks blocks, all full but the last."""
+    BLOCK: tl.constexpr = HEAD.block
+    BLOCKS: tl.constexpr = HEAD.whole
+    POLICY: tl.constexpr = "" if HEAD.form == PROBABILITIES else "evict_last"  # R stays in L2, P R is read once
+    DTYPE: tl.constexpr = HEAD.dtype
+    first = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], DTYPE)
+    loss = tl.full([], 0.0, DTYPE)
+    row_size = loss
+    if has_label:
+        z, q, e = (), (), ()
+        top = zero
+        for k in tl.static_range(BLOCKS):
+            columns = k * BLOCK + first
+            mask = (columns < columns_count) | (k + 1 < BLOCKS)
+            z_k = _load(logits, k * BLOCK, columns_count, -float("inf"), "", k + 1 < BLOCKS, HEAD)
+            q_k = _load(q_row, k * BLOCK, columns_count, 0.0, POLICY, k + 1 < BLOCKS, HEAD)
+            top = tl.maximum(top, z_k) if k > 0 else z_k
+            z = z + (z_k,)  # type: ignore[assignment]  # noqa: RUF005  (Triton knows no star)
+            q = q + (q_k,)  # type: ignore[assignment]  # noqa: RUF005
+        shift = tl.max(top, 0) * _LOG2_E
+        total, dot, mass = zero, zero, zero
+        for k in tl.static_range(BLOCKS):
+            x = z[k] * _LOG2_E - shift
+            e_k = tl.exp2(x)
+            e = e + (e_k,)  # type: ignore[assignment]  # noqa: RUF005
+            if k + 1 == BLOCKS:
+                x = tl.where(k * BLOCK + first < columns_count, x, 0.0)
+            if k == 0:
+                total, dot, mass = e_k, q[k] * x, q[k]
+            else:
+                total += e_k
+                dot += q[k] * x
+                mass += q[k]
+        row_total = tl.sum(total, 0)
+        row_dot = tl.sum(dot, 0)
+        row_mass = tl.sum(mass, 0)
+        row_size = row_mass
+        if ((tl.abs(row_dot) < float("inf")) & (row_mass != 0)) == 0:
+            size = zero
+            for start in range(0, columns_count, BLOCK):
+                size += tl.abs(_load(q_row, start, columns_count, 0.0, POLICY, False, HEAD))
+            row_size = tl.sum(size, 0)
+            if row_size != 0:
+                dot = zero
+                for start in range(0, columns_count, BLOCK):
+                    z_k = _load(logits, start, columns_count, 0.0, "", False, HEAD)
+                    q_k = _load(q_row, start, columns_count, 0.0, POLICY, False, HEAD)
+                    dot += _product(q_k, z_k * _LOG2_E - shift)
+                row_dot = tl.sum(dot, 0)
+        loss = (row_mass * tl.log2(row_total) - row_dot) * _LN_2
+        if row_size != 0:
+            if HEAD.has_gradient:
+                scale = stored * row_mass / row_total
+                for k in tl.static_range(BLOCKS):
+                    columns = k * BLOCK + first
+                    mask = (columns < columns_count) | (k + 1 < BLOCKS)
+                    g = e[k] * scale - stored * q[k]
+                    tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask)
+        else:
+            loss = tl.full([], 0.0, DTYPE)
+            if HEAD.has_gradient:
+                _write_zeros(grad, columns_count, first, BLOCK)
+    elif HEAD.has_gradient:
+        _write_zeros(grad, columns_count, first, BLOCK)
+    return loss, row_size
+
+
+@triton.jit
 def _lanes(x, function: tl.constexpr):
     """Sums or maxima by lane of a long row's block; a thread has both other axes in its registers."""
     if function == "max":
@@ -169,12 +267,6 @@ def _columns_of_block(BLOCK: tl.constexpr, A_LANE: tl.constexpr, ACCESS: tl.cons
         tl.arange(0, STEPS)[:, None, None] * (LANES * ACCESS) + tl.arange(0, LANES)[None, :, None] * ACCESS
         + tl.arange(0, ACCESS)[None, None, :]
     )  # fmt: skip
-
-
-@triton.jit
-def _columns_of_kept(BLOCK: tl.constexpr, ACCESS: tl.constexpr):
-    """In 64 bits: the compiler then adds constants to one address instead of computing each."""
-    return _columns_of_block(BLOCK, max(_KEPT_COLUMNS_A_LANE, ACCESS), ACCESS).to(tl.int64)
 
 
 @triton.jit
@@ -196,62 +288,75 @@ def kept_row(logits, grad, q_row, columns_count, has_label, supervised, stored, 
     POLICY: tl.constexpr = "" if HEAD.form == PROBABILITIES else "evict_last"  # R stays in L2, P R is read once
     DTYPE: tl.constexpr = HEAD.dtype
     GRADIENT: tl.constexpr = HEAD.has_gradient
-    first = _columns_of_kept(BLOCK, ACCESS)
-    zero = tl.zeros([first.shape[1]], DTYPE)
+    IS_ROUNDED: tl.constexpr = q_row.dtype.element_ty.primitive_bitwidth == 16
+    first = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], DTYPE)
     count = tl.where(has_label, columns_count, 0)
     row_mass = supervised
-    few = tl.arange(0, _GLANCE)
-    glance = tl.load(q_row + few, mask=few < count, other=0.0, eviction_policy=POLICY).to(DTYPE)
-    row_size = tl.sum(tl.abs(glance), 0)
+    row_size = tl.full([], 0.0, DTYPE)
+    if IS_ROUNDED == 0:
+        few = tl.arange(0, _GLANCE)
+        glance = tl.load(q_row + few, mask=few < count, other=0.0, eviction_policy=POLICY).to(DTYPE)
+        row_size = tl.sum(tl.abs(glance), 0)
     if row_size == 0:
         size, mass = zero, zero
         for start in range(0, count, BLOCK):
-            columns = start + first
-            q = tl.load(q_row + columns, mask=columns < count, other=0.0, eviction_policy=POLICY).to(DTYPE)
-            size += _lanes(tl.abs(q), "sum")
-            mass += _lanes(q, "sum")
+            q = _load(q_row, start, count, 0.0, POLICY, False, HEAD)
+            size += tl.abs(q)
+            mass += q
         row_size = tl.sum(size, 0)
         row_mass = tl.sum(mass, 0)
     loss = tl.full([], 0.0, DTYPE)
     if row_size != 0:
         z = ()
-        top = zero - float("inf")
+        top = zero
         for k in tl.static_range(BLOCKS):
-            columns = k * BLOCK + first
-            mask = (columns < columns_count) | (k + 1 < BLOCKS)
-            z_k = tl.load(logits + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(DTYPE)
-            top = tl.maximum(top, _lanes(z_k, "max"))
-            z = z + (z_k,)  # type: ignore[assignment]  # noqa: RUF005  (Triton knows no star)
-        row_top = tl.max(top, 0)
+            z_k = _load(logits, k * BLOCK, columns_count, -float("inf"), "evict_first", k + 1 < BLOCKS, HEAD)
+            top = tl.maximum(top, z_k) if k > 0 else z_k
+            z = z + (z_k,)  # type: ignore[assignment]  # noqa: RUF005
+        shift = tl.max(top, 0) * _LOG2_E
         total = zero
         for k in tl.static_range(BLOCKS):
-            total += _lanes(exp(z[k] - row_top), "sum")
+            e = tl.exp2(z[k] * _LOG2_E - shift)
+            total = total + e if k > 0 else e
         row_total = tl.sum(total, 0)
+        row_dot = row_total
         times, writes = 0, True
         while writes:
-            scale = row_mass / row_total
+            scale = stored * row_mass / row_total
             mass, dot = zero, zero
             for k in tl.static_range(BLOCKS):
                 columns = k * BLOCK + first
                 mask = (columns < columns_count) | (k + 1 < BLOCKS)
-                q = tl.load(q_row + columns, mask=mask, other=0.0, eviction_policy=POLICY).to(DTYPE)
-                x = z[k] - row_top
-                mass += _lanes(q, "sum")
-                dot += _lanes(_product(q, x), "sum")
+                q = _load(q_row, k * BLOCK, columns_count, 0.0, POLICY, k + 1 < BLOCKS, HEAD)
+                x = z[k] * _LOG2_E - shift
+                e = tl.exp2(x)
+                if k + 1 == BLOCKS:
+                    x = tl.where(mask, x, 0.0)
+                mass = mass + q if k > 0 else q
+                dot = dot + q * x if k > 0 else q * x
                 if GRADIENT:
-                    g = stored * (exp(x) * scale - q)
+                    g = e * scale - stored * q
                     tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
             found = tl.sum(mass, 0)
-            loss = found * tl.log(row_total) - tl.sum(dot, 0)
+            row_dot = tl.sum(dot, 0)
             writes = GRADIENT and _is_other(found, row_mass)
             row_mass = found
             # The loop runs at most twice, but the compiler does not know that. It would compute before the loop, and
             # keep in registers, all exponentials, and all addresses where every element has its own.
             times += 1
             nothing = times // 256
-            row_top += nothing
+            shift += nothing
             if ACCESS == 1:
-                first += nothing
+                q_row += nothing
+                grad += nothing
+        if (tl.abs(row_dot) < float("inf")) == 0:
+            dot = zero
+            for k in tl.static_range(BLOCKS):
+                q = _load(q_row, k * BLOCK, columns_count, 0.0, POLICY, k + 1 < BLOCKS, HEAD)
+                dot += _product(q, z[k] * _LOG2_E - shift)
+            row_dot = tl.sum(dot, 0)
+        loss = (row_mass * tl.log2(row_total) - row_dot) * _LN_2
     elif GRADIENT:
         _write_zeros(grad, columns_count, first, BLOCK)
     return loss, row_size
@@ -263,79 +368,6 @@ def _is_other(found, expected):
     error = tl.abs(found - expected)
     is_near = (found == expected) | (error <= 2.0**-22 * tl.minimum(tl.abs(found), tl.abs(expected)))
     return (is_near == 0) & ((found == found) | (expected == expected))
-
-
-@triton.jit
-def packed_row(logits, grad, q_row, columns_count, has_label, stored, HEAD: tl.constexpr):
-    """A kept row whose logits and ``q`` both have 16 bits: the registers hold all of them, two numbers in each."""
-    BLOCK: tl.constexpr = HEAD.block
-    BLOCKS: tl.constexpr = HEAD.kept
-    ACCESS: tl.constexpr = HEAD.access
-    POLICY: tl.constexpr = "" if HEAD.form == PROBABILITIES else "evict_last"  # R stays in L2, P R is read once
-    DTYPE: tl.constexpr = HEAD.dtype
-    GRADIENT: tl.constexpr = HEAD.has_gradient
-    first = _columns_of_kept(BLOCK, ACCESS)
-    zero = tl.zeros([first.shape[1]], DTYPE)
-    count = tl.where(has_label, columns_count, 0)
-    q, size, mass = (), zero, zero
-    for k in tl.static_range(0, BLOCKS, 2):
-        columns = k * BLOCK + first
-        q_even = tl.load(q_row + columns, mask=columns < count, other=0.0, eviction_policy=POLICY)
-        columns += BLOCK
-        q_odd = tl.load(q_row + columns, mask=columns < count, other=0.0, eviction_policy=POLICY)
-        size += _lanes(tl.abs(q_even.to(DTYPE)) + tl.abs(q_odd.to(DTYPE)), "sum")
-        mass += _lanes(q_even.to(DTYPE) + q_odd.to(DTYPE), "sum")
-        q = q + (_packed(q_even, q_odd),)  # type: ignore[assignment]  # noqa: RUF005
-    row_size = tl.sum(size, 0)
-    loss = tl.full([], 0.0, DTYPE)
-    if row_size != 0:
-        z = ()
-        top = zero - float("inf")
-        for k in tl.static_range(0, BLOCKS, 2):
-            columns = k * BLOCK + first
-            mask = (columns < columns_count) | (k + 1 < BLOCKS)
-            z_even = tl.load(logits + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first")
-            columns += BLOCK
-            mask = (columns < columns_count) | (k + 2 < BLOCKS)
-            z_odd = tl.load(logits + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first")
-            top = tl.maximum(top, tl.maximum(_lanes(z_even.to(DTYPE), "max"), _lanes(z_odd.to(DTYPE), "max")))
-            z = z + (_packed(z_even, z_odd),)  # type: ignore[assignment]  # noqa: RUF005
-        row_top = tl.max(top, 0)
-        # These sums are never below 0, so `nothing` is 0, but the compiler does not know that. It would unpack once and
-        # keep that in registers, and the exponentials of the first sweep for the second.
-        nothing = (row_size < 0).to(tl.int32)
-        total = zero
-        for k in tl.static_range(BLOCKS):
-            x = _unpacked(z[k // 2] + nothing, k % 2, logits.dtype.element_ty).to(DTYPE) - row_top
-            total += _lanes(exp(x), "sum")
-        row_total = tl.sum(total, 0)
-        nothing = (row_total < 0).to(tl.int32)
-        row_mass = tl.sum(mass, 0)
-        scale = row_mass / row_total
-        dot = zero
-        for k in tl.static_range(BLOCKS):
-            columns = k * BLOCK + first
-            mask = (columns < columns_count) | (k + 1 < BLOCKS)
-            q_k = _unpacked(q[k // 2] + nothing, k % 2, q_row.dtype.element_ty).to(DTYPE)
-            x = _unpacked(z[k // 2] + nothing, k % 2, logits.dtype.element_ty).to(DTYPE) - row_top
-            dot += _lanes(_product(q_k, x), "sum")
-            if GRADIENT:
-                g = stored * (exp(x) * scale - q_k)
-                tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
-        loss = row_mass * tl.log(row_total) - tl.sum(dot, 0)
-    elif GRADIENT:
-        _write_zeros(grad, columns_count, first, BLOCK)
-    return loss, row_size
-
-
-@triton.jit
-def _packed(even, odd):
-    return even.to(tl.uint16, bitcast=True).to(tl.int32) | (odd.to(tl.uint16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
-def _unpacked(pair, ODD: tl.constexpr, dtype: tl.constexpr):
-    return (pair >> (16 * ODD)).to(tl.uint16).to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -405,7 +437,7 @@ def long_row(logits, grad, columns_count, table, target, row, stored, HEAD: tl.c
     top = tl.full([LANES], _LEAST_FLOAT64 if tl.float64 == DTYPE else _LEAST_FLOAT32, DTYPE)
     zero = tl.zeros([LANES], DTYPE)
     sums = top, zero, zero, zero, zero, zero, zero, zero
-    count = tl.where(has_share(target, HEAD), columns_count, 0)
+    count = tl.where(has_share(target), columns_count, 0)
     full = count // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
         sums = _add_block(sums, logits, count, table, target, row, start + first, HEAD, True)
