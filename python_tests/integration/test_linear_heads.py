@@ -111,6 +111,7 @@ def test_autocast(dtype: torch.dtype, draw: torch.Generator) -> None:
         loss, dense = step.fused(), step.unfused()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, dense, rtol=2e-2, atol=0)
+    assert not torch.equal(loss, step.fused())  # the products are in half precision
     ours, theirs, exact = (step.gradients(each) for each in (loss, dense, step.unfused()))
     for name, x in exact.items():
         assert ours[name].dtype == torch.float32
