@@ -158,6 +158,7 @@ def fine_tune(
     torch.manual_seed(options.seed)  # the same dropout in both arms
     model = copy.deepcopy(start).train()
     criterion = ck.FusedCoTuningLoss(relationship, trade_off)
+    measure = ck.FusedCoTuningLoss(relationship)
     optimizer = torch.optim.SGD(
         model.param_groups(rate, new_head_multiplier=new_head, weight_decay=5e-4), momentum=0.9, nesterov=True
     )
@@ -168,6 +169,9 @@ def fine_tune(
     for images, labels in bar(batches, name, options.iterations):
         source_logits, target_logits = model(images)
         loss, target_term, source_term = criterion(source_logits, target_logits, labels, return_terms=True)
+        if trade_off == 0:  # the loss leaves the source term out, and the picture shows it
+            with torch.no_grad():
+                _, _, source_term = measure(source_logits, target_logits, labels, return_terms=True)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
