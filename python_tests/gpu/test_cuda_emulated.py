@@ -197,7 +197,7 @@ def test_launches_of_a_training_step(emulated: None) -> None:
 
 def _upstream_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device, the upstream gradient is not compared with 1."""
-    monkeypatch.setattr(autograd, "_is_known_to_be_one", lambda upstream: False)
+    monkeypatch.setattr(autograd, "is_known_to_be_one", lambda upstream: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

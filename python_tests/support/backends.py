@@ -78,14 +78,6 @@ class Backend:
     all_forms: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     device_code: bool = False
 
-    def runs(self, case: Case) -> bool:
-        """Whether this backend runs a case of the table."""
-        return self.takes(case) and not (case.options.get("trade_off") == 0 and self.argument in READS_AT_ZERO)
-
-
-READS_AT_ZERO: frozenset[str] = frozenset()
-"""Backends (their ``argument``) that still compute a source term whose ``trade_off`` is 0."""
-
 
 def _cpp(isa: str) -> Backend:
     def missing() -> str | None:
