@@ -362,7 +362,11 @@ _BUGS: dict[str, tuple[ModuleType, dict[str, str], tuple[str, ...]]] = {
     "no mask for ignored labels": (labels, {" & (label != ignore_index)": ""}, ("rows", "loops")),
     "a pair's second label ignored": (labels, {"is_bad_b, float(\"nan\"), tl.where(counts_b, 1.0 - share, 0.0)":
                                                 "is_bad_b, 0.0, tl.where(counts_b, 0.0, 0.0)"}, ("rows", "loops")),
-    "no maximum subtracted": (rows, {"x = z - tl.max(z, 1, keep_dims=True)": "x = z"}, ("rows",)),
+    "no maximum subtracted": (
+        rows,
+        {"x = z - tl.max(z, 1, keep_dims=True)": "x = z", "highest = tl.max(top, 0)": "highest = 0 * tl.max(top, 0)"},
+        ("rows",),
+    ),
     "sums that do not shrink with a new maximum": (rows, {"total * exp(fall) + ": "total + "}, ("loops",)),
     "a dot product that does not follow the maximum": (
         rows, {"tl.where(mass != 0, mass * fall, 0.0) + _lanes": "_lanes"}, ("loops",),

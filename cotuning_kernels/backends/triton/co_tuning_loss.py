@@ -99,7 +99,7 @@ def _head(
     rows = rows.to(tl.int64)
     stored = stored.to(HEAD.dtype)
     if HEAD.form == PROBABILITIES:
-        label, share, label_b, share_b = rows, 1.0, rows, 0.0
+        label, share, label_b, share_b = rows, tl.where(in_batch, 1.0, 0.0), rows, 0.0
     else:
         label, share, label_b, share_b = read_target(labels, rows, in_batch, HEAD.form == PAIR, HEAD.dtype)
     valid = share

@@ -202,10 +202,10 @@ def ordinary_row(logits, grad, q_row, columns_count, has_label, stored, HEAD: tl
             top = tl.maximum(top, z_k) if k > 0 else z_k
             z = z + (z_k,)  # type: ignore[assignment]  # noqa: RUF005  (Triton knows no star)
             q = q + (q_k,)  # type: ignore[assignment]  # noqa: RUF005
-        shift = tl.max(top, 0) * _LOG2_E
+        highest = tl.max(top, 0)
         total, dot, mass = zero, zero, zero
         for k in tl.static_range(BLOCKS):
-            x = z[k] * _LOG2_E - shift
+            x = (z[k] - highest) * _LOG2_E
             e_k = tl.exp2(x)
             e = e + (e_k,)  # type: ignore[assignment]  # noqa: RUF005
             if k + 1 == BLOCKS:
@@ -230,7 +230,7 @@ def ordinary_row(logits, grad, q_row, columns_count, has_label, stored, HEAD: tl
                 for start in range(0, columns_count, BLOCK):
                     z_k = _load(logits, start, columns_count, 0.0, "", False, HEAD)
                     q_k = _load(q_row, start, columns_count, 0.0, POLICY, False, HEAD)
-                    dot += _product(q_k, z_k * _LOG2_E - shift)
+                    dot += _product(q_k, (z_k - highest) * _LOG2_E)
                 row_dot = tl.sum(dot, 0)
         loss = (row_mass * tl.log2(row_total) - row_dot) * _LN_2
         if row_size != 0:
@@ -314,10 +314,10 @@ def kept_row(logits, grad, q_row, columns_count, has_label, supervised, stored, 
             z_k = _load(logits, k * BLOCK, columns_count, -float("inf"), "evict_first", k + 1 < BLOCKS, HEAD)
             top = tl.maximum(top, z_k) if k > 0 else z_k
             z = z + (z_k,)  # type: ignore[assignment]  # noqa: RUF005
-        shift = tl.max(top, 0) * _LOG2_E
+        highest = tl.max(top, 0)
         total = zero
         for k in tl.static_range(BLOCKS):
-            e = tl.exp2(z[k] * _LOG2_E - shift)
+            e = tl.exp2((z[k] - highest) * _LOG2_E)
             total = total + e if k > 0 else e
         row_total = tl.sum(total, 0)
         row_dot = row_total
@@ -329,7 +329,7 @@ def kept_row(logits, grad, q_row, columns_count, has_label, supervised, stored, 
                 columns = k * BLOCK + first
                 mask = (columns < columns_count) | (k + 1 < BLOCKS)
                 q = _load(q_row, k * BLOCK, columns_count, 0.0, POLICY, k + 1 < BLOCKS, HEAD)
-                x = z[k] * _LOG2_E - shift
+                x = (z[k] - highest) * _LOG2_E
                 e = tl.exp2(x)
                 if k + 1 == BLOCKS:
                     x = tl.where(mask, x, 0.0)
@@ -346,7 +346,7 @@ def kept_row(logits, grad, q_row, columns_count, has_label, supervised, stored, 
             # keep in registers, all exponentials, and all addresses where every element has its own.
             times += 1
             nothing = times // 256
-            shift += nothing
+            highest += nothing
             if ACCESS == 1:
                 q_row += nothing
                 grad += nothing
@@ -354,7 +354,7 @@ def kept_row(logits, grad, q_row, columns_count, has_label, supervised, stored, 
             dot = zero
             for k in tl.static_range(BLOCKS):
                 q = _load(q_row, k * BLOCK, columns_count, 0.0, POLICY, k + 1 < BLOCKS, HEAD)
-                dot += _product(q, z[k] * _LOG2_E - shift)
+                dot += _product(q, (z[k] - highest) * _LOG2_E)
             row_dot = tl.sum(dot, 0)
         loss = (row_mass * tl.log2(row_total) - row_dot) * _LN_2
     elif GRADIENT:

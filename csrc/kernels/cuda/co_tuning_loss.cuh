@@ -58,6 +58,14 @@ __device__ __forceinline__ bool any_probability(const Team& team, const ConstMat
   return any[0] != 0;
 }
 
+// Whether the kernel has ordinary_row.cuh's way too. On 7.5, with both ways in 16 bits, nvcc runs out of registers.
+template <class T>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr bool kHasOrdinaryRows = std::is_same_v<T, float>;
+#else
+inline constexpr bool kHasOrdinaryRows = !std::is_same_v<T, double>;
+#endif
+
 // Does a row of the source head if it is ordinary (ordinary_row.cuh); else returns false.
 template <class T>
 __device__ __forceinline__ bool ordinary_source_row(const LossProblem& p, const Team& team, int64_t row,
@@ -88,7 +96,7 @@ __device__ __forceinline__ bool ordinary_source_row(const LossProblem& p, const 
 template <class T>
 __device__ void source_row(const LossProblem& p, const Team& team, int64_t row, const Stage<T>& stage, double* totals) {
   using C = ComputeType<T>;
-  if constexpr (!std::is_same_v<C, double>) {
+  if constexpr (kHasOrdinaryRows<T>) {
     if (ordinary_source_row(p, team, row, stage, totals)) return;
   }
   const int columns = static_cast<int>(p.source_logits.columns);
