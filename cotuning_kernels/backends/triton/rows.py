@@ -24,11 +24,11 @@ written once: ``2 * itemsize`` bytes a logit, and R. The length of the row decid
 A row without a label is not read at all. A kept row without supervision reads no logit, another one nothing twice but
 its row of R.
 
-The ordinary way. ``ordinary_row`` and ``kept_row`` compute with powers of two: ``x = z log2(e) - max(z) log2(e)`` is
-one multiply-add. The rounding of ``max(z) log2(e)`` does not count, since both terms of the loss and both parts of
-``e / S`` contain the same number. These functions do not look at single elements: where ``q = 0`` meets a logit of
--inf, ``q x`` is NaN, and so is its sum. If the sum is not finite, or ``Q`` is 0, the sum is taken once more with care;
-the gradient needs no care. Only the last block has a mask.
+The ordinary way. ``ordinary_row`` and ``kept_row`` compute with powers of two: ``x = (z - max(z)) log2(e)``. They
+subtract first. ``z log2(e) - max(z) log2(e)`` would be one instruction less where it is fused, and would lose the
+digits of logits far from 0 where it is not. These functions do not look at single elements: where ``q = 0`` meets a
+logit of -inf, ``q x`` is NaN, and so is its sum. If the sum is not finite, or ``Q`` is 0, the sum is taken once more
+with care; the gradient needs no care. Only the last block has a mask.
 
 Shapes. ``rows``, labels and shares are (ROWS, 1), or scalars where a program takes one long row. ``columns`` is
 (1, BLOCK) and ``mask`` (ROWS, BLOCK), or both have the shape of a long row's block. The blocks of an ordinary or kept

@@ -58,10 +58,10 @@ __device__ __forceinline__ bool any_probability(const Team& team, const ConstMat
   return any[0] != 0;
 }
 
-// Whether the kernel has ordinary_row.cuh's way too. On 7.5, with both ways in 16 bits, nvcc runs out of registers.
+// Whether the kernel has ordinary_row.cuh's way too. On 7.5 nvcc runs out of registers with both ways.
 template <class T>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-inline constexpr bool kHasOrdinaryRows = std::is_same_v<T, float>;
+inline constexpr bool kHasOrdinaryRows = false;
 #else
 inline constexpr bool kHasOrdinaryRows = !std::is_same_v<T, double>;
 #endif
@@ -237,7 +237,7 @@ __device__ __forceinline__ Stage<T> stage_of(const RowPlan& plan, char* memory, 
 // The most registers of a thread, by way of the largest block that a multiprocessor of 65536 must hold. 512 threads
 // leave 128. 640 leave 96, with which five blocks of 128 threads fit; float32 rows of 1000 classes have such blocks.
 template <class T>
-inline constexpr int kBoundedThreads = std::is_same_v<T, float> ? 640 : kLargestBlock;
+inline constexpr int kBoundedThreads = std::is_same_v<T, float> && kHasOrdinaryRows<T> ? 640 : kLargestBlock;
 
 // Handles the rows whose logits have type T. The 1 keeps nvcc from spilling to save registers for a second block.
 template <class T>
