@@ -377,7 +377,7 @@ _BUGS: dict[str, tuple[ModuleType, dict[str, str], tuple[str, ...]]] = {
                                            ("loops",)),
     "a kept row that is not looked through": (rows, {"    if row_size == 0:": "    if row_size < 0:"}, ("loops",)),
     "a kept row whose last block has no end": (rows, {"(k + 1 < BLOCKS)": "(k < BLOCKS)"}, ("loops",)),
-    "a kept row's first block taken for all": (rows, {"x = (z[k] - highest)": "x = (z[0] - highest)"}, ("loops",)),
+    "a kept row's first block taken for all": (rows, {"x = z[k] * _LOG2_E": "x = z[0] * _LOG2_E"}, ("loops",)),
     "numbers unpacked in the other order": (
         rows, {"tl.join(pairs << 16, pairs & -65536)": "tl.join(pairs & -65536, pairs << 16)"}, ("rows", "loops"),
     ),

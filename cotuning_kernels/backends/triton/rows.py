@@ -24,11 +24,13 @@ written once: ``2 * itemsize`` bytes a logit, and R. The length of the row decid
 A row without a label is not read at all. A kept row without supervision reads no logit, another one nothing twice but
 its row of R.
 
-The ordinary way. ``ordinary_row`` and ``kept_row`` compute with powers of two: ``x = (z - max(z)) log2(e)``. They
-subtract first. ``z log2(e) - max(z) log2(e)`` would be one instruction less where it is fused, and would lose the
-digits of logits far from 0 where it is not. These functions do not look at single elements: where ``q = 0`` meets a
-logit of -inf, ``q x`` is NaN, and so is its sum. If the sum is not finite, or ``Q`` is 0, the sum is taken once more
-with care; the gradient needs no care. Only the last block has a mask.
+The ordinary way. ``ordinary_row`` and ``kept_row`` compute with powers of two: ``x = (z - max(z)) log2(e)``.
+``ordinary_row`` subtracts first. ``kept_row`` has no register left for the difference: ``z log2(e) - max(z) log2(e)``
+is one instruction, which GPUs fuse; unfused, it would lose digits of logits far from 0. The rounding of ``max(z)
+log2(e)`` does not count, since both terms of the loss and both parts of ``e / S`` contain the same number. These
+functions do not look at single elements: where ``q = 0`` meets a logit of -inf, ``q x`` is NaN, and so is its sum. If
+the sum is not finite, or ``Q`` is 0, the sum is taken once more with care; the gradient needs no care. Only the last
+block has a mask.
 
 Shapes. ``rows``, labels and shares are (ROWS, 1), or scalars where a program takes one long row. ``columns`` is
 (1, BLOCK) and ``mask`` (ROWS, BLOCK), or both have the shape of a long row's block. The blocks of an ordinary or kept
@@ -314,10 +316,10 @@ def kept_row(logits, grad, q_row, columns_count, has_label, supervised, stored, 
             z_k = _load(logits, k * BLOCK, columns_count, -float("inf"), "evict_first", k + 1 < BLOCKS, HEAD)
             top = tl.maximum(top, z_k) if k > 0 else z_k
             z = z + (z_k,)  # type: ignore[assignment]  # noqa: RUF005
-        highest = tl.max(top, 0)
+        shift = tl.max(top, 0) * _LOG2_E
         total = zero
         for k in tl.static_range(BLOCKS):
-            e = tl.exp2((z[k] - highest) * _LOG2_E)
+            e = tl.exp2(z[k] * _LOG2_E - shift)
             total = total + e if k > 0 else e
         row_total = tl.sum(total, 0)
         row_dot = row_total
@@ -329,7 +331,7 @@ def kept_row(logits, grad, q_row, columns_count, has_label, supervised, stored, 
                 columns = k * BLOCK + first
                 mask = (columns < columns_count) | (k + 1 < BLOCKS)
                 q = _load(q_row, k * BLOCK, columns_count, 0.0, POLICY, k + 1 < BLOCKS, HEAD)
-                x = (z[k] - highest) * _LOG2_E
+                x = z[k] * _LOG2_E - shift
                 e = tl.exp2(x)
                 if k + 1 == BLOCKS:
                     x = tl.where(mask, x, 0.0)
@@ -346,7 +348,7 @@ def kept_row(logits, grad, q_row, columns_count, has_label, supervised, stored, 
             # keep in registers, all exponentials, and all addresses where every element has its own.
             times += 1
             nothing = times // 256
-            highest += nothing
+            shift += nothing
             if ACCESS == 1:
                 q_row += nothing
                 grad += nothing
@@ -354,7 +356,7 @@ def kept_row(logits, grad, q_row, columns_count, has_label, supervised, stored, 
             dot = zero
             for k in tl.static_range(BLOCKS):
                 q = _load(q_row, k * BLOCK, columns_count, 0.0, POLICY, k + 1 < BLOCKS, HEAD)
-                dot += _product(q, (z[k] - highest) * _LOG2_E)
+                dot += _product(q, z[k] * _LOG2_E - shift)
             row_dot = tl.sum(dot, 0)
         loss = (row_mass * tl.log2(row_total) - row_dot) * _LN_2
     elif GRADIENT:
