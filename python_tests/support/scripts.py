@@ -15,5 +15,5 @@ def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]
     path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
     environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
-        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
