@@ -48,7 +48,10 @@ def _load_extension() -> ModuleType | None:
         loaded = importlib.import_module("cotuning_kernels._C")
     except ModuleNotFoundError:
         not_built = f"the C++ extension was not built; {_REBUILD}"
-        REGISTRY.add_missing("cpp", shadowing() or too_old_for_kernels() or not_built)
+        hidden = shadowing()
+        REGISTRY.add_missing("cpp", hidden or too_old_for_kernels() or not_built)
+        if hidden is not None:
+            warnings.warn(f"cotuning_kernels runs without its kernels: {hidden}", RuntimeWarning, stacklevel=2)
         return None
     except ImportError as error:
         # The extension exists but does not load: warn before the reference serves instead.

@@ -25,7 +25,7 @@ import torch
 
 import cotuning_kernels
 from cotuning_kernels import backends
-from cotuning_kernels.backends import torch_version
+from cotuning_kernels.backends import cpp, torch_version
 from support.binaries import needed_libraries, symbols, unstable_symbols
 from support.cpp_builds import build, compiler, require, run
 from support.paths import ROOT
@@ -329,7 +329,9 @@ def test_sources_that_hide_the_installed_package_say_so(tmp_path: Path) -> None:
     (copy.parent / "pyproject.toml").touch()
     finished = python(code, package=copy)
     assert finished.returncode == 0, finished.stdout
-    cpp, cuda = finished.stdout.splitlines()
+    *_, warned, _, cpp, cuda = finished.stdout.splitlines()
+    assert warned.endswith(f"RuntimeWarning: cotuning_kernels runs without its kernels: {cpp}")
+    assert finished.stdout.count("Warning") == 1
     assert cpp == cuda
     said = re.fullmatch(
         rf"these are the sources in {re.escape(str(copy))}, which Python finds before the installed package, (.*); "
@@ -338,6 +340,21 @@ def test_sources_that_hide_the_installed_package_say_so(tmp_path: Path) -> None:
     )
     assert said is not None, cpp
     assert any(Path(said[1]).glob("_C.*"))
+
+
+def test_an_editable_installation_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkout is on the path itself, perhaps under a second name."""
+    checkout, pure = tmp_path / "checkout", tmp_path / "pure"
+    for folder in (checkout, pure):
+        (folder / "cotuning_kernels" / "backends").mkdir(parents=True)
+    (checkout / "pyproject.toml").touch()
+    (checkout / "cotuning_kernels" / "_C.abi3.so").touch()  # for another Python, say
+    (tmp_path / "link").symlink_to(checkout)
+    monkeypatch.setattr(cpp, "__file__", str(checkout / "cotuning_kernels" / "backends" / "cpp.py"))
+    monkeypatch.setattr(sys, "path", [str(checkout), str(tmp_path / "link"), str(pure)])
+    assert cpp.shadowing() is None
+    (pure / "cotuning_kernels" / "_C.abi3.so").touch()
+    assert "before the installed package" in (cpp.shadowing() or "")
 
 
 _NOT_IN_A_CHECKOUT = (".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".cache")
