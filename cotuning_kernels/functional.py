@@ -10,7 +10,7 @@ from torch import Tensor
 from cotuning_kernels import autograd, backends, reference, validation
 from cotuning_kernels.backends.registry import REGISTRY
 from cotuning_kernels.linear_head import MEMORY_BUDGET
-from cotuning_kernels.linear_loss import CoTuningMetrics, Head, linear_loss
+from cotuning_kernels.linear_loss import CoTuningMetrics, Head, LinearCall, linear_loss
 from cotuning_kernels.options import LossOptions, check_options
 from cotuning_kernels.shapes import logits_as_rows, shape_of_labels, target_as_rows
 from cotuning_kernels.sharded_loss import is_dtensor, loss_of_dtensors
@@ -207,7 +207,8 @@ def linear_source_label_loss(
     """
     options = LossOptions(trade_off=1.0, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss)
     head = Head(features, weight, bias)
-    return linear_loss(head, None, target, matrix_of(relationship), options, memory_budget, backend, False).loss
+    call = LinearCall(head, None, target, matrix_of(relationship), options, memory_budget, backend, False)
+    return linear_loss(call).loss
 
 
 def compute_linear_loss(
@@ -225,8 +226,8 @@ def compute_linear_loss(
     for_source, for_target = features if isinstance(features, tuple | list) else (features, features)
     source, target_head = Head(for_source, *heads[:2]), Head(for_target, *heads[2:])
     found = linear_loss(
-        source, target_head, target, relationship, options, memory_budget, backend, return_metrics
-    )  # fmt: skip
+        LinearCall(source, target_head, target, relationship, options, memory_budget, backend, return_metrics)
+    )
     if return_metrics:
         return found
     return CoTuningTerms(*found[:3]) if return_terms else found.loss

@@ -45,7 +45,7 @@ def compute_linear_head(
     mix: Tensor | None,
     relationship: Tensor | None,
     *others: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """``loss = factor * total``, where ``total`` sums one head's loss over the rows that take part, and its gradients.
 
     The other arguments are the options, for a sum with a trade-off of 1, and those of ``_SETTINGS``. With
@@ -53,24 +53,24 @@ def compute_linear_head(
     float32 (float64 for float64 logits; ``total`` always), whatever the dtype of the tensors. What was not asked for is
     empty.
     """
-    count = len(OperationOptions._fields)
-    options = OperationOptions(*others[:count])
-    dtype, memory_budget, backend, *wanted, metrics = others[count:]
+    num_options = len(OperationOptions._fields)
+    options = OperationOptions(*others[:num_options])
+    dtype, memory_budget, backend, *wanted, metrics = others[num_options:]
     gradients = features_gradient, weight_gradient, bias_gradient = tuple(wanted)
-    results = _results(features, weight, bias, dtype, gradients, metrics)
-    loss, total, features_grad, weight_grad, bias_grad, logsumexp, correct = results
-    for each in (total, features_grad, weight_grad, bias_grad, correct):
+    results = _results(features, weight, bias, dtype, gradients, memory_budget, metrics)
+    loss, total, features_grad, weight_grads, bias_grad, logsumexp, correct = results
+    for each in (total, features_grad, *weight_grads, bias_grad, correct):
         each.zero_()
     logsumexp.fill_(torch.nan)
     rows = _rows(takes_part)
-    count = features.shape[0] if rows is None else rows.shape[0]
+    num_rows = features.shape[0] if rows is None else rows.shape[0]
     with torch.no_grad(), without_autocast(features.device):
         features, weight = features.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        size = min(rows_of_chunk(weight.shape[0] * dtype.itemsize, memory_budget), max(count, 1))
+        size = min(rows_of_chunk(weight.shape[0] * dtype.itemsize, memory_budget), max(num_rows, 1))
         buffer = weight.new_empty((size, weight.shape[0]))
-        for start in range(0, count, size):
-            here: Any = slice(start, min(start + size, count))
+        for start in range(0, num_rows, size):
+            here: Any = slice(start, min(start + size, num_rows))
             here = here if rows is None else rows[here]
             x = features[here]
             logits = buffer[: x.shape[0]]
@@ -89,7 +89,7 @@ def compute_linear_head(
             if features_gradient:
                 features_grad[here] = (logits @ weight).to(features_grad.dtype) * chunk_factor
             if weight_gradient:
-                _add_product(weight_grad, logits, x, chunk_factor, memory_budget)
+                _add_product(weight_grads, logits, x, chunk_factor, memory_budget)
             if bias_gradient:
                 bias_grad += logits.sum(dim=0).to(bias_grad.dtype) * chunk_factor
     loss.copy_(total * factor)
@@ -102,15 +102,15 @@ linear_head_loss = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor features, Tensor head_weight, Tensor? bias, Tensor takes_part, Tensor factor, Tensor target, "
     f"Tensor? target_b, Tensor? mix, Tensor? relationship, {SCHEMA}, {_SETTINGS}) "
-    "-> (Tensor loss, Tensor total, Tensor features_grad, Tensor weight_grad, Tensor bias_grad, Tensor logsumexp, "
-    "Tensor correct)",
+    "-> (Tensor loss, Tensor total, Tensor features_grad, Tensor[] weight_grads, Tensor bias_grad, Tensor "
+    "logsumexp, Tensor correct)",
 )
 
 
 @linear_head_loss.register_fake
-def _(features: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
-    *_, dtype, _, _, of_features, of_weight, of_bias, metrics = others
-    return _results(features, weight, bias, dtype, (of_features, of_weight, of_bias), metrics)
+def _(features: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Any, ...]:
+    *_, dtype, memory_budget, _, of_features, of_weight, of_bias, metrics = others
+    return _results(features, weight, bias, dtype, (of_features, of_weight, of_bias), memory_budget, metrics)
 
 
 def _results(
@@ -119,17 +119,29 @@ def _results(
     bias: Tensor | None,
     dtype: torch.dtype,
     gradients: tuple[bool, bool, bool],
+    memory_budget: int,
     metrics: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
+    """New memory for the results.
+
+    A weight whose gradient is rounded in the end has several tensors of sums, each for a block of classes that fits the
+    budget. The backward pass rounds and frees one after the other, so that sums and gradient never exist side by side.
+    """
     arithmetic = torch.promote_types(dtype, torch.float32)
     rows = features.shape[0] if metrics else 0
+
+    def sums(of: Tensor | None, wanted: bool) -> Tensor:
+        return features.new_empty(0 if of is None or not wanted else of.shape, dtype=arithmetic)
+
+    blocks: list[Tensor] = [weight]
+    if gradients[1] and weight.dtype != arithmetic:
+        blocks = list(weight.split(rows_of_chunk(weight.shape[1] * arithmetic.itemsize, memory_budget)))
     return (
         features.new_empty((), dtype=arithmetic),
         features.new_empty((), dtype=torch.float64),
-        *(
-            features.new_empty(0 if x is None or not wanted else x.shape, dtype=arithmetic)
-            for x, wanted in zip((features, weight, bias), gradients, strict=True)
-        ),
+        sums(features, gradients[0]),
+        [sums(block, gradients[1]) for block in blocks],
+        sums(bias, gradients[2]),
         features.new_empty(rows, dtype=arithmetic),
         features.new_empty(rows, dtype=torch.bool),
     )
@@ -202,23 +214,24 @@ def _likeliest(operand: OperandTarget, of_source: bool, options: OperationOption
 
 
 def _add_product(
-    weight_grad: Tensor, logits_grad: Tensor, features: Tensor, factor: Tensor, memory_budget: int
+    weight_grads: list[Tensor], logits_grad: Tensor, features: Tensor, factor: Tensor, memory_budget: int
 ) -> None:
-    """``weight_grad += factor * logits_grad.T @ features``, added in the dtype of ``weight_grad``."""
-    if weight_grad.dtype == logits_grad.dtype:
-        weight_grad.addmm_(logits_grad.t(), features * factor)
-        return
+    """Add ``factor * logits_grad.T @ features`` to the blocks of the weight's gradient, in their dtype."""
+    grads_of_blocks = logits_grad.split([len(sums) for sums in weight_grads], dim=1)
     # A product of half-precision matrices has their dtype. It is added a few classes at a time, while in a cache.
     size = rows_of_chunk(features.shape[1] * features.dtype.itemsize, memory_budget // 32)
-    for part in range(0, weight_grad.shape[0], size):
-        classes = slice(part, part + size)
-        weight_grad[classes].addcmul_(logits_grad[:, classes].t() @ features, factor)
+    for sums, grads in zip(weight_grads, grads_of_blocks, strict=True):
+        if sums.dtype == grads.dtype:
+            sums.addmm_(grads.t(), features * factor)
+            continue
+        for part, columns in zip(sums.split(size), grads.split(size, dim=1), strict=True):
+            part.addcmul_(columns.t() @ features, factor)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *others = output
-    ctx.mark_non_differentiable(*others)
-    ctx.save_for_backward(*output[2:5])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, total, features_grad, weight_grads, bias_grad, *metrics = output
+    ctx.mark_non_differentiable(total, features_grad, *weight_grads, bias_grad, *metrics)
+    ctx.save_for_backward(features_grad, bias_grad, *weight_grads)
     ctx.stored = inputs[-4:-1]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.set_materialize_grads(False)
@@ -232,18 +245,28 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     tracing = torch.compiler.is_compiling() or type(upstream) is not Tensor
     # retain_graph=True: another backward pass may read the sums again. In a compiled graph the compiler decides.
     keep = tracing or torch._C._autograd._get_current_graph_task_keep_graph()
-    is_one = not tracing and is_known_to_be_one(upstream)
-    for i, (gradient, stored, dtype) in enumerate(zip(ctx.saved_tensors, ctx.stored, ctx.dtypes, strict=True)):
+    factor = None if not tracing and is_known_to_be_one(upstream) else upstream
+    features_grad, bias_grad, *weight_grads = ctx.saved_tensors
+    sums = [features_grad], weight_grads, [bias_grad]
+    for i, (blocks, stored, dtype) in enumerate(zip(sums, ctx.stored, ctx.dtypes, strict=True)):
         if not ctx.needs_input_grad[i]:
             continue
         if not stored:
             raise RuntimeError(f"linear_head_loss was called without the gradient of its tensor {i}")
-        if not is_one:
-            gradient = gradient * upstream if keep else gradient.mul_(upstream)
-        elif keep:
-            gradient = gradient.clone()
-        found[i] = gradient.to(dtype)
+        finished = [_finished(block, factor, dtype, keep) for block in blocks]
+        found[i] = finished[0] if len(finished) == 1 else torch.cat(finished)
     return tuple(found)
+
+
+def _finished(sums: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool) -> Tensor:
+    """``factor * sums`` in ``dtype``; unless ``keep``, the memory of the sums is used for it, or freed."""
+    if keep:
+        return sums.to(dtype, copy=True) if factor is None else (sums * factor).to(dtype)
+    scaled = sums if factor is None else sums.mul_(factor)
+    gradient = scaled.to(dtype)
+    if gradient is not scaled:
+        sums.untyped_storage().resize_(0)  # the graph still holds the tensor
+    return gradient
 
 
 linear_head_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -21,7 +21,7 @@ from cotuning_kernels.shapes import target_as_rows
 from cotuning_kernels.sharded_loss import is_dtensor
 from cotuning_kernels.targets import Target, as_collated, dense_columns, operand_target
 
-__all__ = ["CoTuningMetrics", "Head", "check_linear_options", "linear_loss"]
+__all__ = ["CoTuningMetrics", "Head", "LinearCall", "check_linear_options", "linear_loss"]
 
 
 class Head(NamedTuple):
@@ -41,6 +41,22 @@ class Head(NamedTuple):
         if self.features.dtype == torch.float64 or not torch.is_autocast_enabled(device):
             return self.features.dtype
         return torch.get_autocast_dtype(device)
+
+
+class LinearCall(NamedTuple):
+    """What :func:`linear_loss` computes; without ``target_head`` the source term alone, without the trade-off.
+
+    With ``metrics=False`` the last four members of the result are empty.
+    """
+
+    source: Head
+    target_head: Head | None
+    target: Target
+    relationship: Tensor
+    options: LossOptions
+    memory_budget: int
+    backend: str
+    metrics: bool
 
 
 class CoTuningMetrics(NamedTuple):
@@ -80,21 +96,13 @@ def check_linear_options(options: LossOptions, memory_budget: int) -> None:
         raise ValueError(f"memory_budget is {memory_budget}, expected at least 1 byte")
 
 
-def linear_loss(
-    source: Head,
-    target_head: Head | None,
-    target: Target,
-    relationship: Tensor,
-    options: LossOptions,
-    memory_budget: int,
-    backend: str,
-    metrics: bool,
-) -> CoTuningMetrics:
-    """The Co-Tuning loss of two linear heads; without ``target_head`` the source term alone, without the trade-off.
+def linear_loss(call: LinearCall) -> CoTuningMetrics:
+    """The Co-Tuning loss of linear heads.
 
     The public functions and the module end here. Errors are those of
-    :func:`cotuning_kernels.functional.linear_co_tuning_loss`. Without ``metrics`` the result's last four are empty.
+    :func:`cotuning_kernels.functional.linear_co_tuning_loss`.
     """
+    source, target_head, target, relationship, options, memory_budget, backend, metrics = call
     heads = {"source": source} if target_head is None else {"source": source, "target": target_head}
     for name, head in heads.items():
         if any(map(is_dtensor, head)):
@@ -122,7 +130,7 @@ def linear_loss(
     check_linear_options(options, memory_budget)
     served_by = backends.select(device.type, backend, device.index)
     compute = _by_reference if served_by == "reference" else _by_chunks
-    found = compute(source, target_head, target, relationship, options, memory_budget, served_by, metrics)
+    found = compute(call._replace(source=source, target_head=target_head, target=target, backend=served_by))
     if metrics and len(shape) > 1:
         found = found._replace(
             target_logsumexp=found.target_logsumexp.reshape(shape if target_head is not None else (0,)),
@@ -131,17 +139,9 @@ def linear_loss(
     return found
 
 
-def _by_reference(
-    source: Head,
-    target_head: Head | None,
-    target: Target,
-    relationship: Tensor,
-    options: LossOptions,
-    memory_budget: int,
-    backend: str,
-    metrics: bool,
-) -> CoTuningMetrics:
+def _by_reference(call: LinearCall) -> CoTuningMetrics:
     """The definition of correct: all logits by ``F.linear``, then the reference's loss."""
+    source, target_head, target, relationship, options, _, _, metrics = call
     source_logits = F.linear(*source)
     target_logits = None if target_head is None else F.linear(*target_head)
     terms = reference.co_tuning_loss(source_logits, target_logits, target, relationship, **options._asdict())
@@ -173,16 +173,8 @@ def _logged(logits: Tensor, distribution: Tensor) -> tuple[Tensor, Tensor]:
     return accuracy, torch.where(counts, torch.logsumexp(logits, dim=1), torch.nan)
 
 
-def _by_chunks(
-    source: Head,
-    target_head: Head | None,
-    target: Target,
-    relationship: Tensor,
-    options: LossOptions,
-    memory_budget: int,
-    backend: str,
-    metrics: bool,
-) -> CoTuningMetrics:
+def _by_chunks(call: LinearCall) -> CoTuningMetrics:
+    source, target_head, target, relationship, options, memory_budget, backend, metrics = call
     relationship = dense_columns(relationship)
     weight = options.weight
     probabilities = isinstance(target, Tensor) and target.is_floating_point()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 import subprocess
@@ -78,17 +79,20 @@ def test_it_is_the_loss_of_logits(bias: bool, draw: torch.Generator) -> None:
     assert_alike(step.gradients(step.fused()), step.gradients(step.unfused()))
 
 
-def test_upstream_and_repeated_backward(draw: torch.Generator) -> None:
-    step = Step(draw)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upstream_and_repeated_backward(dtype: torch.dtype, draw: torch.Generator) -> None:
+    step = Step(draw, dtype)
+    tolerance = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
     once = step.gradients(step.fused())
-    assert_alike(step.gradients(-0.5 * step.fused()), {name: -0.5 * x for name, x in once.items()})
+    assert_alike(step.gradients(-0.5 * step.fused()), {name: -0.5 * x for name, x in once.items()}, tolerance)
+    assert_alike(step.gradients(3 * step.fused()), {name: 3 * x for name, x in once.items()}, tolerance)
     loss = step.fused()
     step.zero_grad()
     inputs = [step.features, *step.parameters()]
     for factor in (3.0, 1.0, 3.0):
         found = torch.autograd.grad(loss, inputs, torch.tensor(factor), retain_graph=True)
         names = ["features", *(name for name, _ in step.named_parameters())]
-        assert_alike(dict(zip(names, found, strict=True)), {name: factor * x for name, x in once.items()})
+        assert_alike(dict(zip(names, found, strict=True)), {name: factor * x for name, x in once.items()}, tolerance)
         for x in found:
             x.fill_(7.0)
     with pytest.raises(RuntimeError, match="differentiated only once"):
@@ -339,6 +343,34 @@ def test_no_tensor_is_larger_than_a_chunk(kind: str, draw: torch.Generator) -> N
     with LargestTensor() as seen:
         functional.co_tuning_loss(features @ heads[0].t(), features @ heads[1].t(), target[kind], relationship)
     assert seen.largest == rows * classes
+
+
+@needs_kernels
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_sums_and_gradient_never_exist_side_by_side(scale: float, draw: torch.Generator) -> None:
+    """The float32 sums of a bfloat16 weight's gradient are freed block by block while the gradient is made."""
+    classes = 4000
+    features, *weights = (torch.randn(n, WIDTH, generator=draw).bfloat16().requires_grad_() for n in (9, classes, N_T))
+    relationship = torch.softmax(torch.randn(N_T, classes, generator=draw), 1)
+    labels = torch.randint(N_T, (9,), generator=draw)
+
+    block = 4 * classes  # bytes of sums
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = functional.linear_co_tuning_loss(
+            features, weights[0], None, weights[1], None, labels, relationship, memory_budget=block
+        )
+        assert isinstance(loss, Tensor)
+        with torch.profiler.record_function("backward"):
+            (scale * loss).backward()
+    events = profile.profiler.kineto_results.events()
+    start = next(x.start_ns() for x in events if x.name() == "backward")
+    memory = [x for x in events if x.name() == "[memory]"]
+    before = sum(x.nbytes() for x in memory if x.start_ns() < start)
+    existing = list(itertools.accumulate((x.nbytes() for x in memory if x.start_ns() >= start), initial=before))
+    gradient, sums = 2 * classes * WIDTH, 4 * classes * WIDTH
+    assert sums <= existing[0] < 1.1 * sums
+    assert max(existing) < existing[0] + 1.1 * block
+    assert gradient <= existing[-1] < 1.1 * gradient
 
 
 # ---------------------------------------------------------------------------------------------------------- options
