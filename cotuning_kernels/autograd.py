@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cotuning_kernels import validation
+from cotuning_kernels.backends.dense_rows import translated_rows
 from cotuning_kernels.backends.operations import operation
 from cotuning_kernels.options import LossOptions
-from cotuning_kernels.targets import Target, dense_columns, operand_target
+from cotuning_kernels.sparse_rows import SparseRows
+from cotuning_kernels.targets import SparseOperandTarget, Target, dense_columns, operand_target
 
 __all__ = [
     "co_tuning_loss",
@@ -38,7 +40,7 @@ def co_tuning_loss(
     source_logits: Tensor,
     target_logits: Tensor | None,
     target: Target,
-    relationship: Tensor,
+    relationship: Tensor | SparseRows,
     options: LossOptions,
     inplace: bool,
     return_terms: bool,
@@ -49,21 +51,28 @@ def co_tuning_loss(
 
     Checks only what the operation would wrongly accept.
     """
-    relationship = dense_columns(relationship)
-    operand: tuple[Tensor, Tensor | None, Tensor | None, Tensor]
-    if isinstance(target, Tensor) and not target.is_floating_point():
+    sparse = isinstance(relationship, SparseRows)
+    if isinstance(relationship, SparseRows):  # no tensor of the operation says how many columns it has
+        num_classes = None if target_logits is None else target_logits.shape[-1]
+        validation.check_relationship(relationship, num_classes, source_logits.shape[-1], source_logits.device)
+    else:
+        relationship = dense_columns(relationship)
+    operand: tuple[Any, ...]
+    if not sparse and isinstance(target, Tensor) and not target.is_floating_point():
         operand = (target, None, None, relationship)
     else:
         validation.check_target(
             target, source_logits.shape[0], relationship.shape[0], source_logits.device, options.ignore_index
         )
         operand = operand_target(target, relationship, _compute_dtype(source_logits))
-    if relationship.requires_grad:
+    matrix = relationship.values if isinstance(relationship, SparseRows) else relationship
+    if matrix.requires_grad:
         raise ValueError("relationship must not require grad")
     if options.weight is not None and options.reduction == "mean" and backend != "cpp":
         half = target_logits is not None and target_logits.dtype is torch.float16
         if half and not operand[0].is_floating_point():
             options = options._replace(weight=normalized_class_weights(options.weight))
+    name = "sparse_co_tuning_loss" if isinstance(operand, SparseOperandTarget) else "co_tuning_loss"
     arguments: tuple[Any, ...] = (*operand, *options.in_operations(source_logits.device))
     source_gradient = source_logits.requires_grad
     target_gradient = target_logits is not None and target_logits.requires_grad
@@ -77,25 +86,28 @@ def co_tuning_loss(
         if target_logits is not None:
             validation.check_inplace("target_logits", target_logits)
         if not torch.compiler.is_compiling():  # a trace has no memory yet
-            validation.check_inplace_memory(source_logits, target_logits, operand[0], relationship)
-        result = _InplaceCoTuningLoss.apply(source_logits, target_logits, arguments, return_terms, backend)
+            validation.check_inplace_memory(source_logits, target_logits, operand[0], matrix)
+        result = _InplaceCoTuningLoss.apply(source_logits, target_logits, name, arguments, return_terms, backend)
         return result if return_terms else (result, None)
     source_logits = dense_columns(source_logits)
     target_logits = None if target_logits is None else dense_columns(target_logits)
     if is_mapped:
         both = (True, target_logits is not None)
-        loss, terms, *_ = operation("co_tuning_loss", backend)(source_logits, target_logits, *arguments, *both)
+        loss, terms, *_ = operation(name, backend)(source_logits, target_logits, *arguments, *both)
         return loss, terms
     if wants_gradient:
         arguments = (*arguments, source_gradient, target_gradient)
-        result = _CoTuningLoss.apply(source_logits, target_logits, arguments, return_terms, backend)
+        result = _CoTuningLoss.apply(source_logits, target_logits, name, arguments, return_terms, backend)
         return result if return_terms else (result, None)
-    loss, terms, *_ = _below_autograd("co_tuning_loss", backend, source_logits, target_logits, *arguments, False, False)
+    loss, terms, *_ = _below_autograd(name, backend, source_logits, target_logits, *arguments, False, False)
     return loss, terms
 
 
-def translate_labels(target: Target, relationship: Tensor, ignore_index: int, backend: str) -> Tensor:
+def translate_labels(target: Target, relationship: Tensor | SparseRows, ignore_index: int, backend: str) -> Tensor:
     """Rows of ``p(y_source | target)`` for class indices or a mixup pair; not differentiable."""
+    if isinstance(relationship, SparseRows):
+        sparse = operand_target(target, relationship.detach())
+        return translated_rows(*sparse[:3], relationship, ignore_index)
     labels, labels_b, mix, relationship = operand_target(target, dense_columns(relationship.detach()))
     translated: Tensor = operation("translate_labels", backend)(labels, labels_b, mix, relationship, ignore_index)
     return translated
@@ -162,7 +174,7 @@ def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     tracing = torch.compiler.is_compiling()
     saved = ctx.saved_tensors
     source_grad, target_grad, factors = saved if len(saved) == 3 else (*saved, ctx.factors)
@@ -174,7 +186,7 @@ def _scaled_gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None,
     if tracing or not (is_known_to_be_one(upstream) and factors.tolist() == [1.0, 1.0]):
         operation("scale_gradients_", ctx.backend)(source_grad, target_grad, factors, upstream)
     wanted = ctx.needs_input_grad
-    return source_grad if wanted[0] else None, target_grad if wanted[1] else None, None, None, None
+    return source_grad if wanted[0] else None, target_grad if wanted[1] else None, None, None, None, None
 
 
 def is_known_to_be_one(upstream: Tensor) -> bool:
@@ -232,9 +244,10 @@ def _operation_backward(backend: str, ctx: Any, upstream: Tensor, *_: Tensor) ->
 
 
 for _backend in ("auto", "triton"):
-    torch.library.register_autograd(
-        operation("co_tuning_loss", _backend), partial(_operation_backward, _backend), setup_context=_setup_context
-    )
+    for _name in ("co_tuning_loss", "sparse_co_tuning_loss"):
+        torch.library.register_autograd(
+            operation(_name, _backend), partial(_operation_backward, _backend), setup_context=_setup_context
+        )
 
 
 class _CoTuningLoss(torch.autograd.Function):
@@ -245,12 +258,13 @@ class _CoTuningLoss(torch.autograd.Function):
         ctx: Any,
         source_logits: Tensor,
         target_logits: Tensor | None,
+        name: str,
         arguments: tuple[Any, ...],
         return_terms: bool,
         backend: str,
     ) -> Tensor | tuple[Tensor, Tensor]:
         loss, terms, factors, source_grad, target_grad = _below_autograd(
-            "co_tuning_loss", backend, source_logits, target_logits, *arguments
+            name, backend, source_logits, target_logits, *arguments
         )
         _save(ctx, source_grad, target_grad, factors, backend)
         if not return_terms:
@@ -271,11 +285,12 @@ class _InplaceCoTuningLoss(torch.autograd.Function):
         ctx: Any,
         source_logits: Tensor,
         target_logits: Tensor | None,
+        name: str,
         arguments: tuple[Any, ...],
         return_terms: bool,
         backend: str,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        loss, terms, factors = operation("co_tuning_loss_", backend)(source_logits, target_logits, *arguments)
+        loss, terms, factors = operation(f"{name}_", backend)(source_logits, target_logits, *arguments)
         # An operation that saved these logits for its backward pass now raises instead of using overwritten values.
         torch.autograd.graph.increment_version([x for x in (source_logits, target_logits) if x is not None])
         source_grad = source_logits.detach()

@@ -24,6 +24,7 @@ from cotuning_kernels.options import LossOptions
 from cotuning_kernels.processes import rank_and_size
 from cotuning_kernels.shapes import logits_as_rows, shape_of_labels, target_as_rows
 from cotuning_kernels.sharded_loss import share_of_mean
+from cotuning_kernels.sparse_rows import SparseRows
 from cotuning_kernels.targets import Target, as_collated
 
 if TYPE_CHECKING:
@@ -106,7 +107,9 @@ def global_mean_loss(
         source_logits, target_logits = logits_as_rows(source_logits), logits_as_rows(target_logits)
     functional.require_target_logits(target_logits)
 
-    def compute(target: Target, relationship: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(
+        target: Target, relationship: Tensor | SparseRows, options: LossOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
         found = functional.compute_loss(
             source_logits, target_logits, target, relationship, options, criterion.inplace, criterion.backend, True
         )
@@ -114,6 +117,5 @@ def global_mean_loss(
         return found
 
     all_reduce = partial(torch.distributed.all_reduce, group=group)
-    return CoTuningTerms(
-        *share_of_mean(compute, target, criterion.relationship, criterion.options, all_reduce, processes)
-    )
+    relationship = functional.matrix_of(criterion.relationship)
+    return CoTuningTerms(*share_of_mean(compute, target, relationship, criterion.options, all_reduce, processes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from cotuning_kernels.linear_loss import CoTuningMetrics, Head, LinearCall, line
 from cotuning_kernels.options import LossOptions, check_options
 from cotuning_kernels.shapes import logits_as_rows, shape_of_labels, target_as_rows
 from cotuning_kernels.sharded_loss import is_dtensor, loss_of_dtensors
+from cotuning_kernels.sparse_rows import SparseRows
 from cotuning_kernels.targets import RelationshipLike, Target, as_collated
 
 __all__ = [
@@ -215,7 +216,7 @@ def compute_linear_loss(
     features: Tensor | tuple[Tensor, Tensor],
     heads: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     target: Target,
-    relationship: Tensor,
+    relationship: Tensor | SparseRows,
     options: LossOptions,
     memory_budget: int,
     backend: str,
@@ -249,18 +250,31 @@ def translate_labels(
     Raises:
         TypeError, ValueError, IndexError: as for :func:`co_tuning_loss`.
     """
-    relationship, target = matrix_of(relationship), as_collated(target)
-    validation.check_is_tensor("relationship", relationship)
-    num_columns = relationship.shape[-1] if relationship.dim() else 0
-    validation.check_relationship(relationship, None, num_columns, relationship.device)
+    matrix, target = matrix_of(relationship), as_collated(target)
+    check_matrix(matrix)
     labels = target[0] if isinstance(target, tuple) and target else target
     batch = labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else 0
-    validation.check_target(target, batch, relationship.shape[0], relationship.device, ignore_index)
+    validation.check_target(target, batch, matrix.shape[0], matrix.device, ignore_index)
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
-    served_by = backends.select(relationship.device.type, backend, relationship.device.index)
+    served_by = backends.select(matrix.device.type, backend, matrix.device.index)
     if probabilities or served_by == "reference":
-        return reference.translate_labels(target, relationship, ignore_index=ignore_index)
-    return autograd.translate_labels(target, relationship, ignore_index, served_by)
+        return reference.translate_labels(target, _dense(matrix), ignore_index=ignore_index)
+    return autograd.translate_labels(target, matrix, ignore_index, served_by)
+
+
+def check_matrix(matrix: Tensor | SparseRows) -> None:
+    """Check a relationship by itself, without reading data.
+
+    Raises:
+        TypeError, ValueError: it has a wrong type, dtype or shape.
+    """
+    if not isinstance(matrix, SparseRows):
+        validation.check_is_tensor("relationship", matrix)
+    validation.check_relationship(matrix, None, matrix.shape[-1] if len(matrix.shape) else 0, matrix.device)
+
+
+def _dense(relationship: Tensor | SparseRows) -> Tensor:
+    return relationship.to_dense() if isinstance(relationship, SparseRows) else relationship
 
 
 def require_target_logits(target_logits: Tensor | None) -> None:
@@ -273,7 +287,7 @@ def compute_loss(
     source_logits: Tensor,
     target_logits: Tensor | None,
     target: Target,
-    relationship: Tensor,
+    relationship: Tensor | SparseRows,
     options: LossOptions,
     inplace: bool,
     backend: str,
@@ -293,7 +307,7 @@ def compute_loss(
     validation.check_is_tensor("source_logits", source_logits)
     if is_dtensor(source_logits):
 
-        def of_part(s: Tensor, t: Tensor, y: Target, r: Tensor, o: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+        def of_part(s: Tensor, t: Tensor, y: Target, r: Any, o: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
             found = compute_loss(s, t, y, r, o, inplace, backend, True)
             assert isinstance(found, CoTuningTerms)
             return found
@@ -311,7 +325,9 @@ def compute_loss(
         wants_gradient = source_logits.requires_grad or (target_logits is not None and target_logits.requires_grad)
         if inplace and wants_gradient and torch.is_grad_enabled():
             raise ValueError("inplace=True needs a kernel, but the reference serves this call; leave inplace out")
-        loss, target_term, source_term = reference.co_tuning_loss(*inputs, **options._asdict())
+        loss, target_term, source_term = reference.co_tuning_loss(
+            *inputs[:3], _dense(relationship), **options._asdict()
+        )
         return CoTuningTerms(loss, target_term.detach(), source_term.detach()) if return_terms else loss
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(
@@ -335,7 +351,7 @@ def _compute_loss_of_rows(
     source_logits: Tensor,
     target_logits: Tensor | None,
     target: Target,
-    relationship: Tensor,
+    relationship: Tensor | SparseRows,
     options: LossOptions,
     inplace: bool,
     backend: str,
@@ -355,14 +371,21 @@ def _compute_loss_of_rows(
 
 
 def _check_call(
-    source_logits: Tensor, target_logits: Tensor | None, target: Target, relationship: Tensor, options: LossOptions
+    source_logits: Tensor,
+    target_logits: Tensor | None,
+    target: Target,
+    relationship: Tensor | SparseRows,
+    options: LossOptions,
 ) -> None:
     validation.check_inputs(source_logits, target_logits, target, relationship, options.ignore_index)
     check_options(options, relationship.shape[0], source_logits.device)
 
 
-def matrix_of(relationship: Tensor | RelationshipLike) -> Tensor:
-    """The matrix of a Relationship. Anything else is returned unchanged; the checks reject it."""
-    if isinstance(relationship, Tensor):
+def matrix_of(relationship: Tensor | RelationshipLike | SparseRows) -> Tensor | SparseRows:
+    """The matrix of a Relationship; a sparse one as its tensors. The checks reject anything else."""
+    if isinstance(relationship, Tensor) and relationship.layout is torch.strided:
         return relationship
-    return cast(Tensor, getattr(relationship, "matrix", relationship))
+    if isinstance(relationship, SparseRows):
+        return relationship
+    matrix = cast(Tensor, getattr(relationship, "matrix", relationship))
+    return SparseRows.of(matrix) if isinstance(matrix, Tensor) and matrix.layout is not torch.strided else matrix

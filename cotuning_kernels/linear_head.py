@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from cotuning_kernels.autograd import is_known_to_be_one, refuse_second_derivatives
+from cotuning_kernels.backends.dense_rows import translated_rows
 from cotuning_kernels.backends.operations import operation
 from cotuning_kernels.options import SCHEMA, OperationOptions
-from cotuning_kernels.targets import OperandTarget, operand_target, without_autocast
+from cotuning_kernels.sparse_rows import SparseRows
+from cotuning_kernels.targets import OperandTarget, SparseOperandTarget, operand_target, without_autocast
 
 __all__ = ["MEMORY_BUDGET", "compute_linear_head", "linear_head_loss", "rows_of_chunk"]
 
@@ -44,12 +46,15 @@ def compute_linear_head(
     target_b: Tensor | None,
     mix: Tensor | None,
     relationship: Tensor | None,
+    crow_indices: Tensor | None,
+    col_indices: Tensor | None,
     *others: Any,
 ) -> tuple[Any, ...]:
     """``loss = factor * total``, where ``total`` sums one head's loss over the rows that take part, and its gradients.
 
     The other arguments are the options, for a sum with a trade-off of 1, and those of ``_SETTINGS``. With
-    ``relationship`` it is the source term, without it the target term. Everything is summed over the chunks in
+    ``relationship`` it is the source term, without it the target term; with indices, ``relationship`` has the values of
+    a sparse one. Everything is summed over the chunks in
     float32 (float64 for float64 logits; ``total`` always), whatever the dtype of the tensors. What was not asked for is
     empty.
     """
@@ -78,11 +83,14 @@ def compute_linear_head(
                 torch.mm(x, weight.t(), out=logits)
             else:
                 torch.addmm(bias, x, weight.t(), out=logits)
-            operand = _operand(target, target_b, mix, relationship, here, logits)
+            matrix: Tensor | SparseRows | None = relationship
+            if relationship is not None and crow_indices is not None and col_indices is not None:
+                matrix = SparseRows(crow_indices, col_indices, relationship, logits.shape[1])
+            operand = _operand(target, target_b, mix, matrix, here, logits)
             if metrics:
                 wide = logits.to(logsumexp.dtype)
                 logsumexp[here] = torch.logsumexp(wide, dim=1)
-                correct[here] = wide.argmax(dim=1) == _likeliest(operand, relationship is not None, options, backend)
+                correct[here] = wide.argmax(dim=1) == _likeliest(operand, matrix, options, backend)
             chunk_sum, chunk_factor = _chunk(logits, operand, relationship is not None, options, backend, gradients)
             total += chunk_sum
             chunk_factor = chunk_factor * factor
@@ -101,7 +109,8 @@ linear_head_loss = torch.library.custom_op(
     compute_linear_head,
     mutates_args=(),
     schema="(Tensor features, Tensor head_weight, Tensor? bias, Tensor takes_part, Tensor factor, Tensor target, "
-    f"Tensor? target_b, Tensor? mix, Tensor? relationship, {SCHEMA}, {_SETTINGS}) "
+    "Tensor? target_b, Tensor? mix, Tensor? relationship, Tensor? crow_indices, Tensor? col_indices, "
+    f"{SCHEMA}, {_SETTINGS}) "
     "-> (Tensor loss, Tensor total, Tensor features_grad, Tensor[] weight_grads, Tensor bias_grad, Tensor "
     "logsumexp, Tensor correct)",
 )
@@ -160,8 +169,13 @@ def _rows(takes_part: Tensor) -> Tensor | None:
 
 
 def _operand(
-    target: Tensor, target_b: Tensor | None, mix: Tensor | None, relationship: Tensor | None, here: Any, logits: Tensor
-) -> OperandTarget:
+    target: Tensor,
+    target_b: Tensor | None,
+    mix: Tensor | None,
+    relationship: Tensor | SparseRows | None,
+    here: Any,
+    logits: Tensor,
+) -> OperandTarget | SparseOperandTarget:
     """The target of a chunk's rows as the operations take it; without a relationship, one of a single source class."""
     of_rows = None if mix is None else mix if mix.shape[0] == 1 else mix[here]
     labels, labels_b = target[here], None if target_b is None else target_b[here]
@@ -172,12 +186,14 @@ def _operand(
         of_rows = logits.new_zeros(labels.shape[0], dtype=torch.float64) if probabilities else of_rows
     elif probabilities:
         return operand_target(labels, relationship, torch.promote_types(logits.dtype, torch.float32))
+    if isinstance(relationship, SparseRows):
+        return SparseOperandTarget(labels, labels_b, of_rows, *relationship[:3])
     return OperandTarget(labels, labels_b, of_rows, relationship)
 
 
 def _chunk(
     logits: Tensor,
-    operand: OperandTarget,
+    operand: OperandTarget | SparseOperandTarget,
     of_source: bool,
     options: OperationOptions,
     backend: str,
@@ -187,10 +203,11 @@ def _chunk(
     heads = (logits, None) if of_source else (logits.new_zeros((logits.shape[0], 1)), logits)
     one = torch.ones((), dtype=torch.float64, device=logits.device)
     arguments = *heads, *operand, *options
+    name = "sparse_co_tuning_loss" if isinstance(operand, SparseOperandTarget) else "co_tuning_loss"
     if not any(gradients):
-        loss, *_ = operation("co_tuning_loss", backend)(*arguments, False, False)
+        loss, *_ = operation(name, backend)(*arguments, False, False)
         return loss, one
-    loss, _, factors = operation("co_tuning_loss_", backend)(*arguments)
+    loss, _, factors = operation(f"{name}_", backend)(*arguments)
     factor = factors[0 if of_source else 1]
     if logits.dtype == torch.float16:
         # The stored gradient is the true one times a power of two, with which its products could overflow.
@@ -199,12 +216,20 @@ def _chunk(
     return loss, factor
 
 
-def _likeliest(operand: OperandTarget, of_source: bool, options: OperationOptions, backend: str) -> Tensor:
-    """The likeliest class of each row of a chunk's target."""
-    labels, labels_b, mix, relationship = operand
+def _likeliest(
+    operand: OperandTarget | SparseOperandTarget,
+    matrix: Tensor | SparseRows | None,
+    options: OperationOptions,
+    backend: str,
+) -> Tensor:
+    """The likeliest class of each row of a chunk's target: a source class if there is a relationship ``matrix``."""
+    labels, labels_b, mix, *_ = operand
+    if isinstance(matrix, SparseRows) and not labels.is_floating_point():
+        return translated_rows(labels, labels_b, mix, matrix, options.ignore_index).argmax(dim=1)
+    relationship = operand[3]
     if labels.is_floating_point():
-        return (relationship if of_source else labels).argmax(dim=1)
-    if of_source:
+        return (labels if matrix is None else relationship).argmax(dim=1)
+    if matrix is not None:
         translate = operation("translate_labels", backend)
         return translate(labels, labels_b, mix, relationship, options.ignore_index).argmax(dim=1)
     if labels_b is None or mix is None:

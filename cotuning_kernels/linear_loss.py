@@ -19,6 +19,7 @@ from cotuning_kernels.linear_head import linear_head_loss
 from cotuning_kernels.options import LossOptions, check_options
 from cotuning_kernels.shapes import target_as_rows
 from cotuning_kernels.sharded_loss import is_dtensor
+from cotuning_kernels.sparse_rows import SparseRows, supervised_classes
 from cotuning_kernels.targets import Target, as_collated, dense_columns, operand_target
 
 __all__ = ["CoTuningMetrics", "Head", "LinearCall", "check_linear_options", "linear_loss"]
@@ -52,7 +53,7 @@ class LinearCall(NamedTuple):
     source: Head
     target_head: Head | None
     target: Target
-    relationship: Tensor
+    relationship: Tensor | SparseRows
     options: LossOptions
     memory_budget: int
     backend: str
@@ -144,6 +145,8 @@ def _by_reference(call: LinearCall) -> CoTuningMetrics:
     source, target_head, target, relationship, options, _, _, metrics = call
     source_logits = F.linear(*source)
     target_logits = None if target_head is None else F.linear(*target_head)
+    if isinstance(relationship, SparseRows):
+        relationship = relationship.to_dense()
     terms = reference.co_tuning_loss(source_logits, target_logits, target, relationship, **options._asdict())
     empty = source_logits.new_empty(0)
     found = CoTuningMetrics(terms[0], terms[1].detach(), terms[2].detach(), empty, empty, empty, empty)
@@ -175,7 +178,11 @@ def _logged(logits: Tensor, distribution: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_chunks(call: LinearCall) -> CoTuningMetrics:
     source, target_head, target, relationship, options, memory_budget, backend, metrics = call
-    relationship = dense_columns(relationship)
+    matrix: tuple[Tensor | None, ...]
+    if isinstance(relationship, SparseRows):
+        matrix = relationship.values, relationship.crow_indices, relationship.col_indices
+    else:
+        matrix = dense_columns(relationship), None, None
     weight = options.weight
     probabilities = isinstance(target, Tensor) and target.is_floating_point()
     if weight is not None and options.reduction == "mean" and not probabilities:
@@ -194,7 +201,7 @@ def _by_chunks(call: LinearCall) -> CoTuningMetrics:
             counted.in_source if in_source else counted.in_target,
             counted.source_factor if in_source else counted.target_factor,
             *counted.labels,
-            relationship if in_source else None,
+            *(matrix if in_source else (None, None, None)),
             *of_sum._replace(weight=None if in_source else weight).in_operations(relationship.device),
             head.compute_dtype,
             memory_budget,
@@ -245,14 +252,14 @@ class _Counted(NamedTuple):
     def of(
         cls,
         target: Target,
-        relationship: Tensor,
+        relationship: Tensor | SparseRows,
         weight: Tensor | None,
         options: LossOptions,
         backend: str,
         alone: bool,
     ) -> _Counted:
         """Count the rows of a target. ``source_factor`` has the trade-off unless the source term is ``alone``."""
-        supervised = (relationship != 0).any(dim=1).to(torch.float64)
+        supervised = supervised_classes(relationship).to(torch.float64)
         ones = torch.ones_like(supervised)
         # By target class: what a row of it counts in the target term's mean, in the source term's, and at all.
         columns = torch.stack([ones if weight is None else weight.to(torch.float64), supervised, ones], dim=1)

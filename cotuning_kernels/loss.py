@@ -13,12 +13,16 @@ from cotuning_kernels.functional import CoTuningMetrics, CoTuningTerms
 from cotuning_kernels.linear_head import MEMORY_BUDGET
 from cotuning_kernels.linear_loss import check_linear_options
 from cotuning_kernels.options import LossOptions, check_options, check_trade_off
+from cotuning_kernels.sparse_rows import SparseRows
 from cotuning_kernels.targets import RelationshipLike, Target
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["FusedCoTuningLoss", "FusedLinearCoTuningLoss"]
+
+
+_SPARSE_BUFFERS = ("relationship_crow_indices", "relationship_col_indices", "relationship_values")
 
 
 def _option(name: str) -> Any:
@@ -34,9 +38,11 @@ def _option(name: str) -> Any:
 
 
 class _CoTuningCriterion(nn.Module):
-    """What the losses have in common: the relationship as a buffer, the options, and the state."""
+    """What the losses have in common: the relationship as buffers, the options, and the state.
 
-    relationship: Tensor
+    A sparse relationship is three buffers: DDP, ``copy.deepcopy`` and ``load_state_dict`` take no sparse tensor.
+    """
+
     weight: Tensor | None
     label_smoothing = _option("label_smoothing")
     ignore_index = _option("ignore_index")
@@ -57,17 +63,24 @@ class _CoTuningCriterion(nn.Module):
     ) -> None:
         super().__init__()
         matrix = functional.matrix_of(relationship)
-        validation.check_is_tensor("relationship", matrix)
+        if not isinstance(matrix, SparseRows):
+            validation.check_is_tensor("relationship", matrix)
         matrix = matrix.detach()
-        validation.check_relationship(matrix, None, matrix.shape[-1] if matrix.dim() else 0, matrix.device)
-        if not matrix.is_meta:  # deferred initialisation: there are no values yet
+        functional.check_matrix(matrix)
+        if matrix.device.type != "meta":  # deferred initialisation: there are no values yet
             _check_probabilities(matrix)
         options = LossOptions(weight, trade_off, label_smoothing, ignore_index, reduction, source_loss)
         self._check_options(options, matrix.shape[0], matrix.device)
         if weight is not None and not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(f"weight is {weight!r:.120}, expected finite numbers")
         backends.select(matrix.device.type, backend, matrix.device.index)
-        self.register_buffer("relationship", matrix.clone(memory_format=torch.contiguous_format))
+        if isinstance(matrix, SparseRows):
+            self._num_source_classes = matrix.num_columns
+            for name, tensor in zip(_SPARSE_BUFFERS, matrix[:3], strict=True):
+                self.register_buffer(name, tensor.clone(memory_format=torch.contiguous_format))
+        else:
+            # register_buffer refuses the name of a property.
+            self._buffers["relationship"] = matrix.clone(memory_format=torch.contiguous_format)
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
         self._trade_off = float(trade_off)
         # The trade-off is a tensor, so that a compiled or captured training step sees a new value. It is not a buffer,
@@ -76,13 +89,28 @@ class _CoTuningCriterion(nn.Module):
         self.backend = backend
 
     @property
+    def relationship(self) -> Tensor:
+        """``R``, ``(N_t, N_s)``: the buffer, or a ``torch.sparse_csr`` tensor of the three buffers' memory."""
+        matrix = self._matrix()
+        return matrix.as_csr() if isinstance(matrix, SparseRows) else matrix
+
+    def _matrix(self) -> Tensor | SparseRows:
+        # Attribute access would take 0.5 us more: nn.Module looks for a buffer elsewhere first.
+        buffers: dict[str, Any] = self._buffers
+        if "relationship" in buffers:
+            matrix: Tensor = buffers["relationship"]
+            return matrix
+        crow_indices, col_indices, values = (buffers[name] for name in _SPARSE_BUFFERS)
+        return SparseRows(crow_indices, col_indices, values, self._num_source_classes)
+
+    @property
     def trade_off(self) -> float:
         """The factor of the source term. May be set between steps, for instance in a warm-up."""
         return self._trade_off
 
     @trade_off.setter
     def trade_off(self, value: float) -> None:
-        check_trade_off(value, self.relationship.device)
+        check_trade_off(value, self._matrix().device)
         self._trade_off = float(value)
         assert isinstance(self._options.trade_off, Tensor)
         self._options.trade_off.fill_(self._trade_off)
@@ -96,7 +124,8 @@ class _CoTuningCriterion(nn.Module):
 
     def _set_options(self, **changes: Any) -> None:
         options = self.options._replace(**changes)
-        self._check_options(options, self.relationship.shape[0], self.relationship.device)
+        matrix = self._matrix()
+        self._check_options(options, matrix.shape[0], matrix.device)
         self._options = options
 
     def _check_options(self, options: LossOptions, num_target_classes: int, device: torch.device) -> None:
@@ -121,7 +150,7 @@ class _CoTuningCriterion(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``.to()``, ``.cuda()`` and ``.half()`` call this: the trade-off changes device, not dtype."""
         super()._apply(fn, recurse)
-        trade_off = self._trade_off_on(self.relationship.device)
+        trade_off = self._trade_off_on(self._matrix().device)
         self._options = self._options._replace(weight=self.weight, trade_off=trade_off)
         return self
 
@@ -135,7 +164,7 @@ class _CoTuningCriterion(nn.Module):
         """A shallow copy shares the relationship, but not the trade-off."""
         copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
-        copied._options = self._options._replace(trade_off=self._trade_off_on(self.relationship.device))
+        copied._options = self._options._replace(trade_off=self._trade_off_on(self._matrix().device))
         return copied
 
     def _trade_off_on(self, device: torch.device) -> Tensor:
@@ -144,7 +173,7 @@ class _CoTuningCriterion(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""
-        target_classes, source_classes = self.relationship.shape
+        target_classes, source_classes = self._matrix().shape
         return (
             f"target_classes={target_classes}, source_classes={source_classes}, trade_off={self.trade_off}, "
             f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
@@ -152,7 +181,15 @@ class _CoTuningCriterion(nn.Module):
         )
 
 
-def _check_probabilities(matrix: Tensor) -> None:
+def _check_probabilities(matrix: Tensor | SparseRows) -> None:
+    if isinstance(matrix, SparseRows):
+        matrix.check("relationship")
+        wrong = ~torch.isfinite(matrix.values) | (matrix.values < 0)
+        if wrong.any():
+            k = int(wrong.nonzero()[0])
+            row, column = int(matrix.row_of_entries()[k]), int(matrix.col_indices[k])
+            raise ValueError(f"relationship[{row}, {column}] is {float(matrix.values[k])}, expected a probability")
+        return
     bad = ~torch.isfinite(matrix) | (matrix < 0)
     if bad.any():
         row, column = (int(i) for i in bad.nonzero()[0])
@@ -180,7 +217,8 @@ class FusedCoTuningLoss(_CoTuningCriterion):
     Args:
         relationship: ``R[t, s] = p(y_source = s | y_target = t)``, a floating tensor ``(N_t, N_s)`` or a
             :class:`cotuning_kernels.Relationship`. It becomes a buffer: it moves with ``.to()`` and is part of the
-            ``state_dict``, as is the trade-off. A row of zeros is a target class without source supervision.
+            ``state_dict``, as is the trade-off. A row of zeros is a target class without source supervision. A sparse
+            one (:meth:`cotuning_kernels.Relationship.sparsified`) becomes three buffers.
         trade_off: the factor of the source term. The attribute may be set between steps, for instance in a warm-up.
         weight, label_smoothing, ignore_index, reduction, source_loss, inplace, backend: see
             :func:`cotuning_kernels.functional.co_tuning_loss`. They are attributes too, and may be set.
@@ -233,10 +271,8 @@ class FusedCoTuningLoss(_CoTuningCriterion):
             RuntimeError: the requested backend does not serve the logits' device; the message says how to install it.
         """
         functional.require_target_logits(target_logits)
-        # Attribute access would take 0.5 us more: nn.Module looks for a buffer elsewhere first.
-        relationship: Any = self._buffers["relationship"]
         return functional.compute_loss(
-            source_logits, target_logits, target, relationship, self.options, self.inplace, self.backend, return_terms
+            source_logits, target_logits, target, self._matrix(), self.options, self.inplace, self.backend, return_terms
         )
 
 
@@ -317,7 +353,7 @@ class FusedLinearCoTuningLoss(_CoTuningCriterion):
             RuntimeError: the requested backend does not serve the features' device.
         """
         return functional.compute_linear_loss(
-            features, (source_weight, source_bias, target_weight, target_bias), target, self.relationship,
+            features, (source_weight, source_bias, target_weight, target_bias), target, self._matrix(),
             self.options, self.memory_budget, self.backend, return_terms, return_metrics,
         )  # fmt: skip
 

@@ -11,6 +11,8 @@ Notation, after You, Kou, Long and Wang, "Co-Tuning for Transfer Learning", Neur
     R[t, s]   category relationship p(y_source = s | y_target = t)
     q = P R   row i's distribution over the N_s source classes (the paper's "translated" label)
     loss      CE(target_logits, P) + trade_off * CE(source_logits, q)
+
+A sparse relationship (``torch.sparse_csr``) is the dense one with zeros for the missing entries.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ def co_tuning_loss(
             source_logits, target, relationship, ignore_index=ignore_index, reduction=reduction, source_loss=source_loss
         )
         return source_term, torch.zeros_like(source_term), source_term
+    relationship = relationship.to_dense()
     dtype = _compute_dtype(source_logits, target_logits)
     target_term = _target_term(target_logits.to(dtype), target, weight, label_smoothing, ignore_index, reduction)
     if isinstance(trade_off, Tensor):
@@ -68,6 +71,7 @@ def source_label_loss(
 ) -> Tensor:
     """The source term alone: ``CE(source_logits, q)`` or ``KL(q || softmax(source_logits))``."""
     dtype = _compute_dtype(source_logits)
+    relationship = relationship.to_dense()
     return _source_term(source_logits.to(dtype), target, relationship, ignore_index, reduction, source_loss)
 
 
@@ -75,6 +79,7 @@ def translate_labels(
     target: Tensor | tuple[Tensor, Tensor, Tensor | float], relationship: Tensor, *, ignore_index: int = -100
 ) -> Tensor:
     """``q = P R``, shape ``(B, N_s)``, in the relationship's dtype; rows whose label is ignored are zero."""
+    relationship = relationship.to_dense()
     dtype = torch.promote_types(relationship.dtype, torch.float32)
     distribution = _target_distribution(target, relationship.shape[0], ignore_index, dtype)
     return _product(distribution, relationship.to(dtype)).to(relationship.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cotuning_kernels.autograd import normalized_class_weights
 from cotuning_kernels.options import LossOptions
+from cotuning_kernels.sparse_rows import SparseRows, supervised_classes
 from cotuning_kernels.targets import Target
 
 __all__ = ["is_dtensor", "loss_of_dtensors", "share_of_mean"]
@@ -26,9 +27,9 @@ Terms = tuple[Tensor, Tensor, Tensor]
 
 
 def share_of_mean(
-    compute: Callable[[Target, Tensor, LossOptions], Terms],
+    compute: Callable[[Target, Any, LossOptions], Terms],
     target: Target,
-    relationship: Tensor,
+    relationship: Tensor | SparseRows,
     options: LossOptions,
     all_reduce: Callable[[Tensor], Any],
     scale: int = 1,
@@ -62,9 +63,9 @@ def share_of_mean(
 
 
 @torch.no_grad()
-def _counts(target: Target, relationship: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+def _counts(target: Target, relationship: Tensor | SparseRows, weight: Tensor | None, ignore_index: int) -> Tensor:
     """The divisors of the two means, and the number of rows that count: float64 ``[target, source, rows]``."""
-    supervised = (relationship != 0).any(dim=1).double()
+    supervised = supervised_classes(relationship).double()
     weight = torch.ones_like(supervised) if weight is None else weight.double()
     if isinstance(target, Tensor) and target.is_floating_point():
         rows = supervised.new_full((), len(target))  # filled on the device: a copy from the host would wait for it
@@ -125,6 +126,8 @@ def loss_of_dtensors(
         )
 
     def local(name: str, value: Any, of_rows: bool) -> Any:
+        if isinstance(value, SparseRows):
+            return value
         if isinstance(value, tuple):
             return tuple(local(f"{name}[{i}]", each, of_rows) for i, each in enumerate(value))
         if not isinstance(value, DTensor):
@@ -148,7 +151,7 @@ def loss_of_dtensors(
         weight=local("weight", options.weight, False), trade_off=local("trade_off", options.trade_off, False)
     )
 
-    def of_part(target: Target, relationship: Tensor, options: LossOptions) -> Terms:
+    def of_part(target: Target, relationship: Tensor | SparseRows, options: LossOptions) -> Terms:
         return compute(*logits, target, relationship, options)
 
     sharded = [dim for dim, each in enumerate(placements) if each == Shard(0)]

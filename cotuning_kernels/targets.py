@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
+
+from cotuning_kernels.sparse_rows import SparseRows, supervised_classes
 
 __all__ = [
     "MixedTarget",
     "OperandTarget",
     "RelationshipLike",
+    "SparseOperandTarget",
     "Target",
     "as_collated",
     "dense_columns",
@@ -43,7 +46,7 @@ class RelationshipLike(Protocol):
 
     @property
     def matrix(self) -> Tensor:
-        """``R[t, s] = p(y_source = s | y_target = t)``, ``(N_t, N_s)``."""
+        """``R[t, s] = p(y_source = s | y_target = t)``, ``(N_t, N_s)``, dense or ``torch.sparse_csr``."""
 
 
 class OperandTarget(NamedTuple):
@@ -53,6 +56,17 @@ class OperandTarget(NamedTuple):
     target_b: Tensor | None
     mix: Tensor | None
     relationship: Tensor
+
+
+class SparseOperandTarget(NamedTuple):
+    """The same with the relationship in compressed rows; see :class:`cotuning_kernels.sparse_rows.SparseRows`."""
+
+    target: Tensor
+    target_b: Tensor | None
+    mix: Tensor | None
+    crow_indices: Tensor
+    col_indices: Tensor
+    values: Tensor
 
 
 def as_collated(target: Target) -> Target:
@@ -69,21 +83,40 @@ def as_collated(target: Target) -> Target:
     return target
 
 
-def operand_target(target: Target, relationship: Tensor, dtype: torch.dtype = torch.float32) -> OperandTarget:
-    """Split a mixup pair; translate class probabilities by a matrix product in ``dtype``."""
+@overload
+def operand_target(target: Target, relationship: Tensor, dtype: torch.dtype = ...) -> OperandTarget: ...
+@overload
+def operand_target(
+    target: Target, relationship: Tensor | SparseRows, dtype: torch.dtype = ...
+) -> OperandTarget | SparseOperandTarget: ...
+def operand_target(
+    target: Target, relationship: Tensor | SparseRows, dtype: torch.dtype = torch.float32
+) -> OperandTarget | SparseOperandTarget:
+    """Split a mixup pair; translate class probabilities by a matrix product in ``dtype``, whose result is dense."""
     if isinstance(target, tuple):
         labels_a, labels_b, share = target
         if isinstance(share, Tensor):
             mix = share.to(labels_a.device, torch.float64).reshape(-1)
         else:
             mix = torch.full((1,), share, dtype=torch.float64, device=labels_a.device)
-        return OperandTarget(labels_a, labels_b, mix, relationship)
+        return _with_relationship(labels_a, labels_b, mix, relationship)
     if not target.is_floating_point():
-        return OperandTarget(target, None, None, relationship)
+        return _with_relationship(target, None, None, relationship)
     with torch.no_grad(), without_autocast(target.device):
-        translated = target.to(dtype) @ relationship.to(dtype)
-        supervised = (relationship != 0).any(dim=1).to(torch.float64)
+        if isinstance(relationship, SparseRows):
+            translated = relationship.multiplied_by(target.to(dtype))
+        else:
+            translated = target.to(dtype) @ relationship.to(dtype)
+        supervised = supervised_classes(relationship).to(torch.float64)
         return OperandTarget(dense_columns(target), None, target.to(torch.float64) @ supervised, translated)
+
+
+def _with_relationship(
+    labels: Tensor, labels_b: Tensor | None, mix: Tensor | None, relationship: Tensor | SparseRows
+) -> OperandTarget | SparseOperandTarget:
+    if isinstance(relationship, SparseRows):
+        return SparseOperandTarget(labels, labels_b, mix, *relationship[:3])
+    return OperandTarget(labels, labels_b, mix, relationship)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

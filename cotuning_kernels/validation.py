@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cotuning_kernels.dtypes import FLOATING, INDICES, named
 from cotuning_kernels.shapes import shape_of_labels
+from cotuning_kernels.sparse_rows import SparseRows
 from cotuning_kernels.targets import Target
 
 __all__ = [
@@ -32,7 +33,11 @@ __all__ = [
 
 
 def check_inputs(
-    source_logits: Tensor, target_logits: Tensor | None, target: Target, relationship: Tensor, ignore_index: int
+    source_logits: Tensor,
+    target_logits: Tensor | None,
+    target: Target,
+    relationship: Tensor | SparseRows,
+    ignore_index: int,
 ) -> None:
     """Check the logits, the target and the relationship of the loss, and that they fit together.
 
@@ -139,7 +144,7 @@ def check_is_tensor(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}, expected a Tensor{mend}")
 
 
-def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+def check_device(name: str, tensor: Tensor | SparseRows, device: torch.device) -> None:
     """Require that ``tensor`` is on the logits' device."""
     if tensor.device != device:
         move = f"move it with .to({str(device)!r})"
@@ -195,14 +200,20 @@ def check_target(target: Target, batch: int, num_target_classes: int, device: to
 
 
 def check_relationship(
-    relationship: Tensor, num_target_classes: int | None, num_source_classes: int, device: torch.device
+    relationship: Tensor | SparseRows,
+    num_target_classes: int | None,
+    num_source_classes: int,
+    device: torch.device,
 ) -> None:
-    """Require a floating matrix with one column per source class and, if ``N_t`` is known, one row per target class."""
-    if not isinstance(relationship, Tensor):
+    """Require a floating matrix with one column per source class and, if ``N_t`` is known, one row per target class.
+
+    The indices of a sparse one are not read: :meth:`cotuning_kernels.sparse_rows.SparseRows.check` does that.
+    """
+    if not isinstance(relationship, Tensor | SparseRows):
         raise TypeError(
             f"relationship is a {type(relationship).__name__}, expected a Tensor of shape (N_t, N_s) or a Relationship"
         )
-    if relationship.dim() != 2 or not relationship.is_floating_point():
+    if len(relationship.shape) != 2 or not relationship.dtype.is_floating_point:
         raise ValueError(
             f"relationship is {relationship.dtype} of shape {tuple(relationship.shape)}, expected a floating tensor "
             "(N_t, N_s): one row of source-class probabilities a target class"
@@ -227,9 +238,13 @@ def check_relationship(
             f"relationship has {relationship.shape[0]} rows, but target_logits has {num_target_classes} classes; "
             "a target class without source supervision needs a row too (of zeros)"
         )
-    if relationship.requires_grad:
+    if (relationship.values if isinstance(relationship, SparseRows) else relationship).requires_grad:
         raise ValueError("relationship requires grad, but the loss is not differentiated in it; pass .detach()")
     check_device("relationship", relationship, device)
+    if isinstance(relationship, SparseRows):
+        indices = relationship.crow_indices, relationship.col_indices
+        if any(each.device != device or each.dtype not in INDICES for each in indices):
+            raise ValueError("relationship has indices that are neither int64 nor int32, or not beside its values")
 
 
 def check_inplace(name: str, logits: Tensor) -> None:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from cotuning_kernels.backends import dense_rows as dense_rows  # serves where a backend has no kernel
 from cotuning_kernels.backends import triton_version as triton_version  # enters Triton
 from cotuning_kernels.backends.cpp import cpu_isa, cpu_isas, extension, use_cpu_isa, without_fast_path
 from cotuning_kernels.backends.cuda import cuda_build, cuda_loss_plan

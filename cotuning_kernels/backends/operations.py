@@ -12,6 +12,10 @@ Conventions that all operations share:
 * With class probabilities the source distribution is a matrix product, which torch computes before the call:
   ``relationship`` is then the ``(B, N_s)`` product ``target @ R``, row ``i`` belonging to row ``i``, and ``mix`` the
   share of each row's target that has source supervision, float64 ``(B,)``.
+* A relationship with few entries a row is given by the tensors of a ``torch.sparse_csr`` matrix ``(N_t, N_s)``:
+  ``crow_indices`` ``(N_t + 1,)`` and ``col_indices`` ``(entries,)``, both int64 or both int32, and ``values``
+  ``(entries,)``, floating; all contiguous. Columns ascend within a row. The CPU kernel checks the rows that it reads.
+  The target is class indices or a mixup pair: of class probabilities, the product with R is dense.
 * Losses and terms are float64 when any logits are float64, else float32. Gradients have their logits' dtype.
 * The options of the loss have the form of :class:`cotuning_kernels.options.OperationOptions`.
 """
@@ -26,14 +30,26 @@ from torch import Tensor
 
 from cotuning_kernels import options
 from cotuning_kernels.options import REDUCTIONS, OperationOptions
-from cotuning_kernels.targets import OperandTarget
+from cotuning_kernels.targets import OperandTarget, SparseOperandTarget
 
-__all__ = ["NAMESPACE", "OPERATIONS", "SCHEMAS", "operation", "split_loss_arguments"]
+__all__ = [
+    "NAMESPACE",
+    "OPERATIONS",
+    "SCHEMAS",
+    "SPARSE_OPERATIONS",
+    "operation",
+    "split_loss_arguments",
+    "split_sparse_loss_arguments",
+]
 
 NAMESPACE = "cotuning_kernels"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _LOSS_ARGUMENTS = f"Tensor target, Tensor? target_b, Tensor? mix, Tensor relationship, {options.SCHEMA}"
+_SPARSE_LOSS_ARGUMENTS = (
+    "Tensor target, Tensor? target_b, Tensor? mix, Tensor crow_indices, Tensor col_indices, Tensor values, "
+    f"{options.SCHEMA}"
+)
 
 SCHEMAS = {
     # Loss, terms [target, source] and both gradients in one pass. Without target_logits the loss is the source term,
@@ -45,6 +61,13 @@ SCHEMAS = {
     "-> (Tensor loss, Tensor terms, Tensor factors, Tensor source_grad, Tensor target_grad)",
     # The same; the gradients overwrite the logits.
     "co_tuning_loss_": f"(Tensor(a!) source_logits, Tensor(b!)? target_logits, {_LOSS_ARGUMENTS}) "
+    "-> (Tensor loss, Tensor terms, Tensor factors)",
+    # Both with the relationship in compressed rows. A kernel never reads a row of R: the loss of a row is
+    # sum_k q_k (log sum exp(z) - z_k) over its entries, its gradient is Q softmax(z), less q_k in their columns.
+    "sparse_co_tuning_loss": f"(Tensor source_logits, Tensor? target_logits, {_SPARSE_LOSS_ARGUMENTS}, "
+    "bool source_gradient, bool target_gradient) "
+    "-> (Tensor loss, Tensor terms, Tensor factors, Tensor source_grad, Tensor target_grad)",
+    "sparse_co_tuning_loss_": f"(Tensor(a!) source_logits, Tensor(b!)? target_logits, {_SPARSE_LOSS_ARGUMENTS}) "
     "-> (Tensor loss, Tensor terms, Tensor factors)",
     # grad *= factor * upstream, where upstream is a scalar or has one entry a row, (B,). The host reads nothing.
     "scale_gradients_": "(Tensor(a!) source_grad, Tensor(b!) target_grad, Tensor factors, Tensor upstream) -> ()",
@@ -63,12 +86,15 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
     _library.define(f"{_name}.triton{_schema}")
 
-OPERATIONS = tuple(SCHEMAS)
+SPARSE_OPERATIONS = ("sparse_co_tuning_loss", "sparse_co_tuning_loss_")
+"""A backend may implement these. Where it does not, :mod:`cotuning_kernels.backends.dense_rows` does."""
+OPERATIONS = tuple(name for name in SCHEMAS if name not in SPARSE_OPERATIONS)
+"""Every backend implements these."""
 # By name, and whether Triton serves. The fastest kernels for a device serve an operation's default overload. Triton's
 # own overload makes Triton a choice of every single call, which a compiled graph keeps.
 _overloads = {
     (name, asked): getattr(getattr(torch.ops.cotuning_kernels, name), overload)
-    for name in OPERATIONS
+    for name in SCHEMAS
     for asked, overload in ((False, "default"), (True, "triton"))
 }
 
@@ -82,6 +108,12 @@ def split_loss_arguments(arguments: Sequence[Any]) -> tuple[OperandTarget, Opera
     """Split the arguments that ``co_tuning_loss`` and ``co_tuning_loss_`` share after the logits."""
     count = len(OperandTarget._fields)
     return OperandTarget(*arguments[:count]), OperationOptions(*arguments[count:])
+
+
+def split_sparse_loss_arguments(arguments: Sequence[Any]) -> tuple[SparseOperandTarget, OperationOptions]:
+    """Split the arguments that ``sparse_co_tuning_loss`` and ``sparse_co_tuning_loss_`` share after the logits."""
+    count = len(SparseOperandTarget._fields)
+    return SparseOperandTarget(*arguments[:count]), OperationOptions(*arguments[count:])
 
 
 def _fake(name: str) -> Callable[[_Function], _Function]:
@@ -107,7 +139,19 @@ def _check_one_device(*tensors: Tensor | None) -> None:
 def _co_tuning_loss_inplace(
     source_logits: Tensor, target_logits: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    operand, chosen = split_loss_arguments(arguments)
+    return _reduced(source_logits, target_logits, *split_loss_arguments(arguments))
+
+
+@_fake("sparse_co_tuning_loss_")
+def _sparse_co_tuning_loss_inplace(
+    source_logits: Tensor, target_logits: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _reduced(source_logits, target_logits, *split_sparse_loss_arguments(arguments))
+
+
+def _reduced(
+    source_logits: Tensor, target_logits: Tensor | None, operand: Sequence[Any], chosen: OperationOptions
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_one_device(source_logits, target_logits, *operand, chosen.weight, chosen.trade_off)
     double = source_logits.dtype == torch.float64
     double |= target_logits is not None and target_logits.dtype == torch.float64
@@ -121,15 +165,27 @@ def _co_tuning_loss_inplace(
 def _co_tuning_loss(
     source_logits: Tensor, target_logits: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *shared, source_gradient, target_gradient = arguments
+    reduced = _co_tuning_loss_inplace(source_logits, target_logits, *arguments[:-2])
+    return (*reduced, *_new_gradients(source_logits, target_logits, *arguments[-2:]))
 
+
+@_fake("sparse_co_tuning_loss")
+def _sparse_co_tuning_loss(
+    source_logits: Tensor, target_logits: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    reduced = _sparse_co_tuning_loss_inplace(source_logits, target_logits, *arguments[:-2])
+    return (*reduced, *_new_gradients(source_logits, target_logits, *arguments[-2:]))
+
+
+def _new_gradients(
+    source_logits: Tensor, target_logits: Tensor | None, source_gradient: bool, target_gradient: bool
+) -> tuple[Tensor, Tensor]:
     def gradient(logits: Tensor | None, wanted: bool) -> Tensor:
         if logits is None or not wanted:
             return source_logits.new_empty((0, 0), dtype=torch.float32)
         return logits.new_empty(logits.shape)
 
-    reduced = _co_tuning_loss_inplace(source_logits, target_logits, *shared)
-    return (*reduced, gradient(source_logits, source_gradient), gradient(target_logits, target_gradient))
+    return gradient(source_logits, source_gradient), gradient(target_logits, target_gradient)
 
 
 @_fake("scale_gradients_")

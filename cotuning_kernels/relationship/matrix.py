@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from cotuning_kernels import plots
-from cotuning_kernels.labelled_logits import positive_number
+from cotuning_kernels.labelled_logits import positive_integer, positive_number
 from cotuning_kernels.relationship.file import RELATIONSHIP_FILE, RelationshipFileError
+from cotuning_kernels.sparse_rows import SparseRows, largest_entries, supervised_classes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +42,8 @@ class Relationship:
 
     Attributes:
         matrix: ``(N_t, N_s)``, floating. Every row sums to 1, or is all zeros: a target class without source
-            supervision, which trains the target head only.
+            supervision, which trains the target head only. A ``torch.sparse_csr`` matrix holds the entries of rows that
+            have few; its rows may sum to less than 1. See :meth:`sparsified`.
         target_classes, source_classes: names, or ``None``. Two classes may share a name (ImageNet has two "crane").
         method: how it was learnt, ``"direct"`` or ``"reverse"``; ``"given"`` for a matrix from elsewhere.
         temperature: the source logits were divided by it before the softmax.
@@ -93,7 +95,8 @@ class Relationship:
         return (
             f"Relationship({self.num_target_classes} target classes x {self.num_source_classes} source classes, "
             f"method={self.method!r}, temperature={self.temperature:.4g}, {self.matrix.dtype}, {self.matrix.device}"
-            + (f", {unsupervised} without source supervision)" if unsupervised else ")")
+            + (f", {unsupervised} without source supervision" if unsupervised else "")
+            + (f", {len(self._rows.values)} entries)" if isinstance(self._rows, SparseRows) else ")")
         )
 
     @property
@@ -109,8 +112,17 @@ class Relationship:
     @property
     def supervised(self) -> Tensor:
         """``(N_t,)`` bool: the target classes that have source supervision (a row that is not all zeros)."""
-        supervised: Tensor = (self.matrix != 0).any(dim=1)
-        return supervised
+        return supervised_classes(self._rows)
+
+    @property
+    def _rows(self) -> Tensor | SparseRows:
+        return self.matrix if self.matrix.layout is torch.strided else SparseRows.of(self.matrix)
+
+    def _dense_rows(self, rows: Sequence[int]) -> Tensor:
+        matrix = self._rows
+        if isinstance(matrix, SparseRows):
+            return matrix.take(torch.tensor(rows, device=matrix.device)).to_dense()
+        return matrix[list(rows)]
 
     def top_source_classes(self, target_class: int | str, k: int = 5) -> list[tuple[str | int, float]]:
         """The ``k`` likeliest source classes of a target class, likeliest first, as ``(name or index, probability)``.
@@ -122,7 +134,7 @@ class Relationship:
         """
         if k < 1:
             raise ValueError(f"k is {k}, expected at least 1")
-        row = self.matrix[self._target_index(target_class)].double()
+        row = self._dense_rows([self._target_index(target_class)])[0].double()
         top = row.topk(min(k, len(row)))
         return [
             (self.source_classes[s] if self.source_classes else s, p)
@@ -135,12 +147,57 @@ class Relationship:
 
         0 for a class without source supervision.
         """
-        entropy: Tensor = torch.special.entr(self.matrix.double()).sum(dim=1)
+        matrix = self._rows
+        if isinstance(matrix, SparseRows):
+            return matrix.sum_of_rows(torch.special.entr(matrix.values.double()))
+        entropy: Tensor = torch.special.entr(matrix.double()).sum(dim=1)
         return entropy
+
+    def sparsified(
+        self, mass: float | None = None, *, top: int | None = None, renormalize: bool = True
+    ) -> Relationship:
+        r"""The same relationship with only the largest entries of each row, as a ``torch.sparse_csr`` matrix.
+
+        The loss then reads no row of R, and R needs memory for its entries alone: 10 000 rows of 64 entries are 8 MB
+        instead of the 5 GB of 10 000 x 128 000 numbers.
+
+        With probability :math:`\delta` cut off a row and renormalised, the source term of a sample changes by at most
+        :math:`\delta (\max_j z_j - \min_j z_j)`, the spread of its source logits, and its gradient in the logits by at
+        most :math:`2 \delta` in the sum of absolute values. (The rest :math:`q'` is :math:`q / (1 - \delta)`, so
+        :math:`q - q'` sums to 0 and to :math:`2 \delta` in absolute values: the log-sum-exp cancels, and
+        :math:`\sum_j (q'_j - q_j) z_j` is the difference of two means of logits times :math:`\delta`.) Without
+        renormalisation the term becomes smaller, by at most :math:`\delta` times the largest
+        :math:`-\log \mathrm{softmax}(z)_j` of the entries cut off.
+
+        Args:
+            mass: keep as few entries of a row as hold this share of its sum, in (0, 1]; 0.999 by default, 1 with
+                ``top``.
+            top: keep at most this many entries of a row.
+            renormalize: scale the entries of a row so that it sums to 1 again.
+
+        Returns:
+            A relationship of the same dtype and classes. A row of zeros has no entries.
+
+        Raises:
+            TypeError, ValueError: ``mass`` or ``top`` has a wrong type or value.
+        """
+        if mass is None:
+            mass = 0.999 if top is None else 1.0
+        mass = positive_number("mass", mass)
+        if mass > 1:
+            raise ValueError(f"mass is {mass}, expected a share in (0, 1]")
+        top = None if top is None else positive_integer("top", top)
+        rows = largest_entries(self._rows, mass, top, renormalize)
+        return dataclasses.replace(self, matrix=rows.as_csr())
+
+    def dense(self) -> Relationship:
+        """The same relationship with a dense matrix."""
+        return dataclasses.replace(self, matrix=self.matrix.to_dense())
 
     def to(self, *args: Any, **kwargs: Any) -> Relationship:
         """The same relationship on another device or in another floating dtype, as :meth:`torch.Tensor.to`."""
-        matrix: Tensor = self.matrix.to(*args, **kwargs)
+        rows = self._rows.to(*args, **kwargs)
+        matrix = rows.as_csr() if isinstance(rows, SparseRows) else rows
         counts = None if self.counts is None else self.counts.to(matrix.device)
         return dataclasses.replace(self, matrix=matrix, counts=counts)
 
@@ -164,9 +221,17 @@ class Relationship:
             classes = classes.nonzero().flatten().tolist()
         several = isinstance(classes, Iterable) and not isinstance(classes, str) and _as_index(classes) is None
         chosen: list[Any] = list(classes) if several else [classes]  # type: ignore[arg-type]
-        matrix = self.matrix.clone()
-        matrix[[self._target_index(c) for c in chosen]] = 0
-        return dataclasses.replace(self, matrix=matrix)
+        indices = [self._target_index(c) for c in chosen]
+        rows = torch.arange(self.num_target_classes, device=self.matrix.device)
+        rows[indices] = -1
+        return dataclasses.replace(self, matrix=self._taken(rows))
+
+    def _taken(self, rows: Tensor) -> Tensor:
+        """The matrix of these rows; one of zeros for a negative index."""
+        matrix = self._rows
+        if isinstance(matrix, SparseRows):
+            return matrix.take(rows).as_csr()
+        return matrix[rows].masked_fill(rows[:, None] < 0, 0)
 
     def regrouped(self, rows: Sequence[int | str | None], target_classes: Sequence[str] | None = None) -> Relationship:
         """A relationship for other target classes, each of which takes a row of this one, or none.
@@ -195,7 +260,7 @@ class Relationship:
         counts = None if self.counts is None else self.counts[taken].masked_fill(none, 0)
         return dataclasses.replace(
             self,
-            matrix=self.matrix[taken].masked_fill(none[:, None], 0),
+            matrix=self._taken(taken),
             target_classes=class_names("target_classes", target_classes, len(rows)),
             counts=counts,
         )
@@ -235,7 +300,7 @@ class Relationship:
         if not rows or top_k < 1 or max_columns < 1:
             raise ValueError(f"nothing to plot: {len(rows)} target classes, top_k={top_k}, max_columns={max_columns}")
         figure = plots.relationship_heat_map(
-            self.matrix[rows].double().cpu(),
+            self._dense_rows(rows).double().cpu(),
             [self._target_name(t) for t in rows],
             [str(s) for s in range(self.num_source_classes)] if self.source_classes is None else self.source_classes,
             top_k=top_k,
@@ -258,14 +323,22 @@ class Relationship:
                 untouched.
             ValueError: names and metadata take more than 16 MiB, which :meth:`load` would refuse.
         """
-        tensors = {"matrix": self.matrix} | ({} if self.counts is None else {"counts": self.counts})
-        record = {
+        matrix = self._rows
+        if isinstance(matrix, SparseRows):
+            tensors = dict(zip(_SPARSE_TENSORS, matrix[:3], strict=True))
+        else:
+            tensors = {"matrix": matrix}
+        if self.counts is not None:
+            tensors["counts"] = self.counts
+        record: dict[str, Any] = {
             "target_classes": self.target_classes,
             "source_classes": self.source_classes,
             "method": self.method,
             "temperature": self.temperature,
             "metadata": self.metadata,
         }
+        if isinstance(matrix, SparseRows):
+            record["num_source_classes"] = matrix.num_columns
         RELATIONSHIP_FILE.write(path, tensors, record)
 
     @classmethod
@@ -288,7 +361,7 @@ class Relationship:
             raise
         try:
             return cls(
-                matrix=tensors["matrix"],
+                matrix=_matrix_of_file(tensors, record),
                 target_classes=record["target_classes"],
                 source_classes=record["source_classes"],
                 method=record["method"],
@@ -334,6 +407,21 @@ class Relationship:
         return index
 
 
+# A file of an older version has "matrix" alone; a release that does not know these names reports a missing "matrix".
+_SPARSE_TENSORS = ("crow_indices", "col_indices", "values")
+
+
+def _matrix_of_file(tensors: dict[str, Tensor], record: dict[str, Any]) -> Tensor:
+    if "crow_indices" not in tensors:
+        return tensors["matrix"]
+    crow_indices, col_indices, values = (tensors[name] for name in _SPARSE_TENSORS)
+    rows = SparseRows(crow_indices, col_indices, values, record["num_source_classes"])
+    if not isinstance(rows.num_columns, int) or any(each.dim() != 1 for each in rows[:3]):
+        raise ValueError("its sparse matrix has no valid shape")
+    rows.check("matrix")
+    return rows.as_csr()
+
+
 def _as_index(value: object) -> int | None:
     """The integer, NumPy integer or integer tensor as an int; ``None`` for any other value."""
     try:
@@ -372,7 +460,11 @@ def fill_empty_classes(matrix: Tensor, counts: Tensor, empty: str, target_classe
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
-    """The tensor without gradient history; a copy if it was made under ``torch.inference_mode``."""
+    """The tensor without gradient history, dense or sparse_csr; a copy if made under ``torch.inference_mode``."""
+    if tensor.layout is not torch.strided:
+        rows = SparseRows.of(tensor)
+        crow_indices, col_indices, values = map(_ordinary, rows[:3])
+        return SparseRows(crow_indices, col_indices, values, rows.num_columns).as_csr()
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
@@ -388,6 +480,9 @@ def _check_matrix(matrix: Tensor) -> None:
         )
     if matrix.is_meta:  # deferred initialisation: there are no values yet
         return
+    if matrix.layout is not torch.strided:
+        _check_sparse(SparseRows.of(matrix))
+        return
     # Row by row, which needs no temporary of the matrix's size.
     lowest, highest = matrix.amin(dim=1), matrix.amax(dim=1)  # NaN where the row has one
     wrong = ~((lowest >= 0) & torch.isfinite(highest))
@@ -402,6 +497,24 @@ def _check_matrix(matrix: Tensor) -> None:
         raise ValueError(
             f"matrix[{t}] sums to {float(sums[t]):.6g}, expected 1 (or a row of zeros for a class without source "
             "supervision); divide the rows by their sums, and check that rows are target classes, not columns"
+        )
+
+
+def _check_sparse(matrix: SparseRows) -> None:
+    matrix.check("matrix")
+    rows = matrix.row_of_entries()
+    wrong = ~((matrix.values >= 0) & torch.isfinite(matrix.values))
+    if wrong.any():
+        k = int(wrong.nonzero()[0])
+        where = f"matrix[{int(rows[k])}, {int(matrix.col_indices[k])}]"
+        raise ValueError(f"{where} is {float(matrix.values[k])}, expected a probability")
+    sums = matrix.sum_of_rows(matrix.values.double())
+    wrong = sums > 1 + _ROW_SUM_TOLERANCE[matrix.dtype]
+    if wrong.any():
+        t = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"matrix[{t}] sums to {float(sums[t]):.6g}, expected at most 1; divide the rows by their sums, and check "
+            "that rows are target classes, not columns"
         )
 
 

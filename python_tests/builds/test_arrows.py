@@ -40,7 +40,7 @@ MODULE_FLOORS = (
     ("backends",),
     ("backends.triton_version",),
     ("backends.cuda", "backends.triton"),
-    ("backends.cpp",),
+    ("backends.cpp", "backends.dense_rows"),
     ("backends.operations", "backends.registry", "backends.torch_version"),
     ("options",),
     ("labelled_logits", "plots", "tensor_file", "validation"),
@@ -55,6 +55,7 @@ MODULE_FLOORS = (
         "shapes",
         "targets",
     ),
+    ("sparse_rows",),
 )
 FOLDER_FLOORS = (
     ("tests",),

@@ -51,7 +51,7 @@ def test_the_library_needs_only_the_stable_abi(library: Path) -> None:
 def test_the_operations_are_registered(library: Path) -> None:
     from cotuning_kernels.backends import operations
 
-    for name in operations.SCHEMAS:
+    for name in operations.OPERATIONS:
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"{operations.NAMESPACE}::{name}", "CUDA")
         assert registered, name
     assert backends.select("cuda") == "cuda"

@@ -98,7 +98,11 @@ def library() -> ctypes.CDLL:
 
 def operations() -> dict[str, Callable[..., Any]]:
     library()
-    return {name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in SCHEMAS}
+    return {
+        name: getattr(getattr(torch.ops, NAMESPACE), name).default
+        for name in SCHEMAS
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+    }
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from cotuning_kernels.backends import operations
+from cotuning_kernels.backends import dense_rows, operations
 from cotuning_kernels.backends.registry import REGISTRY
 
 __all__ = ["cpu_served_by"]
@@ -25,8 +26,12 @@ __all__ = ["cpu_served_by"]
 def cpu_served_by(backend: str, implementations: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """``backend=backend`` and ``"auto"`` use ``implementations`` (operation: function) for tensors on the CPU.
 
-    The other operations keep their CPU implementation.
+    The other operations keep their CPU implementation. Sparse relationships, which ``implementations`` may leave out,
+    become dense rows for them.
     """
+    of_rows = (dense_rows.sparse_co_tuning_loss, dense_rows.sparse_co_tuning_loss_)
+    if "co_tuning_loss" in implementations:
+        implementations = {each.__name__: partial(each, "auto") for each in of_rows} | implementations
     library = torch.library.Library(operations.NAMESPACE, "IMPL")
     # Torch 2.6 lacks the argument, and has nothing to override.
     overriding: dict[str, Any] = (
