@@ -34,6 +34,10 @@ NAMES = {
     "co-tuning-uncalibrated": "Co-Tuning, uncalibrated",
     "lp-co-tuning": "Co-Tuning after a probe",
 }
+RECIPES = ("lp-co-tuning", "co-tuning")  # the recommended one, and what stands in where it was not run
+ITERATIONS = 30  # of a run, unless its setting is named with another number
+# Gains that a score could predict: of the first method over the second.
+GAINS = (("co-tuning", "plain"), ("lp-co-tuning", "plain"), ("lp-co-tuning", "lp-ft"))
 SCORES = ("leep", "nce", "log_me", "h_score", "label_mapping_accuracy", "relationship_entropy", "top_mass")
 
 Results = dict[int, dict[str, Any]]  # by seed
@@ -50,7 +54,8 @@ class Task(NamedTuple):
 
     def __str__(self) -> str:
         images = f"{self.images_per_class} image{'s' if self.images_per_class > 1 else ''} a class"
-        return f"{self.data}, {self.network}, {images}"
+        longer = "" if self.iterations in (0, ITERATIONS) else f", {self.iterations} iterations"
+        return f"{self.data}, {self.network}, {images}{longer}"
 
 
 def task_of(setting: Setting, iterations: int = 0) -> Task:
@@ -108,6 +113,10 @@ def plain_of(arms: dict[Setting, Results]) -> Results | None:
     return found[0] if found else None
 
 
+def has_batchnorm(setting: Setting) -> bool:
+    return "folded" not in setting.network and setting.network != "squeezenet"
+
+
 def point(setting: Setting) -> str:
     """What was chosen for an arm."""
     parts = []
@@ -119,7 +128,9 @@ def point(setting: Setting) -> str:
         parts += [f"rate {setting.lr:g}"]
     if setting.clip:
         parts += [f"clipped at {setting.clip:g}"]
-    if not setting.method.startswith("linear-probe") and "folded" not in setting.network:
+    if setting.l2_sp:
+        parts += [f"penalty {setting.l2_sp:g}"]
+    if not setting.method.startswith("linear-probe") and has_batchnorm(setting):
         parts += [f"BatchNorm {setting.batchnorm}"]
     return ", ".join(parts)
 
@@ -152,24 +163,42 @@ def comparison(task: Task, arms: dict[Setting, Results]) -> list[str]:
 
 
 def rivals(tasks: dict[Task, dict[Setting, Results]]) -> list[str]:
-    """The settings in which the recommended recipe has not the best mean, over the seeds that all methods have.
+    """The recommended recipe minus each other method, paired by seed; then the settings in which it is not the best.
 
     The recipe is Co-Tuning after a probe, or Co-Tuning where that was not run.
     """
-    lines = ["### Where the recommended recipe is not the best", ""]
+    others = ("plain", "linear-probe-lbfgs", "lp-ft", "l2-sp", "co-tuning")
+    head = row(["setting", *(f"to {NAMES[method]}" for method in others)])
+    tables: dict[str, list[str]] = {"accuracy, points": [], "NLL": []}
+    behind: list[str] = []
     for task, arms in tasks.items():
-        seeds = sorted(set.intersection(*(set(arm) for arm in arms.values())))
-        methods = {setting.method for setting in arms}
-        recipe = next((method for method in ("lp-co-tuning", "co-tuning") if method in methods), None)
-        if not seeds or recipe is None:
+        methods = {setting.method: arm for setting, arm in arms.items()}
+        recipe = next((method for method in RECIPES if method in methods), None)
+        if recipe is None:
             continue
-        for what, measure, sign, form in (("accuracy", "test_accuracy", 1, ".1%"), ("NLL", "test_nll", -1, ".3f")):
-            means = {s.method: float(np.mean([arm[seed][measure] for seed in seeds])) for s, arm in arms.items()}
-            best = max(means, key=lambda method: sign * means[method])
-            if means[best] != means[recipe]:
-                own = f"{NAMES[recipe]} {means[recipe]:{form}}"
-                lines.append(f"- {task}, {what}: {NAMES[best]} has {means[best]:{form}}, {own}.")
-    return [*lines, ""]
+        for (what, lines), measure, scale, digits in zip(
+            tables.items(), ("test_accuracy", "test_nll"), (100, 1), (1, 3), strict=True
+        ):
+            pairs = {
+                method: paired(methods[recipe], arm, measure)
+                for method, arm in methods.items()
+                if method != recipe and methods[recipe].keys() & arm.keys()
+            }
+            cells = (interval(pairs[method], scale, digits) if method in pairs else "" for method in others)
+            lines.append(row([str(task), *cells]))
+            sign = 1 if measure == "test_accuracy" else -1
+            for method, pair in pairs.items():
+                if sign * pair.mean < 0:
+                    seeds = len(pair.differences)
+                    behind.append(
+                        f"- {task}, {what}: {interval(pair, scale, digits)} to {NAMES[method]}"
+                        f" ({seeds} seed{'s' if seeds > 1 else ''})."
+                    )
+    lines = []
+    for what, rows in tables.items():
+        lines += [f"### The recommended recipe minus the others: {what}", "", head, "|---" * (len(others) + 1) + "|"]
+        lines += [*rows, ""]
+    return [*lines, "### Where the recommended recipe is not the best", "", *behind, ""]
 
 
 def row(cells: Sequence[str]) -> str:
@@ -196,7 +225,7 @@ def collapse(results: dict[Setting, dict[str, Any]]) -> list[str]:
             continue
         if setting.method == "co-tuning" and setting.trade_off != 2.3:
             continue
-        kind = "no BatchNorm (folded)" if "folded" in setting.network else f"BatchNorm {setting.batchnorm}"
+        kind = f"BatchNorm {setting.batchnorm}" if has_batchnorm(setting) else f"no BatchNorm ({setting.network})"
         column = "plain" if setting.method == "plain" else f"trade-off 2.3 {'bound' if setting.bound else 'unbound'}"
         cells[kind, setting.lr][column] = validated(result)
     whole = {key: value for key, value in sorted(cells.items()) if {columns[0], columns[2]} <= value.keys()}
@@ -208,11 +237,17 @@ def collapse(results: dict[Setting, dict[str, Any]]) -> list[str]:
 
 
 def grid(results: dict[Setting, dict[str, Any]]) -> list[str]:
-    """Every point that was tried, by its validation images; the best of each method in bold."""
-    tried: dict[tuple[Task, str], dict[Setting, dict[str, Any]]] = defaultdict(dict)
+    """Every point that was tried, by the mean over its validation seeds; the best of each method in bold."""
+    seeds: dict[Setting, list[dict[str, Any]]] = defaultdict(list)
     for setting in sorted(results, key=order_of):
         if setting.seed >= FIRST_TUNING_SEED and setting.method != "scores":
-            tried[task_of(setting)._replace(iterations=0), setting.method][setting] = results[setting]
+            seeds[replace(setting, seed=FIRST_TUNING_SEED)].append(results[setting])
+    tried: dict[tuple[Task, str], dict[Setting, dict[str, Any]]] = defaultdict(dict)
+    for setting, found in seeds.items():
+        task = task_of(setting)._replace(iterations=0)
+        accuracies, nlls = ([result[f"validation_{name}"] for result in found] for name in ("accuracy", "nll"))
+        nll = None if None in nlls else float(np.mean(nlls))
+        tried[task, setting.method][setting] = {"validation_accuracy": np.mean(accuracies), "validation_nll": nll}
     lines = ["### The grid: validation accuracy and NLL of each point", "", row(["", "method", "point", "validation"])]
     lines += ["|---|---|---|---|"]
     for (task, method), points in sorted(tried.items(), key=lambda item: (item[0][0], list(NAMES).index(item[0][1]))):
@@ -234,32 +269,41 @@ def best_of(points: dict[Setting, dict[str, Any]]) -> Setting:
 
 
 def prediction(results: dict[Setting, dict[str, Any]], tasks: dict[Task, dict[Setting, Results]]) -> list[str]:
-    """Each score's mean over the seeds in each task, Co-Tuning's gain there, and their correlation over the tasks."""
+    """Each score's mean over the seeds in each task, the gains there, and their correlations over the tasks."""
     scores: dict[Task, list[dict[str, Any]]] = defaultdict(list)
     for setting, result in results.items():
         if setting.method == "scores":
             scores[task_of(setting)].append(result)
-    columns: list[tuple[Task, float, float, dict[str, float]]] = []
+    means: dict[Task, list[float]] = {}
+    gains: dict[Task, dict[tuple[str, str], tuple[float, float]]] = {}  # in accuracy, and in NLL (higher is better)
     for task, arms in tasks.items():
-        plain = plain_of(arms)
-        assert plain is not None
-        found = [arm for setting, arm in arms.items() if setting.method == "co-tuning" and arm.keys() & plain.keys()]
         own = scores.get(task._replace(iterations=0))
-        if not found or not own:
-            continue
-        means = {name: float(np.mean([result[name] for result in own])) for name in SCORES}
-        gains = (paired(found[0], plain, measure).mean for measure in ("test_accuracy", "test_nll"))
-        columns.append((task, *gains, means))
-    if len(columns) < 3:
+        methods = {setting.method: arm for setting, arm in arms.items()}
+        if own:
+            means[task] = [float(np.mean([result[name] for result in own])) for name in SCORES]
+            gains[task] = {
+                (method, base): (
+                    paired(methods[method], methods[base], "test_accuracy").mean,
+                    -paired(methods[method], methods[base], "test_nll").mean,
+                )
+                for method, base in GAINS
+                if methods.keys() >= {method, base} and methods[method].keys() & methods[base].keys()
+            }
+    if len([task for task in means if gains[task]]) < 3:
         return []
-    lines = ["### What the scores say beforehand", "", row(["setting", "gain, points", "NLL to plain", *SCORES])]
-    lines += ["|---" * (len(SCORES) + 3) + "|"]
-    for task, gain, nll, means in columns:
-        lines.append(row([str(task), f"{100 * gain:+.1f}", f"{nll:+.3f}", *(f"{means[name]:.3f}" for name in SCORES)]))
-    for what, place, sign in (("accuracy", 1, 1.0), ("NLL, lower is better", 2, -1.0)):
-        gained = [sign * float(column[place]) for column in columns]  # type: ignore[arg-type]
-        correlations = [stats.spearmanr([column[3][name] for column in columns], gained).statistic for name in SCORES]
-        lines.append(row([f"rank correlation with the gain in {what}", "", "", *(f"{c:+.2f}" for c in correlations)]))
+    lines = ["### What the scores say beforehand", "", row(["setting", *SCORES]), "|---" * (len(SCORES) + 1) + "|"]
+    lines += [row([str(task), *(f"{value:.3f}" for value in values)]) for task, values in means.items()]
+    lines += ["", row(["rank correlation with the gain", "settings", *SCORES]), "|---" * (len(SCORES) + 2) + "|"]
+    for pair in GAINS:
+        own_tasks = [task for task in means if pair in gains[task]]
+        if len(own_tasks) < 3:
+            continue
+        for place, what in enumerate(("accuracy", "NLL")):
+            gained = [gains[task][pair][place] for task in own_tasks]
+            columns = zip(*(means[task] for task in own_tasks), strict=True)
+            correlations = (stats.spearmanr(column, gained).statistic for column in columns)
+            name = f"{NAMES[pair[0]]} over {NAMES[pair[1]]}, {what}"
+            lines.append(row([name, str(len(own_tasks)), *(f"{c:+.2f}" for c in correlations)]))
     return [*lines, ""]
 
 
