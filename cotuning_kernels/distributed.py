@@ -12,25 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sized
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from cotuning_kernels import functional, validation
-from cotuning_kernels.functional import CoTuningTerms
+from cotuning_kernels.functional import CoTuningTerms, matrix_of
 from cotuning_kernels.options import LossOptions
 from cotuning_kernels.processes import rank_and_size
-from cotuning_kernels.shapes import logits_as_rows, shape_of_labels, target_as_rows
 from cotuning_kernels.sharded_loss import share_of_mean
 from cotuning_kernels.sparse_rows import SparseRows
-from cotuning_kernels.targets import Target, as_collated
+from cotuning_kernels.targets import Target
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from cotuning_kernels.loss import FusedCoTuningLoss
+    from cotuning_kernels.loss import FusedCoTuningLoss, FusedLinearCoTuningLoss
 
 __all__ = ["ShardSampler", "global_mean_loss", "rank_and_size"]
 
@@ -66,12 +64,10 @@ class ShardSampler(Sampler[int]):
 
 
 def global_mean_loss(
-    criterion: FusedCoTuningLoss,
-    source_logits: Tensor,
-    target_logits: Tensor,
-    target: Target,
-    *,
+    criterion: FusedCoTuningLoss | FusedLinearCoTuningLoss,
+    *inputs: Any,
     group: ProcessGroup | None = None,
+    **named_inputs: Any,
 ) -> CoTuningTerms:
     """The loss of this process's rows, so that the *average* over processes is the mean over the rows of all.
 
@@ -80,8 +76,10 @@ def global_mean_loss(
     wait for the device.
 
     Args:
-        criterion: a :class:`cotuning_kernels.FusedCoTuningLoss` with ``reduction="mean"``.
-        source_logits, target_logits, target: this process's rows, as for the criterion; there may be none.
+        criterion: a :class:`cotuning_kernels.FusedCoTuningLoss` or a :class:`cotuning_kernels.FusedLinearCoTuningLoss`,
+            with ``reduction="mean"``.
+        inputs, named_inputs: this process's rows, as the criterion takes them (``source_logits, target_logits, target``
+            or the features, two heads and the target); there may be no rows.
         group: the processes; all by default. Without torch.distributed, the result is that of the criterion.
 
     Returns:
@@ -90,32 +88,22 @@ def global_mean_loss(
         NaN, as with ``F.cross_entropy``.
 
     Raises:
+        TypeError: the criterion takes other inputs.
         ValueError: the criterion has another reduction.
         RuntimeError: a launcher started several processes, but ``init_process_group`` was not called.
     """
-    target = as_collated(target)
     if criterion.reduction != "mean":
         raise ValueError(f"criterion.reduction is {criterion.reduction!r}, expected 'mean'")
     _, processes = rank_and_size(group)
     if processes == 1:
-        terms = criterion(source_logits, target_logits, target, return_terms=True)
+        terms = criterion(*inputs, **named_inputs, return_terms=True)
         assert isinstance(terms, CoTuningTerms)
         return terms
-    if isinstance(source_logits, Tensor) and source_logits.dim() not in (0, 2):
-        validation.check_shapes(source_logits, target_logits, target)
-        target = target_as_rows(target, shape_of_labels(source_logits))
-        source_logits, target_logits = logits_as_rows(source_logits), logits_as_rows(target_logits)
-    functional.require_target_logits(target_logits)
+    of_rows, target = criterion.as_rows(*inputs, **named_inputs)
 
-    def compute(
-        target: Target, relationship: Tensor | SparseRows, options: LossOptions
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        found = functional.compute_loss(
-            source_logits, target_logits, target, relationship, options, criterion.inplace, criterion.backend, True
-        )
-        assert isinstance(found, CoTuningTerms)
-        return found
+    def compute(target: Target, _: Tensor | SparseRows, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+        return criterion.terms(of_rows, target, options)
 
     all_reduce = partial(torch.distributed.all_reduce, group=group)
-    relationship = functional.matrix_of(criterion.relationship)
+    relationship = matrix_of(criterion.relationship)
     return CoTuningTerms(*share_of_mean(compute, target, relationship, criterion.options, all_reduce, processes))

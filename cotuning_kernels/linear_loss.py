@@ -6,6 +6,7 @@ for the source head rows without source supervision, which are most in a languag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from cotuning_kernels.sharded_loss import is_dtensor
 from cotuning_kernels.sparse_rows import SparseRows, supervised_classes
 from cotuning_kernels.targets import Target, as_collated, dense_columns, operand_target
 
-__all__ = ["CoTuningMetrics", "Head", "LinearCall", "check_linear_options", "linear_loss"]
+__all__ = ["CoTuningMetrics", "Head", "LinearCall", "check_linear_options", "features_as_rows", "linear_loss"]
 
 
 class Head(NamedTuple):
@@ -97,6 +98,13 @@ def check_linear_options(options: LossOptions, memory_budget: int) -> None:
         raise ValueError(f"memory_budget is {memory_budget}, expected at least 1 byte")
 
 
+_MENDS = (
+    "FSDP2 gathers weights only in the forward of the module that it shards, so call the criterion there, or shard "
+    "that module with reshard_after_forward=False",
+    "pass what to_local() gives",
+)
+
+
 def linear_loss(call: LinearCall) -> CoTuningMetrics:
     """The Co-Tuning loss of linear heads.
 
@@ -106,8 +114,11 @@ def linear_loss(call: LinearCall) -> CoTuningMetrics:
     source, target_head, target, relationship, options, memory_budget, backend, metrics = call
     heads = {"source": source} if target_head is None else {"source": source, "target": target_head}
     for name, head in heads.items():
-        if any(map(is_dtensor, head)):
-            raise ValueError(f"the {name} head has a DTensor, expected ordinary tensors: pass what to_local() gives")
+        for part, value in head._asdict().items():
+            if is_dtensor(value):
+                raise ValueError(
+                    f"the {name} head's {part} is a DTensor, expected an ordinary tensor: {_MENDS[part == 'features']}"
+                )
         validation.check_linear_head(name, *head)
     target = as_collated(target)
     shape = source.features.shape[:-1]
@@ -116,13 +127,10 @@ def linear_loss(call: LinearCall) -> CoTuningMetrics:
             f"the source head's features have shape {tuple(source.features.shape)} and the target head's "
             f"{tuple(target_head.features.shape)}, expected the same rows"
         )
-    if len(shape) > 1:
-        validation.check_labels_of_features(shape, target)
-        probabilities = isinstance(target, Tensor) and target.is_floating_point()
-        target = target.flatten(0, -2) if probabilities else target_as_rows(target, shape)  # type: ignore[union-attr]
-        source = source._replace(features=source.features.flatten(0, -2))
-        if target_head is not None:
-            target_head = target_head._replace(features=target_head.features.flatten(0, -2))
+    features, target = features_as_rows([head.features for head in heads.values()], target)
+    source = source._replace(features=features[0])
+    if target_head is not None:
+        target_head = target_head._replace(features=features[1])
     device = source.features.device
     num_target_classes = None if target_head is None else target_head.weight.shape[0]
     validation.check_relationship(relationship, num_target_classes, source.weight.shape[0], device)
@@ -138,6 +146,23 @@ def linear_loss(call: LinearCall) -> CoTuningMetrics:
             source_logsumexp=found.source_logsumexp.reshape(shape),
         )
     return found
+
+
+def features_as_rows(features: Sequence[Tensor], target: Target) -> tuple[Sequence[Tensor], Target]:
+    """Features ``(..., D)`` of each head and their target, as rows.
+
+    Raises:
+        ValueError: the target has another shape.
+    """
+    if not isinstance(features[0], Tensor) or features[0].dim() <= 2:
+        return features, target
+    shape = features[0].shape[:-1]
+    validation.check_labels_of_features(shape, target)
+    if isinstance(target, Tensor) and target.is_floating_point():
+        target = target.flatten(0, -2)
+    else:
+        target = target_as_rows(target, shape)
+    return [each.flatten(0, -2) for each in features], target
 
 
 def _by_reference(call: LinearCall) -> CoTuningMetrics:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from cotuning_kernels import backends, functional, validation
 from cotuning_kernels.functional import CoTuningMetrics, CoTuningTerms
 from cotuning_kernels.linear_head import MEMORY_BUDGET
-from cotuning_kernels.linear_loss import check_linear_options
+from cotuning_kernels.linear_loss import check_linear_options, features_as_rows
 from cotuning_kernels.options import LossOptions, check_options, check_trade_off
+from cotuning_kernels.shapes import logits_as_rows, shape_of_labels, target_as_rows
 from cotuning_kernels.sparse_rows import SparseRows
-from cotuning_kernels.targets import RelationshipLike, Target
+from cotuning_kernels.targets import RelationshipLike, Target, as_collated
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -275,6 +276,24 @@ class FusedCoTuningLoss(_CoTuningCriterion):
             source_logits, target_logits, target, self._matrix(), self.options, self.inplace, self.backend, return_terms
         )
 
+    def as_rows(
+        self, source_logits: Tensor, target_logits: Tensor, target: Target
+    ) -> tuple[tuple[Tensor, Tensor], Target]:
+        """The logits, and the target, as rows: for :func:`cotuning_kernels.distributed.global_mean_loss`."""
+        functional.require_target_logits(target_logits)
+        target = as_collated(target)
+        if isinstance(source_logits, Tensor) and source_logits.dim() not in (0, 2):
+            validation.check_shapes(source_logits, target_logits, target)
+            target = target_as_rows(target, shape_of_labels(source_logits))
+            source_logits, target_logits = logits_as_rows(source_logits), logits_as_rows(target_logits)
+        return (source_logits, target_logits), target
+
+    def terms(self, inputs: tuple[Tensor, Tensor], target: Target, options: LossOptions) -> CoTuningTerms:
+        """The loss with other options than the module's own."""
+        found = functional.compute_loss(*inputs, target, self._matrix(), options, self.inplace, self.backend, True)
+        assert isinstance(found, CoTuningTerms)
+        return found
+
 
 class FusedLinearCoTuningLoss(_CoTuningCriterion):
     r"""Co-Tuning's loss of two linear heads, whose logits exist only for a chunk of rows at a time.
@@ -360,3 +379,25 @@ class FusedLinearCoTuningLoss(_CoTuningCriterion):
     def _check_options(self, options: LossOptions, num_target_classes: int, device: torch.device) -> None:
         super()._check_options(options, num_target_classes, device)
         check_linear_options(options, MEMORY_BUDGET)
+
+    def as_rows(
+        self,
+        features: Tensor | tuple[Tensor, Tensor],
+        source_weight: Tensor,
+        source_bias: Tensor | None,
+        target_weight: Tensor,
+        target_bias: Tensor | None,
+        target: Target,
+    ) -> tuple[tuple[Any, Any], Target]:
+        """The features, and the target, as rows: for :func:`cotuning_kernels.distributed.global_mean_loss`."""
+        pair = features if isinstance(features, tuple | list) else (features, features)
+        rows, target = features_as_rows(pair, as_collated(target))
+        return (tuple(rows), (source_weight, source_bias, target_weight, target_bias)), target
+
+    def terms(self, inputs: tuple[Any, Any], target: Target, options: LossOptions) -> CoTuningTerms:
+        """The loss with other options than the module's own."""
+        found = functional.compute_linear_loss(
+            *inputs, target, self._matrix(), options, self.memory_budget, self.backend, True, False
+        )
+        assert isinstance(found, CoTuningTerms)
+        return found

@@ -65,9 +65,10 @@ def test_the_same_relationship(results: dict[int, list[Result]], processes: int,
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("training", ["plain", "weighted"])
+@pytest.mark.parametrize("training", ["plain", "weighted", "linear", "linear, weighted"])
 def test_the_same_losses_and_weights(results: dict[int, list[Result]], processes: int, training: str) -> None:
-    expected = results[1][0][training]
+    """With linear heads they are those of logits."""
+    expected = results[1][0][{"linear": "plain", "linear, weighted": "weighted"}.get(training, training)]
     for found in (result[training] for result in results[processes]):
         torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
         for name, weights in expected["weights"].items():
@@ -204,6 +205,28 @@ def test_means_over_nothing_are_those_of_the_criterion(
     for value, other in zip((*found, *ours), (*expected, *theirs), strict=True):
         # Twice, since DDP halves it by averaging over the two processes.
         torch.testing.assert_close(value.detach(), 2 * other.detach(), equal_nan=True)
+
+
+@pytest.mark.parametrize("form", ["labels", "probabilities", "pair with a share a row"])
+def test_linear_heads_of_tokens(form: str, draw: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features ``(3, 3, D)`` and their labels ``(3, 3)`` have the global mean of their rows."""
+    relationship, target = torch.rand(4, 6, generator=draw), targets(draw)[form]
+    relationship[1] = 0
+    features, old, new = (torch.randn(n, 5, generator=draw, requires_grad=True) for n in (9, 6, 4))
+    expected = ck.FusedCoTuningLoss(relationship)(features @ old.t(), features @ new.t(), target, return_terms=True)
+    _with_another_process_that_has_no_rows(monkeypatch)
+    tokens = tuple(x.unflatten(0, (3, 3)) for x in (target if isinstance(target, tuple) else (target,)))
+    criterion = ck.FusedLinearCoTuningLoss(relationship)
+    found = global_mean_loss(
+        criterion, features.view(3, 3, 5), old, None, new, None, target=tokens if len(tokens) > 1 else tokens[0]
+    )
+    gradients = (torch.autograd.grad(each.loss, (features, old, new)) for each in (found, expected))
+    for value, other in zip((*found, *next(gradients)), (*expected, *next(gradients)), strict=True):
+        torch.testing.assert_close(value.detach(), 2 * other.detach())
+    with pytest.raises(ValueError, match=r"target has shape \(9,.*, expected class indices \(3, 3\)"):
+        global_mean_loss(criterion, features.view(3, 3, 5), old, None, new, None, target)
+    with pytest.raises(TypeError, match="missing 3 required positional arguments"):
+        global_mean_loss(criterion, features, old, target)
 
 
 def test_a_label_out_of_range_is_named_as_by_the_criterion(monkeypatch: pytest.MonkeyPatch) -> None:

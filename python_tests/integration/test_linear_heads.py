@@ -464,19 +464,41 @@ def test_a_model_trains_to_the_same_weights(bound_source: bool) -> None:
     assert (other["network.0.weight"] - ours["network.0.weight"]).abs().max() > 1e-3  # the bound reaches the backbone
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
-def test_two_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the two processes of the worker found."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    folder = tmp_path_factory.mktemp("linear")
     path = os.pathsep.join(filter(None, [str(Path(ck.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]))
     environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launcher, worker.__file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+        [*launcher, worker.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes_train_to_the_weights_of_one(of_two_processes: list[dict[str, Any]]) -> None:
     alone = worker.train(worker.two_heads(linear=False), slice(None))
-    for rank in range(2):
-        for found in torch.load(tmp_path / f"{rank}.pt"):
+    for each in of_two_processes:
+        for found in each["ddp"]:
             assert_alike(found, alone, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", worker.SHARDED)
+def test_sharded_weights_train_to_the_weights_of_one_process(kind: str, of_two_processes: list[dict[str, Any]]) -> None:
+    """FSDP2 gathers weights for the forward of their module: the whole model's, or that of heads with their loss."""
+    alone = worker.train(worker.two_heads(linear=False, bound_source=False), slice(None), multiplier=1.0)
+    for each in of_two_processes:
+        assert_alike(each["fsdp"][kind], alone, tolerance=1e-5)
+
+
+def test_weights_that_are_not_gathered_are_refused(of_two_processes: list[dict[str, Any]]) -> None:
+    for each in of_two_processes:
+        assert each["refusal"].startswith("the source head's weight is a DTensor, expected an ordinary tensor: ")
+        assert "reshard_after_forward=False" in each["refusal"]
 
 
 def test_a_model_gives_logits_in_evaluation_mode() -> None:

@@ -38,9 +38,9 @@ def source_model() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, N_S))
 
 
-def two_heads() -> ck.CoTuningModel:
+def two_heads(linear: bool = False) -> ck.CoTuningModel:
     torch.manual_seed(4)
-    return ck.CoTuningModel.from_classifier(source_model(), N_T)
+    return ck.CoTuningModel.from_classifier(source_model(), N_T, linear=linear).train()
 
 
 def shares(dataset: Dataset[Any]) -> DataLoader[Any]:
@@ -55,17 +55,18 @@ def rows_of_process(rank: int, processes: int) -> list[int]:
     return list(range(first, BATCH))[rank - 1 :: processes - 1]
 
 
-def train(relationship: Tensor, share_rows: list[int], model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+def train(
+    relationship: Tensor, share_rows: list[int], model: ck.CoTuningModel, options: dict[str, Any]
+) -> dict[str, Any]:
     """``STEPS`` steps with gradients averaged over the processes; the losses are the global means."""
-    criterion = ck.FusedCoTuningLoss(relationship, 1.7, **options)
+    criterion = (ck.FusedLinearCoTuningLoss if model.linear else ck.FusedCoTuningLoss)(relationship, 1.7, **options)
     wrapped = DistributedDataParallel(model) if distributed.is_initialized() else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     inputs, labels = data(STEPS * BATCH, seed=11).tensors
     losses = []
     for step in range(STEPS):
         rows = [step * BATCH + row for row in share_rows]
-        source_logits, target_logits = wrapped(inputs[rows])
-        terms = global_mean_loss(criterion, source_logits, target_logits, labels[rows])
+        terms = global_mean_loss(criterion, *wrapped(inputs[rows]), labels[rows])
         optimizer.zero_grad()
         terms.loss.backward()
         optimizer.step()
@@ -103,8 +104,9 @@ def main(folder: Path) -> None:
         result[name] = {"matrix": relationship.matrix, "counts": relationship.counts, "metadata": relationship.metadata}
     # A class without source supervision: the two means divide by different counts.
     relationship = torch.load(folder / "relationship.pt")
-    for name, options in (("plain", {}), ("weighted", {"weight": torch.tensor([1.0, 2, 0.5, 1, 3])})):
-        model = two_heads()
+    weighted = {"weight": torch.tensor([1.0, 2, 0.5, 1, 3])}
+    for name, options in (("plain", {}), ("weighted", weighted), ("linear", {}), ("linear, weighted", weighted)):
+        model = two_heads(linear="linear" in name)
         result[name] = train(relationship, rows_of_process(rank, processes), model, options)
     # Only one process has a batch: no process may wait for ever.
     if processes > 1:
