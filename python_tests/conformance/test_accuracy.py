@@ -138,10 +138,6 @@ def test_a_probability_of_nearly_1_keeps_its_distance_from_1(
 # ------------------------------------------------------------------------------------------------- KL near its minimum
 
 
-_CANCELS = {"triton"}
-"""Backends (their ``argument``) that subtract the entropy from a float32 cross entropy, and lose KL's digits."""
-
-
 def _divergences(logits: Tensor, target: Target, relationship: Tensor, dtype: torch.dtype) -> Tensor:
     """KL of the rows as ``F.kl_div`` computes it in ``dtype``, in float64."""
     translated = functional.translate_labels(target, relationship.to(dtype), backend="reference")
@@ -171,8 +167,6 @@ def test_kl_is_no_less_exact_than_torch(
 
     The reference takes torch's own steps, and like torch goes as far below 0 as a logarithm's rounding.
     """
-    if backend.argument in _CANCELS:
-        pytest.skip(f"{backend.name} loses KL's digits")
     rows = 12
     relationship = torch.softmax(scale * _normal(draw, rows, classes), 1)
     target = _kl_target(kind, rows, draw)

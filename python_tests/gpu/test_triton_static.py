@@ -26,7 +26,7 @@ import torch
 from cotuning_kernels import backends
 from cotuning_kernels.options import REDUCTIONS
 from support.backends import Backend
-from support.cases import Case, masked_where_not_a_label, rows_that_cancel, source, supervised_late
+from support.cases import Case, masked_where_not_a_label, rows_that_cancel, source, supervised_late, target
 from support.layouts import CONTIGUOUS, LAYOUTS
 from support.problems import Problem
 from support.rule import Expectation, verify
@@ -252,7 +252,7 @@ def test_disorder_is_found(target: str, missing: str) -> None:
 
 _CASES = (
     (Case("planted labels", "", (5, 9, 67), "ignoring", weight="random"), CONTIGUOUS),
-    (Case("planted pair", "", (5, 9, 67), "pair", "unsupervised", options={"source_loss": "kl"}), CONTIGUOUS),
+    (Case("planted pair", "", (5, 9, 150), "pair", "unsupervised", options={"source_loss": "kl"}), CONTIGUOUS),
     (Case("planted rows", "", (5, 90, 300), "labels", options={"reduction": "none"}), LAYOUTS[1]),
     (Case("planted cancelling", "", (5, 9, 90), edits=(rows_that_cancel,)), CONTIGUOUS),
     (Case("planted pairs of bfloat16", "", (5, 9, 150), relationship_dtype=torch.bfloat16), CONTIGUOUS),
@@ -262,7 +262,11 @@ _CASES = (
     ),
     (Case("planted -inf", "", (5, 9, 150), edits=(masked_where_not_a_label,)), CONTIGUOUS),
     (Case("planted late supervision", "", (5, 9, 150), edits=(supervised_late,)), LAYOUTS[1]),
-    (Case("planted late maximum", "", (3, 90, 300), edits=(source(slice(None), 250, 90.0),)), CONTIGUOUS),
+    (
+        Case("planted late maximum", "", (3, 90, 300), edits=(source(slice(None), 250, 90.0), target(1, 80, 90.0))),
+        CONTIGUOUS,
+    ),
+    (Case("planted maximum of a kept row", "", (3, 9, 150), edits=(source(1, 140, 90.0),)), CONTIGUOUS),
 )
 
 
@@ -362,10 +366,16 @@ _BUGS: dict[str, tuple[ModuleType, dict[str, str], tuple[str, ...]]] = {
     "no mask for ignored labels": (labels, {" & (label != ignore_index)": ""}, ("rows", "loops")),
     "a pair's second label ignored": (labels, {"is_bad_b, float(\"nan\"), tl.where(counts_b, 1.0 - share, 0.0)":
                                                 "is_bad_b, 0.0, tl.where(counts_b, 0.0, 0.0)"}, ("rows", "loops")),
-    "no maximum subtracted": (
-        rows,
-        {"x = z - tl.max(z, 1, keep_dims=True)": "x = z", "highest = tl.max(top, 0)": "highest = 0 * tl.max(top, 0)"},
-        ("rows",),
+    "no maximum subtracted": (rows, {"x = z - tl.max(z, 1, keep_dims=True)": "x = z"}, ("rows",)),
+    "no maximum subtracted on the ordinary way": (
+        rows, {"highest = tl.max(top, 0)": "highest = 0 * tl.max(top, 0)"}, ("rows",),
+    ),
+    "no maximum subtracted from a kept row": (
+        rows, {"shift = tl.max(top, 0) * _LOG2_E": "shift = 0 * tl.max(top, 0)"}, ("loops",),
+    ),
+    "KL without the sum of exponentials": (rows, {"tl.log(q * total)": "tl.log(q)"}, ("rows", "loops")),
+    "KL of a long row's last block alone": (
+        rows, {"divergence += _lanes": "divergence = _lanes"}, ("loops",),
     ),
     "sums that do not shrink with a new maximum": (rows, {"total * exp(fall) + ": "total + "}, ("loops",)),
     "a dot product that does not follow the maximum": (

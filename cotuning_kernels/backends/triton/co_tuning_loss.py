@@ -501,11 +501,11 @@ def _plan_heads(
 ) -> tuple[Head, Head | None, int]:  # fmt: skip
     """``(source head, target head, threads of a program)``. The programs of both heads have as many threads."""
     width, dtype = source_logits.shape[1], source_logits.dtype
-    is_pair = form == PAIR.value
     # A pair has two rows of R in registers, and KL its logarithms: such rows have no ordinary way.
-    ordinary = not is_pair and not options.kl_divergence and dtype != torch.float64
+    is_wide = form == PAIR.value or options.kl_divergence
+    ordinary = not is_wide and dtype != torch.float64
     vec = vector(source_logits, source_grad, relationship)
-    threads = threads_for(width, dtype, pair=is_pair, ordinary=ordinary)
+    threads = threads_for(width, dtype, wide=is_wide, ordinary=ordinary)
     target_head = None
     target_threads, loops = 0, False
     if target_logits is not None:
@@ -527,7 +527,7 @@ def _plan_heads(
             kl=False,
             **_of_head(target_logits, target_grad, rows, target_vec),
         )  # fmt: skip
-    rows = plan_kept_row(width, dtype, vec) if keeps else plan_rows(width, dtype, threads, pair=is_pair)
+    rows = plan_kept_row(width, dtype, vec) if keeps else plan_rows(width, dtype, threads, wide=is_wide)
     if not keeps and ordinary and is_ordinary(width, dtype) and rows.rows == 1:
         rows = plan_ordinary_row(width, dtype, threads, vec)
     source = Head(

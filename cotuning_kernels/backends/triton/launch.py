@@ -46,8 +46,8 @@ __all__ = [
     "vector",
 ]
 
-# The longest row that lies in registers with its row of R: 16384 in float32, or 8192 with two rows of R (more would
-# spill). An ordinary row (see rows.py) may have 22528 columns, 88 in each of 256 threads.
+# The longest row that lies in registers with its row of R: 16384 in float32, or 8192 with two rows of R or for KL
+# (more would spill). An ordinary row (see rows.py) may have 22528 columns, 88 in each of 256 threads.
 MAX_WHOLE_ROW_BYTES = 65536
 MAX_ORDINARY_ROW_BYTES = 90112
 LEAST_ORDINARY_THREADS = 32
@@ -167,15 +167,15 @@ class Head:
     dtype: Any
 
 
-def threads_for(columns: int, dtype: torch.dtype, *, pair: bool = False, ordinary: bool = False) -> int:
+def threads_for(columns: int, dtype: torch.dtype, *, wide: bool = False, ordinary: bool = False) -> int:
     """Return how many threads a row of ``columns`` logits wants: one for each 64 bytes of arithmetic.
 
     With 32 bytes, the instructions that each thread executes once would add half as many again to every element.
-    ``pair``: two rows of R lie beside the row. ``ordinary``: the kernel has ordinary rows, whose threads have registers
-    for 128 bytes.
+    ``wide``: two rows of R lie beside the row, or KL needs ``x`` and ``e`` of ``rows.py`` at a time. ``ordinary``: the
+    kernel has ordinary rows, whose threads have registers for 128 bytes.
     """
     block = _power_of_two(columns)
-    if _loops(block, dtype, pair):
+    if _loops(block, dtype, wide):
         return _LOOP_THREADS
     size = _compute_size(dtype)
     if ordinary:
@@ -183,10 +183,10 @@ def threads_for(columns: int, dtype: torch.dtype, *, pair: bool = False, ordinar
     return min(4096 // size, max(64, block * size // 64))
 
 
-def plan_rows(columns: int, dtype: torch.dtype, threads: int, *, pair: bool = False) -> RowPlan:
+def plan_rows(columns: int, dtype: torch.dtype, threads: int, *, wide: bool = False) -> RowPlan:
     """Return how programs of ``threads`` threads take rows of ``columns`` logits: one long row or several short."""
     block = _power_of_two(columns)
-    if _loops(block, dtype, pair):
+    if _loops(block, dtype, wide):
         return RowPlan(1, LOOP_COLUMNS, True)
     return RowPlan(max(1, threads * (64 if threads <= 32 else 32) // (block * _compute_size(dtype))), block, False)
 
@@ -256,8 +256,8 @@ def _access(vec: int, dtype: torch.dtype) -> int:
     return min(vec, 16 // dtype.itemsize)
 
 
-def _loops(block: int, dtype: torch.dtype, pair: bool) -> bool:
-    return block * _compute_size(dtype) * (2 if pair else 1) > MAX_WHOLE_ROW_BYTES
+def _loops(block: int, dtype: torch.dtype, wide: bool) -> bool:
+    return block * _compute_size(dtype) * (2 if wide else 1) > MAX_WHOLE_ROW_BYTES
 
 
 def _compute_size(dtype: torch.dtype) -> int:

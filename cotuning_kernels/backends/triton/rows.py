@@ -4,7 +4,11 @@ A row has logits ``z`` and a target distribution ``q`` (a row of R for the sourc
 ``Q = sum(q)``. With ``x = z - max(z)``, ``e = exp(x)`` and ``S = sum(e)``
 
     loss     = Q log S - sum_{q != 0} q x               gradient = Q / S * e - q
-    KL adds    sum_{q != 0} q log q                     (the same gradient)
+    KL       = sum_{q != 0} q (log(q S) - x)            (the same gradient)
+
+Near the minimum of KL, ``q S`` is nearly ``e``, so each term of its sum is nearly 0. ``Q log S - sum q x`` and
+``sum q log q`` would cancel. In a long row, the first sweep gives ``S``, and the second one the terms of KL. Both sums
+are those of many blocks, which are added in float64.
 
 A row without any ``q != 0`` takes no part: its loss and gradient are 0, whatever its logits are. The gradient is
 multiplied by ``stored`` as it is written (see ``co_tuning_loss.py``).
@@ -149,9 +153,10 @@ def whole_rows(matrices, columns_count, table, target, rows, in_batch, stored, H
     x = z - tl.max(z, 1, keep_dims=True)
     e = exp(x)
     total = tl.sum(e, 1, keep_dims=True)
-    loss = mass * tl.log(total) - tl.sum(_product(q, x), 1, keep_dims=True)
     if HEAD.kl:
-        loss += tl.sum(tl.where(q != 0, q * tl.log(q), 0.0), 1, keep_dims=True)
+        loss = tl.sum(_divergence(q, x, total), 1, keep_dims=True)
+    else:
+        loss = mass * tl.log(total) - tl.sum(_product(q, x), 1, keep_dims=True)
     if HEAD.has_gradient:
         g = tl.where(takes_part, stored * (e * (mass / total) - q), 0.0)
         tl.store(
@@ -278,6 +283,12 @@ def _product(q, x):
 
 
 @triton.jit
+def _divergence(q, x, total):
+    """The terms of KL: ``q log(q / softmax)``, or 0 where ``q = 0``."""
+    return tl.where(q != 0, q * (tl.log(q * total) - x), 0.0)
+
+
+@triton.jit
 def kept_row(logits, grad, q_row, columns_count, has_label, supervised, stored, HEAD: tl.constexpr):
     """A source head's row of HEAD.kept blocks, all full but the last. Its logits stay in registers, ``q`` passes by.
 
@@ -391,7 +402,7 @@ def _block(logits, columns_count, table, target, row, columns, HEAD: tl.constexp
 @triton.jit
 def _add_block(sums, logits, columns_count, table, target, row, columns, HEAD: tl.constexpr, FULL: tl.constexpr):
     """The sums of a long row with those of some more columns."""
-    top, total, dot, mass, size, size_b, whole_size, entropy = sums
+    top, total, dot, mass, size, size_b, whole_size = sums
     _, z, q, q_b = _block(logits, columns_count, table, target, row, columns, HEAD, FULL)
     new_top = tl.maximum(top, _lanes(z, "max"))
     fall = top - new_top
@@ -402,29 +413,34 @@ def _add_block(sums, logits, columns_count, table, target, row, columns, HEAD: t
         size_b += _lanes(tl.abs(q_b), "sum")
         q += q_b
         whole_size += _lanes(tl.abs(q), "sum")
-    # The fall from the least number may be infinite, like a logit of -inf where q = 0: neither contributes.
-    dot += tl.where(mass != 0, mass * fall, 0.0) + _lanes(_product(q, x), "sum")
+    if not HEAD.kl:
+        # The fall from the least number may be infinite, like a logit of -inf where q = 0: neither contributes.
+        dot += tl.where(mass != 0, mass * fall, 0.0) + _lanes(_product(q, x), "sum")
     mass += _lanes(q, "sum")
-    if HEAD.kl:
-        entropy += _lanes(tl.where(q != 0, q * tl.log(q), 0.0), "sum")
-    return new_top, total, dot, mass, size, size_b, whole_size, entropy
+    return new_top, total, dot, mass, size, size_b, whole_size
 
 
 @triton.jit
 def _write_block(
-    grad, top, scale, stored, logits, columns_count, table, target, row, columns, HEAD: tl.constexpr, FULL: tl.constexpr
+    divergence, grad, top, total, scale, stored, logits, columns_count, table, target, row, columns, HEAD: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of some columns of a long row."""
+    """Write the gradient of some columns of a long row, and return KL by lane with that of these columns."""
     mask, z, q, q_b = _block(logits, columns_count, table, target, row, columns, HEAD, FULL)
     if HEAD.is_source and HEAD.form == PAIR:
         q += q_b
-    g = stored * (exp(z - top) * scale - q)
-    tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+    x = z - top
+    if HEAD.kl:
+        divergence += _lanes(_divergence(q, x, total), "sum")
+    if HEAD.has_gradient:
+        g = stored * (exp(x) * scale - q)
+        tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+    return divergence
 
 
 @triton.jit
 def long_row(logits, grad, columns_count, table, target, row, stored, HEAD: tl.constexpr):
-    """A row longer than the registers, a block of columns at a time: a sweep for the sums, one for the gradient.
+    """A row longer than the registers, a block of columns at a time: a sweep for the sums, one for the gradient and KL.
 
     Each lane has its own maximum, ``top``, and sums relative to it, so that threads meet once, at the end. Where
     ``top`` rises by ``d``, the sum of exponentials shrinks by ``exp(-d)`` and ``sum q x`` by ``d sum q``: earlier
@@ -438,17 +454,18 @@ def long_row(logits, grad, columns_count, table, target, row, stored, HEAD: tl.c
     # The least number instead of -inf: differences to it are numbers.
     top = tl.full([LANES], _LEAST_FLOAT64 if tl.float64 == DTYPE else _LEAST_FLOAT32, DTYPE)
     zero = tl.zeros([LANES], DTYPE)
-    sums = top, zero, zero, zero, zero, zero, zero, zero
+    SUM_DTYPE: tl.constexpr = tl.float64 if HEAD.kl else DTYPE
+    sums = top, tl.zeros([LANES], SUM_DTYPE), zero, zero, zero, zero, zero
     count = tl.where(has_share(target), columns_count, 0)
     full = count // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
         sums = _add_block(sums, logits, count, table, target, row, start + first, HEAD, True)
     if full < count:
         sums = _add_block(sums, logits, count, table, target, row, full + first, HEAD, False)
-    top, total, dot, mass, size, size_b, whole_size, entropy = sums
+    top, total, dot, mass, size, size_b, whole_size = sums
     row_top = tl.max(top, 0)
     fall = top - row_top
-    row_total = tl.sum(total * exp(fall), 0)
+    row_total = tl.sum(total * exp(fall), 0).to(DTYPE)
     row_dot = tl.sum(dot + tl.where(mass != 0, mass * fall, 0.0), 0)
     row_mass = tl.sum(mass, 0)
     row_size = tl.sum(size, 0)
@@ -457,21 +474,22 @@ def long_row(logits, grad, columns_count, table, target, row, stored, HEAD: tl.c
     if PARTS:
         row_size_b = tl.sum(size_b, 0)
         takes_part = tl.sum(whole_size, 0) != 0
-    loss = row_mass * tl.log(row_total) - row_dot
-    if HEAD.kl:
-        loss += tl.sum(entropy, 0)
-    if HEAD.has_gradient:
+    divergence = tl.zeros([LANES], SUM_DTYPE)
+    if HEAD.has_gradient or HEAD.kl:
         full = columns_count // BLOCK * BLOCK
         if takes_part:
             scale = row_mass / row_total
             for start in range(0, full, BLOCK):
-                _write_block(
-                    grad, row_top, scale, stored, logits, columns_count, table, target, row, start + first, HEAD, True
+                divergence = _write_block(
+                    divergence, grad, row_top, row_total, scale, stored, logits, columns_count, table, target, row,
+                    start + first, HEAD, True,
                 )  # fmt: skip
             if full < columns_count:
-                _write_block(
-                    grad, row_top, scale, stored, logits, columns_count, table, target, row, full + first, HEAD, False
+                divergence = _write_block(
+                    divergence, grad, row_top, row_total, scale, stored, logits, columns_count, table, target, row,
+                    full + first, HEAD, False,
                 )  # fmt: skip
-        else:
+        elif HEAD.has_gradient:
             _write_zeros(grad, columns_count, first, BLOCK)
+    loss = tl.sum(divergence, 0).to(DTYPE) if HEAD.kl else row_mass * tl.log(row_total) - row_dot
     return tl.where(takes_part, loss, 0.0), row_size, row_size_b
