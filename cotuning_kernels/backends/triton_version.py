@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cotuning_kernels.backends.cuda import cuda_build
-from cotuning_kernels.backends.operations import NAMESPACE, OPERATIONS
+from cotuning_kernels.backends.operations import NAMESPACE, SCHEMAS
 from cotuning_kernels.backends.registry import REGISTRY
 
 __all__ = ["missing_reason"]
@@ -48,7 +48,7 @@ _library = torch.library.Library(NAMESPACE, "IMPL")
 
 def _register(*, as_default: bool) -> None:
     """Serve GPU tensors where Triton is asked for by name and, if ``as_default``, where no backend is."""
-    for name in OPERATIONS:
+    for name in SCHEMAS:
         for overload in (f"{name}.triton", name) if as_default else (f"{name}.triton",):
             _library.impl(overload, _imported_when_called(name), "CUDA")
 

@@ -29,6 +29,7 @@ from cotuning_kernels.backends import operations, triton_version
 from cotuning_kernels.backends.operations import operation
 from cotuning_kernels.backends.registry import REGISTRY
 from cotuning_kernels.options import KL_DIVERGENCE, REDUCTIONS, OperationOptions
+from cotuning_kernels.sparse_rows import SparseRows
 from cotuning_kernels.targets import OperandTarget, operand_target
 from support.backends import BACKENDS, run_public
 from support.cases import Case
@@ -487,6 +488,26 @@ def test_the_overload_chooses_triton_where_another_backend_serves_too(seed: int)
     finally:
         library._destroy()
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_only_pairs_make_rows_of_a_sparse_relationship_dense(in_place: bool, seed: int) -> None:
+    relationship = torch.eye(6, 37).to_sparse_csr()
+    problem = Case("sparse", "", (5, 6, 37), "ignoring").build(torch.float32, seed)
+    source, target, labels = problem.source_logits, problem.target_logits, problem.target
+    with (
+        triton_interpreted(),
+        mock.patch.object(SparseRows, "to_dense", side_effect=AssertionError("dense rows")),
+    ):
+
+        def step(target_: Any) -> None:
+            logits = [x.detach().clone().requires_grad_() * 1 for x in (source, target)]
+            found = functional.co_tuning_loss(*logits, target_, relationship, backend="triton", inplace=in_place)
+            found.backward()  # type: ignore[union-attr]
+
+        step(labels)
+        with pytest.raises(AssertionError, match="dense rows"):
+            step((labels, labels, 0.5))
 
 
 def test_names_of_operations() -> None:

@@ -171,6 +171,39 @@ def test_arithmetic_is_in_float32_and_offsets_in_64_bits(name: str, target: str)
         assert list(objections(compiled.kernel.asm["ttir"])) == []
 
 
+_SPARSE = "loss, 1000 x 21840, bfloat16, sparse"
+
+
+def sweep_without_barriers(ttir: str) -> list[str]:
+    """Events of the gradient's sweep of a row with a sparse row of R, if they are not those of ``sparse_row``.
+
+    The logits of the entries are read, then the sweep stores the whole row, then the entries are stored once more. The
+    threads must meet in between: another thread stores the same places.
+    """
+    sweep = ttir[ttir.rindex("scf.while") :]
+    events = re.findall(r"tt\.load|tt\.store|ttg\.barrier|scf\.for", sweep)[:9]
+    # Columns, values and logits of the entries; the sweep; the entries.
+    expected = ["tt.load"] * 3 + ["ttg.barrier", "scf.for", "tt.load", "tt.store", "ttg.barrier", "tt.store"]
+    return [] if events == expected else events
+
+
+def test_the_sweep_of_a_sparse_row_lies_between_barriers() -> None:
+    ttir = _launches(_SPARSE, "sm_90")[0].kernel.asm["ttir"]
+    assert sweep_without_barriers(ttir) == []
+    for barrier in list(re.finditer(r".*ttg\.barrier.*\n", ttir[ttir.rindex("scf.while") :]))[:2]:
+        start = ttir.rindex("scf.while") + barrier.start()
+        assert sweep_without_barriers(ttir[:start] + ttir[start + len(barrier[0]) :])
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_sparse_row_is_moved_128_bits_at_a_time(target: str) -> None:
+    """Exceptions: values that a row has once, and those of its entries (column, value, logit)."""
+    accesses = static.measure(_launches(_SPARSE, target)[0])["accesses"]
+    assert accesses["load 16"] >= 4
+    assert accesses["store 16"] >= 2
+    assert accesses["store 2"] == 1, accesses  # the gradient at the entries
+
+
 # ------------------------------------------------------------------------- what the last program sees of all others
 #
 # No run on a CPU can show that the last program sees what the others have stored. It does if the machine code has this

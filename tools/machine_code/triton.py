@@ -270,6 +270,22 @@ def _loss(
     return call
 
 
+def _sparse_loss(dtype: torch.dtype, target_classes: int, source_classes: int, entries: int) -> Callable[[], Any]:
+    """A relationship of so many entries a row."""
+
+    def call() -> Any:
+        from cotuning_kernels.backends.triton.co_tuning_loss import sparse_co_tuning_loss
+
+        crow = entries * torch.arange(target_classes + 1)
+        rows = crow, torch.arange(entries).repeat(target_classes), torch.empty(target_classes * entries)
+        heads = (torch.empty(_ROWS, n, dtype=dtype) for n in (source_classes, target_classes))
+        labels = torch.zeros(_ROWS, dtype=torch.int64)
+        options = None, torch.tensor(2.3, dtype=torch.float64), 0.0, -100, 1, False
+        return sparse_co_tuning_loss(*heads, labels, None, None, *rows, *options, True, True)
+
+    return call
+
+
 def _scale(dtype: torch.dtype) -> Callable[[], Any]:
     def call() -> Any:
         from cotuning_kernels.backends.triton.scale_gradients import scale_gradients_
@@ -323,6 +339,7 @@ KERNELS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
     "loss, 1000 x 16384, float32": (_TWO, _loss(_F32, 1000, 16384)),
     "loss, 1000 x 8192, float32, pair, KL": (_ONE, _loss(_F32, 1000, 8192, "pair", kl_divergence=True)),
     "loss, 1000 x 21841, bfloat16, pair, KL": (_TWO, _loss(_BF16, 1000, 21841, "pair", kl_divergence=True)),
+    "loss, 1000 x 21840, bfloat16, sparse": (_TWO, _sparse_loss(_BF16, 1000, 21840, 64)),
     "scaling, 200 x 1000, float32": (_ONE, _scale(_F32)),
     "scaling, 200 x 1000, bfloat16": (_TWO, _scale(_BF16)),
     "translation, class sums, temperature, 200 x 1000": (_TWO, _others),

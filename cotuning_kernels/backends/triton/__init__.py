@@ -24,6 +24,8 @@ __all__ = ["IMPLEMENTATIONS", "warmup"]
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "co_tuning_loss": co_tuning_loss.co_tuning_loss,
     "co_tuning_loss_": co_tuning_loss.co_tuning_loss_,
+    "sparse_co_tuning_loss": co_tuning_loss.sparse_co_tuning_loss,
+    "sparse_co_tuning_loss_": co_tuning_loss.sparse_co_tuning_loss_,
     "scale_gradients_": scale_gradients.scale_gradients_,
     "translate_labels": translate_labels.translate_labels,
     "add_class_sums_": class_sums.add_class_sums_,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cotuning_kernels.dtypes import FLOATING
 from cotuning_kernels.options import OperationOptions
-from cotuning_kernels.targets import OperandTarget
+from cotuning_kernels.targets import OperandTarget, SparseOperandTarget
 
 __all__ = [
     "check_labels",
@@ -21,6 +21,7 @@ __all__ = [
     "check_matrix",
     "check_target",
     "check_writable",
+    "classes_of",
     "computes_bfloat16",
     "require",
 ]
@@ -90,24 +91,51 @@ def check_target(target: Tensor, target_b: Tensor | None, mix: Tensor | None, ba
 
 
 def check_loss(
-    source_logits: Tensor, target_logits: Tensor | None, operand: OperandTarget, options: OperationOptions
+    source_logits: Tensor,
+    target_logits: Tensor | None,
+    operand: OperandTarget | SparseOperandTarget,
+    options: OperationOptions,
 ) -> None:
-    """Require arguments of ``co_tuning_loss`` that fit together."""
-    target, target_b, mix, relationship = operand
+    """Require arguments of ``co_tuning_loss`` or ``sparse_co_tuning_loss`` that fit together."""
+    target, target_b, mix, *_ = operand
     device = source_logits.device
     check_matrix("source_logits", source_logits, device)
     batch = source_logits.shape[0]
     require(batch < 2**31 - 2**12, "source_logits has too many rows")  # programs count rows in 32 bits
     check_target(target, target_b, mix, batch, device)
-    check_matrix("relationship", relationship, device)
-    require(relationship.shape[1] == source_logits.shape[1], "relationship must have one column a source class")
-    probabilities = target.is_floating_point()
-    require(
-        not probabilities or relationship.shape[0] == batch,
-        "with probabilities, relationship must have one row a row of the batch",
-    )
-    classes = target.shape[1] if probabilities else relationship.shape[0]
+    if isinstance(operand, SparseOperandTarget):
+        _check_sparse(operand, device)
+    else:
+        relationship, probabilities = operand.relationship, target.is_floating_point()
+        check_matrix("relationship", relationship, device)
+        require(relationship.shape[1] == source_logits.shape[1], "relationship must have one column a source class")
+        require(
+            not probabilities or relationship.shape[0] == batch,
+            "with probabilities, relationship must have one row a row of the batch",
+        )
+    classes = classes_of(operand)
     if target_logits is not None:
         check_matrix("target_logits", target_logits, device)
         require(target_logits.shape == (batch, classes), f"target_logits must have shape ({batch}, {classes})")
     options.check(classes, device)
+
+
+def _check_sparse(operand: SparseOperandTarget, device: torch.device) -> None:
+    """Require class indices, and rows of R whose tensors fit together. Their values are not read."""
+    target, target_b, _, crow, col, values = operand
+    require(
+        not target.is_floating_point() and target_b is None, "a sparse relationship goes with class indices, no pair"
+    )
+    require(
+        crow.dtype in (torch.int64, torch.int32) and col.dtype == crow.dtype and values.dtype in FLOATING
+        and crow.dim() == col.dim() == 1 and len(crow) > 0 and col.shape == values.shape
+        and all(x.is_contiguous() and x.device == device for x in (crow, col, values)),
+        f"crow_indices, col_indices and values must be those of a sparse_csr matrix on {device}",
+    )  # fmt: skip
+
+
+def classes_of(operand: OperandTarget | SparseOperandTarget) -> int:
+    """Return the number of target classes."""
+    if isinstance(operand, SparseOperandTarget):
+        return operand.crow_indices.shape[0] - 1
+    return operand.target.shape[1] if operand.target.is_floating_point() else operand.relationship.shape[0]

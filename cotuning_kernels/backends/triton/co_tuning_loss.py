@@ -34,8 +34,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cotuning_kernels.backends.operations import split_loss_arguments
-from cotuning_kernels.backends.triton.checks import check_loss, check_writable
+from cotuning_kernels.backends import dense_rows
+from cotuning_kernels.backends.operations import split_loss_arguments, split_sparse_loss_arguments
+from cotuning_kernels.backends.triton.checks import check_loss, check_writable, classes_of
 from cotuning_kernels.backends.triton.counters import MOST, counters
 from cotuning_kernels.backends.triton.labels import PAIR, PROBABILITIES, form_of, read_target
 from cotuning_kernels.backends.triton.launch import (
@@ -51,14 +52,16 @@ from cotuning_kernels.backends.triton.launch import (
     plan_kept_row,
     plan_ordinary_row,
     plan_rows,
+    plan_sparse_row,
     threads_for,
+    threads_for_sparse,
     vector,
 )
-from cotuning_kernels.backends.triton.rows import has_share, kept_row, long_row, ordinary_row, whole_rows
+from cotuning_kernels.backends.triton.rows import has_share, kept_row, long_row, ordinary_row, sparse_row, whole_rows
 from cotuning_kernels.options import REDUCTIONS, OperationOptions
-from cotuning_kernels.targets import OperandTarget
+from cotuning_kernels.targets import OperandTarget, SparseOperandTarget
 
-__all__ = ["co_tuning_loss", "co_tuning_loss_", "plan"]
+__all__ = ["co_tuning_loss", "co_tuning_loss_", "plan", "sparse_co_tuning_loss", "sparse_co_tuning_loss_"]
 
 # Rows whose numbers one program adds up, a power of two; more of them where there would be more groups.
 GROUP_ROWS = 256
@@ -115,7 +118,10 @@ def _head(
         supervised = tl.load(mix + rows * mix_stride, mask=in_batch & is_used, other=0.0).to(HEAD.dtype)
     if HEAD.access > 0 and HEAD.has_gradient:
         grad += rows * grad_stride
-    if HEAD.whole > 0 or HEAD.kept > 0:
+    if HEAD.sparse:
+        loss, size = sparse_row(logits + rows * logits_stride, grad, columns_count, table, target, stored, HEAD)
+        size_b = size
+    elif HEAD.whole > 0 or HEAD.kept > 0:
         q_table += (rows if HEAD.form == PROBABILITIES else label) * q_stride
         logits += rows * logits_stride
         counts = has_share(target)
@@ -317,11 +323,13 @@ def _finish(
         "probabilities_stride", "labels_stride", "labels_b_stride", "mix_stride", "batch", "classes", "source_width",
         "target_width", "source_programs", "ignore_index", "pitch", "group_bits",
     ],
-    do_not_specialize_on_alignment=["labels", "labels_b", "mix", "trade_off"],  # read one by one
+    # Read one by one.
+    do_not_specialize_on_alignment=["labels", "labels_b", "mix", "trade_off", "crow_indices", "col_indices"],
 )  # fmt: skip
 def co_tuning_loss_kernel(
     source_logits, source_stride: tl.int64, source_grad, source_grad_stride: tl.int64, relationship,
-    relationship_stride: tl.int64, target_logits, target_stride: tl.int64, target_grad, target_grad_stride: tl.int64,
+    relationship_stride: tl.int64, crow_indices, col_indices,
+    target_logits, target_stride: tl.int64, target_grad, target_grad_stride: tl.int64,
     probabilities, probabilities_stride: tl.int64, weight, label_smoothing: tl.float64, labels, labels_stride: tl.int64,
     labels_b, labels_b_stride: tl.int64, mix, mix_stride: tl.int64, ignore_index: tl.int64, by_row, batch: tl.int32,
     classes: tl.int32, source_width: tl.int32, target_width: tl.int32, source_programs: tl.int32,
@@ -332,7 +340,7 @@ def co_tuning_loss_kernel(
 
     ``SOURCE`` and ``TARGET`` are the heads (``TARGET`` is None without target logits); their widths and the strides of
     their rows are multiples of ``vec``. ``by_row`` is ``(5, batch + groups)`` for a mean and ``(2, batch + groups)``
-    for a sum; without a reduction it is ``terms``.
+    for a sum; without a reduction it is ``terms``. ``relationship`` holds the values of a sparse R.
     """
     COUNTS: tl.constexpr = REDUCTION == _MEAN
     program = tl.program_id(0)
@@ -349,7 +357,8 @@ def co_tuning_loss_kernel(
         _head(
             program, (source_logits, source_stride * SOURCE.vec, source_grad, source_grad_stride * SOURCE.vec),
             source_width * SOURCE.vec,
-            (relationship, relationship_stride * SOURCE.vec, weight, label_smoothing, classes),
+            (relationship, crow_indices, col_indices, label_smoothing, classes) if SOURCE.sparse
+            else (relationship, relationship_stride * SOURCE.vec, weight, label_smoothing, classes),
             targets, by_row, pitch, batch, stored, is_used, SOURCE, COUNTS,
         )  # fmt: skip
     elif TARGET is not None:
@@ -378,7 +387,39 @@ def co_tuning_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``cotuning_kernels::co_tuning_loss``; see :mod:`cotuning_kernels.backends.operations`."""
     *shared, source_gradient, target_gradient = arguments
-    operand, options = split_loss_arguments(shared)
+    return _in_new_memory(
+        source_logits, target_logits, *split_loss_arguments(shared), source_gradient, target_gradient
+    )  # fmt: skip
+
+
+def co_tuning_loss_(
+    source_logits: Tensor, target_logits: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``cotuning_kernels::co_tuning_loss_``, which writes the gradients over the logits."""
+    return _in_place(source_logits, target_logits, *split_loss_arguments(arguments))
+
+
+def sparse_co_tuning_loss(source_logits: Tensor, target_logits: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """``cotuning_kernels::sparse_co_tuning_loss``. The rows of a pair, whose entries may coincide, become dense."""
+    *shared, source_gradient, target_gradient = arguments
+    operand, options = split_sparse_loss_arguments(shared)
+    if operand.target_b is not None:
+        return dense_rows.sparse_co_tuning_loss("triton", source_logits, target_logits, *arguments)
+    return _in_new_memory(source_logits, target_logits, operand, options, source_gradient, target_gradient)
+
+
+def sparse_co_tuning_loss_(source_logits: Tensor, target_logits: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """``cotuning_kernels::sparse_co_tuning_loss_``, which writes the gradients over the logits."""
+    operand, options = split_sparse_loss_arguments(arguments)
+    if operand.target_b is not None:
+        return dense_rows.sparse_co_tuning_loss_("triton", source_logits, target_logits, *arguments)
+    return _in_place(source_logits, target_logits, operand, options)
+
+
+def _in_new_memory(
+    source_logits: Tensor, target_logits: Tensor | None, operand: OperandTarget | SparseOperandTarget,
+    options: OperationOptions, source_gradient: bool, target_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_loss(source_logits, target_logits, operand, options)
     source_grad = _new_gradient(source_logits, source_gradient)
     target_grad = _new_gradient(target_logits, target_gradient)
@@ -387,11 +428,10 @@ def co_tuning_loss(
     return (*reduced, empty if source_grad is None else source_grad, empty if target_grad is None else target_grad)
 
 
-def co_tuning_loss_(
-    source_logits: Tensor, target_logits: Tensor | None, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``cotuning_kernels::co_tuning_loss_``, which writes the gradients over the logits."""
-    operand, options = split_loss_arguments(arguments)
+def _in_place(
+    source_logits: Tensor, target_logits: Tensor | None, operand: OperandTarget | SparseOperandTarget,
+    options: OperationOptions,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     check_loss(source_logits, target_logits, operand, options)
     check_writable("source_logits", source_logits)
     if target_logits is not None:
@@ -407,7 +447,7 @@ def _new_gradient(logits: Tensor | None, wanted: bool) -> Tensor | None:
 
 def _solve(
     source_logits: Tensor, target_logits: Tensor | None, source_grad: Tensor | None, target_grad: Tensor | None,
-    operand: OperandTarget, options: OperationOptions,
+    operand: OperandTarget | SparseOperandTarget, options: OperationOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``(loss, terms, factors)``."""
     with torch.cuda.device_of(source_logits):
@@ -418,10 +458,12 @@ def _solve(
 
 def plan(
     source_logits: Tensor, target_logits: Tensor | None, source_grad: Tensor | None, target_grad: Tensor | None,
-    operand: OperandTarget, options: OperationOptions,
+    operand: OperandTarget | SparseOperandTarget, options: OperationOptions,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Return the launch of one call, and the ``(loss, terms, factors)`` that it writes."""
-    target, target_b, mix, relationship = operand
+    target, target_b, mix, *_ = operand
+    sparse = operand if isinstance(operand, SparseOperandTarget) else None
+    relationship = None if isinstance(operand, SparseOperandTarget) else operand.relationship
     reduction, batch = options.reduction, source_logits.shape[0]
     loss, terms, factors = outputs = _new_outputs(source_logits, target_logits, reduction)
     form = form_of(target, target_b)
@@ -445,8 +487,10 @@ def plan(
             "source_stride": _stride(source_logits, source_vec),
             "source_grad": source_grad,
             "source_grad_stride": _stride(source_grad, source_vec),
-            "relationship": relationship,
+            "relationship": sparse.values if sparse else relationship,
             "relationship_stride": _stride(relationship, source_vec),
+            "crow_indices": sparse.crow_indices if sparse else None,
+            "col_indices": sparse.col_indices if sparse else None,
             "target_logits": target_logits,
             "target_stride": _stride(target_logits, target_vec),
             "target_grad": target_grad,
@@ -464,7 +508,7 @@ def plan(
             "ignore_index": options.ignore_index,
             "by_row": by_row,
             "batch": batch,
-            "classes": relationship.shape[0] if probabilities is None else probabilities.shape[1],
+            "classes": classes_of(operand),
             # The one program of an empty batch has no column to write.
             "source_width": source_logits.shape[1] // source_vec if batch else 0,
             "target_width": target_logits.shape[1] // target_vec if batch and target_logits is not None else 0,
@@ -497,15 +541,20 @@ def _new_outputs(source_logits: Tensor, target_logits: Tensor | None, reduction:
 
 def _plan_heads(
     source_logits: Tensor, target_logits: Tensor | None, source_grad: Tensor | None, target_grad: Tensor | None,
-    relationship: Tensor, probabilities: Tensor | None, form: int, options: OperationOptions,
+    relationship: Tensor | None, probabilities: Tensor | None, form: int, options: OperationOptions,
 ) -> tuple[Head, Head | None, int]:  # fmt: skip
-    """``(source head, target head, threads of a program)``. The programs of both heads have as many threads."""
+    """``(source head, target head, threads of a program)``. The programs of both heads have as many threads.
+
+    Without ``relationship`` it is sparse.
+    """
     width, dtype = source_logits.shape[1], source_logits.dtype
     # A pair has two rows of R in registers, and KL its logarithms: such rows have no ordinary way.
     is_wide = form == PAIR.value or options.kl_divergence
-    ordinary = not is_wide and dtype != torch.float64
+    ordinary = relationship is not None and not is_wide and dtype != torch.float64
     vec = vector(source_logits, source_grad, relationship)
     threads = threads_for(width, dtype, wide=is_wide, ordinary=ordinary)
+    if relationship is None:
+        threads = threads_for_sparse(width)
     target_head = None
     target_threads, loops = 0, False
     if target_logits is not None:
@@ -528,10 +577,13 @@ def _plan_heads(
             **_of_head(target_logits, target_grad, rows, target_vec),
         )  # fmt: skip
     rows = plan_kept_row(width, dtype, vec) if keeps else plan_rows(width, dtype, threads, wide=is_wide)
-    if not keeps and ordinary and is_ordinary(width, dtype) and rows.rows == 1:
+    if relationship is None:
+        rows = plan_sparse_row(width)
+    elif not keeps and ordinary and is_ordinary(width, dtype) and rows.rows == 1:
         rows = plan_ordinary_row(width, dtype, threads, vec)
     source = Head(
         is_source=True, form=form, has_weight=False, smooths=False, kl=options.kl_divergence,
+        sparse=relationship is None,
         **_of_head(source_logits, source_grad, rows, vec),
     )  # fmt: skip
     return source, target_head, threads

@@ -41,7 +41,9 @@ __all__ = [
     "plan_kept_row",
     "plan_ordinary_row",
     "plan_rows",
+    "plan_sparse_row",
     "threads_for",
+    "threads_for_sparse",
     "tile_of",
     "vector",
 ]
@@ -149,6 +151,7 @@ class Head:
         vec: widths and strides of rows are multiples of it.
         rows, block, kept, whole, access: see :class:`RowPlan`.
         dtype: of the arithmetic.
+        sparse: the relationship is sparse (the source head's).
     """
 
     is_source: bool
@@ -165,6 +168,7 @@ class Head:
     whole: int
     access: int
     dtype: Any
+    sparse: bool = False
 
 
 def threads_for(columns: int, dtype: torch.dtype, *, wide: bool = False, ordinary: bool = False) -> int:
@@ -222,6 +226,16 @@ def plan_ordinary_row(columns: int, dtype: torch.dtype, threads: int, vec: int) 
     """Return how a program of ``threads`` threads takes one row that lies in its registers with its row of R."""
     block = threads * _access(vec, dtype)
     return RowPlan(1, block, False, whole=blocks(columns, block))
+
+
+def plan_sparse_row(columns: int) -> RowPlan:
+    """Return how a program takes one row with a sparse row of R: it is looped over, however short it is."""
+    return RowPlan(1, min(LOOP_COLUMNS, _power_of_two(columns)), True)
+
+
+def threads_for_sparse(columns: int) -> int:
+    """Return how many threads a row with a sparse row of R wants: one for the columns of a lane."""
+    return max(_least_ordinary_threads(), plan_sparse_row(columns).block // COLUMNS_A_LANE)
 
 
 def tile_of(columns: int) -> tuple[int, int]:

@@ -25,6 +25,9 @@ written once: ``2 * itemsize`` bytes a logit, and R. The length of the row decid
   twice.
 * ``long_row``: the registers hold neither. Both are read twice, the second time from L2 if they are still there.
 
+With a sparse R no row of R is read: ``sparse_row`` sweeps over the logits alone, and then corrects the gradient at the
+few entries.
+
 A row without a label is not read at all. A kept row without supervision reads no logit, another one nothing twice but
 its row of R.
 
@@ -44,6 +47,7 @@ Tuples that the functions share:
 
 * ``matrices``: ``(logits, stride, gradient, stride)``
 * ``table``: where ``q`` comes from, ``(R or probabilities, stride, class weights, label smoothing, classes)``
+  (of a sparse R: ``(values, offsets of the rows, columns, label smoothing, classes)``)
 * ``target``: ``(label, its share, second label, its share)``, from ``read_target``
 
 ``HEAD`` is a :class:`~cotuning_kernels.backends.triton.launch.Head`: all that is known when a kernel is compiled.
@@ -59,7 +63,7 @@ from cotuning_kernels.backends.triton.exponential import exp
 from cotuning_kernels.backends.triton.labels import LABELS, PAIR, PROBABILITIES
 from cotuning_kernels.backends.triton.launch import COLUMNS_A_LANE
 
-__all__ = ["has_share", "kept_row", "long_row", "ordinary_row", "whole_rows"]
+__all__ = ["has_share", "kept_row", "long_row", "ordinary_row", "sparse_row", "whole_rows"]
 
 _COLUMNS_A_LANE = tl.constexpr(COLUMNS_A_LANE)
 _GLANCE = tl.constexpr(128)
@@ -493,3 +497,98 @@ def long_row(logits, grad, columns_count, table, target, row, stored, HEAD: tl.c
             _write_zeros(grad, columns_count, first, BLOCK)
     loss = tl.sum(divergence, 0).to(DTYPE) if HEAD.kl else row_mass * tl.log(row_total) - row_dot
     return tl.where(takes_part, loss, 0.0), row_size, row_size_b
+
+
+@triton.jit
+def _add_logits(top, total, logits, columns, columns_count, HEAD: tl.constexpr, FULL: tl.constexpr):
+    """The maximum and the sum of exponentials of each lane with those of some more columns."""
+    mask = (columns < columns_count) | FULL
+    z = tl.load(logits + columns, mask=mask, other=-float("inf")).to(HEAD.dtype)
+    new_top = tl.maximum(top, _lanes(z, "max"))
+    return new_top, total * exp(top - new_top) + _lanes(exp(z - new_top[None, :, None]), "sum")
+
+
+@triton.jit
+def _entries(table, start, end, columns_count, ENTRIES: tl.constexpr, DTYPE: tl.constexpr):
+    """``(mask, column, q)`` of some entries of a row of a sparse R. A missing entry lies behind the last column."""
+    values, _, columns_of_entries, _, _ = table
+    entry = start + tl.arange(0, ENTRIES)
+    mask = entry < end
+    column = tl.load(columns_of_entries + entry, mask=mask, other=columns_count).to(tl.int32)
+    return mask, column, tl.load(values + entry, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def sparse_row(logits, grad, columns_count, table, target, stored, HEAD: tl.constexpr):
+    """A source head's row whose ``q`` are the entries of one row of a sparse R.
+
+    A sweep over the logits for ``S``, the entries for ``Q`` and ``sum q x``, and a sweep for the gradient as if every
+    ``q`` were 0, after which the gradient at the entries is stored again. A thread reads the logit of its entry before
+    the sweep, which may overwrite it; a barrier lies before the sweep and one behind it. If a row has more entries than
+    fit, the sweep stops where they end, and goes on with the next ones.
+    """
+    BLOCK: tl.constexpr = HEAD.block
+    DTYPE: tl.constexpr = HEAD.dtype
+    VEC: tl.constexpr = HEAD.vec
+    LANES: tl.constexpr = BLOCK // _COLUMNS_A_LANE
+    # One entry a thread. More than VEC of them, so that every round does at least one.
+    ENTRIES: tl.constexpr = LANES if LANES > 16 else 16
+    offsets = table[1]
+    label = target[0]
+    share = target[1]
+    begin = tl.load(offsets + label, mask=share != 0, other=0).to(tl.int64)
+    end = tl.load(offsets + label + 1, mask=share != 0, other=0).to(tl.int64)
+    first = _columns_of_block(BLOCK, _COLUMNS_A_LANE, HEAD.access)
+    no_entry = tl.zeros([ENTRIES], DTYPE)
+    size, mass = no_entry, no_entry
+    for k in range(begin, end, ENTRIES):
+        mask, column, q = _entries(table, k, end, columns_count, ENTRIES, DTYPE)
+        size += tl.abs(q)
+        mass += q
+    row_size = tl.sum(size, 0)
+    loss = tl.full([], 0.0, DTYPE)
+    if row_size != 0:
+        top = tl.full([LANES], _LEAST_FLOAT64 if tl.float64 == DTYPE else _LEAST_FLOAT32, DTYPE)
+        total = tl.zeros([LANES], tl.float64 if HEAD.kl else DTYPE)
+        full = columns_count // BLOCK * BLOCK
+        for start in range(0, full, BLOCK):
+            top, total = _add_logits(top, total, logits, start + first, columns_count, HEAD, True)
+        if full < columns_count:
+            top, total = _add_logits(top, total, logits, full + first, columns_count, HEAD, False)
+        row_top = tl.max(top, 0)
+        row_total = tl.sum(total * exp(top - row_top), 0).to(DTYPE)
+        row_mass = tl.sum(mass, 0)
+        terms = no_entry  # of sum q x, or of KL
+        for k in range(begin, end, ENTRIES):
+            mask, column, q = _entries(table, k, end, columns_count, ENTRIES, DTYPE)
+            z = tl.load(logits + column, mask=mask, other=0.0).to(DTYPE)
+            if HEAD.kl:
+                terms += _divergence(q, z - row_top, row_total)
+            else:
+                terms += _product(q, z - row_top)
+        loss = tl.sum(terms, 0)
+        if not HEAD.kl:
+            loss = row_mass * tl.log(row_total) - loss
+        if HEAD.has_gradient:
+            scale = row_mass / row_total
+            done = tl.full([], 0, tl.int32)  # columns, in units of VEC, as the compiler wants them
+            while done < columns_count // VEC:
+                mask, column, q = _entries(table, begin, end, columns_count, ENTRIES, DTYPE)
+                stop = tl.where(begin + ENTRIES < end, tl.max(column, 0), columns_count) // VEC
+                mask = mask & (column < stop * VEC)
+                z = tl.load(logits + column, mask=mask, other=0.0).to(DTYPE)
+                at_entries = stored * (exp(z - row_top) * scale - q)
+                tl.debug_barrier()
+                for start in range(done * VEC, stop * VEC, BLOCK):
+                    columns = start + first
+                    inside = columns < stop * VEC
+                    x = tl.load(logits + columns, mask=inside, other=0.0).to(DTYPE) - row_top
+                    g = stored * (exp(x) * scale)
+                    tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=inside)
+                tl.debug_barrier()
+                tl.store(grad + column, at_entries.to(grad.dtype.element_ty), mask=mask)
+                begin += tl.sum(mask.to(tl.int64), 0)
+                done = stop
+    elif HEAD.has_gradient:
+        _write_zeros(grad, columns_count, first, BLOCK)
+    return loss, row_size
