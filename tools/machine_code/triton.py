@@ -403,17 +403,18 @@ def _liger(dtype: torch.dtype, classes: int) -> Callable[[], Any]:
     return call
 
 
-def instructions_by_element(compiled: Compiled, width: int, sweeps: int, writes: int) -> float:
+def instructions_by_element(compiled: Compiled, width: int, sweeps: int, writes: int, only: str = r"\S") -> float:
     """Instructions of all threads per element of a row, for a kernel with one row per program. Loops that only read
     count ``sweeps`` times, loops that also write ``writes`` times, other code once; both sides of an ``if`` too. Loops
-    without reads do not count: they fill the gradients of rows that take no part with zeros."""
+    without reads do not count: they fill the gradients of rows that take no part with zeros. ``only``: a
+    pattern for the beginning of the operations that count."""
     _, sass = _disassemble(compiled.kernel.asm["cubin"])
     sass = re.split(r"\bATOM", sass)[0]  # only the last program runs the code after it
     text = sass.splitlines()
     loops = _loop_ranges(sass)
     issued = 0
     for line, instruction in enumerate(text):
-        if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", instruction):
+        if re.match(rf"\s+/\*[0-9a-f]{{4,}}\*/\s+(?:@!?U?P\w+\s+)?{only}", instruction):
             around = ["\n".join(text[first : last + 1]) for first, last in loops if first <= line <= last]
             reads = all("LDG" in x for x in around)
             turns = writes if any("STG" in x for x in around) else sweeps
@@ -473,7 +474,7 @@ def liger_table() -> str:
             rows.append(
                 f"| {classes}, {str(dtype).removeprefix('torch.')} | {who} | {len(launches)} | {numbers['threads']} | "
                 f"{numbers['registers']} | {numbers['spills']} | {numbers['shared']} | {widest[0]}, {widest[1]} | "
-                f"{instructions_by_element(kernel, classes, **turns):.1f} | "
+                f"{instructions_by_element(kernel, classes, turns['sweeps'], turns['writes']):.1f} | "
                 f"{bytes_by_logit(call, classes, who == 'ours'):.1f} |"
             )
     return "\n".join(rows)
