@@ -1,17 +1,17 @@
-"""Time and memory of two linear heads and their loss: logits by chunks against logits that all exist at once.
+"""Time and memory of two linear heads and their loss: logits in chunks, against all logits at once.
 
 ``python -m benchmarks linear`` prints a table: processor time of one thread and peak memory of forward and backward,
 the gradients included, with glibc's default malloc. The ways are:
 
 * *linear heads*: ``functional.linear_co_tuning_loss``;
 * *unfused*: both heads, then ``F.cross_entropy`` with class probabilities ``R[y]`` for the source head;
-* *unfused, supervised rows*: the same, but only rows with source supervision are given to the source head;
+* *unfused, supervised rows*: the same, but the source head gets only the rows with source supervision;
 * *logits, fused loss*: both heads, then ``functional.co_tuning_loss`` in place;
-* *linear_cross_entropy*: torch's function (2.15), by chunks, on the supervised rows; the target head as above.
+* *linear_cross_entropy*: torch's function (2.15), in chunks, on the supervised rows; the target head as above.
 
 Liger's fused linear losses need a GPU with Triton, and take class indices only.
 
-Each measurement has a process of its own. The ways take turns, one call each, for as many rounds as are asked for.
+Each measurement runs in a separate process. The ways take turns, one call each, for the given number of rounds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TARGET_CLASSES = 9
 
 
 class Step:
-    """Features, two heads without gradients yet, labels and a relationship, for all ways the same."""
+    """The inputs of every way: features, two heads, labels and a relationship."""
 
     def __init__(self, rows: int, width: int, classes: int, share: float, dtype: torch.dtype) -> None:
         torch.manual_seed(2020)
