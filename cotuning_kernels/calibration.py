@@ -64,6 +64,49 @@ class TemperatureFit:
     converged: bool
 
 
+class _Bracket:
+    """The values of ``b = 1 / T`` between which the optimum lies, by the signs of the slopes.
+
+    Attributes:
+        least, most: the bounds of the search.
+        low, high: the largest ``b`` with a falling NLL and the smallest with a rising one; None where none is known.
+        hard: the ``b`` to return if the NLL falls for ever.
+    """
+
+    def __init__(self) -> None:
+        self.least, self.most = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE
+        self.low: float | None = None
+        self.high: float | None = None
+        self.hard = self.most
+
+    def optimum_is_beyond(self, b: float, slope: float) -> bool:
+        """Whether ``b`` is a bound of the search and the optimum lies beyond it."""
+        return (b == self.most and slope <= 0) or (b == self.least and slope >= 0)
+
+    def widen(self, size: float) -> None:
+        """Scale the bounds, which fit ordinary logits, to logits of this size: the softmax there is as hard or flat."""
+        self.least, self.most = min(self.least, 1 / (20 * size)), max(self.most, 1 / (LOWEST_TEMPERATURE * size))
+        self.hard = max(self.hard, 10 / size)
+
+    def narrow(self, b: float, slope: float) -> None:
+        """Note the sign of the slope at ``b``."""
+        if slope < 0:
+            self.low = b
+        else:
+            self.high = b
+
+    def inside(self, b: float) -> float:
+        """``b``, or the end that it passes: a bound, or instead of a known ``low`` or ``high`` the middle in log b."""
+        low = self.least if self.low is None else self.low
+        high = self.most if self.high is None else self.high
+        middle = math.sqrt(low * high)
+        if b <= low:
+            return low if self.low is None else middle
+        if b >= high:
+            return high if self.high is None else middle
+        return b
+
+
 @torch.no_grad()
 def fit_temperature(
     logits: Tensor,
@@ -123,9 +166,7 @@ def fit_temperature(
     if stride >= _LEAST_STRIDE and logits.device.type == "cpu":
         sample_terms_at = _terms_of(logits[::stride], labels[::stride], ignore_index, backend)
 
-    least, most = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE
-    hard = most  # the bound to return if the NLL keeps falling
-    low, low_seen, high, high_seen = least, False, most, False
+    bracket = _Bracket()
     b, nll_before = 1.0, math.nan
     last_b, last_curvature = math.nan, math.nan
     for iteration in range(1, max_iterations + 1):
@@ -141,19 +182,17 @@ def fit_temperature(
         # A row whose label is not its single highest logit has p <= 1/2, so a NLL of at least log 2, at every T.
         if nll < math.log(2):
             _warn("every label has the highest logit of its row, so the NLL falls for ever as the temperature falls")
-            return TemperatureFit(1 / hard, nll_before, terms_at(hard)[0] / rows, iteration + 1, converged=False)
-        if (b == most and slope <= 0) or (b == least and slope >= 0):
-            # The bounds fit ordinary logits. Scale them for others, so that the softmax there is as hard or as flat.
-            size = _largest(logits)
-            least, most = min(least, 1 / (20 * size)), max(most, 1 / (LOWEST_TEMPERATURE * size))
-            hard = max(hard, 10 / size)
-            low, high = (low if low_seen else least), (high if high_seen else most)
-        if b == most and slope <= 0:
-            _warn("the NLL still falls at the lowest temperature of the search; are these logits?")
-            return TemperatureFit(1 / most, nll_before, nll / rows, iteration, converged=False)
-        if b == least and slope >= 0:
-            _warn("the labels are no likelier than chance, at any temperature; do they belong to these logits?")
-            return TemperatureFit(1 / least, nll_before, nll / rows, iteration, converged=False)
+            nll_after = terms_at(bracket.hard)[0] / rows
+            return TemperatureFit(1 / bracket.hard, nll_before, nll_after, iteration + 1, converged=False)
+        if bracket.optimum_is_beyond(b, slope):
+            bracket.widen(_largest(logits))
+        if bracket.optimum_is_beyond(b, slope):
+            _warn(
+                "the NLL still falls at the lowest temperature of the search; are these logits?"
+                if b == bracket.most
+                else "the labels are no likelier than chance, at any temperature; do they belong to these logits?"
+            )
+            return TemperatureFit(1 / b, nll_before, nll / rows, iteration, converged=False)
 
         step = -slope / curvature if curvature > 0 else 0.0
         if curvature <= 0 and slope != 0:  # saturated: only the side of the optimum is known
@@ -169,18 +208,11 @@ def fit_temperature(
             if not LOWEST_TEMPERATURE <= 1 / (b + step) <= HIGHEST_TEMPERATURE:
                 _warn(f"the temperature is {1 / (b + step):.3g}, because the logits have that size; are they logits?")
             return TemperatureFit(1 / (b + step), nll_before, nll_after, iteration, converged=True)
-        if slope < 0:
-            low, low_seen = b, True
-        else:
-            high, high_seen = b, True
+        bracket.narrow(b, slope)
         last_b, last_curvature = b, curvature
-        b += step
-        if slope < 0 and not high_seen and iteration % _ASK_THE_BOUND == 0:
-            b = most  # the NLL keeps falling, or almost: check whether there is an optimum
-        if b <= low:
-            b = math.sqrt(low * high) if low_seen else low
-        elif b >= high:
-            b = math.sqrt(low * high) if high_seen else high
+        b = bracket.inside(b + step)
+        if slope < 0 and bracket.high is None and iteration % _ASK_THE_BOUND == 0:
+            b = bracket.most  # the NLL keeps falling, or almost: check whether there is an optimum
     _warn(f"no convergence in {max_iterations} iterations; raise max_iterations, or tolerance from {tolerance}")
     return TemperatureFit(1 / b, nll_before, terms_at(b)[0] / rows, max_iterations + 1, converged=False)
 

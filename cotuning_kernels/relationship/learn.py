@@ -102,21 +102,12 @@ def learn_relationship(
         RuntimeError: ``distributed=True`` and a launcher started several processes, but ``init_process_group`` was not
             called.
     """
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}")
+    _check_method(method, validation_loader)
     if not callable(source_model):
         raise TypeError(f"source_model is a {type(source_model).__name__}, expected a torch.nn.Module")
     if max_batches is not None:
         max_batches = positive_integer("max_batches", max_batches)
     checkpoint_every = positive_integer("checkpoint_every", checkpoint_every)
-    if (validation_loader is None) == (method == "reverse"):
-        raise ValueError(
-            "method='reverse' chooses its penalty and its temperature on data that it was not fitted to: pass "
-            "validation_loader"
-            if method == "reverse"
-            else "validation_loader is given, but method='direct' has nothing to choose on it; leave it out, or put "
-            "its data into loader"
-        )
     if distributed:
         rank_and_size()  # raises under a launcher without init_process_group: a share is not all data
     num_target_classes, target_classes = target_classes_of(loader, num_target_classes, target_classes)
@@ -178,6 +169,21 @@ def learn_relationship(
             remove(passes.checkpoint_path(checkpoint, what))
     metadata = relationship.metadata | {"source_model": passes.type_name(source_model)}
     return dataclasses.replace(relationship, metadata=metadata)
+
+
+def _check_method(method: str, validation_loader: Iterable[Any] | None) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}")
+    if method == "reverse" and validation_loader is None:
+        raise ValueError(
+            "method='reverse' chooses its penalty and its temperature on data that it was not fitted to: pass "
+            "validation_loader"
+        )
+    if method == "direct" and validation_loader is not None:
+        raise ValueError(
+            "validation_loader is given, but method='direct' has nothing to choose on it; leave it out, or put "
+            "its data into loader"
+        )
 
 
 def _check_every_process_counted(batches: int) -> None:
