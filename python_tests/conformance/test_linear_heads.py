@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -201,3 +202,22 @@ def test_metrics(backend: Backend, kind: str, shape: str, draw: torch.Generator)
 )
 def test_rows_of_a_chunk(row_bytes: int, budget: int, rows: int) -> None:
     assert linear_head.rows_of_chunk(row_bytes, budget) == rows
+
+
+def test_small_class_weights_cost_float16_no_digits(backend: Backend, draw: torch.Generator) -> None:
+    """Gradients of logits are stored before the weights' sum is known: they must not be as small as the weights."""
+    heads = Heads(draw)
+    leaves, weight = heads.leaves(torch.float16), 1e-6 * heads.weight
+    found, exact = (
+        torch.autograd.grad(
+            1024 * compute(*each, heads.targets["labels"], heads.relationship.float(), weight=weight), each[3]
+        )[0].double()
+        for compute, each in (
+            (partial(functional.linear_co_tuning_loss, backend=backend.argument), leaves),
+            (
+                lambda *x, **options: unfused(list(x[:5]), *x[5:], **options),
+                [x.detach().double().requires_grad_() for x in leaves],
+            ),
+        )
+    )
+    assert float((found - exact).norm() / exact.norm()) < 1e-3
