@@ -66,19 +66,20 @@ _make_block_type = tl.block_type.__init__
 _block_types: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
-def _shape(lengths: Any) -> tuple[tl.constexpr, tl.tuple]:
+@functools.cache
+def _shape(*lengths: int) -> tuple[tl.constexpr, tl.tuple]:
     """The number of elements and the lengths, as tensors have them."""
     return tl.constexpr(math.prod(lengths)), tl.tuple([tl.constexpr(n) for n in lengths])
 
 
-_OF_A_SCALAR = _shape(())
+_OF_A_SCALAR = _shape()
 
 
 def _block_type(self: tl.block_type, element: tl.dtype, lengths: Any) -> None:
     key = (element.name, *[n.value if isinstance(n, tl.constexpr) else n for n in lengths])
     if key not in _block_types:
         _make_block_type(self, element, lengths)
-        _block_types[key] = vars(self) | {"of_tensors": _shape(self.shape)}
+        _block_types[key] = vars(self) | {"of_tensors": _shape(*key[1:])}
     vars(self).update(_block_types[key])
 
 
@@ -87,17 +88,38 @@ def _tensor(self: tl.tensor, handle: ti.TensorHandle, type: tl.dtype) -> None:
     self.numel, self.shape = type.of_tensors if type.is_block() else _OF_A_SCALAR
 
 
+_types_of_operands: dict[tuple[Any, ...], tuple[tl.dtype, tl.dtype]] = {}
+
+
 def _operands(a: Any, b: Any, *rules: Any, **more_rules: Any) -> tuple[tl.tensor, tl.tensor]:
-    """The two operands of an operation, converted to one type and one shape where they differ."""
-    if isinstance(a, tl.tensor) and isinstance(b, tl.tensor) and a.shape is b.shape:
-        name = a.dtype.name
-        if name == b.dtype.name and name in ("fp32", "fp64", "int32", "int64"):
-            return a, b
+    """The two operands of an operation in one type and one shape. Triton's rules are asked once for two types, or for
+    a type and a number."""
     semantic = ti.interpreter_semantic
-    converted: tuple[tl.tensor, tl.tensor] = type(semantic).binary_op_type_checking_impl(
-        semantic, a, b, *rules, **more_rules
-    )
-    return converted
+    key = (*_kind(a), *_kind(b), *rules, *more_rules.items())
+    if key not in _types_of_operands:
+        first, second = type(semantic).binary_op_type_checking_impl(semantic, a, b, *rules, **more_rules)
+        _types_of_operands[key] = first.dtype, second.dtype
+        return first, second
+    x, y = _types_of_operands[key]
+    return _broadcast(_converted(a, x), _converted(b, y))
+
+
+def _kind(operand: Any) -> tuple[Any, ...]:
+    return ("tensor", operand.dtype.name) if isinstance(operand, tl.tensor) else (type(operand), operand)
+
+
+def _converted(operand: Any, dtype: tl.dtype) -> tl.tensor:
+    if not isinstance(operand, tl.tensor):
+        return ti.interpreter_semantic.scalar_constant(operand, dtype)
+    return operand if operand.dtype.name == dtype.name else ti.interpreter_semantic.cast(operand, dtype)
+
+
+def _broadcast(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    if a.shape is b.shape:
+        return a, b
+    semantic = ti.interpreter_semantic
+    both: tuple[tl.tensor, tl.tensor] = type(semantic).broadcast_impl_value(semantic, a, b)
+    return both
 
 
 class _Interpreted:
@@ -171,6 +193,7 @@ def interpreted(*modules: types.ModuleType) -> Iterator[None]:
         stack.enter_context(mock.patch.object(tl.block_type, "__init__", _block_type))
         stack.enter_context(mock.patch.object(tl.tensor, "__init__", _tensor))
         stack.enter_context(mock.patch.object(ti.interpreter_semantic, "binary_op_type_checking_impl", _operands))
+        stack.enter_context(mock.patch.object(ti.interpreter_semantic, "broadcast_impl_value", _broadcast))
         stack.enter_context(mock.patch.object(builder, "options", _options(builder.options)))
         stack.enter_context(np.errstate(all="ignore"))
         stack.enter_context(warnings.catch_warnings())
