@@ -226,8 +226,9 @@ def test_bytes_moved(
         (16384, 9, torch.float32, {}, 0, 256),
         (22528, 9, torch.float32, {}, 0, 256),
         (22530, 9, torch.float32, {}, 23, 256),  # 1024 columns a block
-        (22530, 9, torch.float32, {"triton": "3.6.0"}, 23, 256),
-        (22529, 9, torch.float32, {"triton": "3.6.0"}, 0, 128),  # its compiler would spill
+        (22532, 9, torch.float32, {"triton": "3.5.1"}, 23, 256),
+        (22530, 9, torch.float32, {"triton": "3.6.0"}, 0, 128),  # its compiler would spill
+        (22529, 9, torch.float32, {"triton": "3.6.0"}, 0, 128),
         (22529, 9, torch.float32, {"triton": "3.10.1+rocm"}, 23, 256),
         (32768, 8192, torch.float32, {}, 32, 256),
         (32768, 9, torch.bfloat16, {}, 16, 256),  # 16 bytes, 8 columns at a time: 2048 a block
@@ -246,13 +247,20 @@ def test_what_rows_are_kept(
 
     logits = new(2, n_s), new(2, n_t)
     labels, kl_divergence = new(2, dtype=torch.int64), options.get("kl_divergence", False)
-    keeps_odd_rows = launches.keeps_odd_rows(options.get("triton", "3.7.0"))
-    with mock.patch.object(loss, "counters"), mock.patch.object(launches, "KEEPS_ODD_ROWS", keeps_odd_rows):
+    version = mock.patch.object(launches.triton, "__version__", options.get("triton", "3.7.0"))
+    with mock.patch.object(loss, "counters"), version:
         launch, _ = loss.plan(
             *logits, *logits, OperandTarget(labels, None, None, new(n_t, n_s)),
             OperationOptions(None, new(), 0.0, -100, 0, kl_divergence),
         )  # fmt: skip
     assert (launch.arguments["SOURCE"].kept, launch.threads) == (kept, threads)
+
+
+@pytest.mark.parametrize(("version", "amd", "least"), [
+    ("3.5.1", False, 4), ("3.5.1", True, 16), ("3.6.0", True, 4), ("3.7.0", True, 1), ("3.10.1+rocm", False, 1),
+])  # fmt: skip
+def test_rows_are_kept_where_the_compiler_does_not_spill(version: str, amd: bool, least: int) -> None:
+    assert launches.least_kept_vector(version, amd=amd) == least
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

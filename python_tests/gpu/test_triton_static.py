@@ -1,8 +1,9 @@
 """The Triton kernels compiled for six GPUs, on a machine without one; and planted bugs that these checks and those of
 the interpreter must find.
 
-``python_tests/recorded/triton_static.json`` holds the numbers of every kernel.
-``python -m tools.machine_code --write triton`` renews it; say in the commit what a larger number buys.
+``python_tests/recorded/triton_static_3.8.json`` holds the numbers of every kernel compiled by Triton 3.8. Each version
+is another compiler and has its own file. ``python -m tools.machine_code --write triton`` renews that of the installed
+version; say in the commit what a larger number buys.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def test_nothing_got_worse(name: str, target: str) -> None:
 
 def test_the_table_was_compared() -> None:
     if _RECORDED["triton"] != triton.__version__:
-        pytest.skip(f"the table is of triton {_RECORDED['triton']}, this is {triton.__version__}: another compiler")
+        pytest.skip(f"no table of triton {triton.__version__} is recorded, and another version is another compiler")
     names = {_key(target, c, n) for n, (ts, _) in static.KERNELS.items() for target in ts for c in _launches(n, target)}
     assert names == set(_RECORDED["kernels"])
 
@@ -120,16 +121,29 @@ def test_rows_of_odd_pairs_are_moved_64_bits_at_a_time() -> None:
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_rows_that_lie_apart_are_moved_as_widely_as_their_stride_allows(target: str) -> None:
-    """1004 is a multiple of 4: 8 bytes of bfloat16, 16 of R in float32. 1001 is odd."""
-    for name, widths in (
-        ("loss, source head of 1000 in rows of 1004, bfloat16", {"load 16", "load 8", "store 8", "store 4"}),
-        ("loss, source head of 1000 in rows of 1001, float32", {"load 8", "load 4", "store 4"}),
+    """1004 is a multiple of 4: 8 bytes of bfloat16, 16 of R in float32. 1001 is odd. Columns are moved once, besides
+    two labels of 8 bytes and a loss and two counts of 4. AMD's numbers include loops for rows that are not finite."""
+    for name, columns, careful in (
+        (
+            "loss, source head of 1000 in rows of 1004, bfloat16",
+            {"load 16": 4, "load 8": 4, "store 8": 4},
+            {"load 16": 2, "load 8": 1, "store 8": 2},
+        ),
+        (
+            "loss, source head of 1000 in rows of 1001, float32",
+            {"load 4": 32, "store 4": 16},
+            {"load 4": 3, "store 4": 2},
+        ),
     ):
-        accesses = static.measure(_launches(name, target)[0])["accesses"]
-        assert accesses.keys() <= widths, f"{name}: {accesses}"
-        # Labels have 8 bytes; a loss and two counts have 4.
-        once = accesses["store 4"] if "store 8" in widths else accesses.get("load 8", 0)
-        assert once <= 3, f"{name}: {accesses}"
+        compiled = _launches(name, target)[0]
+        if target == "sm_90":  # a thread has 32 columns, of 16 on AMD
+            most = Counter(columns) + Counter(columns)
+            accesses = static.accesses(static.path_of(compiled))
+        else:
+            most = Counter(columns) + Counter(careful)
+            accesses = Counter(static.measure(compiled)["accesses"])
+        most += Counter({"load 8": 2, "store 4": 3})
+        assert all(accesses[width] <= most[width] for width in accesses), f"{name}: {accesses}, expected {dict(most)}"
 
 
 # ---------------------------------------------------------------------------------------- rules for intermediate code
@@ -510,3 +524,31 @@ def test_every_change_for_the_worse_is_named() -> None:
         ]
     assert static.worse(numbers, numbers | {"instructions": 946}) == ["instructions 900 -> 946"]
     assert "accesses" in static.worse(numbers, numbers | {"accesses": {"load 4": 16}})[0]
+
+
+_BRANCHES = """
+        /*0000*/                   LDG.E R2, [R4] ;
+        /*0010*/               @P0 BRA `(.L_x_1) ;
+        /*0020*/                   MUFU.EX2 R2, R2 ;
+        /*0030*/               @P1 BRA `(.L_x_2) ;
+.L_x_0:
+        /*0040*/                   FMUL R3, R2, R2 ;
+        /*0050*/                   STG.E [R4], R3 ;
+        /*0060*/                   BRA `(.L_x_3) ;
+.L_x_1:
+        /*0070*/                   STG.E [R4], RZ ;
+        /*0080*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0090*/                   LDG.E R2, [R6] ;
+        /*00a0*/                   BRA `(.L_x_0) ;
+.L_x_3:
+        /*00b0*/                   ATOMG.E.ADD.STRONG.GPU PT, R2, [R4], R3 ;
+        /*00c0*/                   STG.E [R4], R3 ;
+        /*00d0*/                   EXIT ;
+"""
+
+
+def test_the_ordinary_path_takes_one_side_of_a_branch() -> None:
+    """It computes, does not go through the careful way of ``.L_x_2``, and ends where programs are counted."""
+    operations = [text.split()[0] for text in static.ordinary_path(_BRANCHES)]
+    assert operations == ["LDG.E", "@P0", "MUFU.EX2", "@P1", "FMUL", "STG.E", "BRA", "ATOM"]

@@ -4,7 +4,8 @@
     python -m tools.machine_code --write               # renews them: look at the differences before you commit them
     python -m tools.machine_code --write instructions  # renews this one
 
-A table that cannot be measured here (without nvcc, for instance) stays unchanged, and the command says why.
+A table that cannot be measured here (without nvcc, for instance) stays unchanged, and the command says why. Triton's
+kernels have a table for each version of Triton; the command measures that of the installed one.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         except (ImportError, LookupError, pytest.skip.Exception) as reason:
             print(f"{name}: not measured: {reason}")
             continue
-        if json.loads(json.dumps(measured)) == json.loads(file.read_text()):
+        if file.exists() and json.loads(json.dumps(measured)) == json.loads(file.read_text()):
             print(f"{name}: {file.name} holds")
         elif parsed.write:
             file.write_text(json.dumps(measured, indent=1) + "\n")

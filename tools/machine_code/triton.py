@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -31,10 +31,21 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-__all__ = ["KERNELS", "TABLE", "TARGETS", "Compiled", "compiled_for", "measure", "measure_all", "worse"]
+__all__ = [
+    "KERNELS",
+    "TABLE",
+    "TARGETS",
+    "Compiled",
+    "compiled_for",
+    "measure",
+    "measure_all",
+    "ordinary_path",
+    "worse",
+]
 
 _ROOT = Path(__file__).resolve().parents[2]
-TABLE = _ROOT / "python_tests" / "recorded" / "triton_static.json"
+TABLE = _ROOT / "python_tests" / "recorded" / f"triton_static_{'.'.join(triton.__version__.split('.')[:2])}.json"
+"""The table of the installed Triton: another version is another compiler."""
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -146,12 +157,7 @@ def _measure_nvidia(kernel: Any) -> dict[str, Any]:
     operations = [operation for operation, _ in _instructions(sass)]
     atomics = [k for k, x in enumerate(operations) if x.startswith(("ATOM", "RED")) and "REDUX" not in x]
     everyones = operations[: atomics[0] + 1 if atomics else len(operations)]
-    widths: collections.Counter[str] = collections.Counter()
-    for operation in everyones:
-        kind, *modifiers = operation.split(".")
-        if kind in ("LDG", "STG"):
-            width = next((m for m in modifiers if m in _BYTES), "")
-            widths[f"{'load' if kind == 'LDG' else 'store'} {_BYTES[width]}"] += 1
+    widths = accesses(everyones)
     threads = kernel.metadata.num_warps * 32
     return _numbers(
         registers=int(words["REG"]),
@@ -164,6 +170,17 @@ def _measure_nvidia(kernel: Any) -> dict[str, Any]:
         widths=widths,
         threads=threads,
     )
+
+
+def accesses(operations: Iterable[str]) -> collections.Counter[str]:
+    """Loads and stores of NVIDIA's machine code by width, as ``"load 16"``."""
+    widths: collections.Counter[str] = collections.Counter()
+    for operation in operations:
+        kind, *modifiers = operation.split(".")
+        if kind in ("LDG", "STG"):
+            width = next((m for m in modifiers if m in _BYTES), "")
+            widths[f"{'load' if kind == 'LDG' else 'store'} {_BYTES[width]}"] += 1
+    return widths
 
 
 def _measure_amd(kernel: Any) -> dict[str, Any]:
@@ -224,6 +241,75 @@ def _instructions(sass: str) -> Iterator[tuple[str, str]]:
     """``(operation, the rest of its line)``."""
     for found in re.finditer(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^\n]*)", sass, re.M):
         yield found[1], found[2]
+
+
+# ------------------------------------------------------------------------------------------------------ ordinary path
+
+_BRANCH = re.compile(r"(?P<guard>@!?U?P\w+\s+)?(?P<kind>BRA|EXIT|RET|BRX|JMP)\b(?P<rest>.*)")
+_ARITHMETIC = re.compile(r"\b(FFMA|FMUL|FADD|F2FP|HADD2|FFMA2|FMUL2)")
+
+
+def path_of(compiled: Compiled) -> list[str]:
+    """The operations on the ordinary path of a kernel for NVIDIA's GPUs."""
+    _, sass = _disassemble(compiled.kernel.asm["cubin"])
+    return [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in ordinary_path(sass)]
+
+
+def ordinary_path(sass: str) -> list[str]:
+    """Instructions that a program executes for a row that takes part and is finite: one side of each ``if``.
+
+    The path ends at the first atomic, since only the last program runs the code after it. At a branch it takes the side
+    that leads to more exponentials and more stores of computed numbers, and of equals the shorter one: rows that take
+    no part compute nothing, and rows that are not finite come back to the ordinary path. A loop counts once.
+    """
+    before, atomic, _ = sass.partition("ATOM")
+    blocks, follow = _basic_blocks(before + atomic + " ;")
+    best: dict[int, tuple[tuple[int, int], list[int]] | None] = {}
+
+    def longest(block: int) -> tuple[tuple[int, int], list[int]] | None:
+        if block not in best:
+            best[block] = None  # a loop does not come back here
+            ways = [way for way in map(longest, follow[block]) if way]
+            if ways or not follow[block]:
+                (work, length), rest = max(ways, default=((0, 0), []))
+                best[block] = (work + _work(blocks[block]), length - len(blocks[block])), [block, *rest]
+        return best[block]
+
+    found = longest(0)
+    assert found is not None, "no way through the kernel"
+    return [text for block in found[1] for text in blocks[block]]
+
+
+def _work(code: list[str]) -> int:
+    stores = sum("STG" in text for text in code) if any(map(_ARITHMETIC.search, code)) else 0
+    return sum("MUFU.EX2" in text for text in code) + stores
+
+
+def _basic_blocks(sass: str) -> tuple[list[list[str]], list[list[int]]]:
+    """Straight pieces of the code, and the pieces that may follow each: a jump beyond the code goes to the last one."""
+    blocks: list[list[str]] = [[]]
+    names: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            if blocks[-1]:
+                blocks.append([])
+            names[label[1]] = len(blocks) - 1
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            blocks[-1].append(found[1])
+            if _BRANCH.match(found[1]):
+                blocks.append([])
+    follow: list[list[int]] = []
+    for number, code in enumerate(blocks):
+        branch = _BRANCH.match(code[-1]) if code else None
+        after = [number + 1] if number + 1 < len(blocks) else []
+        if branch is None:
+            follow.append(after)
+            continue
+        to = re.search(r"`\((\.L_x_\d+)\)", branch["rest"]) if branch["kind"] == "BRA" else None
+        goes = [names.get(to[1], len(blocks) - 1)] if to else []
+        is_sure = not branch["guard"] and not re.match(r"(\.\S+)?\s+!?U?P\w+\s*,|\.DIV", branch["rest"])
+        follow.append(goes if is_sure else goes + after)
+    return blocks, follow
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -385,6 +471,9 @@ def table() -> dict[str, Any]:
 
 
 def recorded() -> dict[str, Any]:
+    """The recorded table of the installed Triton; without one, a table that is of no version and has no kernel."""
+    if not TABLE.exists():
+        return {"triton": None, "kernels": {}}
     table: dict[str, Any] = json.loads(TABLE.read_text())
     return table
 
@@ -435,6 +524,11 @@ def _loop_ranges(sass: str) -> list[tuple[int, int]]:
     return [(first, last) for first, last in ranges.values() if last - first > 2]
 
 
+def path_by_element(compiled: Compiled, width: int) -> float:
+    """Instructions of all threads per element of a row, on the ordinary path of a kernel with one row per program."""
+    return len(path_of(compiled)) * compiled.kernel.metadata.num_warps * 32 / width
+
+
 def bytes_by_logit(call: Callable[[], Any], width: int, loops: bool) -> float:
     """Bytes per logit that an interpreted call loads and stores; accesses that are masked off do not count."""
     sys.path.insert(0, str(_ROOT / "python_tests"))
@@ -464,17 +558,12 @@ def liger_table() -> str:
             with compiled_for(TARGETS["sm_90"]) as launches:
                 call()
             (kernel,) = launches
-            numbers, names = measure(kernel), kernel.arguments
-            # Theirs loops over masked blocks. Ours loops only for a kept row: to write it, mostly once, and over a row
-            # of R that looks empty, which no random row here does.
-            turns = {"sweeps": 0, "writes": 1}
-            if who == "liger":
-                turns = dict.fromkeys(turns, -(-classes // names["BLOCK_SIZE"]))
+            numbers = measure(kernel)
             widest = [max(int(w.split()[1]) for w in numbers["accesses"] if w.startswith(k)) for k in ("load", "store")]
             rows.append(
                 f"| {classes}, {str(dtype).removeprefix('torch.')} | {who} | {len(launches)} | {numbers['threads']} | "
                 f"{numbers['registers']} | {numbers['spills']} | {numbers['shared']} | {widest[0]}, {widest[1]} | "
-                f"{instructions_by_element(kernel, classes, turns['sweeps'], turns['writes']):.1f} | "
+                f"{path_by_element(kernel, classes):.1f} | "
                 f"{bytes_by_logit(call, classes, who == 'ours'):.1f} |"
             )
     return "\n".join(rows)

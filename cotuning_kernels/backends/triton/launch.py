@@ -19,7 +19,6 @@ from torch import Tensor
 
 __all__ = [
     "COLUMNS_A_LANE",
-    "KEEPS_ODD_ROWS",
     "KEPT_COLUMNS_A_LANE",
     "KEPT_THREADS",
     "LEAST_ORDINARY_THREADS",
@@ -35,7 +34,7 @@ __all__ = [
     "is_amd",
     "is_kept",
     "is_ordinary",
-    "keeps_odd_rows",
+    "least_kept_vector",
     "most_programs",
     "ordinary_threads",
     "plan_kept_row",
@@ -58,13 +57,19 @@ _MOST_ORDINARY_THREADS = 256
 MAX_KEPT_ROW_BYTES = 131072
 
 
-def keeps_odd_rows(triton_version: str) -> bool:
-    """Return whether rows that are read element by element can be kept. Before Triton 3.7 the longest would spill."""
+def least_kept_vector(triton_version: str, *, amd: bool) -> int:
+    """Return what the widths and strides of kept rows must be multiples of.
+
+    The compilers before Triton 3.7 would spill registers where an access has one or two columns, and that of Triton 3.5
+    in every kept row on AMD (16 is more than any :func:`vector`). Those rows are looped over.
+    """
     major, minor = triton_version.split(".")[:2]
-    return (int(major), int(minor)) >= (3, 7)
+    version = int(major), int(minor)
+    if version >= (3, 7):
+        return 1
+    return 16 if amd and version < (3, 6) else 4
 
 
-KEEPS_ODD_ROWS = keeps_odd_rows(triton.__version__)
 KEPT_THREADS = 256
 # A lane's columns of a kept row's block, or as many as it reads at a time.
 KEPT_COLUMNS_A_LANE = 4
@@ -97,14 +102,16 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """Return the compiler's options.
 
-        ``debug`` turns on the kernels' assertions (see ``labels.py``). It would also turn on one after every addition
-        of integers, which ``sanitize_overflow`` turns off. A warp has 64 threads on AMD's data-centre GPUs.
+        A multiplication and an addition are one instruction, which ``rows.py`` relies on; a later Triton has another
+        default. ``debug`` turns on the kernels' assertions (see ``labels.py``). It would also turn on one after every
+        addition of integers, which ``sanitize_overflow`` turns off. A warp has 64 threads on AMD's data-centre GPUs.
         """
         amd = is_amd()
         return {
             "num_warps": max(1, self.threads // (64 if amd else 32)),
             "debug": not amd,
             "sanitize_overflow": False,
+            "enable_fp_fusion": True,
         }
 
 
@@ -203,7 +210,7 @@ def is_ordinary(columns: int, dtype: torch.dtype) -> bool:
 def is_kept(columns: int, dtype: torch.dtype, vec: int) -> bool:
     """Return whether the registers hold a row, but not its row of R beside it."""
     fits = not is_ordinary(columns, dtype) and columns * _compute_size(dtype) <= MAX_KEPT_ROW_BYTES
-    return fits and (vec > 1 or KEEPS_ODD_ROWS)
+    return fits and vec >= least_kept_vector(triton.__version__, amd=is_amd())
 
 
 def plan_kept_row(columns: int, dtype: torch.dtype, vec: int) -> RowPlan:
