@@ -114,6 +114,7 @@ def cuda_loss_plan(
     source_dtype: torch.dtype = torch.float32,
     target_dtype: torch.dtype | None = None,
     shared_memory: int = 227 << 10,
+    multiprocessors: int = 0,
 ) -> dict[str, Any]:
     """Return what the CUDA backend launches for the loss of a batch. Needs the C++ extension, but no device.
 
@@ -125,9 +126,12 @@ def cuda_loss_plan(
         target_dtype: the dtype of the target logits; by default that of the source logits.
         shared_memory: the bytes of shared memory that a block may ask for on the card: 64 KB on compute capability
             7.5, 163 KB on 8.0, 99 KB on 8.6 and 12.0, 227 KB on 9.0 and 10.0.
+        multiprocessors: those of the card, such as 132 on an H100; 0 plans without this number. With it, few rows get a
+            block each, and few long rows several.
 
     Returns:
-        ``blocks``, ``threads`` a block and ``shared_bytes``, the dynamic shared memory a block. ``source`` and
+        ``blocks``, ``threads`` a block and ``shared_bytes``, the dynamic shared memory a block. ``parts``: how many
+        blocks of further launches divide a row of the source head; 0 where rows are not divided. ``source`` and
         ``target`` hold for each head: ``threads_per_row``; ``vectors``, the most vectors of 16 bytes that a row of
         logits touches; ``staged_logits`` and ``staged_target``, for how many of these the logits and the target
         distribution stay in shared memory, so that they are read once; ``kept_target``, for how many more the target
@@ -146,5 +150,7 @@ def cuda_loss_plan(
         if dtype not in FLOATING:
             raise ValueError(f"{name} is {dtype}, expected one of {named(FLOATING)}")
     types = FLOATING.index(source_dtype), FLOATING.index(target_dtype)
-    plan: dict[str, Any] = loaded.cuda_loss_plan(rows, source_classes, target_classes, *types, shared_memory)
+    plan: dict[str, Any] = loaded.cuda_loss_plan(
+        rows, source_classes, target_classes, *types, shared_memory, multiprocessors
+    )
     return plan

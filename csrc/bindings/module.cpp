@@ -44,16 +44,18 @@ pybind11::dict describe(const cotuning::cuda::RowPlan& plan, int64_t columns, co
 }
 
 pybind11::dict cuda_loss_plan(int64_t rows, int64_t source_columns, int64_t target_columns, int source_type,
-                              int target_type, int64_t shared_memory) {
+                              int target_type, int64_t shared_memory, int64_t multiprocessors) {
   using cotuning::ScalarType;
   cotuning::cuda::PlanRules rules;
   rules.shared_bytes = shared_memory - cotuning::cuda::kStaticSharedBytes;
+  rules.multiprocessors = multiprocessors;
   const auto source = static_cast<ScalarType>(source_type), target = static_cast<ScalarType>(target_type);
   const auto plan = cotuning::cuda::plan_loss(rows, source_columns, source, target_columns, target, rules);
   pybind11::dict described;
   described["blocks"] = plan.blocks;
   described["threads"] = plan.threads;
   described["shared_bytes"] = plan.shared_bytes;
+  described["parts"] = plan.split.parts;
   described["source"] = describe(plan.source, source_columns, source);
   if (target_columns > 0) described["target"] = describe(plan.target, target_columns, target);
   return described;

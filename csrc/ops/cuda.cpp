@@ -149,11 +149,10 @@ std::tuple<Tensor, Tensor, Tensor> solve(const DeviceContext& device, cuda::Loss
                       problem.target_logits.type, device.state().rules);
   // A caller may keep the loss, but only the backward pass needs the factors, so the sums share the factors' memory.
   // Results of an operation may not share memory with each other.
-  const ResultWithSums factors(device, 2, type, (plan.blocks + 1) * cuda::kLossSums);
+  const ResultWithSums factors(device, 2, type, cuda::shared_sums(plan));
   problem.factors = factors.result().mutable_data_ptr();
   problem.sums = factors.sums();
-  problem.first_sums = problem.sums.parts + plan.blocks * cuda::kLossSums;
-  cuda::launch_co_tuning_loss(problem, plan, device.state(), device.stream());
+  cuda::launch_co_tuning_loss(problem, plan, device.state(), problem.sums.parts, device.stream());
   return {loss, terms, factors.result()};
 }
 
@@ -233,7 +232,11 @@ void add_class_sums(const Tensor& sums, const Tensor& counts, const Tensor& logi
   problem.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
   problem.ignore_index = ignore_index;
   problem.inverse_temperature = inverse_temperature;
-  cuda::launch_class_sums(problem, device.state().rules, device.stream());
+  const auto plan = cuda::plan_class_sums(problem.logits.rows, problem.logits.columns, problem.logits.type,
+                                          problem.sums.rows, device.state().rules);
+  const Tensor norms = device.empty({problem.logits.rows * cuda::kRowNormBytes / 8}, ScalarType::Double);
+  problem.norms = norms.mutable_data_ptr();
+  cuda::launch_class_sums(problem, plan, device.stream());
 }
 
 Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inverse_temperature, int64_t ignore_index) {

@@ -107,8 +107,9 @@ def test_float16_keeps_the_digits_of_rows_with_little_mass(share: float, draw: t
 
 @pytest.mark.parametrize("backend", TABLE_BACKENDS, ids=lambda backend: backend.name, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wide_r", [True, False], ids=["R in float32", "R as logits"])
 def test_a_probability_of_nearly_1_keeps_its_distance_from_1(
-    backend: Backend, dtype: torch.dtype, draw: torch.Generator
+    backend: Backend, dtype: torch.dtype, wide_r: bool, draw: torch.Generator
 ) -> None:
     """The gradient at the label is p - 1. A p that is rounded to 16 bits before the subtraction leaves 0."""
     if "source head" not in backend.forms:
@@ -120,6 +121,7 @@ def test_a_probability_of_nearly_1_keeps_its_distance_from_1(
     relationship[labels, 7 * labels] = 1.0
     logits = logits.to(dtype)
     exact = torch.softmax(logits.double(), 1) - relationship
+    relationship = relationship if wide_r else relationship.to(dtype)
     with backend.using():
         leaf = logits.to(backend.device, copy=True).requires_grad_()
         loss = functional.source_label_loss(

@@ -119,13 +119,15 @@ def emulated() -> None:
         pytest.skip(reason)
 
 
-def _traffic(classes: int, dtype: torch.dtype, plan: emulated_cuda.Plan, first_label: int = 0) -> emulated_cuda.Counts:
+def _traffic(
+    classes: int, dtype: torch.dtype, plan: emulated_cuda.Plan, first_label: int = 0, of_r: torch.dtype = torch.float32
+) -> emulated_cuda.Counts:
     """Bytes moved by the source term alone, two rows, with its gradient. With ``first_label=0``, the rows of R are
     aligned like the rows of the logits."""
     rows = 2
     draw = torch.Generator().manual_seed(classes)
     logits = torch.randn(rows, classes, generator=draw).to(dtype).requires_grad_()
-    relationship = torch.softmax(torch.randn(3, classes, generator=draw), 1)
+    relationship = torch.softmax(torch.randn(3, classes, generator=draw), 1).to(of_r)
     with emulated_cuda.emulated(plan):
         emulated_cuda.take_counts()
         functional.source_label_loss(logits, torch.arange(rows) + first_label, relationship, backend="cuda")
@@ -133,16 +135,19 @@ def _traffic(classes: int, dtype: torch.dtype, plan: emulated_cuda.Plan, first_l
 
 
 PLAN = emulated_cuda.Plan()
+NARROW = (torch.bfloat16, torch.float16)
 HEADS = [
-    (classes, dtype, 227 << 10)
+    (classes, dtype, of_r, 227 << 10)
     for classes in (1000, 21841, 30522)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for dtype, of_r in [(x, torch.float32) for x in (torch.float32, *NARROW)] + [(x, x) for x in NARROW]
 ]
-HEADS.append((21841, torch.float32, 163 << 10))
+HEADS.append((21841, torch.float32, torch.float32, 163 << 10))
 
 
-@pytest.mark.parametrize(("classes", "dtype", "shared_memory"), HEADS, ids=str)
-def test_a_row_is_read_and_written_once(emulated: None, classes: int, dtype: torch.dtype, shared_memory: int) -> None:
+@pytest.mark.parametrize(("classes", "dtype", "of_r", "shared_memory"), HEADS, ids=str)
+def test_a_row_is_read_and_written_once(
+    emulated: None, classes: int, dtype: torch.dtype, of_r: torch.dtype, shared_memory: int
+) -> None:
     """A staged row moves logits, R and gradient once each, by 16 bytes except at the ends. A row of R whose alignment
     differs from that of the logits is read in pairs of aligned vectors, which neighbouring threads read again."""
     card = emulated_cuda.Plan(shared_bytes=shared_memory - (2 << 10))
@@ -152,11 +157,11 @@ def test_a_row_is_read_and_written_once(emulated: None, classes: int, dtype: tor
     longest = {163 << 10: 21841, 227 << 10: 30522}[shared_memory]
     assert (plan["kept_target"] > 0) == ((classes, dtype) == (longest, torch.float32))
     element, vector = dtype.itemsize, 16 // dtype.itemsize
-    once = 2 * classes * (element + 4)
-    # A row of R aligned otherwise reads one vector more than the 1 (16-bit logits: 2) that a vector of logits needs.
-    elsewhere = classes * element % 16 != 0 or classes * 4 % 16 != 0
+    once = 2 * classes * (element + of_r.itemsize)
+    # Beside each vector of logits, a row of R aligned otherwise reads one vector more than it fills.
+    elsewhere = classes * element % 16 != 0 or classes * of_r.itemsize % 16 != 0
     for first_label, more in ((0, 0), (1, 4 / vector if elsewhere else 0)):
-        counts = _traffic(classes, dtype, card, first_label)
+        counts = _traffic(classes, dtype, card, first_label, of_r)
         written = counts.vector_bytes_written + counts.other_bytes_written
         assert written == 2 * classes * element
         assert counts.other_bytes_written <= 2 * 2 * 16
@@ -178,6 +183,28 @@ def test_without_staging_a_row_is_read_again(emulated: None) -> None:
     # Unstaged vectors of R are read for the sums and for the gradient: 256, since the row has 500 but room for 501.
     assert logits_alone.vector_bytes_read == 2 * (2000 * (4 + 4) + 256 * 16)
     assert unstaged.vector_bytes_read == 2 * 2000 * (3 * 4 + 2 * 4)  # the logits for the maximum as well
+
+
+def test_few_long_rows_are_done_by_several_blocks(emulated: None) -> None:
+    """Logits and R are read twice, and the gradient is written once; three launches, and the results of whole rows."""
+    rows, classes = 2, 40000
+    draw = torch.Generator().manual_seed(1)
+    logits = torch.randn(rows, classes, generator=draw)
+    relationship = torch.softmax(torch.randn(3, classes, generator=draw), 1)
+    results = []
+    for card in (emulated_cuda.Plan(), emulated_cuda.Plan(multiprocessors=132)):
+        leaf = logits.clone().requires_grad_()
+        with emulated_cuda.emulated(card):
+            emulated_cuda.take_counts()
+            loss = functional.source_label_loss(leaf, torch.arange(rows), relationship, backend="cuda")
+            counts = emulated_cuda.take_counts()
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    assert counts.launches == 3
+    # The loss reads logits for the maximum, the sums and the gradient; R for the last two.
+    assert counts.vector_bytes_read == rows * classes * (3 * 4 + 2 * 4)
+    assert counts.vector_bytes_written == rows * classes * 4
+    for whole, divided in zip(*results, strict=True):
+        assert torch.allclose(whole, divided, rtol=1e-5, atol=1e-9)
 
 
 def test_launches_of_a_training_step(emulated: None) -> None:
@@ -396,6 +423,9 @@ def test_the_plan_can_be_asked_for(extension: None) -> None:
     # The room beside the logits takes a part of R: 59 of 80 KB here.
     part = backends.cuda_loss_plan(8, 20000, source_dtype=torch.bfloat16, shared_memory=99 << 10)["source"]
     assert part["staged_logits"] == part["vectors"] > part["staged_target"] > 0.7 * part["vectors"]
+    divided = [backends.cuda_loss_plan(8, classes, multiprocessors=132)["parts"] for classes in (30522, 128256, 262144)]
+    assert divided == [0, 7, 16]
+    assert backends.cuda_loss_plan(8, 262144)["parts"] == 0
     sizes = [backends.cuda_loss_plan(8, classes)["threads"] for classes in (100, 1000, 4000, 30522)]
     assert all(a <= b for a, b in pairwise(sizes))
     with pytest.raises(ValueError, match=r"source_dtype is torch\.int64, expected one of torch\.float32"):

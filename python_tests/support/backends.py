@@ -171,6 +171,8 @@ TABLE_BACKENDS = (
     # Shared memory has room for the logits of about 128 columns but not for all of their target: registers keep the
     # rest. For shorter rows registers keep nothing.
     _emulated_cuda("registers", emulated_cuda.Plan(shared_bytes=4 * 16 * 35, max_blocks=2), least_columns=65),
+    # Several blocks do a row of the source head, in batches of at most 12 rows of at least two vectors of 16 bytes.
+    _emulated_cuda("split", emulated_cuda.Plan(multiprocessors=24, split_vectors=1, max_blocks=5), least_columns=3),
     _triton("triton-loops", loops=True),
     Backend("cuda", "cuda", missing=missing_cuda, device="cuda"),
     TRITON_ON_GPU,

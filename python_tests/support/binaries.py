@@ -11,7 +11,8 @@ from support.cpp_builds import require, run
 from tools.machine_code import cuda
 
 KERNELS_OF_THE_LOSS = 4
-KERNELS = KERNELS_OF_THE_LOSS + 10  # 4 for the temperature, 4 for the class sums, 1 to scale, 1 to translate
+# 8 for split rows, 4 for the temperature, 8 for the class sums, 1 to scale, 1 to translate.
+KERNELS = KERNELS_OF_THE_LOSS + 22
 
 
 def symbols(*options: str | Path) -> list[str]:

@@ -92,7 +92,7 @@ def library() -> ctypes.CDLL:
     torch.ops.load_library(str(path))
     loaded = ctypes.CDLL(str(path))
     loaded.cotuning_emulator_schedule.argtypes = (ctypes.c_int, ctypes.c_uint64)
-    loaded.cotuning_emulator_plan.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+    loaded.cotuning_emulator_plan.argtypes = (ctypes.c_int64,) * 5
     return loaded
 
 
@@ -112,6 +112,8 @@ class Plan:
     shared_bytes: int = 223 << 10
     warp_vectors: int = 128
     max_blocks: int = 4096
+    multiprocessors: int = 0
+    split_vectors: int = 4096
 
 
 def schedule(order: str, seed: int = 1) -> None:
@@ -139,7 +141,9 @@ def take_counts() -> Counts:
 @contextmanager
 def emulated(plan: Plan) -> Iterator[None]:
     """CPU tensors are served by the emulated kernels, launched by ``plan``."""
-    library().cotuning_emulator_plan(plan.shared_bytes, plan.warp_vectors, plan.max_blocks)
+    library().cotuning_emulator_plan(
+        plan.shared_bytes, plan.warp_vectors, plan.max_blocks, plan.multiprocessors, plan.split_vectors
+    )
     with cpu_served_by("cuda", operations()):
         yield
 

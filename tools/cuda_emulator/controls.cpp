@@ -22,11 +22,14 @@ __attribute__((visibility("default"))) void cotuning_emulator_schedule(int order
 
 // Sets the plan rules of later launches. Plans may use `shared_bytes` of shared memory.
 __attribute__((visibility("default"))) void cotuning_emulator_plan(int64_t shared_bytes, int64_t warp_vectors,
-                                                                   int64_t max_blocks) {
+                                                                   int64_t max_blocks, int64_t multiprocessors,
+                                                                   int64_t split_vectors) {
   cotuning::cuda::PlanRules rules;
   rules.shared_bytes = shared_bytes;
   rules.warp_vectors = warp_vectors;
   rules.max_blocks = max_blocks;
+  rules.multiprocessors = multiprocessors;
+  rules.split_vectors = split_vectors;
   cotuning::cuda::device_at(0).rules = rules;
 }
 

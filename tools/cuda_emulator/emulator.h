@@ -3,9 +3,9 @@
 //
 // A kernel may use the following; anything else does not compile:
 //   threadIdx, blockIdx, blockDim, gridDim; __syncthreads; __syncwarp, __shfl_sync, __shfl_xor_sync, __ballot_sync with
-//   full or partial masks; __threadfence; atomicAdd on integers; COTUNING_SHARED, COTUNING_DYNAMIC_SHARED;
-//   device_assert; the conversions and the maximum of pairs of 16-bit numbers in include/. The host code may use the
-//   runtime calls of include/cuda_runtime.h.
+//   full or partial masks; __ffs, __popc; __ldcs of uint4; __threadfence; atomicAdd on integers; COTUNING_SHARED,
+//   COTUNING_DYNAMIC_SHARED; device_assert; the conversions and the maximum of pairs of 16-bit numbers in include/. The
+//   host code may use the runtime calls of include/cuda_runtime.h.
 // Left out on purpose: atomics on floating-point numbers (their result depends on the order of blocks), textures,
 // cooperative groups, clusters, asynchronous copies, dynamic parallelism.
 //

@@ -235,7 +235,15 @@ def _after(
 # ---------------------------------------------------------------------------------------------------- a row of a shape
 
 SHAPES = (1000, 21841, 30522)
+TARGET_CLASSES = 200
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PAIRS = [(dtype, torch.float32) for dtype in DTYPES] + [(dtype, dtype) for dtype in DTYPES[1:]]
+"""The dtypes of logits and of R of an ordinary row."""
+
+
+def named(dtype: torch.dtype, of_r: torch.dtype) -> str:
+    """``"bfloat16"`` for logits beside R in float32, ``"bfloat16 as R"`` beside R in bfloat16."""
+    return str(dtype).removeprefix("torch.") + ("" if of_r == torch.float32 else " as R")
 
 
 class Loop(NamedTuple):
@@ -282,33 +290,39 @@ def turns_of_a_row(count: int, staged: int, threads: int) -> Turns:
         for start in range(k, count, step):
             for begin in (start, start + _LANES):
                 singles += begin < staged
-                rest += staged < min(begin + _LANES, count)
+                rest += max(staged, begin) < min(begin + _LANES, count)
         one = (fours, masked_fours, masked_pairs, pairs, singles, rest)
         taken = Turns(*(a + b for a, b in zip(taken, one, strict=True)))
     return taken
 
 
 def turn(
-    code: Code, dtype: torch.dtype, sweep: str, vectors: int, *, alike: bool = True, where: str = "shared memory",
-    masked: bool = False,
+    code: Code, dtype: torch.dtype, sweep: str, vectors: int, *, of_r: torch.dtype = torch.float32, alike: bool = True,
+    where: str = "shared memory", masked: bool = False,
 ) -> Loop:  # fmt: skip
-    """A turn over ``vectors`` vectors of staged logits of the source head, with R in float32. (Other loops with as many
-    accesses are longer.) ``alike``: the row of R has the same offset in 16 bytes as the logits. ``where`` R is kept.
-    ``masked``: only accesses under a predicate count."""
+    """A turn over ``vectors`` vectors of staged logits: of the source head, with R in the dtype ``of_r``, or of the
+    target head, which reads no R. (Other loops with as many accesses are longer.) ``alike``: the row of R has the same
+    offset in 16 bytes as the logits. ``where`` R is kept. ``masked``: only accesses under a predicate count."""
     count = 16 // dtype.itemsize
     # A row of R with another offset needs one more aligned vector than its elements fill.
-    of_r = count // 4 + (0 if alike else 1)
+    loads = count * of_r.itemsize // 16 + (0 if alike else 1)
+    # 16-bit words of R take the place of the logits, and exponentials that of R's numbers.
+    narrow = of_r.itemsize == 2 and where == "shared memory"
     accesses = {"LDG 16": 1, "STS 16": 1}
     if sweep == "sums":
-        accesses = {"LDG 16": of_r, "LDS 16": 1, "EX2": count}
-        stores = (count // 4 if where == "shared memory" else 0) + (dtype == torch.float32)
+        accesses = {"LDG 16": loads, "LDS 16": 1, "EX2": count}
+        stores = (count // 4 if where == "shared memory" else 0) + (dtype == torch.float32 or narrow)
         if stores:  # float32 exponentials take the place of the logits
             accesses["STS 16"] = stores
     elif sweep == "gradient":
         read = {"shared memory": {"LDS 16": 1 + count // 4}, "registers": {"LDS 16": 1}}
-        accesses = {"STG 16": 1} | read.get(where, {"LDS 16": 1, "LDG 16": of_r})
-        if dtype != torch.float32:
+        accesses = {"STG 16": 1} | read.get(where, {"LDS 16": 1, "LDG 16": loads})
+        if dtype != torch.float32 and not narrow:
             accesses["EX2"] = count
+    elif sweep == "target sums":
+        accesses = {"LDS 16": 1, "EX2": count}
+    elif sweep == "target gradient":
+        accesses = {"STG 16": 1, "LDS 16": 1, "EX2": count}
     if masked:
         code = {
             address: x if x.predicated or access(x.operation) is None else x._replace(operation="NOP")
@@ -320,13 +334,13 @@ def turn(
     return Loop(instructions / vectors, accesses)
 
 
-def sweeps(code: Code, dtype: torch.dtype, alike: bool, where: str) -> dict[str, Loop]:
+def sweeps(
+    code: Code, dtype: torch.dtype, alike: bool, where: str, of_r: torch.dtype = torch.float32
+) -> dict[str, Loop]:
     """The loops of long rows, by sweep."""
     pairs = 2 if where == "shared memory" else 1
-    return {
-        "maximum": turn(code, dtype, "maximum", 4),
-        "sums": turn(code, dtype, "sums", pairs, alike=alike, where=where),
-        "gradient": turn(code, dtype, "gradient", pairs, alike=alike, where=where),
+    return {"maximum": turn(code, dtype, "maximum", 4)} | {
+        sweep: turn(code, dtype, sweep, pairs, of_r=of_r, alike=alike, where=where) for sweep in ("sums", "gradient")
     }
 
 
@@ -338,13 +352,16 @@ def _code_of(file: Path, architecture: str, dtype: torch.dtype) -> Code:
 
 @functools.cache
 def _turn(
-    file: Path, architecture: str, dtype: torch.dtype, sweep: str, vectors: int, alike: bool, where: str, masked: bool
-) -> float:
+    file: Path, architecture: str, dtype: torch.dtype, sweep: str, vectors: int, of_r: torch.dtype, alike: bool,
+    where: str, masked: bool,
+) -> float:  # fmt: skip
     code = _code_of(file, architecture, dtype)
-    return vectors * turn(code, dtype, sweep, vectors, alike=alike, where=where, masked=masked).instructions
+    return vectors * turn(code, dtype, sweep, vectors, of_r=of_r, alike=alike, where=where, masked=masked).instructions
 
 
-def instructions_of_a_row(file: Path, architecture: str, classes: int, dtype: torch.dtype, alike: bool) -> float:
+def instructions_of_a_row(
+    file: Path, architecture: str, classes: int, dtype: torch.dtype, alike: bool, of_r: torch.dtype = torch.float32
+) -> float:
     """Instructions per element and lane: the source head with its gradient, staged as the plan for the shape says. A
     warp's instruction counts for all its lanes, idle ones too. Code that runs once per row, or at the ends of rows, is
     left out."""
@@ -354,30 +371,43 @@ def instructions_of_a_row(file: Path, architecture: str, classes: int, dtype: to
     count = classes * dtype.itemsize // 16 - (0 if alike else 1)
     turns = turns_of_a_row(count, min(plan["staged_target"], count), plan["threads_per_row"])
     of_rest = "registers" if plan["kept_target"] else "nowhere"
-    total = 0.0
-    for taken, vectors, masked in (
-        (turns.fours, 4, False),
-        (turns.masked_fours, 4, True),
-        (turns.masked_pairs, 2, True),
-    ):
-        if taken:
-            total += taken * _turn(file, architecture, dtype, "maximum", vectors, True, "", masked)
+    total = _maximum(file, architecture, dtype, turns)
     for taken, vectors, where in (
         (turns.pairs, 2, "shared memory"), (turns.singles, 1, "shared memory"), (turns.rest, 1, of_rest),
     ):  # fmt: skip
         if taken:
             total += taken * sum(
-                _turn(file, architecture, dtype, sweep, vectors, alike, where, False) for sweep in ("sums", "gradient")
+                _turn(file, architecture, dtype, sweep, vectors, of_r, alike, where, False)
+                for sweep in ("sums", "gradient")
             )
     return total * _LANES / classes
 
 
-def share_elsewhere(classes: int, dtype: torch.dtype) -> float:
-    """The share of pairs of a row of logits and a row of R in float32 whose offsets in 16 bytes differ, for dense
-    matrices."""
-    vector, rows = 16 // dtype.itemsize, range(16)
-    pairs = [(classes * i % vector, classes * j % 4) for i in rows for j in rows]
-    return sum((b - a) % 4 != 0 for a, b in pairs) / len(pairs)
+def _maximum(file: Path, architecture: str, dtype: torch.dtype, turns: Turns) -> float:
+    """Instructions of a row's warps for its maximum."""
+    kinds = ((turns.fours, 4, False), (turns.masked_fours, 4, True), (turns.masked_pairs, 2, True))
+    return sum(
+        taken * _turn(file, architecture, dtype, "maximum", vectors, torch.float32, True, "", masked)
+        for taken, vectors, masked in kinds if taken
+    )  # fmt: skip
+
+
+def instructions_of_a_target_row(file: Path, architecture: str, classes: int, dtype: torch.dtype) -> float:
+    """The same for a row of the target head with a label, beside a source head of 1000 classes."""
+    plan = backends.cuda_loss_plan(256, 1000, classes, source_dtype=dtype)["target"]
+    turns = turns_of_a_row(classes * dtype.itemsize // 16, 0, plan["threads_per_row"])
+    total = _maximum(file, architecture, dtype, turns) + turns.rest * sum(
+        _turn(file, architecture, dtype, sweep, 1, torch.float32, True, "", False)
+        for sweep in ("target sums", "target gradient")
+    )
+    return total * _LANES / classes
+
+
+def share_elsewhere(classes: int, dtype: torch.dtype, of_r: torch.dtype = torch.float32) -> float:
+    """The share of pairs of a row of logits and a row of R whose offsets in 16 bytes differ, for dense matrices."""
+    vector, of_row, rows = 16 // dtype.itemsize, 16 // of_r.itemsize, range(16)
+    pairs = [(classes * i % vector, classes * j % of_row) for i in rows for j in rows]
+    return sum((b - a) % of_row != 0 for a, b in pairs) / len(pairs)
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -398,10 +428,13 @@ def measure(file: Path) -> Measured:
     instructions = {}
     if any(usage.architecture == "sm_90" for usage in used):
         for classes in SHAPES:
-            for dtype in DTYPES:
-                for alike in (True, False) if share_elsewhere(classes, dtype) else (True,):
-                    name = f"sm_90: {classes}, {str(dtype).removeprefix('torch.')}, {'alike' if alike else 'elsewhere'}"
-                    instructions[name] = round(instructions_of_a_row(file, "sm_90", classes, dtype, alike), 2)
+            for dtype, of_r in PAIRS:
+                for alike in (True, False) if share_elsewhere(classes, dtype, of_r) else (True,):
+                    name = f"sm_90: {classes}, {named(dtype, of_r)}, {'alike' if alike else 'elsewhere'}"
+                    instructions[name] = round(instructions_of_a_row(file, "sm_90", classes, dtype, alike, of_r), 2)
+        for dtype in DTYPES:
+            name = f"sm_90: target head of {TARGET_CLASSES}, {named(dtype, torch.float32)}"
+            instructions[name] = round(instructions_of_a_target_row(file, "sm_90", TARGET_CLASSES, dtype), 2)
     return Measured((backends.cuda_build() or "").partition(":")[0], registers, instructions)
 
 
@@ -471,30 +504,33 @@ def _spills(file: Path, architecture: str, _used: list[Usage]) -> int:
 def instructions_table(file: Path, architecture: str) -> str:
     """By shape: instructions per element, what the plan keeps, and the share of rows with different offsets."""
     rows: list[list[object]] = []
-    for dtype in DTYPES:
-        row: list[object] = [str(dtype).removeprefix("torch.")]
+    for dtype, of_r in PAIRS:
+        row: list[object] = [named(dtype, of_r)]
         for classes in SHAPES:
             plan = backends.cuda_loss_plan(256, classes, source_dtype=dtype)["source"]
-            elsewhere = share_elsewhere(classes, dtype)
-            numbers = [instructions_of_a_row(file, architecture, classes, dtype, alike=True)]
+            elsewhere = share_elsewhere(classes, dtype, of_r)
+            numbers = [instructions_of_a_row(file, architecture, classes, dtype, True, of_r)]
             if elsewhere:
-                numbers.append(instructions_of_a_row(file, architecture, classes, dtype, alike=False))
+                numbers.append(instructions_of_a_row(file, architecture, classes, dtype, False, of_r))
             kept = sum(plan[name] for name in KEPT) / plan["vectors"]
             row.append(f"{', '.join(f'{x:.1f}' for x in numbers)} (R kept {kept:.0%}, {elsewhere:.0%} elsewhere)")
-        rows.append(row)
-    return _table([f"{architecture}: logits, R in float32", *(f"{n} alike, elsewhere" for n in SHAPES)], rows)
+        target = instructions_of_a_target_row(file, architecture, TARGET_CLASSES, dtype)
+        rows.append([*row, f"{target:.1f}"])
+    heads = [*(f"{n} alike, elsewhere" for n in SHAPES), f"target head of {TARGET_CLASSES}"]
+    return _table([f"{architecture}: logits", *heads], rows)
 
 
 def sweeps_table(file: Path, architecture: str) -> str:
     """By loop: instructions for a vector of 16 bytes of logits, and its accesses."""
     rows: list[list[object]] = []
-    for dtype in DTYPES:
+    for dtype, of_r in PAIRS:
         for alike in (True, False):
             for where in (*KEPT.values(), "nowhere"):
-                if where == "registers" and dtype != torch.float32:
+                # With R in 16 bits, the loop that keeps it nowhere accesses as much as one with R in float32.
+                if (where == "registers" and dtype != torch.float32) or (where == "nowhere" and of_r.itemsize == 2):
                     continue
-                row: list[object] = [str(dtype).removeprefix("torch."), "alike" if alike else "elsewhere", where]
-                for loop in sweeps(_code_of(file, architecture, dtype), dtype, alike, where).values():
+                row: list[object] = [named(dtype, of_r), "alike" if alike else "elsewhere", where]
+                for loop in sweeps(_code_of(file, architecture, dtype), dtype, alike, where, of_r).values():
                     accesses = ", ".join(f"{count} {what}" for what, count in loop.accesses.items())
                     row.append(f"{loop.instructions:.3g}: {accesses}")
                 rows.append(row)

@@ -3,16 +3,23 @@
 
 namespace cotuning::cuda {
 
-void launch_class_sums(const ClassSumsProblem& problem, const PlanRules& rules, void* stream) {
-  const int64_t classes = problem.sums.rows;
-  if (classes == 0) return;
-  const int threads = block_threads(problem.logits.columns, problem.logits.type, rules);
-  const int64_t blocks = classes < rules.max_blocks ? classes : rules.max_blocks;
+namespace {
+
+template <class T>
+void launch_both(const ClassSumsProblem& problem, const ClassSumsPlan& plan, void* stream) {
+  launch(row_norms_kernel<T>, plan.rows.blocks, plan.rows.threads, 0, stream, problem, plan.rows);
+  launch(class_sums_kernel<T>, plan.blocks, kSmallestBlock, 0, stream, problem, plan);
+}
+
+}  // namespace
+
+void launch_class_sums(const ClassSumsProblem& problem, const ClassSumsPlan& plan, void* stream) {
+  if (plan.items == 0) return;
   switch (problem.logits.type) {
-    case ScalarType::kFloat32: return launch(class_sums_kernel<float>, blocks, threads, 0, stream, problem);
-    case ScalarType::kBFloat16: return launch(class_sums_kernel<BFloat16>, blocks, threads, 0, stream, problem);
-    case ScalarType::kFloat16: return launch(class_sums_kernel<Float16>, blocks, threads, 0, stream, problem);
-    case ScalarType::kFloat64: return launch(class_sums_kernel<double>, blocks, threads, 0, stream, problem);
+    case ScalarType::kFloat32: return launch_both<float>(problem, plan, stream);
+    case ScalarType::kBFloat16: return launch_both<BFloat16>(problem, plan, stream);
+    case ScalarType::kFloat16: return launch_both<Float16>(problem, plan, stream);
+    case ScalarType::kFloat64: return launch_both<double>(problem, plan, stream);
   }
 }
 

@@ -31,8 +31,17 @@ void launch_rows_of(ScalarType type, const LossProblem& problem, const LossPlan&
 
 }  // namespace
 
-void launch_co_tuning_loss(const LossProblem& problem, const LossPlan& plan, Device& device, void* stream) {
+void launch_co_tuning_loss(LossProblem problem, const LossPlan& plan, Device& device, double* sums, void* stream) {
+  problem.sums.parts = sums;
+  problem.part_sums = sums + shared_sums(plan) - plan.split.items * kPartSums;
+  problem.first_sums = problem.part_sums - kLossSums;
   const ScalarType source = problem.source_logits.type, target = problem.target_logits.type;
+  if (plan.split.parts > 0) {
+    launch_split_rows(problem, plan.split, stream);
+    LossPlan rest = plan;
+    rest.part = LossPart::kLast;
+    return launch_rows_of(problem.target_logits.columns > 0 ? target : source, problem, rest, device, stream);
+  }
   if (problem.target_logits.columns == 0 || source == target) {
     return launch_rows_of(source, problem, plan, device, stream);
   }

@@ -66,12 +66,21 @@ inline constexpr bool kHasOrdinaryRows = false;
 inline constexpr bool kHasOrdinaryRows = !std::is_same_v<T, double>;
 #endif
 
+// Whether the target head has it as well. On 8.0 nvcc spills 8 bytes in float32 with both.
+template <class T>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr bool kHasOrdinaryTargets = kHasOrdinaryRows<T> && !std::is_same_v<T, float>;
+#else
+inline constexpr bool kHasOrdinaryTargets = kHasOrdinaryRows<T>;
+#endif
+
 // Does a row of the source head if it is ordinary (ordinary_row.cuh); else returns false.
 template <class T>
 __device__ __forceinline__ bool ordinary_source_row(const LossProblem& p, const Team& team, int64_t row,
                                                     const Stage<T>& stage, double* totals) {
-  if (p.probabilities.columns > 0 || p.labels_b.data != nullptr || p.kl_divergence ||
-      p.relationship.type != ScalarType::kFloat32 || !stage.has_logits() || !counts_source(p)) {
+  if (p.probabilities.columns > 0 || p.labels_b.data != nullptr || p.kl_divergence || !stage.has_logits() ||
+      !counts_source(p) ||
+      (p.relationship.type != ScalarType::kFloat32 && p.relationship.type != p.source_logits.type)) {
     return false;
   }
   const int64_t label = p.labels[row];
@@ -80,17 +89,71 @@ __device__ __forceinline__ bool ordinary_source_row(const LossProblem& p, const 
   const T* logits = static_cast<const T*>(p.source_logits.row(row));
   if (gradient != nullptr && !same_cut(gradient, logits)) return false;
   float loss;
-  if (!ordinary_row(
-          team, logits, static_cast<const float*>(p.relationship.row(label)), static_cast<int>(p.source_logits.columns),
-          [&] { return stored_factor<T>(p, true); }, gradient, stage, &loss)) {
-    return false;
+  const auto row_with = [&](auto number) {
+    using R = decltype(number);
+    return ordinary_row(
+        team, logits, static_cast<const R*>(p.relationship.row(label)), static_cast<int>(p.source_logits.columns),
+        [&] { return stored_factor<T>(p, true); }, gradient, stage, &loss);
+  };
+  bool done = false;
+  if (p.relationship.type == ScalarType::kFloat32) {
+    done = row_with(float{});
+  } else if constexpr (sizeof(T) == 2) {
+    done = row_with(T{});
   }
+  if (!done) return false;
   if (team.rank() != 0) return true;
   totals[kSourceLoss] += loss;
   totals[kValid] += 1;
   totals[kSupervised] += 1;
   if (p.reduction == Reduction::kNone) store_result(p.terms, p.results_in_double, p.source_logits.rows + row, loss);
   return true;
+}
+
+// A row's target in the source head.
+template <class C>
+struct SourceTarget {
+  TranslatedTarget<C> q;
+  RowTarget labels;
+  bool counts;  // counts_source()
+
+  __device__ __forceinline__ SourceTarget(const LossProblem& p, int64_t row)
+      : q{{nullptr, nullptr}, {1, 0}, p.relationship.type, p.kl_divergence},
+        labels{{0, 0}, {1.0, 0.0}},
+        counts(counts_source(p)) {
+    if (p.probabilities.columns > 0) {
+      if (counts) q.rows[0] = p.relationship.row(row);
+      return;
+    }
+    labels = read_row_target(p, p.target_classes, row);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (counts && labels.share[k] != 0) q.rows[k] = p.relationship.row(labels.index[k]);
+      q.shares[k] = static_cast<C>(labels.share[k]);
+    }
+  }
+  __device__ __forceinline__ bool has_rows() const { return q.rows[0] != nullptr || q.rows[1] != nullptr; }
+  // Whether the row is valid: a label that is not ignored, or any probability. All threads of the team call this.
+  __device__ __forceinline__ bool valid(const LossProblem& p, const Team& team, int64_t row) const {
+    return p.probabilities.columns > 0 ? any_probability(team, p.probabilities, row) : labels.any();
+  }
+};
+
+// One thread adds a source row to the sums and stores its term.
+template <class C>
+__device__ __forceinline__ void add_source_row(const LossProblem& p, int64_t row, const SourceTarget<C>& target,
+                                               bool valid, const RowResult<C>& result, double* totals) {
+  totals[kSourceLoss] += result.loss;
+  totals[kValid] += valid ? 1 : 0;
+  if (p.probabilities.columns > 0) {
+    totals[kSupervised] += target.counts ? p.mix[row * p.mix_stride] : 0;
+  } else {
+    totals[kSupervised] +=
+        (result.supervised[0] ? target.labels.share[0] : 0) + (result.supervised[1] ? target.labels.share[1] : 0);
+  }
+  if (p.reduction == Reduction::kNone) {
+    store_result(p.terms, p.results_in_double, p.source_logits.rows + row, result.loss);
+  }
 }
 
 template <class T>
@@ -100,77 +163,111 @@ __device__ void source_row(const LossProblem& p, const Team& team, int64_t row, 
     if (ordinary_source_row(p, team, row, stage, totals)) return;
   }
   const int columns = static_cast<int>(p.source_logits.columns);
-  TranslatedTarget<C> target{{nullptr, nullptr}, {1, 0}, p.relationship.type, p.kl_divergence};
-  RowTarget labels{{0, 0}, {1.0, 0.0}};
-  const bool counts = counts_source(p);
-  bool valid;
-  if (p.probabilities.columns > 0) {
-    if (counts) target.rows[0] = p.relationship.row(row);
-    valid = any_probability(team, p.probabilities, row);
-  } else {
-    labels = read_row_target(p, p.target_classes, row);
-    valid = labels.any();
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (counts && labels.share[k] != 0) target.rows[k] = p.relationship.row(labels.index[k]);
-      target.shares[k] = static_cast<C>(labels.share[k]);
-    }
-  }
+  SourceTarget<C> target(p, row);
+  // Not across the sums where registers are short: with it, nvcc spills on 8.0.
+  constexpr bool kValidLate = kHasOrdinaryRows<T> && !kHasOrdinaryTargets<T>;
+  bool valid = false;
+  if constexpr (!kValidLate) valid = target.valid(p, team, row);
   T* gradient = row_of<T>(p.source_gradient, row);
   RowResult<C> result{};
-  if (target.rows[0] != nullptr || target.rows[1] != nullptr) {
+  if (target.has_rows()) {
     const T* logits = static_cast<const T*>(p.source_logits.row(row));
-    if (gradient == nullptr || same_cut(gradient, logits)) target.find_plain(logits, columns);
+    if (gradient == nullptr || same_cut(gradient, logits)) target.q.find_plain(logits, columns);
     result =
-        soft_cross_entropy(team, logits, columns, target, [&] { return stored_factor<T>(p, true); }, gradient, stage);
+        soft_cross_entropy(team, logits, columns, target.q, [&] { return stored_factor<T>(p, true); }, gradient, stage);
   } else if (gradient != nullptr) {
     zero_row(team, gradient, columns);
   }
-  if (team.rank() != 0) return;
-  totals[kSourceLoss] += result.loss;
-  totals[kValid] += valid ? 1 : 0;
-  if (p.probabilities.columns > 0) {
-    totals[kSupervised] += counts ? p.mix[row * p.mix_stride] : 0;
-  } else {
-    totals[kSupervised] += (result.supervised[0] ? labels.share[0] : 0) + (result.supervised[1] ? labels.share[1] : 0);
-  }
-  if (p.reduction == Reduction::kNone) {
-    store_result(p.terms, p.results_in_double, p.source_logits.rows + row, result.loss);
-  }
+  if constexpr (kValidLate) valid = target.valid(p, team, row);
+  if (team.rank() == 0) add_source_row(p, row, target, valid, result, totals);
 }
 
+// A row's weight in the mean of the target term.
+__device__ inline double row_weight(const LossProblem& p, int64_t row) {
+  if (p.probabilities.columns > 0) return 1;
+  const RowTarget labels = read_row_target(p, p.target_classes, row);
+  double weight = 0;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    if (labels.share[k] == 0) continue;
+    weight += p.weight.data == nullptr
+                  ? labels.share[k]
+                  : labels.share[k] * number_at(p.weight.data, p.weight.type, labels.index[k] * p.weight.stride);
+  }
+  return weight;
+}
+
+// Does a row of the target head if it is ordinary: one label, without weights and smoothing at once; else returns
+// false.
+template <class T>
+__device__ __forceinline__ bool ordinary_target_row(const LossProblem& p, const Team& team, int64_t row,
+                                                    const Stage<T>& stage, double* totals) {
+  const bool weighted = p.weight.data != nullptr;
+  if (p.probabilities.columns > 0 || p.labels_b.data != nullptr || !stage.has_logits() ||
+      (weighted && p.label_smoothing != 0)) {
+    return false;
+  }
+  const int64_t label = p.labels[row];
+  if (label < 0 || label >= p.target_classes || label == p.ignore_index) return false;
+  T* gradient = row_of<T>(p.target_gradient, row);
+  const T* logits = static_cast<const T*>(p.target_logits.row(row));
+  if (gradient != nullptr && !same_cut(gradient, logits)) return false;
+  const int columns = static_cast<int>(p.target_logits.columns);
+  const float smoothing = static_cast<float>(p.label_smoothing);
+  OneClass q{static_cast<int>(label), smoothing / static_cast<float>(columns), 1 - smoothing};
+  double weight = 1;
+  if (weighted) {
+    weight = number_at(p.weight.data, p.weight.type, label * p.weight.stride);
+    q.peak = static_cast<float>(weight);
+  }
+  float loss;
+  if (!ordinary_row(team, logits, q, columns, [&] { return stored_factor<T>(p, false); }, gradient, stage, &loss)) {
+    return false;
+  }
+  if (team.rank() != 0) return true;
+  totals[kTargetLoss] += loss;
+  totals[kWeight] += weight;
+  if (p.reduction == Reduction::kNone) store_result(p.terms, p.results_in_double, row, loss);
+  return true;
+}
+
+// All threads compute in the compute type, since float64 is slow on many cards. One thread adds up in double.
 template <class T>
 __device__ void target_row(const LossProblem& p, const Team& team, int64_t row, const Stage<T>& stage, double* totals) {
   using C = ComputeType<T>;
+  if constexpr (kHasOrdinaryTargets<T>) {
+    if (ordinary_target_row(p, team, row, stage, totals)) return;
+  }
   const int columns = static_cast<int>(p.target_logits.columns);
-  const double smoothing = p.label_smoothing;
-  ClassTarget<C> target{{-1, -1}, {0, 0}, 0, nullptr, ScalarType::kFloat32, static_cast<C>(1 - smoothing), p.weight};
-  double weight = 1, share = 1;
+  const C smoothing = static_cast<C>(p.label_smoothing), rest = 1 - smoothing;
+  ClassTarget<C> target{{-1, -1}, {0, 0}, 0, nullptr, ScalarType::kFloat32, rest, p.weight};
+  C share = 1;
   if (p.probabilities.columns > 0) {
     target.probabilities = p.probabilities.row(row);
     target.type = p.probabilities.type;
   } else {
     const RowTarget labels = read_row_target(p, p.target_classes, row);
-    weight = 0;
-    share = labels.share[0] + labels.share[1];
+    share = 0;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       if (labels.share[k] == 0) continue;
-      const double of_class =
-          p.weight.data == nullptr ? 1 : number_at(p.weight.data, p.weight.type, labels.index[k] * p.weight.stride);
-      weight += labels.share[k] * of_class;
+      const C of_label = static_cast<C>(labels.share[k]);
+      share += of_label;
       target.classes[k] = static_cast<int>(labels.index[k]);
-      target.peaks[k] = static_cast<C>((1 - smoothing) * labels.share[k] * of_class);
+      target.peaks[k] = rest * of_label;
+      if (p.weight.data != nullptr) {
+        target.peaks[k] *= static_cast<C>(number_at(p.weight.data, p.weight.type, labels.index[k] * p.weight.stride));
+      }
     }
   }
-  target.base = static_cast<C>(smoothing / static_cast<double>(columns) * share);
+  target.base = smoothing / static_cast<C>(columns) * share;
   const T* logits = static_cast<const T*>(p.target_logits.row(row));
   const auto result = soft_cross_entropy(
       team, logits, columns, target, [&] { return stored_factor<T>(p, false); }, row_of<T>(p.target_gradient, row),
       stage);
   if (team.rank() != 0) return;
   totals[kTargetLoss] += result.loss;
-  totals[kWeight] += weight;
+  totals[kWeight] += row_weight(p, row);
   if (p.reduction == Reduction::kNone) store_result(p.terms, p.results_in_double, row, result.loss);
 }
 

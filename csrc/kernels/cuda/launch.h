@@ -24,10 +24,13 @@ struct Device {
 // The state of the device with this index, which must be the current one. CUDA is queried once per process.
 Device& device_at(int index);
 
-void launch_co_tuning_loss(const LossProblem& problem, const LossPlan& plan, Device& device, void* stream);
+// `sums`: memory for shared_sums(plan) doubles.
+void launch_co_tuning_loss(LossProblem problem, const LossPlan& plan, Device& device, double* sums, void* stream);
+// The source rows of a plan that splits them; called by launch_co_tuning_loss.
+void launch_split_rows(const LossProblem& problem, const SplitPlan& plan, void* stream);
 void launch_scale_gradients(const ScaleProblem& problem, const PlanRules& rules, void* stream);
 void launch_translate_labels(const TranslateProblem& problem, const PlanRules& rules, void* stream);
-void launch_class_sums(const ClassSumsProblem& problem, const PlanRules& rules, void* stream);
+void launch_class_sums(const ClassSumsProblem& problem, const ClassSumsPlan& plan, void* stream);
 void launch_temperature_terms(const TemperatureProblem& problem, const PassPlan& plan, void* stream);
 
 // A counter that is 0 and that no other launch in flight uses; the kernel resets it to 0. During graph capture it is

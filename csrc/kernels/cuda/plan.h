@@ -20,6 +20,8 @@ struct PlanRules {
   int64_t max_blocks = 4096;
   // 0: unknown.
   int64_t multiprocessors = 0;
+  // Several blocks do a row where each has at least this many vectors, and there is a multiprocessor for each.
+  int64_t split_vectors = 4096;
 };
 
 // Upper bound of static shared memory per block, independent of the plan: sums over warps and blocks.
@@ -47,12 +49,20 @@ struct RowPlan {
 // The part of the loss that a launch computes: all of it, or the rows of one head.
 enum class LossPart : int { kWhole, kFirst, kLast };
 
+// How few long rows of the source head are divided among blocks of kLargestBlock threads.
+struct SplitPlan {
+  int parts = 0;    // of a row; 0: rows are not split
+  int columns = 0;  // of a part; the last one may have fewer
+  int64_t items = 0, blocks = 0;
+};
+
 struct LossPlan {
   LossPart part = LossPart::kWhole;
   int threads = kSmallestBlock;  // per block
   int64_t blocks = 1;
   int64_t shared_bytes = 0;  // per block
-  RowPlan source, target;
+  RowPlan source, target;    // no items in `source` if `split` has some
+  SplitPlan split;
 };
 
 COTUNING_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -84,6 +94,17 @@ inline int block_threads(int64_t columns, ScalarType type, const PlanRules& rule
     threads *= 2;
   }
   return threads;
+}
+
+// Threads of a block that handles a row of the loss. If two rows fit in the shared memory of a multiprocessor, two
+// blocks of half as many threads overlap their loads, sums and stores. A batch with fewer rows than that keeps large
+// blocks.
+inline int loss_threads(int64_t rows, int64_t columns, ScalarType type, const PlanRules& rules) {
+  const int threads = block_threads(columns, type, rules);
+  const int64_t bytes = row_vectors(columns, type) * (16 + target_vector_bytes(type));
+  // The system keeps 1 KB of a block, and static memory counts twice too.
+  const bool two_fit = 2 * bytes <= rules.shared_bytes - kStaticSharedBytes - 1024;
+  return threads == kLargestBlock && two_fit && rows >= 2 * rules.multiprocessors ? threads / 2 : threads;
 }
 
 inline int64_t blocks_for(int64_t items, const PlanRules& rules) {
@@ -121,20 +142,40 @@ inline PlanRules rules_of_batch(int64_t rows, bool both, const PlanRules& rules)
   return own;
 }
 
+// Splits rows if they leave at least half of the multiprocessors idle and each part is long enough. A part costs two
+// launches and a second reading of the logits and of R.
+inline SplitPlan plan_split(int64_t rows, int64_t columns, ScalarType type, const PlanRules& rules) {
+  SplitPlan plan;
+  if (rows == 0) return plan;
+  int64_t parts = columns * size_of(type) / 16 / rules.split_vectors;
+  if (parts > rules.multiprocessors / rows) parts = rules.multiprocessors / rows;
+  if (parts > kLargestBlock) parts = kLargestBlock;
+  if (parts < 2) return plan;
+  // Parts start at a multiple of 16 bytes after the row's start, and none is empty.
+  const int64_t lanes = 16 / size_of(type);
+  plan.columns = static_cast<int>(ceil_div(ceil_div(columns, parts), lanes) * lanes);
+  plan.parts = static_cast<int>(ceil_div(columns, plan.columns));
+  plan.items = rows * plan.parts;
+  plan.blocks = blocks_for(plan.items, rules);
+  return plan;
+}
+
 // `target_columns` 0: the source term alone.
 inline LossPlan plan_loss(int64_t rows, int64_t source_columns, ScalarType source_type, int64_t target_columns,
                           ScalarType target_type, const PlanRules& device) {
   LossPlan plan;
   const bool both = target_columns > 0;
   const PlanRules rules = rules_of_batch(rows, both, device);
-  if (!fits_a_warp(source_columns, source_type, rules)) {
-    plan.threads = block_threads(source_columns, source_type, rules);
+  plan.split = plan_split(rows, source_columns, source_type, rules);
+  const bool whole = plan.split.parts == 0;
+  if (whole && !fits_a_warp(source_columns, source_type, rules)) {
+    plan.threads = loss_threads(rows, source_columns, source_type, rules);
   }
   if (both && !fits_a_warp(target_columns, target_type, rules)) {
-    const int threads = block_threads(target_columns, target_type, rules);
+    const int threads = loss_threads(rows, target_columns, target_type, rules);
     if (threads > plan.threads) plan.threads = threads;
   }
-  plan.source = plan_rows(rows, source_columns, source_type, plan.threads, true, rules);
+  if (whole) plan.source = plan_rows(rows, source_columns, source_type, plan.threads, true, rules);
   if (both) plan.target = plan_rows(rows, target_columns, target_type, plan.threads, true, rules);
   for (const RowPlan* head : {&plan.source, &plan.target}) {
     const int64_t bytes = head->staged_bytes * (plan.threads / head->threads_per_row);
@@ -142,6 +183,13 @@ inline LossPlan plan_loss(int64_t rows, int64_t source_columns, ScalarType sourc
   }
   plan.blocks = blocks_for(plan.source.items + plan.target.items, rules);
   return plan;
+}
+
+// Doubles of memory that the launches of a plan share: sums over blocks, those of the first of two launches, and those
+// of parts of rows.
+inline int64_t shared_sums(const LossPlan& plan) {
+  const int64_t blocks = plan.blocks > plan.split.blocks ? plan.blocks : plan.split.blocks;
+  return (blocks + 1) * kLossSums + plan.split.items * kPartSums;
 }
 
 struct PassPlan {
@@ -156,6 +204,30 @@ inline PassPlan plan_pass(int64_t rows, int64_t columns, ScalarType type, const 
   if (!fits_a_warp(columns, type, rules)) plan.threads = block_threads(columns, type, rules);
   plan.rows = plan_rows(rows, columns, type, plan.threads, false, rules);
   plan.blocks = blocks_for(plan.rows.items, rules);
+  return plan;
+}
+
+// Class sums: a pass for the rows' maxima and sums, then an item for each class and part of the columns.
+struct ClassSumsPlan {
+  PassPlan rows;
+  int columns = kSmallestBlock;  // of an item: one to kMostColumns for each thread
+  int64_t parts = 1;             // items of a class
+  int64_t items = 0, blocks = 1;
+};
+inline constexpr int kMostColumns = 4;
+
+// The fewer items, the less often labels are scanned. But with few classes, as many items as fill the device.
+inline ClassSumsPlan plan_class_sums(int64_t rows, int64_t columns, ScalarType type, int64_t classes,
+                                     const PlanRules& rules) {
+  ClassSumsPlan plan;
+  plan.rows = plan_pass(rows, columns, type, rules);
+  plan.columns = kMostColumns * kSmallestBlock;
+  while (plan.columns > kSmallestBlock && classes * ceil_div(columns, plan.columns) < 4 * rules.multiprocessors) {
+    plan.columns /= 2;
+  }
+  plan.parts = ceil_div(columns, plan.columns);
+  plan.items = classes * plan.parts;
+  plan.blocks = blocks_for(plan.items, rules);
   return plan;
 }
 

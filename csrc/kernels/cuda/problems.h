@@ -38,8 +38,9 @@ struct LossProblem : LossInputs {
 
   BlockSums sums;
   double* first_sums = nullptr;  // kLossSums numbers from the first of two launches
+  double* part_sums = nullptr;   // kPartSums numbers for each part of a split row
 };
-inline constexpr int kLossSums = 5;
+inline constexpr int kLossSums = 5, kPartSums = 6;
 
 struct ScaleProblem {
   Matrix gradients[2];
@@ -58,7 +59,10 @@ struct ClassSumsProblem {
   double inverse_temperature = 1;
   Matrix sums;  // float32 or float64, one row per class
   int64_t* counts = nullptr;
+  void* norms = nullptr;  // memory for kRowNormBytes a row
 };
+
+inline constexpr int64_t kRowNormBytes = 16;
 
 struct TemperatureProblem {
   ConstMatrix logits;

@@ -294,25 +294,37 @@ __device__ __forceinline__ ComputeType<T> row_maximum(const Team& team, const T*
   return top[0];
 }
 
-// `gradient` may be null, and may be the logits themselves. It is multiplied by stored_factor() (co_tuning_loss.cuh),
-// which is called late because the sums need the registers.
-template <class T, class Target, class StoredFactor>
-__device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Team& team, const T* logits, int columns,
-                                                                        const Target& target,
-                                                                        const StoredFactor& stored_factor, T* gradient,
-                                                                        const Stage<T>& stage) {
+// The sums of a row, or of a part of it, below its shift: s; Q; sum q (z - shift) - sum q log q, the second for KL.
+template <class C>
+struct RowSums {
+  C exponentials, mass, cross;
+  bool supervised[2];  // whether the rows of R have a nonzero element
+  // The divergence of a good prediction is far smaller than its parts, so KL in float adds the same sums in double.
+  bool exact;
+  double exact_exponentials, exact_mass, exact_cross;
+
+  __device__ __forceinline__ bool takes_part() const { return supervised[0] || supervised[1]; }
+  __device__ __forceinline__ C loss() const {
+    if (exact) return static_cast<C>(exact_mass * log(exact_exponentials) - exact_cross);
+    return mass * logarithm(exponentials) - cross;
+  }
+};
+
+// `shift` is the row's maximum. Logits that are not finite spoil the sums as they should: if all are -inf, or one is
+// +inf or NaN, then z - shift is NaN.
+template <class T, class Target>
+__device__ __forceinline__ RowSums<ComputeType<T>> sum_row(const Team& team, const T* logits, int columns,
+                                                           const Target& target, ComputeType<T> shift,
+                                                           const Stage<T>& stage,
+                                                           RegisterStack<ComputeType<T>, kLanes<T>>* rest) {
   using C = ComputeType<T>;
   constexpr int kCount = kLanes<T>;
   // If exponentials are as wide as logits, they replace the staged logits, which the gradient needs for nothing else,
   // and the rest of the target may be in registers.
   constexpr bool kAsWide = sizeof(T) == sizeof(C);
-  const C top = row_maximum(team, logits, columns, &stage);
-
-  // sums: exponentials, q (z - max), q, and the target's own sums. Logits that are not finite spoil them as they
-  // should: if all are -inf, or one is +inf or NaN, then z - max is NaN.
+  // Exponentials, q (z - shift), q, and the target's own sums. In exact KL the middle ones and q log q leave `sums` for
+  // these two after every vector.
   C sums[Target::kSums] = {};
-  // The divergence of a good prediction is far smaller than its parts. So q log q - q (z - max) and q leave `sums` for
-  // these after every vector.
   double divergence = 0, mass = 0;
   bool exact = false;
   if constexpr (Target::kSums > 4 && !std::is_same_v<C, double>) exact = target.kl_divergence;
@@ -324,7 +336,7 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
     target.load(columns, first, q, sums);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const C below = z[i] - top;
+      const C below = z[i] - shift;
       e[i] = exponential(below);
       sums[0] += e[i];
       if (q[i] != 0) sums[1] += q[i] * below;  // 0 * -inf would be NaN
@@ -341,7 +353,6 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
   };
   // Two loops, for vectors whose target is staged and for the rest: a branch in a single loop costs instructions.
   const int staged = stage.targets_of(cut.vectors);
-  RegisterStack<C, kCount> rest;
   int k = team.rank();
   for (; k < staged; k += team.threads()) {
     C q[kCount];
@@ -351,30 +362,31 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
   for (; k < cut.vectors; k += team.threads()) {
     C q[kCount];
     add(k, q);
-    if (kAsWide) rest.put(q);
+    if (kAsWide) rest->put(q);
   }
   double parts[3] = {mass, static_cast<double>(sums[0]), divergence};
   if (exact) team.reduce<Sum>(parts);
   team.reduce<Sum>(sums);
-  if (exact) sums[2] = static_cast<C>(parts[0]);
 
-  RowResult<C> result{};
-  result.supervised[0] = sums[3] != 0;
-  if constexpr (Target::kSums > 4) result.supervised[1] = sums[4] != 0;
-  const bool takes_part = result.supervised[0] || result.supervised[1];
-  if (takes_part) {
-    result.loss = sums[2] * logarithm(sums[0]) - sums[1];
-    if constexpr (Target::kSums > 4) {
-      result.loss += sums[5];
-      if (exact) result.loss = static_cast<C>(parts[0] * log(parts[1]) + parts[2]);
-    }
+  RowSums<C> row{sums[0], sums[2], sums[1], {sums[3] != 0, false}, exact, parts[1], parts[0], -parts[2]};
+  if constexpr (Target::kSums > 4) {
+    row.supervised[1] = sums[4] != 0;
+    row.cross -= sums[5];
+    if (exact) row.mass = static_cast<C>(parts[0]);
   }
-  if (gradient == nullptr) return result;
-  if (!takes_part) {
-    zero_row(team, gradient, columns);
-    return result;
-  }
-  const C factor = sums[2] / sums[0], stored = stored_factor();
+  return row;
+}
+
+// Stores `stored` (factor exp(z - shift) - q), with what sum_row has kept in `stage` and `rest`. `gradient` may be the
+// logits themselves.
+template <class T, class Target>
+__device__ __forceinline__ void store_gradient(const Team& team, const T* logits, int columns, const Target& target,
+                                               ComputeType<T> shift, ComputeType<T> factor, ComputeType<T> stored,
+                                               T* gradient, const Stage<T>& stage,
+                                               RegisterStack<ComputeType<T>, kLanes<T>>* rest) {
+  using C = ComputeType<T>;
+  constexpr int kCount = kLanes<T>;
+  constexpr bool kAsWide = sizeof(T) == sizeof(C);
   const Columns written = columns_of(gradient, columns);
   const bool same = same_cut(gradient, logits);  // else a thread takes vectors that it has not staged
   const bool kept = stage.has_logits() && same;
@@ -385,7 +397,7 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
     widen_all<T>(kept ? stage.logits(k) : load_columns<T, kCount>(logits, columns, first, minus_infinity<T>()), e);
     if (!(kAsWide && kept)) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) e[i] = exponential(e[i] - top);
+      for (int i = 0; i < kCount; ++i) e[i] = exponential(e[i] - shift);
     }
     Pack<T, kCount> pack;
 #pragma unroll
@@ -393,11 +405,12 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
     store_vector(gradient, columns, first, pack);
   };
   // From the last vector to the first, the order in which `rest` returns them.
-  const int first_of_rest = same ? staged : 0;
-  for (k = team.last_of(written.vectors); k >= first_of_rest; k -= team.threads()) {
+  const int first_of_rest = same ? stage.targets_of(written.vectors) : 0;
+  int k = team.last_of(written.vectors);
+  for (; k >= first_of_rest; k -= team.threads()) {
     C q[kCount], unused[Target::kSums];
     if (rest_kept) {
-      rest.take(q);
+      rest->take(q);
     } else {
       target.load(columns, written.first + k * kCount, q, unused);
     }
@@ -408,6 +421,28 @@ __device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Te
     stage.target(k, q);
     store(k, q);
   }
+}
+
+// `gradient` may be null, and may be the logits themselves. It is multiplied by stored_factor() (co_tuning_loss.cuh),
+// which is called late because the sums need the registers.
+template <class T, class Target, class StoredFactor>
+__device__ __forceinline__ RowResult<ComputeType<T>> soft_cross_entropy(const Team& team, const T* logits, int columns,
+                                                                        const Target& target,
+                                                                        const StoredFactor& stored_factor, T* gradient,
+                                                                        const Stage<T>& stage) {
+  using C = ComputeType<T>;
+  const C top = row_maximum(team, logits, columns, &stage);
+  RegisterStack<C, kLanes<T>> rest;
+  const RowSums<C> sums = sum_row(team, logits, columns, target, top, stage, &rest);
+  RowResult<C> result{0, {sums.supervised[0], sums.supervised[1]}};
+  if (sums.takes_part()) result.loss = sums.loss();
+  if (gradient == nullptr) return result;
+  if (!sums.takes_part()) {
+    zero_row(team, gradient, columns);
+    return result;
+  }
+  store_gradient(team, logits, columns, target, top, sums.mass / sums.exponentials, stored_factor(), gradient, stage,
+                 &rest);
   return result;
 }
 

@@ -36,8 +36,9 @@ __device__ __forceinline__ float exponential(float x) { return power_of_2(x * 1.
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 __device__ __forceinline__ double logarithm(double x) { return log(x); }
-__device__ __forceinline__ uint32_t joined_halves(uint32_t low, uint32_t high) {
-  return __funnelshift_r(low, high, 16);
+// The 32 bits that start `bits` after the first bit of `low`.
+__device__ __forceinline__ uint32_t shifted_words(uint32_t low, uint32_t high, unsigned bits) {
+  return __funnelshift_r(low, high, bits);
 }
 
 __device__ __forceinline__ void narrow(float x, float* out) { *out = x; }

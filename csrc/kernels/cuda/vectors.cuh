@@ -26,6 +26,11 @@ struct alignas(8) Bytes8 {
   uint32_t words[2];
 };
 
+// A vector that is read once: the caches drop it before others, such as those of R.
+__device__ __forceinline__ Bytes16 load_once(const Bytes16* from) {
+  return same_bits<Bytes16>(__ldcs(reinterpret_cast<const uint4*>(from)));
+}
+
 __device__ __forceinline__ bool is_aligned(const void* p, unsigned bytes) {
   return (reinterpret_cast<uintptr_t>(p) & (bytes - 1)) == 0;
 }
@@ -89,7 +94,7 @@ __device__ __forceinline__ void load_shifted(const char* from, unsigned offset, 
   for (int i = 0; i < kWords + kMore - 1; ++i) words[i] = offset & 4 ? words[i + 1] : words[i];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    out[i] = kHalves && (offset & 2) != 0 ? joined_halves(words[i], words[i + 1]) : words[i];
+    out[i] = kHalves ? shifted_words(words[i], words[i + 1], 8 * (offset & 2)) : words[i];
   }
 }
 
@@ -116,16 +121,16 @@ __device__ __forceinline__ void load_aligned(const char* from, uint32_t (&out)[k
 }
 
 // Numbers that start `offset` bytes past `from`, a multiple of 16; kAlike: no bytes past it.
-template <bool kAlike, int kCount>
-__device__ __forceinline__ void load_numbers(const Bytes16* from, int offset, float (&out)[kCount]) {
+template <bool kAlike, class R, int kCount>
+__device__ __forceinline__ void load_row(const Bytes16* from, int offset, Pack<R, kCount>* out) {
   const auto* bytes = reinterpret_cast<const char*>(from);
-  uint32_t words[kCount];
+  uint32_t words[kCount * sizeof(R) / 4];
   if constexpr (kAlike) {
     load_aligned(bytes, words);
   } else {
-    load_shifted<false>(bytes + offset, static_cast<unsigned>(offset), words);
+    load_shifted<sizeof(R) == 2>(bytes + offset, static_cast<unsigned>(offset), words);
   }
-  memcpy(out, words, sizeof out);
+  memcpy(out, words, sizeof *out);
 }
 
 // Columns [first, first + kCount), at most 16 bytes, of a row that may start anywhere; `elsewhere` for missing columns.
@@ -194,6 +199,15 @@ template <class T>
 __device__ __forceinline__ void widen_words(const Bytes16& vector, float (&z)[kLanes<T>]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) widen_word<T>(vector.words[i], z + i * kWordNumbers<T>);
+}
+
+template <int kCount>
+__device__ __forceinline__ void widen_pack(const Pack<float, kCount>& pack, float (&x)[kCount]) {
+  memcpy(x, &pack, sizeof x);
+}
+template <class T>
+__device__ __forceinline__ void widen_pack(const Pack<T, kLanes<T>>& pack, float (&x)[kLanes<T>]) {
+  widen_words<T>(same_bits<Bytes16>(pack), x);
 }
 
 template <class T>

@@ -27,6 +27,7 @@ cuda::PlanRules draw_rules() {
   rules.warp_vectors = one_in(2) ? 0 : 128;
   rules.max_blocks = random_integer(1, 4);
   rules.multiprocessors = one_in(2) ? 0 : 132;
+  if (one_in(3)) rules.split_vectors = random_integer(1, 8);
   return rules;
 }
 
@@ -78,11 +79,9 @@ struct Run {
   void launch_planned(const cuda::PlanRules& rules) {
     const cuda::LossPlan plan = cuda::plan_loss(c.batch, c.source_classes, problem.source_logits.type,
                                                 problem.target_logits.columns, problem.target_logits.type, rules);
-    parts.assign(static_cast<size_t>((plan.blocks + 1) * cuda::kLossSums), std::nan(""));
-    problem.sums.parts = parts.data();
-    problem.first_sums = parts.data() + plan.blocks * cuda::kLossSums;
+    parts.assign(static_cast<size_t>(cuda::shared_sums(plan)), std::nan(""));
     problem.sums.finished = &finished;
-    cuda::launch_co_tuning_loss(problem, plan, cuda::device_at(0), nullptr);
+    cuda::launch_co_tuning_loss(problem, plan, cuda::device_at(0), parts.data(), nullptr);
   }
 };
 
@@ -193,6 +192,25 @@ TEST(cuda_loss) {
   }
 }
 
+// Rows that ordinary_row.cuh does: one label, cross entropy, R in float32 or in the logits' type, staged logits, and a
+// gradient that is cut like them. Few rows of the tests above are.
+TEST(cuda_ordinary_rows) {
+  for (ScalarType type : {ScalarType::kFloat32, ScalarType::kBFloat16, ScalarType::kFloat16}) {
+    for (ScalarType relationship : {ScalarType::kFloat32, type}) {
+      for (int done = 0; done < 6;) {
+        LossCase c(type, type, relationship, random_integer(1, 4), random_integer(9, 300), random_integer(2, 90));
+        if (c.target != Target::kLabels || c.problem.kl_divergence) continue;
+        cuda::PlanRules rules = draw_rules();
+        rules.split_vectors = 4096;
+        // A row takes 16 bytes a vector of logits, and 16 or 32 of the target as far as there is room.
+        rules.shared_bytes = one_in(2) ? 200 << 10 : 4 * 16 * random_integer(76, 200);
+        check_loss(c, !one_in(4), rules);
+        ++done;
+      }
+    }
+  }
+}
+
 // The part of the target that does not fit in shared memory stays in registers: at most two vectors per thread. Logits,
 // R and gradients start anywhere in 16 bytes, independently.
 TEST(cuda_target_in_registers) {
@@ -248,18 +266,18 @@ TEST(cuda_loss_same_bits) {
   }
 }
 
-// Resets limits as in a new process, where no kernel has been launched. With 0 multiprocessors, few rows do not get a
-// block each.
+// Resets limits as in a new process, where no kernel has been launched. With 1 multiprocessor, one row is enough for
+// warps that do a row each, and has as large a block as it can use.
 void forget_limits() {
-  cuda::device_at(0).rules.multiprocessors = 0;
+  cuda::device_at(0).rules.multiprocessors = 1;
   emulator::forget_limits();
   for (std::atomic<bool>& allowed : cuda::device_at(0).allowed) allowed = false;
 }
 
-// Launches the loss of a few rows first in a process, as planned for a device of 9.0. Returns the error, or an empty
+// Launches the loss of one row first in a process, as planned for a device of 9.0. Returns the error, or an empty
 // string.
 std::string refused(ScalarType type, int64_t source_classes, int64_t target_classes) {
-  LossCase c(type, type, ScalarType::kFloat32, 2, source_classes, target_classes);
+  LossCase c(type, type, ScalarType::kFloat32, 1, source_classes, target_classes);
   Run run(c);
   forget_limits();
   try {
@@ -285,7 +303,7 @@ TEST(cuda_shapes_around_48_kilobytes) {
   forget_limits();
   for (const Shape& shape : shapes) {
     const int64_t bytes =
-        cuda::plan_loss(2, shape.source, shape.type, shape.target, shape.type, cuda::device_at(0).rules).shared_bytes;
+        cuda::plan_loss(1, shape.source, shape.type, shape.target, shape.type, cuda::device_at(0).rules).shared_bytes;
     CHECK(bytes > (48 << 10) - 1424 && bytes <= 48 << 10, "%lld bytes", static_cast<long long>(bytes));
     const std::string error = refused(shape.type, shape.source, shape.target);
     CHECK(error.empty(), "%s, %lld and %lld classes: %s", name_of(shape.type), static_cast<long long>(shape.source),
@@ -403,8 +421,10 @@ TEST(cuda_statistics) {
       }
       const cuda::PlanRules rules = draw_rules();
       draw_schedule();
-      cuda::ClassSumsProblem problem{logits->view(), labels->view(), -100, b, sums.writable(), counts.data()};
-      cuda::launch_class_sums(problem, rules, nullptr);
+      Results<double> norms(2 * rows);
+      cuda::ClassSumsProblem problem{logits->view(),  labels->view(), -100,        b,
+                                     sums.writable(), counts.data(),  norms.data()};
+      cuda::launch_class_sums(problem, cuda::plan_class_sums(rows, columns, type, classes, rules), nullptr);
       for (int64_t i = 0; i < classes * columns; ++i) {
         CHECK(close(sums.at(i / columns, i % columns), expected[i], 1e-5L * expected[i]), "%s: sum %Lg, expected %Lg",
               name_of(type), sums.at(i / columns, i % columns), expected[i]);

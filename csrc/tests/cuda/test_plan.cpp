@@ -23,8 +23,17 @@ TEST(plans_fit_the_device) {
     CHECK(plan.threads >= 128 && plan.threads <= kLargestBlock && (plan.threads & (plan.threads - 1)) == 0,
           "%d threads", plan.threads);
     CHECK(plan.blocks >= 1 && plan.blocks <= rules.max_blocks, "%lld blocks", static_cast<long long>(plan.blocks));
+    const SplitPlan& split = plan.split;
+    if (split.parts > 0) {
+      CHECK(split.items == rows * split.parts && split.items <= rules.multiprocessors, "%lld parts",
+            static_cast<long long>(split.items));
+      CHECK(split.parts <= kLargestBlock && int64_t{split.columns} * split.parts >= source &&
+                int64_t{split.columns} * (split.parts - 1) < source,
+            "%d parts of %d columns", split.parts, split.columns);
+      CHECK(plan.source.items == 0, "split rows are done twice");
+    }
     for (const RowPlan* head : {&plan.source, &plan.target}) {
-      if (head == &plan.target && target == 0) continue;
+      if (head == &plan.target ? target == 0 : split.parts > 0) continue;
       const int64_t at_once = plan.threads / head->threads_per_row;
       CHECK(head->threads_per_row == kWarpThreads || head->threads_per_row == plan.threads, "%d threads a row",
             head->threads_per_row);
@@ -82,6 +91,53 @@ TEST(plans_of_few_rows) {
   CHECK(plan_of(528).source.threads_per_row == kWarpThreads, "132 + 132 items");
   hopper.multiprocessors = 0;
   CHECK(plan_of(48).source.threads_per_row == kWarpThreads, "a device that is not known");
+}
+
+// From 8192 vectors of 16 bytes a row, and half as many rows as multiprocessors.
+TEST(plans_of_few_long_rows) {
+  PlanRules hopper;
+  hopper.shared_bytes = (227 << 10) - kStaticSharedBytes;
+  hopper.multiprocessors = 132;
+  const auto parts_of = [&](int64_t rows, int64_t columns, ScalarType type) {
+    return plan_loss(rows, columns, type, 9, type, hopper).split.parts;
+  };
+  CHECK(parts_of(8, 262144, ScalarType::kFloat32) == 16, "8 x 16 blocks");
+  CHECK(parts_of(8, 262144, ScalarType::kBFloat16) == 8, "8 x 8 blocks");
+  CHECK(parts_of(66, 32768, ScalarType::kFloat32) == 2 && parts_of(67, 32768, ScalarType::kFloat32) == 0, "2 a row");
+  CHECK(parts_of(8, 32767, ScalarType::kFloat32) == 0 && parts_of(48, 30522, ScalarType::kFloat32) == 0, "too short");
+  hopper.multiprocessors = 0;
+  CHECK(parts_of(8, 262144, ScalarType::kFloat32) == 0, "a device that is not known");
+}
+
+// Rows that fit twice in the shared memory of a multiprocessor have blocks of half the size.
+TEST(plans_of_two_blocks_a_multiprocessor) {
+  PlanRules hopper;
+  hopper.shared_bytes = (227 << 10) - kStaticSharedBytes;
+  hopper.multiprocessors = 132;
+  const auto plan_of = [&](int64_t rows, int64_t columns) {
+    return plan_loss(rows, columns, ScalarType::kFloat32, 200, ScalarType::kFloat32, hopper);
+  };
+  CHECK(plan_of(2048, 10000).threads == 256 && plan_of(263, 10000).threads == 512, "too few rows for two blocks");
+  CHECK(plan_of(2048, 4096).threads == 256 && plan_of(2048, 30522).threads == 512, "another plan");
+  for (int64_t columns = 4097; columns < 16000; ++columns) {
+    const LossPlan plan = plan_of(2048, columns);
+    const int64_t of_multiprocessor = 228 << 10, of_block = plan.shared_bytes + kStaticSharedBytes + 1024;
+    CHECK((plan.threads == 256) == (2 * of_block <= of_multiprocessor), "%lld columns",
+          static_cast<long long>(columns));
+  }
+}
+
+// Few classes divide their columns among blocks.
+TEST(plans_of_class_sums) {
+  PlanRules hopper;
+  hopper.multiprocessors = 132;
+  const auto plan_of = [&](int64_t columns, int64_t classes) {
+    return plan_class_sums(256, columns, ScalarType::kFloat32, classes, hopper);
+  };
+  CHECK(plan_of(1000, 9).items == 9 * 8 && plan_of(1000, 9).columns == 128, "another plan");
+  CHECK(plan_of(30522, 9).items == 9 * 60 && plan_of(30522, 9).columns == 512, "another plan");
+  CHECK(plan_of(1000, 200).items == 200 * 4 && plan_of(1000, 200).columns == 256, "another plan");
+  CHECK(plan_of(1000, 1000).items == 1000 * 2 && plan_of(1, 1).items == 1, "another plan");
 }
 
 TEST(a_plan_of_no_rows_launches_one_block) {

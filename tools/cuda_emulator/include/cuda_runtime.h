@@ -55,6 +55,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return ballot;
 }
 inline void __threadfence() { ::cotuning::emulator::fence(); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 template <class T>
 T atomicAdd(T* address, T value) {
@@ -64,6 +65,10 @@ T atomicAdd(T* address, T value) {
   ::cotuning::emulator::after_atomic(address);
   return before;
 }
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 __ldcs(const uint4* from) { return *from; }
 inline float __uint_as_float(unsigned bits) { return ::cotuning::emulator::from_bits<float>(bits); }
 inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(::cotuning::emulator::to_bits(x)); }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
