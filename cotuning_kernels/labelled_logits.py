@@ -32,7 +32,13 @@ REFERENCE_ROWS = 4096
 
 
 def check_labelled_logits(
-    logits_name: str, logits: Tensor, labels: Tensor, num_classes: int | None, ignore_index: int
+    logits_name: str,
+    logits: Tensor,
+    labels: Tensor,
+    num_classes: int | None,
+    ignore_index: int,
+    *,
+    kernel_checks_labels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Logits as ``(rows, C)``, detached and with dense columns, and labels as ``(rows,)`` on their device.
 
@@ -42,6 +48,8 @@ def check_labelled_logits(
         labels: ``(B,)``, ``()`` or ``(B, d1, ...)``.
         num_classes: of the labels; ``None`` if the labels are classes of the logits.
         ignore_index: the label that is no class.
+        kernel_checks_labels: whether the kernel raises the same IndexError for labels ``(B,)``, so that they need not
+            be read here.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype or shape.
@@ -69,7 +77,8 @@ def check_labelled_logits(
         raise ValueError(f"{found}; {its}{last}" if labels.dim() == len(shape) else f"{its}, but {found}{last}")
     flat = labels.detach().reshape(-1)
     num_classes = logits.shape[class_dimension(logits)] if num_classes is None else num_classes
-    row = _first_wrong_label(flat, num_classes, ignore_index)
+    left_to_kernel = kernel_checks_labels and labels.dim() == 1
+    row = None if left_to_kernel else _first_wrong_label(flat, num_classes, ignore_index)
     if row is not None:
         raise IndexError(
             f"{'labels' if labels.dim() == 1 else 'labels.flatten()'}[{row}] is {int(flat[row])}, expected a class "

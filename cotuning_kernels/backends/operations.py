@@ -37,6 +37,7 @@ __all__ = [
     "OPERATIONS",
     "SCHEMAS",
     "SPARSE_OPERATIONS",
+    "add_to_class_sums_",
     "operation",
     "split_loss_arguments",
     "split_sparse_loss_arguments",
@@ -81,7 +82,16 @@ SCHEMAS = {
     "temperature_terms": "(Tensor logits, Tensor labels, float inverse_temperature, int ignore_index) -> Tensor",
 }
 
+# On the CPU only: sums and counts become those before plus the batch's, without a copy of all sums. A class whose count
+# is the same in both must have the same row of sums in both. Returns the first row of logits without a softmax, or -1.
+_ADD_TO_CLASS_SUMS = (
+    "(Tensor(a!) sums, Tensor(b!) counts, Tensor sums_before, Tensor counts_before, Tensor logits, Tensor labels, "
+    "float inverse_temperature, int ignore_index) -> int"
+)
+
 _library = torch.library.Library(NAMESPACE, "DEF")
+_library.define(f"add_to_class_sums_{_ADD_TO_CLASS_SUMS}")
+add_to_class_sums_ = torch.ops.cotuning_kernels.add_to_class_sums_.default
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
     _library.define(f"{_name}.triton{_schema}")

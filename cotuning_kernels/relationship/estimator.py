@@ -4,10 +4,10 @@
 
 (You, Kou, Long, Wang, NeurIPS 2020, section 3.2), from a stream of batches.
 
-Any exception, Ctrl-C in the middle of a batch included, leaves an estimator unchanged. Methods make new tensors and
-assign them to ``_counted`` in one step, their last. Only a batch with fewer rows than target classes is added in place,
-because copying all sums would take longer than adding it. Until it is added, ``_undo`` keeps the old values of the rows
-that it changes, and every method uses the old values while they are there.
+Any exception, Ctrl-C in the middle of a batch included, leaves an estimator unchanged. Methods never write into the
+tensors of ``_counted``; their last step replaces these. The sums after a batch overwrite those before the last batch,
+``_spare``. Sums and spare differ in the classes of the last batch only, whose counts differ too, so only these classes
+and those of the new batch are written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cotuning_kernels import backends, reference
-from cotuning_kernels.backends.operations import operation
+from cotuning_kernels.backends.operations import add_to_class_sums_, operation
 from cotuning_kernels.labelled_logits import (
     REFERENCE_ROWS,
     check_labelled_logits,
@@ -44,14 +44,6 @@ class _Counted(NamedTuple):
     sums: Tensor
     counts: Tensor
     all_reduced: bool
-
-
-class _Undo(NamedTuple):
-    """The old values of what a batch changes: the indices and values of rows of the sums, and all counts."""
-
-    rows: Tensor
-    sums: Tensor
-    counts: Tensor
 
 
 def check_sums_dtype(dtype: torch.dtype) -> None:
@@ -120,7 +112,7 @@ class RelationshipEstimator:
             sums = torch.zeros(num_target_classes, num_source_classes or 0, dtype=dtype, device=device or "cpu")
             counts = torch.zeros(num_target_classes, dtype=torch.int64, device=device or "cpu")
         self._counted = _Counted(sums, counts, all_reduced=False)
-        self._undo: _Undo | None = None
+        self._spare: _Counted | None = None
         self._follows_batches = device is None
         self._looked_for_probabilities = False
         self._backend = backend
@@ -129,7 +121,7 @@ class RelationshipEstimator:
             backends.select(self.device.type, backend, self.device.index)  # raises now, not with the first batch
 
     def __repr__(self) -> str:
-        sums, counts, _ = self._settled()
+        sums, counts, _ = self._counted
         return (
             f"RelationshipEstimator({self.num_target_classes}, {self.num_source_classes}, "
             f"temperature={self.temperature:.4g}, rows={int(counts.sum())}, {sums.dtype}, {self.device})"
@@ -148,12 +140,12 @@ class RelationshipEstimator:
     @property
     def sums(self) -> Tensor:
         """A copy of the summed probabilities, ``(N_t, N_s)``."""
-        return self._settled().sums.clone()
+        return self._counted.sums.clone()
 
     @property
     def counts(self) -> Tensor:
         """A copy of the number of rows of each target class, int64 ``(N_t,)``."""
-        return self._settled().counts.clone()
+        return self._counted.counts.clone()
 
     def update(self, source_logits: Tensor, labels: Tensor) -> None:
         """Count a batch. A batch that raises, or that Ctrl-C interrupts, is not counted, not even in part.
@@ -169,21 +161,21 @@ class RelationshipEstimator:
             IndexError: a label out of range; names the row and the value.
             RuntimeError: the estimator already holds the sums of all processes (:meth:`all_reduce`).
         """
-        with torch.no_grad():
-            after = self._with_batch(source_logits, labels)
+        after = self._with_batch(source_logits, labels)  # of detached logits: nothing to record for a gradient
         # The batch counts from here on: Python acts on a signal after a call, and no call follows.
-        self._counted, self._undo = after, None
+        self._counted, self._spare = after, self._counted
 
     def _with_batch(self, source_logits: Tensor, labels: Tensor) -> _Counted:
-        before = self._settled()
+        before = self._counted
         if before.all_reduced:
             raise RuntimeError(
                 "this estimator holds the sums of all processes; the others would not have what this one adds now. "
                 "Count everything before all_reduce"
             )
         logits, labels = check_labelled_logits(
-            "source_logits", source_logits, labels, self.num_target_classes, self.ignore_index
-        )
+            "source_logits", source_logits, labels, self.num_target_classes, self.ignore_index,
+            kernel_checks_labels=self._by_cpu_kernel(source_logits),
+        )  # fmt: skip
         if self.num_source_classes is not None and logits.shape[1] != self.num_source_classes:
             raise ValueError(
                 f"source_logits has {logits.shape[1]} classes, but the estimator was made for {self.num_source_classes}"
@@ -196,19 +188,10 @@ class RelationshipEstimator:
         if not self._looked_for_probabilities:
             warn_of_probabilities("source_logits", logits, stacklevel=3)
             self._looked_for_probabilities = True
-        # A NaN cannot be subtracted from the sums again. A small batch is checked before it is added, which costs
-        # nothing while it is in the cache. For a larger one it is cheaper to check the sums afterwards.
-        in_place = len(labels) < self.num_target_classes and before.sums.shape[1] > 0 and logits.device == self.device
-        if in_place:
-            self._raise_without_softmax(logits, labels)
-            rows = labels.long().clamp(0, self.num_target_classes - 1)  # an ignored row may have any label
-            self._counted = before
-            self._undo = _Undo(rows, before.sums.index_select(0, rows), before.counts.clone())
-            self._add(before, logits, labels)
-            return before
-        after = self._copy(logits.shape[1], logits.device)
-        self._add(after, logits, labels)
-        if not torch.isfinite(after.sums.sum()):
+        after, self._spare = self._spare, None  # an interrupted batch leaves unknown sums in it
+        if after is None or after.sums.shape[1] != logits.shape[1] or after.sums.device != logits.device:
+            after = before = self._copy(logits.shape[1], logits.device)
+        if not self._add(before, after, logits, labels):
             self._raise_without_softmax(logits, labels)
             raise ValueError("the softmax of finite source_logits is not finite; are they within the range of float32?")
         return after
@@ -228,7 +211,7 @@ class RelationshipEstimator:
         source_classes = {self.num_source_classes, other.num_source_classes} - {None}
         if other._settings() != self._settings() or len(source_classes) > 1:
             raise ValueError(f"{other} cannot be merged into {self}: classes and temperature must be the same")
-        mine, theirs = self._settled(), other._settled()
+        mine, theirs = self._counted, other._counted
         if theirs.all_reduced != mine.all_reduced and mine.counts.any():
             raise ValueError(
                 "one of the two estimators holds the sums of all processes and the other those of this one alone; "
@@ -240,7 +223,7 @@ class RelationshipEstimator:
             after = self._copy(other.num_source_classes, self.device)._replace(all_reduced=theirs.all_reduced)
             after.sums.add_(theirs.sums.to(after.sums))
             after.counts.add_(theirs.counts.to(self.device))
-        self._counted, self._undo = after, None
+        self._counted, self._spare = after, None
 
     def all_reduce(self, group: ProcessGroup | None = None) -> None:
         """Add up the sums of the processes of ``group``, each of which has seen its share of the data.
@@ -253,7 +236,7 @@ class RelationshipEstimator:
                 would come from one share only); or the estimator was reduced before.
             ValueError: the processes have estimators of different classes or temperatures.
         """
-        before = self._settled()
+        before = self._counted
         if before.all_reduced:
             raise RuntimeError(
                 "this estimator already holds the sums of all processes; a second all_reduce would count them again"
@@ -275,7 +258,7 @@ class RelationshipEstimator:
             after = self._copy(before.sums.shape[1], self.device)._replace(all_reduced=True)
             distributed.all_reduce(after.sums, group=group)
             distributed.all_reduce(after.counts, group=group)
-        self._counted, self._undo = after, None
+        self._counted, self._spare = after, None
 
     def compute(
         self,
@@ -297,7 +280,8 @@ class RelationshipEstimator:
         """
         check_empty_policy(empty)
         names = class_names("target_classes", target_classes, self.num_target_classes)
-        sums, counts, _ = self._settled()
+        self._spare = None  # its memory serves the result
+        sums, counts, _ = self._counted
         if not counts.any():
             raise ValueError("nothing was counted yet (every label ignored, or no update); there is no relationship")
         with torch.inference_mode(False), torch.no_grad():
@@ -354,23 +338,14 @@ class RelationshipEstimator:
         with torch.inference_mode(False), torch.no_grad():
             sums, counts = sums.to(device, self._counted.sums.dtype, copy=True), counts.to(device, copy=True)
         after = _Counted(sums, counts, state["all_reduced"])
-        self._counted, self._undo = after, None
+        self._counted, self._spare = after, None
 
     def _settings(self) -> tuple[int, float]:
         return self.num_target_classes, self.temperature
 
-    def _settled(self) -> _Counted:
-        """The sums and counts, without a batch whose update was interrupted or is running in another thread."""
-        undo = self._undo
-        if undo is None:
-            return self._counted
-        with torch.inference_mode(False), torch.no_grad():
-            sums = self._counted.sums.index_copy(0, undo.rows, undo.sums)
-        return self._counted._replace(sums=sums, counts=undo.counts)
-
     def _copy(self, num_source_classes: int, device: torch.device) -> _Counted:
         """A copy of the sums and counts, as ordinary tensors even under inference mode; adds missing columns."""
-        sums, counts, all_reduced = self._settled()
+        sums, counts, all_reduced = self._counted
         with torch.inference_mode(False), torch.no_grad():
             if sums.shape[1] == 0:
                 sums = sums.new_zeros(self.num_target_classes, num_source_classes, device=device)
@@ -378,7 +353,37 @@ class RelationshipEstimator:
                 sums = sums.to(device, copy=True)
             return _Counted(sums, counts.to(device, copy=True), all_reduced)
 
-    def _add(self, counted: _Counted, logits: Tensor, labels: Tensor) -> None:
+    def _by_cpu_kernel(self, logits: Any) -> bool:
+        return (
+            self._backend in ("auto", "cpp")
+            and isinstance(logits, Tensor)
+            and logits.is_cpu
+            and backends.select("cpu", self._backend) == "cpp"
+        )
+
+    def _add(self, before: _Counted, after: _Counted, logits: Tensor, labels: Tensor) -> bool:
+        """Make ``after`` the sums ``before`` and the batch; False if a row has no softmax.
+
+        Both may be the same tensors. Otherwise ``after`` has other sums than ``before`` only where its count differs.
+        """
+        if self._by_cpu_kernel(logits):
+            first_bad_row = add_to_class_sums_(
+                after.sums, after.counts, before.sums, before.counts, logits, labels, 1 / self.temperature,
+                self.ignore_index,
+            )  # fmt: skip
+            return bool(first_bad_row < 0)
+        if after is not before:
+            stale = (after.counts != before.counts).nonzero().squeeze(1)
+            after.sums.index_copy_(0, stale, before.sums.index_select(0, stale))
+            after.counts.copy_(before.counts)
+        # Read the smaller of the batch and the sums to find a NaN.
+        checks_batch = logits.numel() < after.sums.numel()
+        if checks_batch and first_row_without_softmax(logits, labels, self.ignore_index) is not None:
+            return False
+        self._add_in_place(after, logits, labels)
+        return checks_batch or bool(torch.isfinite(after.sums.sum()))
+
+    def _add_in_place(self, counted: _Counted, logits: Tensor, labels: Tensor) -> None:
         backend = backends.select(logits.device.type, self._backend, logits.device.index)
         if backend != "reference":
             operation("add_class_sums_", backend)(

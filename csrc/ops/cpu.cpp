@@ -139,14 +139,27 @@ Tensor translate_labels(const Tensor& target, const OptionalTensor& target_b, co
   return out;
 }
 
+int64_t add_to_class_sums(const Tensor& sums, const Tensor& counts, const Tensor& sums_before,
+                          const Tensor& counts_before, const Tensor& logits, const Tensor& target,
+                          double inverse_temperature, int64_t ignore_index) {
+  const ConstMatrix view = const_matrix(kCpu, logits, "logits");
+  const auto read = [&](const Tensor& some_sums, const Tensor& some_counts) {
+    const Matrix matrix = read_class_sums(kCpu, some_sums, some_counts, view);
+    return cpu::ClassSums{matrix, static_cast<int64_t*>(some_counts.mutable_data_ptr())};
+  };
+  const cpu::ClassSums before = read(sums_before, counts_before), after = read(sums, counts);
+  STD_TORCH_CHECK(before.sums.rows == after.sums.rows && before.sums.type == after.sums.type,
+                  "sums_before must have the shape and dtype of sums");
+  int64_t first_bad_row = -1;
+  const cpu::BadLabel bad = cpu::add_class_sums(view, labels(kCpu, target, view.rows, "labels"), ignore_index,
+                                                inverse_temperature, before, after, parallel_for, &first_bad_row);
+  throw_if_bad(bad, "labels", false, after.sums.rows, ignore_index);
+  return first_bad_row;
+}
+
 void add_class_sums(const Tensor& sums, const Tensor& counts, const Tensor& logits, const Tensor& target,
                     double inverse_temperature, int64_t ignore_index) {
-  const ConstMatrix view = const_matrix(kCpu, logits, "logits");
-  const Matrix sums_view = read_class_sums(kCpu, sums, counts, view);
-  const cpu::BadLabel bad =
-      cpu::add_class_sums(view, labels(kCpu, target, view.rows, "labels"), ignore_index, inverse_temperature, sums_view,
-                          static_cast<int64_t*>(counts.mutable_data_ptr()), parallel_for);
-  throw_if_bad(bad, "labels", false, sums_view.rows, ignore_index);
+  add_to_class_sums(sums, counts, sums, counts, logits, target, inverse_temperature, ignore_index);
 }
 
 Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inverse_temperature, int64_t ignore_index) {
@@ -165,6 +178,7 @@ STABLE_TORCH_LIBRARY_IMPL(cotuning_kernels, CPU, library) {
   library.impl("scale_gradients_", TORCH_BOX(&scale_gradients));
   library.impl("translate_labels", TORCH_BOX(&translate_labels));
   library.impl("add_class_sums_", TORCH_BOX(&add_class_sums));
+  library.impl("add_to_class_sums_", TORCH_BOX(&add_to_class_sums));
   library.impl("temperature_terms", TORCH_BOX(&temperature_terms));
 }
 

@@ -116,9 +116,11 @@ void count(const char* isa, ScalarType type, Shape shape, int64_t rows) {
   std::vector<float> sums(target_classes * source_classes);
   std::vector<int64_t> counts(target_classes);
   print("class_sums", per_element(rows, source_classes, [&](int64_t batch) {
-          add_class_sums(source.view(batch), {labels.data(), false, 1}, -100, 0.7,
-                         {sums.data(), ScalarType::kFloat32, target_classes, source_classes, source_classes},
-                         counts.data(), serial);
+          const ClassSums in_place{{sums.data(), ScalarType::kFloat32, target_classes, source_classes, source_classes},
+                                   counts.data()};
+          int64_t first_bad_row;
+          add_class_sums(source.view(batch), {labels.data(), false, 1}, -100, 0.7, in_place, in_place, serial,
+                         &first_bad_row);
         }));
   double terms[4];
   print("temperature", per_element(rows, source_classes, [&](int64_t batch) {

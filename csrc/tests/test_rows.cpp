@@ -381,19 +381,22 @@ TEST(any_nonzero) {
 }
 
 void check_add_softmax(const Case& c, Logits kind, ScalarType sum_type) {
-  Row z(c.type, c.n, c.place), e(c.compute(), c.n, c.place), sums(sum_type, c.n, c.place);
+  Row z(c.type, c.n, c.place), e(c.compute(), c.n, c.place), sums(sum_type, c.n, c.place), old(sum_type, c.n, c.place);
   fill_logits(&z, kind);
+  Row& added_to = one_in(2) ? sums : old;
   std::vector<long double> before;
   for (int64_t i = 0; i < c.n; ++i) {
-    sums.set(i, 3 * uniform());
-    before.push_back(sums[i]);
+    added_to.set(i, 3 * uniform());
+    before.push_back(added_to[i]);
   }
   const double b = static_cast<double>(round_to(c.compute(), 0.2L + 2 * uniform()));
-  if (sum_type == ScalarType::kFloat64) {
-    c.kernels.add_softmax_to_double[c.index()](z.data(), c.n, b, e.data(), nullptr, static_cast<double*>(sums.data()));
-  } else {
-    c.kernels.add_softmax_to_float[c.index()](z.data(), c.n, b, e.data(), nullptr, static_cast<float*>(sums.data()));
-  }
+  const bool good = sum_type == ScalarType::kFloat64
+                        ? c.kernels.add_softmax_to_double[c.index()](z.data(), c.n, b, e.data(), nullptr,
+                                                                     static_cast<const double*>(added_to.data()),
+                                                                     static_cast<double*>(sums.data()))
+                        : c.kernels.add_softmax_to_float[c.index()](z.data(), c.n, b, e.data(), nullptr,
+                                                                    static_cast<const float*>(added_to.data()),
+                                                                    static_cast<float*>(sums.data()));
   CHECK(e.surroundings_untouched() && sums.surroundings_untouched(), "%s", c.text().c_str());
   long double largest = -kInfinity, sum = 0;
   bool has_nan = false;
@@ -402,6 +405,7 @@ void check_add_softmax(const Case& c, Logits kind, ScalarType sum_type) {
     has_nan |= std::isnan(z[i]);
   }
   for (int64_t i = 0; i < c.n; ++i) sum += std::exp(b * (z[i] - largest));
+  CHECK(good == std::isfinite(sum), "%s logits %d: has a softmax: %d", c.text().c_str(), static_cast<int>(kind), good);
   for (int64_t i = 0; i < c.n; ++i) {
     const long double x = b * (z[i] - largest);
     const long double softmax = has_nan ? kNaN : std::exp(x) / sum;

@@ -38,19 +38,33 @@ std::vector<long double> softmax(const Grid& logits, int64_t row, double b) {
   return values;
 }
 
-void check_class_sums(const char* isa, ScalarType type, ScalarType sum_type) {
+void check_class_sums(const char* isa, ScalarType type, ScalarType sum_type, bool in_place) {
   const int64_t classes = random_integer(1, 9);
   const DataSet data(type, random_integer(0, 30), random_integer(1, 120), classes);
-  const auto sums = random_grid(sum_type, classes, data.logits->columns(), 1);
-  for (int64_t t = 0; t < classes; ++t) {
-    for (int64_t j = 0; j < sums->columns(); ++j) sums->set(t, j, 0);
-  }
-  std::vector<int64_t> counts(classes, 5), expected_counts(classes, 5);
-  const cpu::BadLabel bad = cpu::add_class_sums(data.logits->view(), data.labels->view(), data.ignore_index, data.b,
-                                                sums->writable(), counts.data(), serial_for);
-  const std::string text = std::string(isa) + " " + name_of(type) + " into " + name_of(sum_type);
-  CHECK(!bad && sums->gaps_untouched(), "%s", text.c_str());
+  const auto before = random_grid(sum_type, classes, data.logits->columns(), 1);
+  const auto sums = in_place ? nullptr : random_grid(sum_type, classes, data.logits->columns(), 1);
+  std::vector<int64_t> counts(classes, 5), counts_before(classes, 5), expected_counts(classes, 5);
   std::vector<std::vector<long double>> expected(classes, std::vector<long double>(data.logits->columns(), 0.0L));
+  for (int64_t t = 0; t < classes; ++t) {
+    const bool stale = one_in(2);  // has other sums after an earlier batch, and another count
+    if (stale) counts[t] = 3;
+    for (int64_t j = 0; j < before->columns(); ++j) {
+      before->set(t, j, uniform());
+      expected[t][j] = before->at(t, j);
+      if (!in_place) sums->set(t, j, stale ? NAN : before->at(t, j));
+    }
+  }
+  const cpu::ClassSums old{before->writable(), counts_before.data()};
+  const cpu::ClassSums after = in_place ? old : cpu::ClassSums{sums->writable(), counts.data()};
+  int64_t first_bad_row = 0;
+  const cpu::BadLabel bad = cpu::add_class_sums(data.logits->view(), data.labels->view(), data.ignore_index, data.b,
+                                                old, after, serial_for, &first_bad_row);
+  const std::string text =
+      std::string(isa) + " " + name_of(type) + " into " + name_of(sum_type) + (in_place ? " in place" : "");
+  CHECK(!bad && first_bad_row == -1 && before->gaps_untouched(), "%s", text.c_str());
+  CHECK(in_place || sums->gaps_untouched(), "%s", text.c_str());
+  CHECK(in_place || counts_before == std::vector<int64_t>(classes, 5), "%s: counts before", text.c_str());
+  const Grid& result = in_place ? *before : *sums;
   for (int64_t i = 0; i < data.logits->rows(); ++i) {
     if (data.ignored(i)) continue;
     const int64_t label = (*data.labels)[i];
@@ -58,10 +72,10 @@ void check_class_sums(const char* isa, ScalarType type, ScalarType sum_type) {
     const std::vector<long double> p = softmax(*data.logits, i, data.b);
     for (size_t j = 0; j < p.size(); ++j) expected[label][j] += p[j];
   }
-  CHECK(counts == expected_counts, "%s: counts", text.c_str());
+  CHECK((in_place ? counts_before : counts) == expected_counts, "%s: counts", text.c_str());
   for (int64_t t = 0; t < classes; ++t) {
     for (int64_t j = 0; j < data.logits->columns(); ++j) {
-      const long double value = sums->at(t, j);
+      const long double value = result.at(t, j);
       const long double relative = data.error_factor() + epsilon_of(sum_type) * data.logits->rows();
       CHECK(close(value, expected[t][j], relative * expected[t][j] + 1e-30L), "%s: [%lld, %lld] %.9Lg, not %.9Lg",
             text.c_str(), static_cast<long long>(t), static_cast<long long>(j), value, expected[t][j]);
@@ -74,7 +88,37 @@ TEST(class_sums) {
     cpu::use_row_kernels(cpu::row_kernels_at(i).name);
     for (ScalarType type : kAllTypes) {
       for (int repeat = 0; repeat < 8; ++repeat) {
-        check_class_sums(cpu::row_kernels_at(i).name, type, one_in(2) ? ScalarType::kFloat32 : ScalarType::kFloat64);
+        check_class_sums(cpu::row_kernels_at(i).name, type, one_in(2) ? ScalarType::kFloat32 : ScalarType::kFloat64,
+                         repeat % 2 == 0);
+      }
+    }
+  }
+}
+
+TEST(rows_without_a_softmax) {
+  for (int i = 0; i < cpu::row_kernels_count(); ++i) {
+    cpu::use_row_kernels(cpu::row_kernels_at(i).name);
+    for (ScalarType type : kAllTypes) {
+      for (const long double wrong : {static_cast<long double>(NAN), kInfinity, -kInfinity}) {
+        const auto logits = random_grid(type, 9, 70, 1);
+        LabelList labels(9, true, 1);
+        for (int64_t row = 0; row < 9; ++row) labels.set(row, row == 4 ? -100 : 8 - row);
+        // A masked class is no fault, a row of masked classes is; an ignored row may have any numbers.
+        for (int64_t j = 0; j < 70; ++j) logits->set(4, j, wrong);
+        logits->set(1, 3, -kInfinity);
+        const int64_t bad = random_integer(0, 1) ? 6 : 3;
+        for (int64_t row = bad; row < 9; row += 2) {
+          for (int64_t j = 0; j < 70; ++j) {
+            if (wrong == -kInfinity || j == 69) logits->set(row, j, wrong);
+          }
+        }
+        Grid sums(ScalarType::kFloat32, 9, 70);
+        std::vector<int64_t> counts(9, 0);
+        const cpu::ClassSums in_place{sums.writable(), counts.data()};
+        int64_t first_bad_row = 0;
+        cpu::add_class_sums(logits->view(), labels.view(), -100, 1.0, in_place, in_place, parallel_for, &first_bad_row);
+        CHECK(first_bad_row == bad, "%s %s: row %lld, not %lld", cpu::row_kernels_at(i).name, name_of(type),
+              static_cast<long long>(first_bad_row), static_cast<long long>(bad));
       }
     }
   }
@@ -161,8 +205,10 @@ TEST(bad_labels_of_statistics) {
     for (int64_t i = 0; i < 6; ++i) labels.set(i, i == row ? value : i % 4);
     Grid sums(ScalarType::kFloat32, 4, 20);
     std::vector<int64_t> counts(4, 7);
+    const cpu::ClassSums in_place{sums.writable(), counts.data()};
+    int64_t first_bad_row;
     const cpu::BadLabel bad =
-        cpu::add_class_sums(logits->view(), labels.view(), -100, 1.0, sums.writable(), counts.data(), serial_for);
+        cpu::add_class_sums(logits->view(), labels.view(), -100, 1.0, in_place, in_place, serial_for, &first_bad_row);
     CHECK(bad.row == row && bad.value == value, "row %lld", static_cast<long long>(bad.row));
     CHECK(sums.never_written() && counts == std::vector<int64_t>(4, 7), "sums were written in spite of a bad label");
     labels.set(row, value == 4 ? 20 : -1);  // a class index is now a column

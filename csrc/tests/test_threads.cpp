@@ -61,7 +61,9 @@ struct Work {
       for (int64_t j = 0; j < 500; ++j) sums.set(t, j, 0);
     }
     const ConstMatrix logits = loss.source_logits->view();
-    cpu::add_class_sums(logits, classes.view(), -100, 0.7, sums.writable(), counts.data(), parallel_for);
+    const cpu::ClassSums in_place{sums.writable(), counts.data()};
+    int64_t first_bad_row;
+    cpu::add_class_sums(logits, classes.view(), -100, 0.7, in_place, in_place, parallel_for, &first_bad_row);
     append(&bytes, sums);
     append(&bytes, counts.data(), counts.size() * sizeof(int64_t));
     double terms[4];

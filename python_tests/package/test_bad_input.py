@@ -528,7 +528,7 @@ def test_whatever_an_operation_is_called_with(backend: Backend, data: st.DataObj
     tensor, maybe = _any_tensor(), st.one_of(st.none(), _any_tensor())
     number, label = st.floats(), st.integers(-5, 5)
     name = data.draw(st.sampled_from(["co_tuning_loss", "co_tuning_loss_", "scale_gradients_", "translate_labels",
-                                      "add_class_sums_", "temperature_terms"]))  # fmt: skip
+                                      "add_class_sums_", "add_to_class_sums_", "temperature_terms"]))  # fmt: skip
     valid = _arguments()
     lambda_ = torch.tensor(2.3, dtype=torch.float64)
     loss = [valid["source_logits"], valid["target_logits"], valid["target"], None, None, valid["relationship"], None,
@@ -541,6 +541,10 @@ def test_whatever_an_operation_is_called_with(backend: Backend, data: st.DataObj
         "scale_gradients_": ([_Z.clone(), torch.ones(_B, _T), torch.ones(2), torch.ones(_B)], [tensor] * 4),
         "translate_labels": ([_Y, None, None, _R, -100], [tensor, maybe, maybe, tensor, label]),
         "add_class_sums_": ([sums, counts, _Z, _Y, 1.0, -100], [tensor, tensor, tensor, tensor, number, label]),
+        "add_to_class_sums_": (
+            [sums, counts, sums.clone(), counts.clone(), _Z, _Y, 1.0, -100],
+            [*[tensor] * 6, number, label],
+        ),
         "temperature_terms": ([_Z, _Y, 1.0, -100], [tensor, tensor, number, label]),
     }
     arguments, fuzz = calls[name]

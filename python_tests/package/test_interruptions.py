@@ -179,7 +179,7 @@ def test_a_second_interruption_while_the_first_is_dealt_with() -> None:
     for place in range(40):
         with pytest.raises(KeyboardInterrupt), InterruptionAt(place, "update"):
             estimator.update(*BATCHES["small"])
-        with pytest.raises(KeyboardInterrupt), InterruptionAt(place % 4, "counts"):
+        with pytest.raises(KeyboardInterrupt), InterruptionAt(place % 2, "counts"):
             _ = estimator.counts
     assert state_of(estimator) == before
 
@@ -190,9 +190,10 @@ def test_another_thread_reads_a_whole_number_of_batches(monkeypatch: pytest.Monk
     before, seen = state_of(estimator), []
     add = RelationshipEstimator._add
 
-    def add_and_look(self: RelationshipEstimator, *arguments: Any) -> None:
-        add(self, *arguments)
+    def add_and_look(self: RelationshipEstimator, *arguments: Any) -> bool:
+        added = add(self, *arguments)
         seen.append(state_of(self))
+        return added
 
     monkeypatch.setattr(RelationshipEstimator, "_add", add_and_look)
     estimator.update(*BATCHES["small"])
@@ -200,14 +201,28 @@ def test_another_thread_reads_a_whole_number_of_batches(monkeypatch: pytest.Monk
     assert state_of(estimator) != before
 
 
-@pytest.mark.parametrize("fault", ["no undo", "sums before counts"])
-def test_a_careless_estimator_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if fault == "no undo":
-        monkeypatch.setattr(RelationshipEstimator, "_settled", lambda self: self._counted)
-        size = "small"
-    else:
+class CarelessSpare:
+    """An attribute that keeps the memory of an interrupted batch, or that is the sums of the last batch."""
+
+    def __init__(self, *, keeps_the_interrupted: bool) -> None:
+        self.keeps_the_interrupted = keeps_the_interrupted
+
+    def __get__(self, estimator: RelationshipEstimator, owner: type) -> Any:
+        return vars(estimator).get("spare") if self.keeps_the_interrupted else estimator._counted
+
+    def __set__(self, estimator: RelationshipEstimator, value: Any) -> None:
+        if value is not None or not self.keeps_the_interrupted:
+            vars(estimator)["spare"] = value
+
+
+@pytest.mark.parametrize("size", BATCHES)
+@pytest.mark.parametrize("fault", ["in place", "unknown sums", "one sum for two batches"])
+def test_a_careless_estimator_is_found(fault: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "in place":
         monkeypatch.setattr(RelationshipEstimator, "_copy", lambda self, *arguments: self._counted)
-        size = "large"
+    else:
+        careless = CarelessSpare(keeps_the_interrupted=fault == "unknown sums")
+        monkeypatch.setattr(RelationshipEstimator, "_spare", careless, raising=False)
 
     def make() -> RelationshipEstimator:
         return estimator_with(batch(10, 3), num_source_classes=N_S)

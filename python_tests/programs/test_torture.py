@@ -56,7 +56,7 @@ def write_in_place(path: Any, *pieces: bytes | memoryview) -> None:
 
 def add_then_fail(self: RelationshipEstimator, logits: Tensor, labels: Tensor) -> Any:
     """Allocates memory after the batch has been added."""
-    self._add(self._counted, logits, labels)
+    self._add(self._counted, self._counted, logits, labels)
     torch.ones(60_000_000)  # more than earlier work may have left free in a process
     return self._counted
 
@@ -67,7 +67,7 @@ FAULTS: dict[Attack, tuple[Any, str, Any]] = {
     torture.failing_disks: (tensor_file, "write_atomically", write_in_place),
     torture.hostile_relationships: (tensor_file, "_digest", lambda text, tensors: "constant"),
     torture.hostile_checkpoints: (tensor_file, "_digest", lambda text, tensors: "constant"),
-    torture.interruptions: (RelationshipEstimator, "_settled", lambda self: self._counted),
+    torture.interruptions: (RelationshipEstimator, "_copy", lambda self, *arguments: self._counted),
     torture.memory_limits: (RelationshipEstimator, "_with_batch", add_then_fail),
 }
 

@@ -56,11 +56,12 @@ struct RowKernels {
   void (*store_float[kScalarTypes])(const float* values, int64_t n, void* row);
   // Whether any element of the row differs from 0; a NaN does.
   bool (*any_nonzero[kScalarTypes])(const void* row, int64_t n);
-  // sums += softmax(b * z); `exponentials` is scratch.
-  void (*add_softmax_to_float[kScalarTypes])(const void* z, int64_t n, double b, void* exponentials, const void* next,
-                                             float* sums);
-  void (*add_softmax_to_double[kScalarTypes])(const void* z, int64_t n, double b, void* exponentials, const void* next,
-                                              double* sums);
+  // sums = before + softmax(b * z), where `before` is `sums` or does not overlap it; `exponentials` is scratch. False
+  // if the row has no softmax: the sums are NaN then.
+  bool (*add_softmax_to_float[kScalarTypes])(const void* z, int64_t n, double b, void* exponentials, const void* next,
+                                             const float* before, float* sums);
+  bool (*add_softmax_to_double[kScalarTypes])(const void* z, int64_t n, double b, void* exponentials, const void* next,
+                                              const double* before, double* sums);
   MomentResult (*moments[kScalarTypes])(const void* z, int64_t n, double b, const void* next, double least_shift);
 
   // sum of q * log(q), 0 where q is 0

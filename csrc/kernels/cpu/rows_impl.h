@@ -377,10 +377,10 @@ MomentResult moments(const void* z, int64_t n, double b, const void* next, doubl
   return moments_with_shift<true>(logits, n, static_cast<C>(b), none, reduce_max(max_over(logits, n)));
 }
 
-// Writes exp(b (z - m)) to `exponentials`; returns their sum.
-template <bool kMasked, class T>
+// Writes exp(b (z - m)) to `exponentials`; returns their sum. Prefetches `next`, which may be null, and `written`.
+template <bool kMasked, class T, class S>
 static inline ComputeType<T> exponentials_with_shift(const T* z, int64_t n, ComputeType<T> b_value,
-                                                     ComputeType<T>* exponentials, const T* next,
+                                                     ComputeType<T>* exponentials, const T* next, const S* written,
                                                      ComputeType<T> shift_value) {
   using V = Vector<T>;
   using C = ComputeType<T>;
@@ -394,6 +394,7 @@ static inline ComputeType<T> exponentials_with_shift(const T* z, int64_t n, Comp
       prefetch(next + i);
       if constexpr (kStep * sizeof(T) > 64) prefetch(next + i + V::kLanes);
     }
+    for (int k = 0; k < kStep; k += 64 / sizeof(S)) prefetch_to_write(written + i + k);
     const V e0 = exponential(b * (load(z + i) - shift)), e1 = exponential(b * (load(z + i + V::kLanes) - shift));
     store(exponentials + i, e0);
     store(exponentials + i + V::kLanes, e1);
@@ -416,19 +417,21 @@ static inline ComputeType<T> exponentials_with_shift(const T* z, int64_t n, Comp
 }
 
 template <class T, class S>
-void add_softmax(const void* z, int64_t n, double b, void* exponentials, const void* next, S* sums) {
+bool add_softmax(const void* z, int64_t n, double b, void* exponentials, const void* next, const S* before, S* sums) {
   using C = ComputeType<T>;
   const auto* logits = static_cast<const T*>(z);
   auto* e = static_cast<C*>(exponentials);
   const C factor = static_cast<C>(b);
-  C sum = exponentials_with_shift<false>(logits, n, factor, e, static_cast<const T*>(next),
+  C sum = exponentials_with_shift<false>(logits, n, factor, e, static_cast<const T*>(next), sums,
                                          provisional_shift(logits, n, -INFINITY));
   if (!sum_in_range(sum)) {
     const T* none = nullptr;
-    sum = exponentials_with_shift<true>(logits, n, factor, e, none, reduce_max(max_over(logits, n)));
+    sum = exponentials_with_shift<true>(logits, n, factor, e, none, sums, reduce_max(max_over(logits, n)));
   }
   const C normaliser = C(1) / sum;
-  for (int64_t j = 0; j < n; ++j) sums[j] += static_cast<S>(normaliser * e[j]);
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) sums[j] = before[j] + static_cast<S>(normaliser * e[j]);
+  return sum_in_range(sum);
 }
 
 static inline double sum_q_log_q(const float* q, int64_t n) {
