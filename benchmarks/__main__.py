@@ -14,6 +14,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "ratios": "one table: how many times longer other formulations take",
     "limits": "the parts of a call's time, and the kernel beside two bounds",
+    "cold": "the loss in the step of a network, which has replaced the caches' content",
     "page": "a page with pictures: growth, threads, memory, share of a copy; --device cuda for a GPU",
     "memory": "the peak memory of one contestant, as JSON",
     "language_head": "a step of the head of a language model, fused and unfused",
@@ -22,14 +23,14 @@ COMMANDS = {
 }
 """Each command is a module of this package with a ``main``."""
 
-_SETTLES_MALLOC = ("ratios", "limits", "page")
+_SETTLES_MALLOC = ("ratios", "limits", "cold", "page")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status.
 
-    ``ratios``, ``limits`` and ``page`` restart Python with :data:`~benchmarks.processes.SETTLED_MALLOC`, since glibc
-    reads these variables only when a process starts.
+    ``ratios``, ``limits``, ``cold`` and ``page`` restart Python with :data:`~benchmarks.processes.SETTLED_MALLOC`,
+    since glibc reads these variables only when a process starts.
     """
     command, *rest = arguments or ["--help"]
     if command not in COMMANDS:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import (
     baselines,
+    cold,
     contestants,
     language_head,
     limits,
@@ -41,6 +42,7 @@ from benchmarks.problems import (
     parse_shape,
 )
 from benchmarks.timing import Timing, host_stopwatch, interleave
+from cotuning_kernels import backends
 from support.paths import ROOT
 
 _SMALL = Shape(13, 7, 93)
@@ -773,6 +775,38 @@ def test_ways_of_linear_heads_compute_the_same(share: float) -> None:
     for name, each in found.items():
         for ours, theirs in zip(each, found["unfused"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_cold_step_gives_the_network_its_gradients() -> None:
+    """The loss's backward pass ends at the logits; the network's goes on from there, as in one backward pass."""
+    problem = LossProblem.make(_SMALL, torch.float32)
+    network, images = cold.Network(7, 93), torch.randn(13, 3, 32, 32)
+    weights = list(network.parameters())
+
+    def loss(source: Tensor, target: Tensor) -> Tensor:
+        return baselines.cross_entropy_loss(source, target, problem.labels, problem.relationship, 2.3)
+
+    expected = torch.autograd.grad(loss(*network(images)), weights)
+    of_loss, of_step = cold._step(
+        network, images, problem, lambda: loss(problem.source_logits, problem.target_logits), time.perf_counter
+    )
+    assert 0 < of_loss < of_step
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", ["mobilenet", "none"])
+def test_the_table_of_cold_calls(network: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if backends.missing_reason("cpp"):
+        pytest.skip("it times the CPU kernel")
+    options = ("--pixels", "32", "--steps", "2", "--no-compile", "--network", network)
+    assert cold.main(["--shapes", str(_SMALL), *options]) == 0
+    _, _, header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.startswith(f"| {_SMALL} | loss |")
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names == [c.name for c in LOSS_CONTESTANTS if not c.compiles] + [cold.A_SUM]
+    shares = [float(row.split("|")[5].strip(" %")) for row in rows]
+    assert all(share < 100 for share in shares)
 
 
 def test_the_table_of_linear_heads(capsys: pytest.CaptureFixture[str]) -> None:
