@@ -30,6 +30,7 @@ struct LossInputs : TargetInputs {
   ConstMatrix source_logits;  // (B, N_s)
   ConstMatrix target_logits;  // (B, N_t); no matrix: only the source term
   ConstMatrix relationship;   // (N_t, N_s); with probabilities (B, N_s), one row per example
+  SparseMatrix sparse;        // (N_t, N_s) instead of `relationship`, never with probabilities
 
   double label_smoothing = 0;
   Reduction reduction = Reduction::kMean;
@@ -46,6 +47,10 @@ struct LossInputs : TargetInputs {
   }
 
   Matrix source_gradient, target_gradient;  // may be the logits themselves
+
+  int64_t target_classes() const {
+    return probabilities ? probabilities.columns : sparse ? sparse.rows : relationship.rows;
+  }
 };
 
 }  // namespace cotuning

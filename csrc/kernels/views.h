@@ -42,6 +42,18 @@ struct Matrix {
   COTUNING_HOST_DEVICE void* row(int64_t i) const { return static_cast<char*>(data) + i * row_stride * size_of(type); }
 };
 
+// A matrix in compressed rows: row i has the entries k from starts[i] to starts[i + 1], each values[k] in columns[k].
+// Columns ascend within a row. No rows means no matrix.
+struct SparseMatrix {
+  Labels starts, columns;
+  const void* values = nullptr;
+  ScalarType type = ScalarType::kFloat32;
+  int64_t rows = 0;
+  int64_t entries = 0;
+
+  COTUNING_HOST_DEVICE explicit operator bool() const { return rows > 0; }
+};
+
 // A vector with any stride (0: one number for all rows).
 struct ConstVector {
   const void* data = nullptr;

@@ -64,10 +64,14 @@ struct LossTensors {
   const Tensor* source_logits;
   const Tensor* target_logits;  // may be left out
   const Tensor* target;
-  const Tensor* target_b;  // may be left out
-  const Tensor* mix;       // may be left out
-  const Tensor* relationship;
-  const Tensor* weight;  // may be left out
+  const Tensor* target_b;      // may be left out
+  const Tensor* mix;           // may be left out
+  const Tensor* relationship;  // left out if sparse
+  const Tensor* weight;        // may be left out
+  // A sparse relationship, else left out.
+  const Tensor* crow_indices = nullptr;
+  const Tensor* col_indices = nullptr;
+  const Tensor* values = nullptr;
 };
 
 template <class Tensor>
@@ -102,6 +106,23 @@ void read_target(const Place& place, const Tensor& target, const Tensor* target_
   inputs->mix_stride = one ? 0 : mix->stride(0);
 }
 
+template <class Place, class Tensor>
+SparseMatrix sparse_matrix(const Place& place, const Tensor& crow_indices, const Tensor& col_indices,
+                           const Tensor& values) {
+  STD_TORCH_CHECK(crow_indices.dim() == 1 && crow_indices.size(0) >= 2 && values.dim() == 1 && values.is_contiguous(),
+                  "a sparse relationship needs crow_indices (N_t + 1,) and contiguous values (entries,)");
+  STD_TORCH_CHECK(crow_indices.scalar_type() == col_indices.scalar_type(),
+                  "crow_indices and col_indices must have one dtype");
+  place.check(values, "values");
+  const int64_t rows = crow_indices.size(0) - 1, entries = values.size(0);
+  return {labels(place, crow_indices, rows + 1, "crow_indices"),
+          labels(place, col_indices, entries, "col_indices"),
+          values.const_data_ptr(),
+          kernel_type(values, "values"),
+          rows,
+          entries};
+}
+
 // Reads the loss's tensors except weight and trade_off, which CPU and CUDA kernels take differently. Returns the number
 // of target classes.
 template <class Place, class Tensor>
@@ -109,13 +130,18 @@ int64_t read_loss(const Place& place, const LossTensors<Tensor>& tensors, LossIn
   inputs->source_logits = const_matrix(place, *tensors.source_logits, "source_logits");
   const int64_t batch = inputs->source_logits.rows;
   read_target(place, *tensors.target, tensors.target_b, tensors.mix, batch, inputs);
-  inputs->relationship = const_matrix(place, *tensors.relationship, "relationship");
-  STD_TORCH_CHECK(inputs->relationship.columns == inputs->source_logits.columns,
-                  "relationship must have one column a source class");
   const bool probabilities = static_cast<bool>(inputs->probabilities);
-  STD_TORCH_CHECK(!probabilities || inputs->relationship.rows == batch,
-                  "with probabilities, relationship must have one row a row of the batch");
-  const int64_t classes = probabilities ? inputs->probabilities.columns : inputs->relationship.rows;
+  if (tensors.relationship != nullptr) {
+    inputs->relationship = const_matrix(place, *tensors.relationship, "relationship");
+    STD_TORCH_CHECK(inputs->relationship.columns == inputs->source_logits.columns,
+                    "relationship must have one column a source class");
+    STD_TORCH_CHECK(!probabilities || inputs->relationship.rows == batch,
+                    "with probabilities, relationship must have one row a row of the batch");
+  } else {
+    STD_TORCH_CHECK(!probabilities, "with a sparse relationship, target must be class indices");
+    inputs->sparse = sparse_matrix(place, *tensors.crow_indices, *tensors.col_indices, *tensors.values);
+  }
+  const int64_t classes = inputs->target_classes();
   if (tensors.target_logits != nullptr) {
     inputs->target_logits = const_matrix(place, *tensors.target_logits, "target_logits");
     STD_TORCH_CHECK(inputs->target_logits.rows == batch && inputs->target_logits.columns == classes,

@@ -52,9 +52,11 @@ void throw_if_bad(const cpu::BadLabel& bad, const char* name, bool pair, int64_t
 // Runs the problem and turns its result into (loss, terms, factors).
 std::tuple<Tensor, Tensor, Tensor> solve(const cpu::LossProblem& problem) {
   cpu::LossResult result;
-  const int64_t classes = problem.probabilities ? problem.probabilities.columns : problem.relationship.rows;
   const cpu::BadLabel bad = cpu::co_tuning_loss(problem, parallel_for, &result);
-  throw_if_bad(bad, "target", problem.mix != nullptr, classes, problem.ignore_index);
+  throw_if_bad(bad, "target", problem.mix != nullptr, problem.target_classes(), problem.ignore_index);
+  STD_TORCH_CHECK(result.bad_row < 0, "relationship is no valid sparse_csr matrix: row ", result.bad_row,
+                  " has offsets or columns that are out of range or do not ascend; "
+                  "torch.sparse_coo_tensor(...).coalesce().to_sparse_csr() makes a valid one");
   const ScalarType type = loss_type(problem);
   const bool by_row = problem.reduction == Reduction::kNone;
   const int64_t rows = problem.source_logits.rows;
@@ -77,7 +79,7 @@ Tensor new_gradient(const Tensor* logits, bool wanted, Matrix* view) {
 
 // The arguments of a call of the loss. The problem's views are of the tensors' memory.
 struct LossCall {
-  explicit LossCall(Arguments& arguments) : tensors(take_loss_tensors(arguments)) {
+  LossCall(Arguments& arguments, bool sparse) : tensors(take_loss_tensors(arguments, sparse)) {
     problem.visit_options(arguments);
     read_tensors(tensors.pointers(), &problem);
     problem.trade_off = *read_trade_off(kCpu, tensors.trade_off);
@@ -86,9 +88,10 @@ struct LossCall {
   cpu::LossProblem problem;
 };
 
+template <bool kSparse>
 void co_tuning_loss(StableIValue* stack, uint64_t count, uint64_t) {
   Arguments arguments(stack, count);
-  LossCall call(arguments);
+  LossCall call(arguments, kSparse);
   const bool source_gradient = arguments.take<bool>(), target_gradient = arguments.take<bool>();
   arguments.check_all_taken();
   Tensor source_grad = new_gradient(&call.tensors.source_logits, source_gradient, &call.problem.source_gradient);
@@ -98,9 +101,10 @@ void co_tuning_loss(StableIValue* stack, uint64_t count, uint64_t) {
   put_results(stack, loss, terms, factors, source_grad, target_grad);
 }
 
+template <bool kSparse>
 void co_tuning_loss_inplace(StableIValue* stack, uint64_t count, uint64_t) {
   Arguments arguments(stack, count);
-  LossCall call(arguments);
+  LossCall call(arguments, kSparse);
   arguments.check_all_taken();
   auto& [tensors, problem] = call;
   problem.source_gradient = matrix(kCpu, tensors.source_logits, "source_logits");
@@ -173,8 +177,10 @@ Tensor temperature_terms(const Tensor& logits, const Tensor& target, double inve
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cotuning_kernels, CPU, library) {
-  library.impl("co_tuning_loss", &co_tuning_loss);
-  library.impl("co_tuning_loss_", &co_tuning_loss_inplace);
+  library.impl("co_tuning_loss", &co_tuning_loss<false>);
+  library.impl("co_tuning_loss_", &co_tuning_loss_inplace<false>);
+  library.impl("sparse_co_tuning_loss", &co_tuning_loss<true>);
+  library.impl("sparse_co_tuning_loss_", &co_tuning_loss_inplace<true>);
   library.impl("scale_gradients_", TORCH_BOX(&scale_gradients));
   library.impl("translate_labels", TORCH_BOX(&translate_labels));
   library.impl("add_class_sums_", TORCH_BOX(&add_class_sums));

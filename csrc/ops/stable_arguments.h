@@ -51,21 +51,28 @@ struct StableLossTensors {
   std::optional<torch::stable::Tensor> target_logits;
   torch::stable::Tensor target;
   std::optional<torch::stable::Tensor> target_b, mix;
-  torch::stable::Tensor relationship;
+  std::optional<torch::stable::Tensor> relationship;  // or the three tensors of a sparse one
+  std::optional<torch::stable::Tensor> crow_indices, col_indices, values;
   std::optional<torch::stable::Tensor> weight;
   torch::stable::Tensor trade_off;
 
   LossTensors<torch::stable::Tensor> pointers() const {
-    return {&source_logits, pointer_to(target_logits), &target, pointer_to(target_b), pointer_to(mix),
-            &relationship,  pointer_to(weight)};
+    return {&source_logits,       pointer_to(target_logits), &target,
+            pointer_to(target_b), pointer_to(mix),           pointer_to(relationship),
+            pointer_to(weight),   pointer_to(crow_indices),  pointer_to(col_indices),
+            pointer_to(values)};
   }
 };
 
-inline StableLossTensors take_loss_tensors(Arguments& arguments) {
+// `sparse`: those of sparse_co_tuning_loss and sparse_co_tuning_loss_.
+inline StableLossTensors take_loss_tensors(Arguments& arguments, bool sparse = false) {
   const auto tensor = [&] { return arguments.take<torch::stable::Tensor>(); };
   const auto optional = [&] { return arguments.take<std::optional<torch::stable::Tensor>>(); };
-  return {tensor(),   optional(), tensor(),   optional(),
-          optional(), tensor(),   optional(), tensor()};  // from left to right
+  const auto tensor_if = [&](bool there) {
+    return there ? std::optional<torch::stable::Tensor>(tensor()) : std::nullopt;
+  };
+  return {tensor(),          optional(),        tensor(),          optional(), optional(), tensor_if(!sparse),
+          tensor_if(sparse), tensor_if(sparse), tensor_if(sparse), optional(), tensor()};  // from left to right
 }
 
 // Puts an operation's results where torch expects them.

@@ -7,6 +7,7 @@
 #include "row_target.h"
 #include "rows.h"
 #include "scratch.h"
+#include "sparse_rows.h"
 
 namespace cotuning::cpu {
 namespace {
@@ -77,7 +78,7 @@ class Loss {
         rows_(row_kernels()),
         batch_(problem.source_logits.rows),
         source_classes_(problem.source_logits.columns),
-        target_classes_(problem.probabilities ? problem.probabilities.columns : problem.relationship.rows),
+        target_classes_(problem.target_classes()),
         counts_source_(!problem.target_logits || problem.trade_off != 0) {}
 
   BadLabel read_targets() {
@@ -93,6 +94,8 @@ class Loss {
       for (int k = 0; k < target.count; ++k) look_up_class(target.index[k]);
     }
   }
+
+  int64_t bad_row() const { return bad_row_; }
 
   // The divisors of the two means; 1 for the other reductions.
   void count() {
@@ -141,7 +144,7 @@ class Loss {
                                !keeps_exponentials(gradient, p_.source_logits) &&
                                worth_streaming(gradient.data, gradient_bytes());
     const int64_t relationship_bytes = p_.relationship.rows * p_.relationship.columns * size_of(p_.relationship.type);
-    fetch_next_source_row_ = relationship_bytes <= kCachedRelationshipBytes;
+    fetch_next_source_row_ = relationship_bytes <= kCachedRelationshipBytes;  // without R: 0 bytes
     source_rows_ = result->source_term.data();
     target_rows_ = result->target_term.data();
     parallel_for(
@@ -160,6 +163,7 @@ class Loss {
   void look_up_class(int64_t class_index) {
     ClassFacts& facts = facts_[class_index];
     if (facts.supervision != ClassFacts::kUnknown) return;
+    if (p_.sparse) return look_up_sparse_class(class_index);
     const int type = static_cast<int>(p_.relationship.type);
     const void* row = p_.relationship.row(class_index);
     facts.supervision =
@@ -167,6 +171,16 @@ class Loss {
     if (p_.kl_divergence && facts.supervision == ClassFacts::kSupervised) {
       facts.sum_q_log_q = sum_q_log_q(distribution(row, 1.0, nullptr, 0.0));
     }
+  }
+
+  void look_up_sparse_class(int64_t class_index) {
+    if (!is_valid_row(p_.sparse, class_index, source_classes_)) {
+      bad_row_ = class_index;
+      return;
+    }
+    bool any = false;
+    visit_entries(rows_, p_.sparse, class_index, [&](int64_t, double) { any = true; });
+    facts_[class_index].supervision = any ? ClassFacts::kSupervised : ClassFacts::kUnsupervised;
   }
 
   // A row's source distribution in the compute type of the source logits.
@@ -197,7 +211,18 @@ class Loss {
       for (int64_t i = 0; i < batch_; ++i) look_at(p_.relationship.row(i));
     }
     for (size_t t = 0; t < facts_.size(); ++t) {
-      if (supervised(static_cast<int64_t>(t))) look_at(p_.relationship.row(static_cast<int64_t>(t)));
+      const auto row = static_cast<int64_t>(t);
+      if (!supervised(row)) continue;
+      if (!p_.sparse) {
+        look_at(p_.relationship.row(row));
+        continue;
+      }
+      double mass = 0;
+      visit_entries(rows_, p_.sparse, row, [&](int64_t, double q) {
+        mass += q;
+        largest = std::max(largest, std::fabs(q));
+      });
+      largest = std::max(largest, std::fabs(mass));
     }
     return largest;
   }
@@ -275,8 +300,14 @@ class Loss {
 
   template <bool kKl>
   void run_source_rows(int64_t begin, int64_t end, void* scratch) {
+    std::vector<Entry> entries;
     for (int64_t i = begin; i < end; ++i) {
-      source_row<kKl>(i, scratch, fetch_next_source_row_ && i + 1 < end ? p_.source_logits.row(i + 1) : nullptr);
+      const void* next = fetch_next_source_row_ && i + 1 < end ? p_.source_logits.row(i + 1) : nullptr;
+      if (p_.sparse) {
+        source_rows_[i] = sparse_source_row<kKl>(i, scratch, next, &entries);
+      } else {
+        source_row<kKl>(i, scratch, next);
+      }
     }
   }
 
@@ -287,6 +318,63 @@ class Loss {
     source_rows_[row] = dense_row<kKl>(p_.source_logits, row, q, scratch, next, source_scale_, p_.source_gradient,
                                        streams_source_gradient_) +
                         q_log_q;
+  }
+
+  // The same against a distribution of few entries: the loss is the sum of q (log sum + shift - z) over them, the
+  // gradient is the softmax times the mass, less q in their columns. No term is a difference of large numbers: the
+  // shift is at least the largest of the entries' logits, and at most the logarithm of the sum.
+  template <bool kKl>
+  double sparse_source_row(int64_t row, void* scratch, const void* next, std::vector<Entry>* entries) const {
+    const ConstMatrix& logits = p_.source_logits;
+    const Matrix& gradient = p_.source_gradient;
+    read_entries(rows_, p_.sparse, supervised_target(row), entries);
+    if (entries->empty()) {
+      zero_gradient(logits, row, gradient);
+      return 0;
+    }
+    const int type = static_cast<int>(logits.type);
+    double highest = -INFINITY, mass = 0, largest_q = 0;
+    for (Entry& each : *entries) {  // in place, the gradient overwrites the logits
+      each.logit = element(logits, row, each.column);
+      highest = std::max(highest, each.logit);
+      mass += each.q;
+      largest_q = std::max(largest_q, std::fabs(each.q));
+    }
+    void* gradient_row = gradient.data != nullptr ? gradient.row(row) : nullptr;
+    const bool kept = keeps_exponentials(gradient, logits);
+    void* exponentials = kept || (gradient_row == nullptr && !kKl) ? gradient_row : scratch;
+    const bool stream = streams_source_gradient_;
+    if (stream) look_up_pages(gradient_row, logits.columns * size_of(logits.type));
+    SweepResult s = rows_.sweep[type](logits.row(row), nullptr, logits.columns, exponentials, next,
+                                      kept || stream ? nullptr : gradient_row,
+                                      kKl ? rows_.largest[type](logits.row(row), logits.columns) : highest);
+    if (kKl) {
+      s.sum = rows_.sums_in_double[type](logits.row(row), nullptr, exponentials, logits.columns, s.shift).sum;
+    } else if (s.sum > kFarSum) {
+      s = sweep_again(s, logits, row, nullptr, exponentials);
+    }
+    const double log_sum = std::log(s.sum);
+    double loss = 0;
+    for (Entry& each : *entries) {
+      const double own = kKl ? std::log(each.q) : 0;  // NaN for a negative q, as in the reference
+      loss += each.q == 0 ? 0 : each.q * (own + log_sum - (each.logit - s.shift));
+    }
+    if (gradient_row == nullptr) return loss;
+    // softmax_factor (e - q sum / mass) = scale (mass softmax - q): with the bracket stored in place of e, one pass
+    // writes the whole gradient. Not if the mass is so small that the bracket could overflow.
+    const double softmax_factor = source_scale_ * mass / s.sum, sum_per_mass = s.sum / mass;
+    const bool in_one_pass = largest_q * std::fabs(sum_per_mass) < 1e30;
+    for (Entry& each : *entries) {
+      each.exponential = exponential(exponentials, logits, each.column);
+      if (in_one_pass) set_exponential(exponentials, logits, each.column, each.exponential - each.q * sum_per_mass);
+    }
+    rows_.gradient[type](exponentials, nullptr, logits.columns, softmax_factor, 0.0, stream && in_one_pass,
+                         gradient_row);
+    if (in_one_pass) return loss;
+    for (const Entry& each : *entries) {
+      set_element(gradient, row, each.column, source_scale_ * (mass * (each.exponential / s.sum) - each.q));
+    }
+    return loss;
   }
 
   // Sweeps again with the first sweep's log of the sum of all exp(z) as the least shift.
@@ -420,12 +508,16 @@ class Loss {
                              : static_cast<const float*>(exponentials)[column];
   }
 
+  static void set_exponential(void* exponentials, const ConstMatrix& logits, int64_t column, double value) {
+    if (is_double(logits)) {
+      static_cast<double*>(exponentials)[column] = value;
+    } else {
+      static_cast<float*>(exponentials)[column] = static_cast<float>(value);
+    }
+  }
+
   double element(const ConstMatrix& matrix, int64_t row, int64_t column) const {
-    const void* p = static_cast<const char*>(matrix.row(row)) + column * size_of(matrix.type);
-    if (matrix.type == ScalarType::kFloat32) return *static_cast<const float*>(p);
-    double value;
-    rows_.mix_to_double[static_cast<int>(matrix.type)](p, 1.0, nullptr, 0.0, 1, &value);
-    return value;
+    return value_at(rows_, matrix.row(row), matrix.type, column);
   }
 
   void set_element(const Matrix& matrix, int64_t row, int64_t column, double value) const {
@@ -464,6 +556,7 @@ class Loss {
   const bool counts_source_;
   std::vector<RowTarget> targets_;
   std::vector<ClassFacts> facts_;
+  int64_t bad_row_ = -1;
   bool any_valid_ = false;
   double source_divisor_ = 1, target_divisor_ = 1, source_scale_ = 1, target_scale_ = 1;
   bool streams_source_gradient_ = false;  // stores bypass the cache
@@ -478,6 +571,7 @@ BadLabel co_tuning_loss(const LossProblem& problem, ParallelFor parallel_for, Lo
   Loss loss(problem);
   if (BadLabel bad = loss.read_targets()) return bad;
   loss.look_up_classes();
+  if ((result->bad_row = loss.bad_row()) >= 0) return {};
   loss.count();
   loss.choose_factors(result);
   loss.run(parallel_for, result);

@@ -19,6 +19,8 @@ struct LossResult {
   std::vector<double> target_term, source_term;
   // The gradient of the loss is the factor times the stored gradient.
   double source_factor = 1, target_factor = 1;
+  // A row of the sparse relationship with wrong indices, which a label chose: then nothing else is written.
+  int64_t bad_row = -1;
 };
 
 // If a label is bad, nothing is written.

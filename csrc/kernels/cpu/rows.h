@@ -37,11 +37,11 @@ struct RowKernels {
                                      const void* written, double least_shift);
   // The largest logit of a row, if all are numbers.
   double (*largest[kScalarTypes])(const void* z, int64_t n);
-  // The sums of a sweep with this shift, in double, from the exponentials that it stored.
+  // The sums of a sweep with this shift, in double, from the exponentials that it stored. Without q only their own.
   SweepResult (*sums_in_double[kScalarTypes])(const void* z, const void* q, const void* exponentials, int64_t n,
                                               double shift);
-  // gradient = softmax_factor * exponentials - target_factor * q; `q` may be null. `stream` (only with q): the stores
-  // bypass the cache, and the thread calls finish_streaming before another thread reads.
+  // gradient = softmax_factor * exponentials - target_factor * q; `q` may be null. `stream`: the stores bypass the
+  // cache, and the thread calls finish_streaming before another thread reads.
   void (*gradient[kScalarTypes])(const void* exponentials, const void* q, int64_t n, double softmax_factor,
                                  double target_factor, bool stream, void* gradient);
   void (*finish_streaming)();

@@ -199,8 +199,9 @@ double largest(const void* z, int64_t n) {
 
 // The sums of a sweep with the shift `shift` again, from the exponentials that it stored, in double: each number is one
 // of float, so that only its own rounding counts.
-template <class T>
-SweepResult sums_in_double(const void* z, const void* q, const void* exponentials, int64_t n, double shift) {
+template <bool kTarget, class T>
+static inline SweepResult sums_in_double_of_row(const void* z, const void* q, const void* exponentials, int64_t n,
+                                                double shift) {
   using C = ComputeType<T>;
   const auto* logits = static_cast<const T*>(z);
   const auto* distribution = static_cast<const C*>(q);
@@ -208,9 +209,10 @@ SweepResult sums_in_double(const void* z, const void* q, const void* exponential
   constexpr int kSums = 16;
   double sum[kSums] = {}, dot[kSums] = {}, mass[kSums] = {};
   const auto add = [&](int64_t i, int k) {
+    sum[k] += static_cast<double>(e[i]);
+    if constexpr (!kTarget) return;
     const auto p = static_cast<double>(distribution[i]);
     const double product = p * (static_cast<double>(widen(logits[i])) - shift);
-    sum[k] += static_cast<double>(e[i]);
     dot[k] += p == 0 ? 0 : product;
     mass[k] += p;
   };
@@ -226,6 +228,12 @@ SweepResult sums_in_double(const void* z, const void* q, const void* exponential
     result.mass += mass[k];
   }
   return result;
+}
+
+template <class T>
+SweepResult sums_in_double(const void* z, const void* q, const void* exponentials, int64_t n, double shift) {
+  return q == nullptr ? sums_in_double_of_row<false, T>(z, q, exponentials, n, shift)
+                      : sums_in_double_of_row<true, T>(z, q, exponentials, n, shift);
 }
 
 template <bool kTarget, bool kStream, class T>
@@ -269,7 +277,9 @@ void gradient(const void* exponentials, const void* q, int64_t n, double softmax
   const auto* distribution = static_cast<const C*>(q);
   const C a = static_cast<C>(softmax_factor), b = static_cast<C>(target_factor);
   auto* row = static_cast<T*>(out);
-  if (q == nullptr) {
+  if (q == nullptr && stream) {
+    gradient_row<false, true>(e, distribution, n, a, b, row);
+  } else if (q == nullptr) {
     gradient_row<false, false>(e, distribution, n, a, b, row);
   } else if (stream) {
     gradient_row<true, true>(e, distribution, n, a, b, row);
