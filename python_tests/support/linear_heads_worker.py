@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import cotuning_kernels as ck
@@ -64,6 +65,11 @@ class HeadsAndLoss(nn.Module):
         return loss
 
 
+def whole_tensor(sharded: Tensor) -> Tensor:
+    assert isinstance(sharded, DTensor)
+    return sharded.full_tensor().detach()
+
+
 def train_sharded(kind: str, rows: slice) -> dict[str, Tensor]:
     """The whole weights after training under FSDP2; ``"loss inside"``: a backbone, and the heads with their loss."""
     _, relationship, inputs, labels = problem()
@@ -71,6 +77,7 @@ def train_sharded(kind: str, rows: slice) -> dict[str, Tensor]:
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     if kind == "loss inside":
         criterion = ck.FusedLinearCoTuningLoss(relationship, 20.0)
+        assert isinstance(model.network, nn.Sequential)
         backbone, heads = model.network[:2], HeadsAndLoss(model, criterion)
         fully_shard(backbone, mesh=mesh)
         fully_shard(heads, mesh=mesh)
@@ -82,11 +89,11 @@ def train_sharded(kind: str, rows: slice) -> dict[str, Tensor]:
             loss.backward()
             optimizer.step()
         names = [name for name, _ in model.named_parameters()]
-        return {name: x.full_tensor().detach() for name, x in zip(names, whole.parameters(), strict=True)}
+        return {name: whole_tensor(x) for name, x in zip(names, whole.parameters(), strict=True)}
     if kind == "network too":
         fully_shard(model.network, mesh=mesh, reshard_after_forward=False)
     fully_shard(model, mesh=mesh)
-    return {name: x.full_tensor() for name, x in train(model, rows, multiplier=1.0).items()}
+    return {name: whole_tensor(x) for name, x in train(model, rows, multiplier=1.0).items()}
 
 
 def refusal() -> str:
