@@ -62,40 +62,63 @@ def unfit_devices() -> dict[int, str]:
     return unfit_cards(cuda_build() or "", driver_version(), cards)
 
 
-def unfit_cards(build: str, driver: int | None, cards: list[tuple[str, tuple[int, int]]]) -> dict[int, str]:
+def unfit_cards(build: str, driver: tuple[int, int] | None, cards: list[tuple[str, tuple[int, int]]]) -> dict[int, str]:
     """Return the cards that kernels cannot run on: the driver is too old, or they were not compiled for the card.
+
+    Machine code runs with every driver of the toolkit's major version, PTX only with a driver of its minor version too.
 
     Args:
         build: what :func:`cuda_build` returns.
-        driver: the major version of CUDA that the driver serves; ``None`` if unknown.
+        driver: the version of CUDA that the driver serves, such as (13, 0); ``None`` if unknown.
         cards: name and compute capability of each.
     """
     compiler, _, architectures = build.partition(": ")
-    needed = int(compiler.removeprefix("nvcc ").partition(".")[0])
-    if driver is not None and driver < needed:
-        reason = f"they were built with {compiler} and need a driver for CUDA {needed}, and this one is for {driver}"
-        return dict.fromkeys(range(len(cards)), reason)
-    return {
-        index: f"they were built for {architectures}, and the {name} is {card[0]}.{card[1]}; install again here"
-        for index, (name, card) in enumerate(cards)
-        if not any(_runs_on(card, built_for) for built_for in architectures.split())
-    }
+    needed = _numbers(compiler.split()[1])
+    update = f"update the driver, or {_REBUILD} with a CUDA toolkit of the driver's version"
+    reasons = {}
+    for index, (name, card) in enumerate(cards):
+        fitting = [built_for for built_for in architectures.split() if _runs_on(card, built_for)]
+        if driver is not None and driver[0] < needed[0]:
+            reasons[index] = (
+                f"they were built with {compiler} and need a driver for CUDA {needed[0]}, and this one is for "
+                f"{driver[0]}.{driver[1]}; {update}"
+            )
+        elif not fitting:
+            reasons[index] = (
+                f"they were built for {architectures}, and the {name} is {card[0]}.{card[1]}; install again here"
+            )
+        elif driver is not None and driver < needed and not any(_has_machine_code(card, x) for x in fitting):
+            reasons[index] = (
+                f"they have only PTX of {compiler} for the {name}, which needs a driver for CUDA "
+                f"{needed[0]}.{needed[1]}, and this one is for {driver[0]}.{driver[1]}; {update}"
+            )
+    return reasons
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    major, minor = map(int, version.split("."))
+    return major, minor
 
 
 def _runs_on(card: tuple[int, int], built_for: str) -> bool:
     """Machine code runs on later members of its generation, PTX on every later card."""
-    major, minor = map(int, built_for.removesuffix("+PTX").rstrip("af").split("."))
-    return (major, minor) <= card and (major == card[0] or built_for.endswith("+PTX"))
+    capability = _numbers(built_for.removesuffix("+PTX").rstrip("af"))
+    return capability <= card and (_has_machine_code(card, built_for) or built_for.endswith("+PTX"))
 
 
-def driver_version() -> int | None:
-    """Return the major version of CUDA that the driver serves; ``None`` where the driver does not say it."""
+def _has_machine_code(card: tuple[int, int], built_for: str) -> bool:
+    capability = _numbers(built_for.removesuffix("+PTX").rstrip("af"))
+    return capability <= card and capability[0] == card[0]
+
+
+def driver_version() -> tuple[int, int] | None:
+    """Return the version of CUDA that the driver serves, such as (13, 0); ``None`` where the driver does not say it."""
     version = ctypes.c_int()
     try:
         status: int = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     except (OSError, AttributeError):
         return None
-    return version.value // 1000 if status == 0 else None
+    return (version.value // 1000, version.value % 1000 // 10) if status == 0 else None
 
 
 _BUILD = _load()

@@ -97,16 +97,26 @@ def test_cmake_builds_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cards", "driver", "reason"),
     [
-        (["7.5", "8.6", "9.0"], 13, None),
-        (["12.1"], 14, None),  # later in its generation
+        (["7.5", "8.6", "9.0"], (13, 0), None),  # machine code needs no driver of the toolkit's minor version, 13.1
+        (["12.1"], (14, 0), None),  # later in its generation
         (["13.0"], None, None),  # PTX; and a driver that does not tell its version
-        (["8.0"], 12, "need a driver for CUDA 13, and this one is for 12"),
-        (["9.0", "10.3"], 13, r"built for 7\.5 8\.0 9\.0 12\.0\+PTX, and the card is 10\.3"),
-        (["7.0"], 13, r"the card is 7\.0"),
+        (["13.0"], (13, 1), None),
+        (
+            ["9.0", "13.0"],
+            (13, 0),
+            r"only PTX of nvcc 13\.1 for the card, which needs a driver for CUDA 13\.1, and .* 13\.0",
+        ),
+        (
+            ["8.0"],
+            (12, 9),
+            r"need a driver for CUDA 13, and this one is for 12\.9; update the driver, or run `pip install",
+        ),
+        (["9.0", "10.3"], (13, 1), r"built for 7\.5 8\.0 9\.0 12\.0\+PTX, and the card is 10\.3"),
+        (["7.0"], (13, 1), r"the card is 7\.0"),
     ],
 )
 def test_the_kernels_step_back_where_they_cannot_run(
-    monkeypatch: pytest.MonkeyPatch, cards: list[str], driver: int | None, reason: str | None
+    monkeypatch: pytest.MonkeyPatch, cards: list[str], driver: tuple[int, int] | None, reason: str | None
 ) -> None:
     """Checked once, at the first tensor on a GPU. Otherwise every call would raise where other kernels could serve."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -114,7 +124,7 @@ def test_the_kernels_step_back_where_they_cannot_run(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(map(int, cards[device].split("."))))
     monkeypatch.setattr(cuda, "driver_version", lambda: driver)
-    monkeypatch.setattr(cuda, "cuda_build", lambda: "nvcc 13.0: 7.5 8.0 9.0 12.0+PTX")
+    monkeypatch.setattr(cuda, "cuda_build", lambda: "nvcc 13.1: 7.5 8.0 9.0 12.0+PTX")
     with REGISTRY.override(serving={"cuda": []}):
         REGISTRY.add("cuda", "cuda", check=cuda.unfit_devices)
         REGISTRY.add("triton", "cuda")

@@ -290,6 +290,21 @@ def test_a_refused_launch_is_an_error_in_the_words_of_cuda() -> None:
     _check(problem, run_public(problem, "both heads", "cuda"))
 
 
+@on_simulated_devices
+@pytest.mark.parametrize(("error", "words"), [
+    (35, "cotuning_kernels: .*; the driver is older than the CUDA toolkit .* update the driver"),
+    (222, "cotuning_kernels: .*; the driver is older than the CUDA toolkit .* update the driver"),
+    (209, "cotuning_kernels: .*; the kernels were not compiled for this card: reinstall"),
+])  # fmt: skip
+def test_a_driver_that_is_too_old_is_an_error_with_its_remedy(error: int, words: str) -> None:
+    """InsufficientDriver, UnsupportedPtxVersion and NoKernelImageForDevice, as a driver returns them from a launch."""
+    problem = _problem("cuda")
+    runtime.simulated_runtime_refuse(error)
+    with pytest.raises(RuntimeError, match=words):
+        run_public(problem, "both heads", "cuda")
+    _check(problem, run_public(problem, "both heads", "cuda"))
+
+
 # ------------------------------------------------------------------------------------------------------ CUDA graphs
 
 

@@ -19,11 +19,25 @@
 
 namespace cotuning::cuda {
 
+// What to do about an error that comes from the driver or the card that the kernels were not built for, else "".
+inline const char* remedy(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+    case cudaErrorUnsupportedPtxVersion:
+      return "; the driver is older than the CUDA toolkit that compiled the kernels: update the driver, or reinstall "
+             "cotuning_kernels on this machine with a toolkit that the driver supports (nvidia-smi says which)";
+    case cudaErrorNoKernelImageForDevice:
+      return "; the kernels were not compiled for this card: reinstall cotuning_kernels on this machine, or with "
+             "TORCH_CUDA_ARCH_LIST set to its compute capability";
+    default: return "";
+  }
+}
+
 // Clears the thread's last error before throwing, so that the next call of another library does not report it.
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();
-  throw std::runtime_error(std::string("cotuning_kernels: ") + what + ": " + cudaGetErrorString(error));
+  throw std::runtime_error(std::string("cotuning_kernels: ") + what + ": " + cudaGetErrorString(error) + remedy(error));
 }
 
 // cudaLaunchKernel returns its own error. <<<>>> would leave it with the thread, which may also hold an older error of
