@@ -272,8 +272,11 @@ class FusedCoTuningLoss(_CoTuningCriterion):
             RuntimeError: the requested backend does not serve the logits' device; the message says how to install it.
         """
         functional.require_target_logits(target_logits)
+        matrix: Any = self._buffers.get("relationship")  # a call of _matrix would take longer
+        if matrix is None:
+            matrix = self._matrix()
         return functional.compute_loss(
-            source_logits, target_logits, target, self._matrix(), self.options, self.inplace, self.backend, return_terms
+            source_logits, target_logits, target, matrix, self.options, self.inplace, self.backend, return_terms
         )
 
     def as_rows(

@@ -21,6 +21,7 @@ import cotuning_kernels as ck
 from cotuning_kernels import backends, functional, linear_head, linear_loss, reference
 from cotuning_kernels.linear_head import MEMORY_BUDGET
 from cotuning_kernels.options import REDUCTIONS, OperationOptions
+from cotuning_kernels.sparse_rows import SparseRows
 from support import linear_heads_worker as worker
 
 ROWS, WIDTH, N_S, N_T = 40, 12, 90, 6
@@ -170,10 +171,12 @@ def test_the_operation_obeys_torchs_rules(kind: str, draw: torch.Generator) -> N
             target = torch.softmax(torch.randn(ROWS, N_T, generator=draw), 1)
         one = torch.ones((), dtype=torch.float64)
         options = OperationOptions(None, one, 0.0, -100, REDUCTIONS["sum"], False)
-        for relationship, head in ((step.relationship, step.source), (None, step.target)):
+        crow, col, values = (x.clone() for x in SparseRows.of(step.relationship.to_sparse())[:3])  # opcheck: no views
+        dense, sparse, hard = (step.relationship, None, None), (values, crow, col), (None, None, None)
+        for relationship, head in ((dense, step.source), (sparse, step.source), (hard, step.target)):
             torch.library.opcheck(
                 torch.ops.cotuning_kernels.linear_head_loss.default,
-                (step.features, head.weight, head.bias, takes_part, factor, target, target_b, mix, relationship,
+                (step.features, head.weight, head.bias, takes_part, factor, target, target_b, mix, *relationship,
                  *options, torch.float32, 999, served_by, True, True, True, metrics),
             )  # fmt: skip
 

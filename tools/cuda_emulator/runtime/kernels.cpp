@@ -10,6 +10,7 @@
 #include "../../../csrc/kernels/cuda/class_sums.cuh"
 #include "../../../csrc/kernels/cuda/co_tuning_loss.cuh"
 #include "../../../csrc/kernels/cuda/scale_gradients.cuh"
+#include "../../../csrc/kernels/cuda/split_rows.cuh"
 #include "../../../csrc/kernels/cuda/temperature_terms.cuh"
 #include "../../../csrc/kernels/cuda/translate_labels.cuh"
 
@@ -47,9 +48,12 @@ void add_typed(Kernels* kernels) {
   cuda::LossPlan plan;
   plan.part = cuda::LossPart::kFirst;
   add(kernels, cuda::loss_kernel<T>, loss, plan);
+  add(kernels, cuda::split_sums_kernel<T>, loss, cuda::SplitPlan{});
+  add(kernels, cuda::split_gradients_kernel<T>, loss, cuda::SplitPlan{});
   cuda::ClassSumsProblem class_sums;
   class_sums.logits.columns = 1;
-  add(kernels, cuda::class_sums_kernel<T>, class_sums);
+  add(kernels, cuda::row_norms_kernel<T>, class_sums, cuda::PassPlan{});
+  add(kernels, cuda::class_sums_kernel<T>, class_sums, cuda::ClassSumsPlan{});
   cuda::TemperatureProblem temperature;
   temperature.terms = results;
   temperature.sums = {parts, &finished};
