@@ -191,7 +191,7 @@ def test_bytes_moved(
     dtype: torch.dtype, way: str, relationship: str, reads_z: int, reads_q: int, writes: int, seed: int
 ) -> None:
     """How often each logit of the source head and entry of R is read, each gradient written."""
-    # Triton before 3.8 keeps only rows that are read four columns at a time.
+    # Triton before 3.7 keeps only rows that are read four columns at a time.
     batch, n_t, n_s = 6, 40 if "kept" in way else 70, {"long": 210, "ordinary": 300, "whole": 130}.get(way, 132)
     q_dtype = torch.bfloat16 if "16" in way else torch.float32
     glance = 128 if way == "kept" else 0
