@@ -7,7 +7,6 @@ of the logits. The rule of the table then judges both as it judges the loss of l
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch.nn import functional as F
 
 from cotuning_kernels import functional, linear_head, reference
 from cotuning_kernels.functional import CoTuningMetrics, CoTuningTerms
-from support.backends import TABLE_BACKENDS, Backend
-from support.cases import CASES, Case
+from support.backends import Backend, sampled_table
+from support.cases import Case
 from support.problems import DTYPES, Outcome, Problem
 from support.rule import Expectation, verify
 
@@ -47,14 +46,7 @@ def run_linear(problem: Problem, form: str, backend: str) -> Outcome:
     return Outcome(terms.loss.detach(), source_grad.t(), target_grad.t(), terms.target_term, terms.source_term)
 
 
-_WHOLE = next(backend.name for backend in TABLE_BACKENDS if backend.argument == "cpp")
-# One backend runs all cases. The others run every twelfth: the same kernels pass the table of the loss of logits.
-_RUNS = [
-    (case, replace(backend, run=run_linear))
-    for backend in TABLE_BACKENDS
-    for i, case in enumerate(CASES)
-    if case.options.get("reduction") != "none" and backend.takes(case) and (backend.name == _WHOLE or i % 12 == 0)
-]
+_RUNS = [(case, backend) for case, backend in sampled_table(run_linear, 12) if case.options.get("reduction") != "none"]
 
 
 @pytest.mark.parametrize(

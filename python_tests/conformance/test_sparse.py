@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cotuning_kernels.sparse_rows import SparseRows
-from support.backends import TABLE_BACKENDS, Backend, run_public
-from support.cases import CASES, Case
+from support.backends import Backend, run_public, sampled_table
+from support.cases import Case
 from support.problems import FORMS, Outcome, Problem
 from support.rule import Expectation, verify
 
@@ -26,19 +26,9 @@ def run_sparse(problem: Problem, form: str, backend: str) -> Outcome:
     return run_public(replace(problem, relationship=sparse(problem.relationship)), form, backend)
 
 
-_WHOLE = next(backend.name for backend in TABLE_BACKENDS if backend.argument == "cpp")
-# One backend runs all cases. The others run every eighth: their heads pass the table of dense relationships.
-_RUNS = [
-    (case, replace(backend, run=run_sparse))
-    for backend in TABLE_BACKENDS
-    for i, case in enumerate(CASES)
-    if backend.takes(case) and (backend.name == _WHOLE or i % 8 == 0)
-]
-
-
 @pytest.mark.parametrize(
     ("case", "backend"),
-    [pytest.param(case, backend, id=f"{case.name}-{backend.name}") for case, backend in _RUNS],
+    [pytest.param(case, backend, id=f"{case.name}-{backend.name}") for case, backend in sampled_table(run_sparse, 8)],
     indirect=["backend"],
 )
 def test_table(case: Case, backend: Backend, seed: int) -> None:

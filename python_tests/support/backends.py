@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cotuning_kernels import backends, functional
 from support import emulated_cuda
-from support.cases import Case
+from support.cases import CASES, Case
 from support.problems import FORMS, Outcome, Problem
 
 
@@ -178,3 +178,17 @@ TABLE_BACKENDS = (
     TRITON_ON_GPU,
 )
 """The backends that run the table; the other tests run on ``BACKENDS``."""
+
+
+def sampled_table(run: Callable[[Problem, str, str], Outcome], every: int) -> list[tuple[Case, Backend]]:
+    """The table's cases for another way to call the same kernels, ``run``, and the backends that take them.
+
+    One backend runs all cases, the others one in ``every``: their kernels pass the whole table elsewhere.
+    """
+    whole = next(backend.name for backend in TABLE_BACKENDS if backend.argument == "cpp")
+    return [
+        (case, replace(backend, run=run))
+        for backend in TABLE_BACKENDS
+        for i, case in enumerate(CASES)
+        if backend.takes(case) and (backend.name == whole or i % every == 0)
+    ]

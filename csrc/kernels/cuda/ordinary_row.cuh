@@ -30,7 +30,7 @@ struct WholeVectors {
     first = cut.first + (before - cut.first + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     count = (columns - after - first) / kLanes<T>;
   }
-  // Of a row of logits alone.
+  // For logits without a row of R.
   template <class T>
   __device__ WholeVectors(const T* logits, int columns) : WholeVectors(logits, logits, columns) {}
 };
